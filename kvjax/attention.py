@@ -1,0 +1,140 @@
+"""Attention: over a prompt, over the cache, and the scores that methods learn from it."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from kvjax.cache.tier import Tier
+from kvjax.models import rope
+from kvjax.spec import Prompt
+from pallas_kernels import decode_attention as kernel
+from pallas_kernels import prefill_scores
+
+EMPTY = -1e30  # a masked logit; finite, so that rows without any visible key stay finite
+
+
+def prefill_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    length: Int[Array, " B"],
+    *,
+    window: int | None = None,
+    block: int = 512,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Exact causal attention over prompts that are padded on the right.
+
+    Args:
+      q, k, v: rotated queries and keys, values.
+      length: tokens of each prompt; padded keys are never attended, padded queries give finite garbage.
+      window: sliding window [tokens].
+      block: tokens per block on both axes.
+
+    Returns:
+      The heads' outputs, and the log-sum-exp of each query's scaled logits in float32.
+
+    Cost: T^2/2 products, in blocks with an online softmax (arXiv 2112.05682): memory grows with T, not with its square.
+    """
+    b, t, n, h = q.shape
+    heads, block = k.shape[2], math.gcd(t, block)
+    q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    cut = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=-2)
+
+    def row(i: Array) -> tuple[Array, Array]:
+        query, pos = cut(q, i), i * block + jnp.arange(block)
+
+        def column(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            o, total, top = carry
+            key_pos = j * block + jnp.arange(block)
+            distance = pos[:, None] - key_pos
+            seen = (distance >= 0) & (distance < (window or t)) & (key_pos < length[:, None, None])
+            s = jnp.einsum("bkgqh,bksh->bkgqs", query, cut(k, j), preferred_element_type=jnp.float32) * h**-0.5
+            s = jnp.where(seen[:, None, None], s, EMPTY)
+            m = jnp.maximum(top, s.max(axis=-1))
+            e, old = jnp.exp(s - m[..., None]), jnp.exp(top - m)
+            more = jnp.einsum("bkgqs,bksh->bkgqh", e.astype(v.dtype), cut(v, j), preferred_element_type=jnp.float32)
+            return o * old[..., None] + more, total * old + e.sum(axis=-1), m
+
+        shape = query.shape[:-1]
+        empty = (jnp.zeros(query.shape, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.full(shape, EMPTY, jnp.float32))
+        first = 0 if window is None else jnp.maximum(i - 1 - window // block, 0)
+        o, total, top = jax.lax.fori_loop(first, i + 1, column, empty)
+        return (o / total[..., None]).astype(v.dtype), top + jnp.log(total)
+
+    o, lse = jax.lax.map(row, jnp.arange(t // block))  # blocks B K G block (H)
+    o = jnp.moveaxis(o, 0, 3).reshape(b, n, t, h)
+    return jnp.moveaxis(o, 1, 2), jnp.moveaxis(lse, 0, 3).reshape(b, n, t)
+
+
+def column_sums(prompt: Prompt) -> Float[Array, "B K T"]:
+    """Attention that each prompt token received from all queries, averaged over the query heads of its group."""
+    scale = prompt.q.shape[-1] ** -0.5
+    return prefill_scores.column_sums(
+        prompt.q, prompt.k, prompt.lse, prompt.length, scale=scale, window=prompt.window
+    )
+
+
+def window_sums(prompt: Prompt, size: int) -> Float[Array, "B K T"]:
+    """Attention that each prompt token received from the last `size` queries, averaged over its group's query heads."""
+    b, t, n, h = prompt.q.shape
+    heads = prompt.k.shape[2]
+    pos = prompt.length[:, None] - size + jnp.arange(size)  # B w
+    at = jnp.maximum(pos, 0)
+    q = jnp.take_along_axis(prompt.q, at[..., None, None], axis=1).reshape(b, size, heads, n // heads, h)
+    lse = jnp.take_along_axis(prompt.lse, at[:, None], axis=2).reshape(b, heads, n // heads, size)
+    s = jnp.einsum("bwkgh,bskh->bkgws", q, prompt.k, preferred_element_type=jnp.float32) * h**-0.5
+    distance = pos[..., None] - jnp.arange(t)
+    seen = (pos[..., None] >= 0) & (distance >= 0) & (distance < (prompt.window or t))
+    p = jnp.where(seen[:, None, None], jnp.exp(s - lse[..., None]), 0.0)
+    return p.sum(axis=3).mean(axis=2)
+
+
+def rotate_at(spec, x: Array, pos: Int[Array, "*b s"], now: Int[Array, " B"]) -> Array:
+    """Rotate `x [B K s H]` to positions `[B K s]` (or what broadcasts to it), `now + 1` tokens into the sequence."""
+    seq_len = jnp.broadcast_to(now.reshape(-1, *([1] * (pos.ndim - 2))) + 1, pos.shape[:-1])
+    return rope.rotate(x, *rope.angles(spec.rope, spec.head_dim, pos, seq_len))
+
+
+def decode(
+    q: Float[Array, "B K G H"],
+    tiers: Sequence[Tier],
+    readers: Sequence[tuple],
+    *,
+    now: Int[Array, " B"],
+    window: int | None,
+    with_probabilities: bool,
+) -> tuple[Float[Array, "B K G R"], tuple[Float[Array, "B K G S"], ...]]:
+    """One query per row over all tiers, merged exactly.
+
+    Args:
+      q: rotated queries.
+      tiers: one layer's views.
+      readers: for each tier, `(read_key, read_value)` as in `pallas_kernels.decode_attention`.
+      now: position of the query.
+      window: sliding window [tokens].
+      with_probabilities: also return every slot's attention weight.
+    """
+    parts = [
+        kernel.decode_attention(
+            q,
+            tier.k,
+            tier.v,
+            tier.table,
+            tier.length,
+            None if isinstance(tier.pos, tuple) else tier.pos,
+            scale=q.shape[-1] ** -0.5,
+            after=None if window is None else now - window,
+            read_key=read_key,
+            read_value=read_value,
+            with_logits=with_probabilities,
+        )
+        for tier, (read_key, read_value) in zip(tiers, readers, strict=True)
+    ]
+    whole = kernel.merge(parts)
+    probs = tuple(kernel.probabilities(part, whole) for part in parts) if with_probabilities else ()
+    return whole.o / whole.l[..., None], probs

@@ -1,0 +1,112 @@
+"""Budgets: how many slots a row may keep."""
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Int
+
+from kvjax.errors import InputError
+from kvjax.spec import PyTree
+
+Keep = int | str | Fraction  # 512 [tokens], "20%" of the prompt, or that as a fraction
+
+
+class Budget(NamedTuple):
+    """How many slots a row may keep.
+
+    Attributes:
+      slots: `(layer, num_layers, prompt length) -> slots` that a row may fill at prefill; on ints and arrays.
+      allocate: `(infos, prompt_length [B]) -> [l B K]` slots for the layers seen so far, from what `prefill` returned
+        for each; None = `slots` is final.
+      every: call `allocate` after every so many layers, to bound the peak; None = once, after the last layer.
+      ladder: rungs per power of two and smallest step of the cache's shapes (see `pages.ladder`).
+    """
+
+    slots: Callable[..., Int[Array, "*b"]]
+    allocate: Callable[[list[PyTree], Int[Array, " B"]], Int[Array, "l B K"]] | None = None
+    every: int | None = None
+    ladder: tuple[int, int] = (32, 8)
+
+
+def parse_keep(keep: Keep) -> int | Fraction:
+    """Tokens, or the kept fraction of the prompt.
+
+    >>> parse_keep("512"), parse_keep("20%"), parse_keep("12.5%")
+    (512, Fraction(1, 5), Fraction(1, 8))
+    """
+    if isinstance(keep, bool) or not isinstance(keep, int | str | Fraction):
+        raise InputError(f"budget {keep!r} is not a number of tokens (512) or a kept fraction (20%)")
+    if isinstance(keep, str):
+        if re.fullmatch(r"[+-]?\d+", keep):
+            keep = int(keep)
+        elif re.fullmatch(r"[+-]?\d+(\.\d{1,4})?%", keep):
+            keep = Fraction(keep[:-1]) / 100
+        else:
+            raise InputError(f"budget {keep!r} is not a number of tokens (512) or a kept fraction (20%)")
+    if keep <= 0:
+        raise InputError(f"budget {_show(keep)} keeps nothing: give at least 1 token or more than 0%")
+    if isinstance(keep, Fraction) and keep > 1:
+        raise InputError(f"budget {_show(keep)} is more than the whole prompt: give at most 100%")
+    if isinstance(keep, Fraction):
+        keep = keep.limit_denominator(10_000)  # length x numerator stays within int32 up to 200k tokens
+        if keep == 0:
+            raise InputError("a kept fraction below 0.01% keeps nothing")
+    return keep
+
+
+def _show(keep: int | Fraction) -> str:
+    return f"{keep} tokens" if isinstance(keep, int) else f"{float(keep * 100):g}%"
+
+
+def tokens_of(keep: int | Fraction, length):
+    """A budget in tokens: itself, or the fraction of a prompt, rounded down, at least 1.
+
+    >>> int(tokens_of(Fraction(1, 5), 1024))
+    204
+    """
+    if isinstance(keep, int):
+        return jnp.full(jnp.shape(length), keep, jnp.int32)
+    return jnp.maximum(jnp.asarray(length, jnp.int32) * keep.numerator // keep.denominator, 1)
+
+
+def everything() -> Budget:
+    """As many slots as there are tokens."""
+    return Budget(slots=lambda layer, num_layers, length: jnp.asarray(length, jnp.int32), ladder=(8, 64))
+
+
+def uniform(keep: Keep) -> Budget:
+    """The same number of slots in every layer and head."""
+    amount = parse_keep(keep)
+    return Budget(slots=lambda layer, num_layers, length: tokens_of(amount, length))
+
+
+def pyramid(keep: Keep, *, window: int, beta: int = 20) -> Budget:
+    """Slots fall linearly with depth: lower layers spread their attention, higher layers concentrate it.
+
+    With `b = keep - window` slots besides the observation window, the last layer gets `b // beta` and the first
+    `2 b - b // beta`; the mean over layers stays `b`, except that integer steps overspend by up to `L - 1` slots a layer
+    over 2. Prompts shorter than `2 b` keep `b` everywhere.
+
+    Source: PyramidKV (arXiv 2406.02069), as in KVCache-Factory `pyramidkv/pyramidkv_utils.py`.
+    Differs: when the window alone fills the budget the schedule is uniform (the released code fails).
+    Cost: nothing.
+    """
+    amount = parse_keep(keep)
+
+    def slots(layer, num_layers: int, length) -> Int[Array, "*b"]:
+        length = jnp.asarray(length, jnp.int32)
+        cap = tokens_of(amount, length)
+        b = cap - window
+        low = b // beta
+        high = 2 * b - low
+        rest = length - window
+        low, high = jnp.where(high >= rest, 2 * b - rest, low), jnp.minimum(high, rest)
+        step = (high - low) // max(num_layers - 1, 1)
+        scheduled = high - layer * step + window
+        return jnp.where((b <= 0) | (length < 2 * b) | (num_layers == 1), cap, scheduled)
+
+    return Budget(slots)

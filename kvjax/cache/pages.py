@@ -1,0 +1,82 @@
+"""The page pool: which physical pages belong to which row.
+
+Rows are flattened to one axis here: a table is `[rows M]`. An entry equal to the pool's size means "no page"; reads of
+such an entry are masked by the caller, writes to it are dropped. Free pages are a stack. Popping and pushing are
+cumulative sums, so allocation works inside `jit` and for all rows at once.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Int
+
+SMALLEST_PAGE = 8
+LARGEST_PAGE = 128
+
+
+def ladder(n: int, steps: int, smallest: int) -> int:
+    """The smallest rung >= n, with `steps` rungs per power of two and none closer than `smallest`.
+
+    Shapes are taken from a ladder, so that a new length rarely means a new compilation. The excess is at most
+    `1 / steps` of n (or `smallest - 1`).
+
+    >>> [ladder(n, steps=8, smallest=64) for n in (1, 64, 65, 1000, 1025, 16000)]
+    [64, 64, 128, 1024, 1152, 16384]
+    """
+    octave = 1 << max(n - 1, 1).bit_length() - 1
+    step = max(octave // steps, smallest)
+    return -(-n // step) * step
+
+
+def page_size(row: int) -> int:
+    """Slots of a page for rows of up to `row` slots: the partly filled last page wastes at most 1/32 of a full row."""
+    return min(max(1 << max(row // 32, 1).bit_length() - 1, SMALLEST_PAGE), LARGEST_PAGE)
+
+
+def pages_for(slots, page: int):
+    """Pages that hold `slots` slots; works on Python ints and on arrays."""
+    return (slots + page - 1) // page
+
+
+def grow(
+    table: Int[Array, "rows M"],
+    free: Int[Array, " P"],
+    num_free: Int[Array, ""],
+    held: Int[Array, " rows"],
+    want: Int[Array, " rows"],
+    most: int,
+) -> tuple[Int[Array, "rows M"], Int[Array, ""]]:
+    """Give each row pages `[held, want)` of its table; at most `most` new pages per row.
+
+    When the pool runs dry the remaining entries stay empty, and writes to them are dropped.
+    """
+    rows, width = table.shape
+    logical = held[:, None] + jnp.arange(most)
+    need = logical < jnp.minimum(want, width)[:, None]
+    rank = jnp.cumsum(need.reshape(-1)).reshape(need.shape) - 1
+    granted = need & (rank < num_free)
+    page = free[jnp.where(granted, num_free - 1 - rank, 0)]
+    at = jnp.where(granted, logical, width)
+    table = table.at[jnp.arange(rows)[:, None], at].set(page, mode="drop")
+    return table, num_free - jnp.sum(granted, dtype=num_free.dtype)
+
+
+def shrink(
+    table: Int[Array, "rows M"],
+    free: Int[Array, " P"],
+    num_free: Int[Array, ""],
+    held: Int[Array, " rows"],
+    want: Int[Array, " rows"],
+    most: int,
+) -> tuple[Int[Array, "rows M"], Int[Array, " P"], Int[Array, ""]]:
+    """Take pages `[want, held)` of each row back; at most `most` pages per row."""
+    rows, width = table.shape
+    size = free.shape[0]
+    logical = want[:, None] + jnp.arange(most)
+    drop = logical < held[:, None]
+    at = jnp.where(drop, logical, width)
+    page = table.at[jnp.arange(rows)[:, None], at].get(mode="fill", fill_value=size)
+    drop &= page < size
+    rank = jnp.cumsum(drop.reshape(-1)).reshape(drop.shape) - 1
+    free = free.at[jnp.where(drop, num_free + rank, size)].set(page, mode="drop")
+    table = table.at[jnp.arange(rows)[:, None], at].set(size, mode="drop")
+    return table, free, num_free + jnp.sum(drop, dtype=num_free.dtype)

@@ -1,0 +1,261 @@
+"""A tier: slots of one number format in a pool of pages that all rows share, and the four operations on it.
+
+A policy sees one layer at a time (`layer`, `with_layer`) and logical slots; only this file and `pages.py` know pages.
+Slots `[0, length)` of a row are filled. Their order carries no meaning unless a policy gives it one.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
+
+from kvjax.cache import pages
+from kvjax.cache.store import Store
+from kvjax.spec import PyTree
+
+
+class Tier(NamedTuple):
+    """A pool of pages and, per row, which of them hold its slots.
+
+    With a leading `L` axis it is the tier of several layers of equal widths, without it one layer's view.
+    """
+
+    k: PyTree  # key codes, every leaf [P page ...]
+    v: PyTree  # value codes, every leaf [P page ...]
+    pos: Int[Array, "P page"] | tuple  # position of the slot's token; () = slot s holds position s
+    score: Float[Array, "P page"] | tuple  # the policy's statistic; () = none is kept
+    table: Int[Array, "*L B K M"]  # physical page of a row's m-th logical page; P = none
+    length: Int[Array, "*L B K"]  # filled slots
+    budget: Int[Array, "*L B K"]  # slots that the row may keep
+    free: Int[Array, " P"]  # stack of free pages
+    num_free: Int[Array, ""]
+    calib: PyTree  # constants per row of the store or the policy, every leaf [*L B K ...]
+
+    @property
+    def page(self) -> int:
+        """Slots of a page."""
+        return jax.tree.leaves(self.k)[0].shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Slots that a row's table can address."""
+        return self.table.shape[-1] * self.page
+
+
+class Slots(NamedTuple):
+    """The contents of slots, every leaf `[B K n ...]`; `pos` and `score` are () where the tier keeps none."""
+
+    k: PyTree
+    v: PyTree
+    pos: Int[Array, "B K n"] | tuple = ()
+    score: Float[Array, "B K n"] | tuple = ()
+
+
+class Bytes(NamedTuple):
+    """Allocated bytes by part; the parts add up to `total`."""
+
+    payload: int  # codes of filled slots
+    scales: int  # scales and zero points
+    statistics: int  # positions, scores, calibration
+    tables: int  # page tables, lengths, budgets, free list
+    slack: int  # codes of slots that are allocated and empty
+    total: int
+
+
+def init(
+    *,
+    layers: int,
+    batch: int,
+    heads: int,
+    row: int,
+    slots: int,
+    widths: tuple[int, int],
+    store: Store,
+    dtype: DTypeLike,
+    positions: bool = True,
+    scores: bool = False,
+    calib: PyTree = (),
+) -> Tier:
+    """An empty tier.
+
+    Args:
+      layers, batch, heads: L, B, K.
+      row: most slots that any row may fill.
+      slots: slots of all rows together, each row rounded up to whole pages (see `pages.page_size(row)`).
+      widths: cached width of keys and of values.
+      store: codec of both.
+      dtype: the model's dtype.
+      positions: store each slot's position; without, slot s holds position s.
+      scores: store a statistic per slot.
+      calib: constants per row, every leaf `[L B K ...]`.
+    """
+    page = pages.page_size(row)
+    size = -(-slots // page)
+    width = pages.pages_for(row, page)
+    # A donated buffer may appear once only: every leaf is an array of its own.
+    return Tier(
+        k=store.init(size, page, widths[0], dtype),
+        v=store.init(size, page, widths[1], dtype),
+        pos=jnp.full((size, page), -1, jnp.int32) if positions else (),
+        score=jnp.zeros((size, page), jnp.float32) if scores else (),
+        table=jnp.full((layers, batch, heads, width), size, jnp.int32),
+        length=jnp.zeros((layers, batch, heads), jnp.int32),
+        budget=jnp.full((layers, batch, heads), row, jnp.int32),
+        free=jnp.arange(size, dtype=jnp.int32),
+        num_free=jnp.asarray(size, jnp.int32),
+        calib=calib,
+    )
+
+
+def layer(tier: Tier, index: int | Int[Array, ""]) -> Tier:
+    """One layer's view."""
+    pick = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+    return tier._replace(
+        table=pick(tier.table),
+        length=pick(tier.length),
+        budget=pick(tier.budget),
+        calib=jax.tree.map(pick, tier.calib),
+    )
+
+
+def with_layer(tier: Tier, index: int | Int[Array, ""], view: Tier) -> Tier:
+    """The tier with one layer's view written back."""
+    put_back = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0)
+    return view._replace(
+        table=put_back(tier.table, view.table),
+        length=put_back(tier.length, view.length),
+        budget=put_back(tier.budget, view.budget),
+        calib=jax.tree.map(put_back, tier.calib, view.calib),
+    )
+
+
+def take(tier: Tier, slot: Int[Array, "B K n"]) -> Slots:
+    """The contents of slots of a layer's view; empty slots hold anything, their position is -1."""
+    page, offset = _locate(tier, slot)
+    read = lambda x: x.at[page, offset].get(mode="clip")
+    filled = slot < tier.length[..., None]
+    return Slots(
+        k=jax.tree.map(read, tier.k),
+        v=jax.tree.map(read, tier.v),
+        pos=jnp.where(filled, slot if isinstance(tier.pos, tuple) else read(tier.pos), -1),
+        score=() if isinstance(tier.score, tuple) else read(tier.score),
+    )
+
+
+def put(tier: Tier, slot: Int[Array, "B K n"], slots: Slots, where: Bool[Array, "B K n"]) -> Tier:
+    """Write slots of a layer's view, in place when donated; rows grow to hold them and take pages for that.
+
+    Args:
+      tier: a layer's view.
+      slot: where to write; must be `<= length` (appending, in order) or a filled slot.
+      slots: what to write, as codes; `pos` and `score` are ignored where the tier keeps none.
+      where: False drops the write.
+    """
+    most = pages.pages_for(slot.shape[-1], tier.page) + (slot.shape[-1] > 1)
+    length = jnp.maximum(tier.length, jnp.max(jnp.where(where, slot + 1, 0), axis=-1))
+    rows = tier.length.size
+    table, num_free = pages.grow(
+        tier.table.reshape(rows, -1),
+        tier.free,
+        tier.num_free,
+        pages.pages_for(tier.length, tier.page).reshape(rows),
+        pages.pages_for(length, tier.page).reshape(rows),
+        most,
+    )
+    tier = tier._replace(table=table.reshape(tier.table.shape), num_free=num_free)
+    page, offset = _locate(tier, slot)
+    page = jnp.where(where, page, tier.free.shape[0])
+    # A pool that ran dry leaves no page: the row ends before the first slot that could not be written.
+    lost = where & (page == tier.free.shape[0])
+    length = jnp.minimum(length, jnp.min(jnp.where(lost, slot, tier.capacity), axis=-1))
+    write = lambda x, y: x.at[page, offset].set(y, mode="drop")
+    return tier._replace(
+        k=jax.tree.map(write, tier.k, slots.k),
+        v=jax.tree.map(write, tier.v, slots.v),
+        pos=tier.pos if isinstance(tier.pos, tuple) else write(tier.pos, slots.pos),
+        score=tier.score if isinstance(tier.score, tuple) else write(tier.score, slots.score),
+        length=jnp.maximum(length, tier.length),
+    )
+
+
+def trim(tier: Tier, n: Int[Array, "*L B K"], most: int | None = None) -> Tier:
+    """Keep the first `n` slots of each row and give the pages behind them back.
+
+    Args:
+      tier: a tier or a layer's view.
+      n: slots to keep; rows that hold fewer are left alone.
+      most: bound on the pages that a row gives back, when the caller knows one (cheaper).
+    """
+    length = jnp.minimum(tier.length, n)
+    rows = tier.length.size
+    table, free, num_free = pages.shrink(
+        tier.table.reshape(rows, -1),
+        tier.free,
+        tier.num_free,
+        pages.pages_for(tier.length, tier.page).reshape(rows),
+        pages.pages_for(length, tier.page).reshape(rows),
+        tier.table.shape[-1] if most is None else most,
+    )
+    return tier._replace(table=table.reshape(tier.table.shape), free=free, num_free=num_free, length=length)
+
+
+def remove(tier: Tier, slot: Int[Array, "B K"], where: Bool[Array, "B K"]) -> Tier:
+    """Remove one slot of each row: the row's last slot takes its place. Composed of take, put and trim."""
+    last = jnp.maximum(tier.length - 1, 0)
+    tier = put(tier, slot[..., None], take(tier, last[..., None]), where[..., None])
+    return trim(tier, jnp.where(where, last, tier.length), most=1)
+
+
+def positions(tier: Tier) -> Int[Array, "B K S"]:
+    """Position of every slot of a layer's view, -1 where it is empty."""
+    slot = jnp.arange(tier.capacity)
+    pos = slot if isinstance(tier.pos, tuple) else _rows(tier, tier.pos)
+    return jnp.where(slot < tier.length[..., None], pos, -1)
+
+
+def scores(tier: Tier) -> Float[Array, "B K S"]:
+    """The statistic of every slot of a layer's view; empty slots hold anything."""
+    return _rows(tier, tier.score)
+
+
+def with_scores(tier: Tier, score: Float[Array, "B K S"]) -> Tier:
+    """Write the statistic of every slot of a layer's view."""
+    paged = score.reshape(*tier.table.shape, tier.page)
+    return tier._replace(score=tier.score.at[tier.table].set(paged, mode="drop"))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def nbytes(tier: Tier) -> Bytes:
+    """Allocated bytes of a tier by part. Reads `length` back to the host."""
+    size = lambda tree: sum(_bytes(x) for x in jax.tree.leaves(tree))
+    payload = size(_payload(tier.k)) + size(_payload(tier.v))
+    scales = size(tier.k) + size(tier.v) - payload
+    statistics = size((tier.pos, tier.score, tier.calib))
+    tables = size((tier.table, tier.length, tier.budget, tier.free, tier.num_free))
+    slots = tier.free.shape[0] * tier.page
+    filled = payload * int(np.sum(np.asarray(tier.length))) // slots
+    return Bytes(filled, scales, statistics, tables, payload - filled, payload + scales + statistics + tables)
+
+
+def _payload(codes: PyTree) -> PyTree:
+    return codes["codes"] if isinstance(codes, dict) else codes
+
+
+def _bytes(x: Array) -> int:
+    return math.ceil(x.size * jax.dtypes.itemsize_bits(x.dtype) / 8)
+
+
+def _locate(tier: Tier, slot: Int[Array, "B K n"]) -> tuple[Int[Array, "B K n"], Int[Array, "B K n"]]:
+    """Physical page (P where there is none) and offset of logical slots."""
+    logical = slot // tier.page
+    page = jnp.take_along_axis(tier.table, jnp.minimum(logical, tier.table.shape[-1] - 1), axis=-1)
+    return jnp.where(logical < tier.table.shape[-1], page, tier.free.shape[0]), slot % tier.page
+
+
+def _rows(tier: Tier, pool: Array) -> Array:
+    """A pool's leaf `[P page]` as rows `[B K S]`."""
+    return pool.at[tier.table].get(mode="clip").reshape(*tier.length.shape, tier.capacity)

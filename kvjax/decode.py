@@ -1,0 +1,302 @@
+"""Prefill, one decode step, the decode loop. Every `jit` boundary and every donation of the library is in this file."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from kvjax import attention, sampling
+from kvjax.cache import pages
+from kvjax.cache import tier as tiers_
+from kvjax.cache.policy import Layers, Recipe, Tiers
+from kvjax.models import rope
+from kvjax.models.decoder import Decoder, Layer
+from kvjax.spec import Lengths, ModelSpec, Prompt, PyTree, Token
+
+Cache = tuple[Tiers, ...]  # one per group of layers with equal cached widths
+
+
+@functools.lru_cache(maxsize=256)
+def layer_groups(spec: ModelSpec, recipe: Recipe) -> tuple[Layers, ...]:
+    """Layers by the widths of their cached vectors; each group has a page pool of its own."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for layer in range(spec.num_layers):
+        groups.setdefault(recipe.fold.widths(spec, layer), []).append(layer)
+    return tuple(Layers(tuple(index), widths) for widths, index in groups.items())
+
+
+def _place(groups: Sequence[Layers], layer: int) -> tuple[int, int]:
+    """Group of a layer, and its index there."""
+    return next((g, group.index.index(layer)) for g, group in enumerate(groups) if layer in group.index)
+
+
+def init_cache(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
+    """Allocate an empty cache for a batch of prompts.
+
+    Args:
+      model: the decoder.
+      recipe: the method.
+      lengths: tokens of each prompt, and how many may be generated.
+    """
+    groups = layer_groups(model.spec, recipe)
+    return tuple(recipe.policy.init(model.spec, group, lengths, model.dtype) for group in groups)
+
+
+def padded_length(longest: int) -> int:
+    """Tokens that a prompt is padded to: 8 rungs per power of two, so that a new length rarely recompiles."""
+    return pages.ladder(longest, steps=8, smallest=64)
+
+
+def prefill(
+    model: Decoder, recipe: Recipe, tokens: Int[Array, "B T"], length: Int[Array, " B"], cache: Cache
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Run the prompts and fill the cache. Consumes `cache`: its buffers are reused.
+
+    Layers run one after the other through one compiled function. Each layer's keys and values are compressed as soon as
+    its attention is done, so the peak is one layer's full keys and values.
+
+    Args:
+      model: the decoder.
+      recipe: the method.
+      tokens: prompts, padded on the right; T should come from `padded_length`.
+      length: tokens of each prompt, at least 1.
+      cache: an empty cache from `init_cache`.
+
+    Returns:
+      Logits after each prompt's last token, in float32, and the filled cache.
+    """
+    spec, groups = model.spec, layer_groups(model.spec, recipe)
+    x = _embed(model, tokens)
+    filled, infos = list(cache), []
+    for index, layer in enumerate(model.layers):
+        group, place = _place(groups, index)
+        x, filled[group], info = _prefill_layer(
+            layer,
+            recipe.fold.params(index, layer),
+            x,
+            filled[group],
+            length,
+            jnp.asarray(index, jnp.int32),
+            jnp.asarray(place, jnp.int32),
+            spec=spec,
+            recipe=recipe,
+            window=spec.window(index),
+        )
+        infos.append(info)
+        filled = _allocate(spec, recipe, groups, filled, infos, length)
+    return _last_logits(model, x, length), tuple(filled)
+
+
+def _allocate(
+    spec: ModelSpec, recipe: Recipe, groups: Sequence[Layers], cache: list[Tiers], infos: list[PyTree], length: Array
+) -> list[Tiers]:
+    """Redistribute the slots of the layers seen so far, when the budget wants that now."""
+    budget, done = recipe.budget, len(infos)
+    if budget is None or budget.allocate is None:
+        return cache
+    if done < spec.num_layers and (budget.every is None or done % budget.every):
+        return cache
+    slots = _run_allocate(infos, length, recipe=recipe)
+    out = []
+    for group, tiers in zip(groups, cache, strict=True):
+        seen = sum(i < done for i in group.index)
+        out.append(_trim(tiers, slots[jnp.asarray(group.index[:seen], jnp.int32)]) if seen else tiers)
+    return out
+
+
+@functools.partial(jax.jit, static_argnames=("recipe",))
+def _run_allocate(infos: list[PyTree], length: Int[Array, " B"], *, recipe: Recipe) -> Int[Array, "l B K"]:
+    assert recipe.budget is not None and recipe.budget.allocate is not None
+    return recipe.budget.allocate(infos, length)
+
+
+@functools.partial(jax.jit, donate_argnums=(0,))
+def _trim(tiers: Tiers, slots: Int[Array, "l B K"]) -> Tiers:
+    """Trim the first tier's rows to their slots; other tiers hold what the first one gave up."""
+    tier, *rest = tiers
+    n = tier.budget.at[: slots.shape[0]].set(slots)
+    return (tiers_.trim(tier._replace(budget=n), n), *rest)
+
+
+@jax.jit
+def _embed(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    return model.embed(tokens)
+
+
+@jax.jit
+def _last_logits(model: Decoder, x: Float[Array, "B T D"], length: Int[Array, " B"]) -> Float[Array, "B V"]:
+    return model.logits(jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0])
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "recipe", "window"), donate_argnums=(2, 3))
+def _prefill_layer(
+    layer: Layer,
+    params: PyTree,
+    x: Float[Array, "B T D"],
+    tiers: Tiers,
+    length: Int[Array, " B"],
+    index: Int[Array, ""],
+    place: Int[Array, ""],
+    *,
+    spec: ModelSpec,
+    recipe: Recipe,
+    window: int | None,
+) -> tuple[Float[Array, "B T D"], Tiers, PyTree]:
+    """One layer over the whole prompt: exact attention, then compression into the layer's rows."""
+    q, raw, v = layer.project(x)
+    pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    cos, sin = rope.angles(spec.rope, spec.head_dim, pos, length)  # B T H/2
+    q, k = (rope.rotate(y, cos[:, :, None], sin[:, :, None]) for y in (q, raw))
+    heads, lse = attention.prefill_attention(q, k, v, length, window=window)
+    key = recipe.fold.key(params, raw if recipe.rotate == "read" else k)
+    value = recipe.fold.value(params, v)
+    prompt = Prompt(q, k, v, key, value, lse, length, index, spec.num_layers, window)
+    views, info = recipe.policy.prefill(tuple(tiers_.layer(t, place) for t in tiers), prompt)
+    tiers = tuple(tiers_.with_layer(t, place, view) for t, view in zip(tiers, views, strict=True))
+    return layer.finish(x, heads), tiers, info
+
+
+def _decode_layer(
+    layer: Layer, recipe: Recipe, spec: ModelSpec, index: int, x: Float[Array, "B D"], tiers: Tiers, pos: Array, active: Array
+) -> tuple[Float[Array, "B D"], Tiers]:
+    """One layer for one token: insert, attend, observe."""
+    policy, fold = recipe.policy, recipe.fold
+    params = fold.params(index, layer)
+    q, k, v = layer.project(x)  # B N H, B K H
+    q = q.reshape(*k.shape[:2], spec.group_size, spec.head_dim)
+    here = pos[:, None, None]
+    written = k if recipe.rotate == "read" else attention.rotate_at(spec, k[:, :, None], here, pos)[:, :, 0]
+    token = Token(q, k, fold.key(params, written), fold.value(params, v), pos, active, index)
+    tiers = policy.insert(tiers, token)
+    length = sum(tier.length for tier in tiers)
+
+    def read_key(codes: PyTree, at: Int[Array, "B K s"], store) -> Float[Array, "B K s H"]:
+        keys = fold.expand_key(params, store.decode(codes))
+        if recipe.rotate == "write":
+            return keys
+        return attention.rotate_at(spec, keys, place(at), pos)
+
+    place = lambda at: at if recipe.positions is None else recipe.positions(at, pos, length)
+    query = attention.rotate_at(spec, q, place(jnp.broadcast_to(here, (*k.shape[:2], 1))), pos)
+    readers = [(functools.partial(read_key, store=store), store.decode) for store in recipe.stores]
+    heads, probs = attention.decode(
+        query, tiers, readers, now=pos, window=spec.window(index), with_probabilities=policy.observe is not None
+    )
+    if policy.observe is not None:
+        tiers = policy.observe(tiers, token, probs)
+    heads = fold.expand_value(params, heads.astype(x.dtype))
+    return layer.finish(x, heads.reshape(x.shape[0], spec.num_heads, spec.head_dim)), tiers
+
+
+def decode_step(
+    model: Decoder,
+    recipe: Recipe,
+    cache: Cache,
+    token: Int[Array, " B"],
+    pos: Int[Array, " B"],
+    active: Bool[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Logits after one more token of each sequence, and the cache with that token in it.
+
+    A pure function for those who write their own loop; call it inside `jit` and donate the cache.
+
+    Args:
+      model: the decoder.
+      recipe: the method.
+      cache: from `prefill` or an earlier step.
+      token: the token to read.
+      pos: its position.
+      active: False where a sequence has ended: its cache stays as it is; None = all active.
+    """
+    spec, groups = model.spec, layer_groups(model.spec, recipe)
+    active = jnp.ones(token.shape, bool) if active is None else active
+    x = model.embed(token)
+    filled = list(cache)
+    for index, layer in enumerate(model.layers):
+        group, place = _place(groups, index)
+        views = tuple(tiers_.layer(t, place) for t in filled[group])
+        x, views = _decode_layer(layer, recipe, spec, index, x, views, pos, active)
+        filled[group] = tuple(tiers_.with_layer(t, place, v) for t, v in zip(filled[group], views, strict=True))
+    return model.logits(x), tuple(filled)
+
+
+class State(NamedTuple):
+    """What the decode loop carries."""
+
+    cache: Cache
+    token: Int[Array, " B"]  # chosen and not yet read
+    pos: Int[Array, " B"]  # its position
+    done: Bool[Array, " B"]  # the sequence has produced a stop token
+    step: Int[Array, ""]  # tokens chosen so far
+    seen: Bool[Array, "B V"] | None  # for the repetition penalty
+
+
+@functools.partial(jax.jit, static_argnames=("greedy",))
+def first_token(
+    logits: Float[Array, "B V"],
+    cache: Cache,
+    length: Int[Array, " B"],
+    chooser: sampling.Chooser,
+    stop: Int[Array, " E"],
+    seen: Bool[Array, "B V"] | None,
+    *,
+    greedy: bool,
+) -> State:
+    """The loop's state after prefill, with the first token chosen."""
+    step = jnp.zeros((), jnp.int32)
+    token = sampling.choose(logits, chooser, step, greedy=greedy, seen=seen)
+    return State(cache, token, length, jnp.isin(token, stop), step + 1, _mark(seen, token))
+
+
+@functools.partial(jax.jit, static_argnames=("recipe", "greedy", "chunk"), donate_argnums=(1,))
+def decode_loop(
+    model: Decoder,
+    state: State,
+    chooser: sampling.Chooser,
+    stop: Int[Array, " E"],
+    limit: Int[Array, ""],
+    *,
+    recipe: Recipe,
+    greedy: bool,
+    chunk: int,
+) -> tuple[State, Int[Array, "B chunk"]]:
+    """Generate up to `chunk` tokens per sequence, fewer when `limit` tokens are chosen or all sequences have stopped.
+
+    Args:
+      model: the decoder.
+      state: from `first_token` or an earlier call; consumed.
+      chooser: sampling parameters.
+      stop: ids that end a sequence.
+      limit: stop when this many tokens have been chosen in all.
+      recipe, greedy: static.
+      chunk: size of the result, static.
+
+    Returns:
+      The new state and the chosen tokens, -1 where a sequence had stopped.
+    """
+
+    def body(carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
+        state, out, i = carry
+        logits, cache = decode_step(model, recipe, state.cache, state.token, state.pos, ~state.done)
+        token = sampling.choose(logits, chooser, state.step, greedy=greedy, seen=state.seen)
+        out = out.at[:, i].set(jnp.where(state.done, -1, token))
+        done = state.done | jnp.isin(token, stop)
+        pos = state.pos + jnp.where(state.done, 0, 1)
+        token = jnp.where(state.done, state.token, token)
+        return State(cache, token, pos, done, state.step + 1, _mark(state.seen, token)), out, i + 1
+
+    def more(carry: tuple[State, Array, Array]) -> Array:
+        state, _, i = carry
+        return (i < chunk) & (state.step < limit) & ~jnp.all(state.done)
+
+    out = jnp.full((state.token.shape[0], chunk), -1, jnp.int32)
+    state, out, _ = jax.lax.while_loop(more, body, (state, out, jnp.zeros((), jnp.int32)))
+    return state, out
+
+
+def _mark(seen: Bool[Array, "B V"] | None, token: Int[Array, " B"]) -> Bool[Array, "B V"] | None:
+    return None if seen is None else seen.at[jnp.arange(token.shape[0]), token].set(True)

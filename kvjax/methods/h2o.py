@@ -1,0 +1,25 @@
+"""H2O: heavy hitters and recent tokens."""
+
+import functools
+
+from kvjax.cache import budget as budgets
+from kvjax.cache import score
+from kvjax.cache.budget import Keep
+from kvjax.cache.policy import Recipe, retain
+from kvjax.cache.store import dense
+
+
+@functools.cache
+def h2o(budget: Keep = "20%", *, recent: float = 0.5) -> Recipe:
+    """Keep the newest tokens and those that received the most attention so far; evict one per decoded token.
+
+    Args:
+      budget: slots per row, heavy hitters and recent tokens together.
+      recent: share of the budget for the newest tokens.
+
+    Source: Zhang et al., NeurIPS 2023 (arXiv 2306.14048); `h2o_hf/utils_real_drop/modify_llama.py`.
+    Differs: see `kvjax.cache.score.accumulated`.
+    Cost: one more query-key pass over the prompt; 8 bytes per slot.
+    """
+    keep = budgets.uniform(budget)
+    return Recipe("h2o", retain(score.accumulated(recent), keep, evict="after"), (dense(),), keep)

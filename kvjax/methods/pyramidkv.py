@@ -1,0 +1,37 @@
+"""PyramidKV: SnapKV with more slots in lower layers."""
+
+import functools
+from typing import Literal
+
+from kvjax.cache import budget as budgets
+from kvjax.cache import score
+from kvjax.cache.budget import Keep
+from kvjax.cache.policy import Recipe, retain
+from kvjax.cache.store import dense
+from kvjax.errors import InputError
+
+
+@functools.cache
+def pyramidkv(
+    budget: Keep = "20%",
+    *,
+    window: int = 8,
+    kernel: int = 7,
+    pooling: Literal["avg", "max"] = "max",
+    beta: int = 20,
+) -> Recipe:
+    """SnapKV's choice of tokens under a budget that falls linearly with depth; generated tokens are appended.
+
+    Args:
+      budget: prompt tokens kept per row, averaged over layers, the window included.
+      window, kernel, pooling: as in `snapkv`.
+      beta: the last layer keeps 1/beta of the average besides the window.
+
+    Source: Cai et al., 2024 (arXiv 2406.02069); KVCache-Factory `pyramidkv/pyramidkv_utils.py` and `run_longbench.py`.
+    Differs: see `kvjax.cache.budget.pyramid` and `kvjax.cache.score.window`.
+    Cost: `window` rows of attention at prefill.
+    """
+    if beta < 1:
+        raise InputError(f"pyramidkv: beta={beta} is not at least 1")
+    keep = budgets.pyramid(budget, window=window, beta=beta)
+    return Recipe("pyramidkv", retain(score.window(window, kernel, pooling), keep, evict="never"), (dense(),), keep)

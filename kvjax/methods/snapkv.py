@@ -1,0 +1,30 @@
+"""SnapKV: what the end of the prompt looks at."""
+
+import functools
+from typing import Literal
+
+from kvjax.cache import budget as budgets
+from kvjax.cache import score
+from kvjax.cache.budget import Keep
+from kvjax.cache.policy import Recipe, retain
+from kvjax.cache.store import dense
+
+
+@functools.cache
+def snapkv(
+    budget: Keep = "20%", *, window: int = 32, kernel: int = 5, pooling: Literal["avg", "max"] = "avg"
+) -> Recipe:
+    """Keep the last `window` prompt tokens and those that they attend to most; generated tokens are appended.
+
+    Args:
+      budget: prompt tokens kept per row, the window included.
+      window: queries at the end of the prompt that vote [tokens].
+      kernel: neighbours over which votes are pooled, odd [tokens].
+      pooling: "avg" (library default) or "max" (the paper's LongBench runs, with kernel 7).
+
+    Source: Li et al., NeurIPS 2024 (arXiv 2404.14469); `snapkv/monkeypatch/snapkv_utils.py`.
+    Differs: see `kvjax.cache.score.window`.
+    Cost: `window` rows of attention at prefill.
+    """
+    keep = budgets.uniform(budget)
+    return Recipe("snapkv", retain(score.window(window, kernel, pooling), keep, evict="never"), (dense(),), keep)

@@ -1,0 +1,44 @@
+"""StreamingLLM: attention sinks and a rolling window."""
+
+import functools
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Int
+
+from kvjax.cache import budget as budgets
+from kvjax.cache import score
+from kvjax.cache.budget import Keep
+from kvjax.cache.policy import Recipe, retain
+from kvjax.cache.store import dense
+from kvjax.errors import InputError
+
+
+@functools.cache
+def streaming_llm(budget: Keep = "20%", *, sinks: int = 4, positions: Literal["cache", "absolute"] = "cache") -> Recipe:
+    """Keep the first `sinks` tokens and the newest ones.
+
+    Args:
+      budget: slots per row, sinks and the token being decoded included.
+      sinks: first tokens that stay.
+      positions: "cache" stores keys unrotated and rotates them by their place in the cache, so that a text may be longer
+        than the context limit; "absolute" keeps the tokens' own positions.
+
+    Source: Xiao et al., ICLR 2024 (arXiv 2309.17453); `streaming_llm/kv_cache.py`, `pos_shift/modify_llama.py`.
+    Differs: the prompt is read with exact attention at its own positions; places in the cache count from the first
+      generated token on, as in the released code when the prompt is given in one piece.
+    Cost: "cache" rotates every kept key at every step.
+    """
+    if positions not in ("cache", "absolute"):
+        raise InputError(f"streaming_llm: positions={positions!r} is not 'cache' or 'absolute'")
+
+    def place(pos: Int[Array, "B K s"], now: Int[Array, " B"], length: Int[Array, "B K"]) -> Int[Array, "B K s"]:
+        newest = length[..., None] - 1 - (now[:, None, None] - pos)
+        return jnp.where(pos < sinks, jnp.minimum(pos, jnp.maximum(length[..., None] - 1, 0)), newest)
+
+    keep = budgets.uniform(budget)
+    policy = retain(score.recency(sinks), keep, evict="before")
+    if positions == "absolute":
+        return Recipe("streaming_llm", policy, (dense(),), keep)
+    return Recipe("streaming_llm", policy, (dense(),), keep, rotate="read", positions=place)

@@ -1,0 +1,23 @@
+"""TOVA: token omission via attention."""
+
+import functools
+
+from kvjax.cache import budget as budgets
+from kvjax.cache import score
+from kvjax.cache.budget import Keep
+from kvjax.cache.policy import Recipe, retain
+from kvjax.cache.store import dense
+
+
+@functools.cache
+def tova(budget: Keep = "20%") -> Recipe:
+    """Evict the token that the newest query attends to least, the same in all heads of a layer.
+
+    Args:
+      budget: slots per row.
+
+    Source: Oren et al., EMNLP 2024 (arXiv 2401.06104); `src/tova_cache.py`. The newest token itself may be evicted.
+    Cost: 8 bytes per slot.
+    """
+    keep = budgets.uniform(budget)
+    return Recipe("tova", retain(score.last_row(), keep, evict="after"), (dense(),), keep)

@@ -1,0 +1,78 @@
+"""Rotary position embeddings and their scaling rules.
+
+Dimension `i` is paired with `i + H/2` (half-split), as in every checkpoint that kvjax reads.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from kvjax.spec import RopeSpec
+
+
+def frequencies(rope: RopeSpec, head_dim: int, seq_len: Int[Array, " *b"]) -> Float[Array, "*b half"]:
+    """Angular frequency of each pair of dimensions [radians per token].
+
+    Args:
+      rope: the rule.
+      head_dim: H, even.
+      seq_len: tokens seen so far; only `dynamic` depends on it.
+
+    Source: transformers `modeling_rope_utils.py` (`default`, `linear`, `dynamic`, `llama3`, `yarn`).
+    Differs: `dynamic` uses each sequence's own length where transformers takes the longest of the batch,
+      so that a sequence does not depend on its batch mates.
+    """
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    base = jnp.full(jnp.shape(seq_len), rope.theta, jnp.float32)
+    if rope.type == "dynamic":
+        stretched = jnp.maximum(seq_len, rope.original_max_position).astype(jnp.float32)
+        growth = rope.factor * stretched / rope.original_max_position - (rope.factor - 1)
+        base = base * growth ** (head_dim / (head_dim - 2))
+    inv = 1.0 / base[..., None] ** exponent
+    if rope.type == "linear":
+        inv = inv / rope.factor
+    elif rope.type == "llama3":
+        inv = _llama3(rope, inv)
+    elif rope.type == "yarn":
+        inv = _yarn(rope, inv, head_dim)
+    return inv
+
+
+def _llama3(rope: RopeSpec, inv: Array) -> Array:
+    """Stretch long wavelengths by `factor`, keep short ones, blend in between (Llama 3.1)."""
+    wavelength = 2 * math.pi / inv
+    turns = rope.original_max_position / wavelength
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = jnp.clip(smooth, 0.0, 1.0)
+    return (1 - smooth) * inv / rope.factor + smooth * inv
+
+
+def _yarn(rope: RopeSpec, inv: Array, head_dim: int) -> Array:
+    """Interpolate slow dimensions, keep fast ones, ramp in between (arXiv 2309.00071, section 3.2)."""
+
+    def dimension(turns: float) -> float:
+        return head_dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / max(high - low, 0.001)
+    keep = 1 - jnp.clip(ramp, 0.0, 1.0)
+    return inv / rope.factor * (1 - keep) + inv * keep
+
+
+def angles(
+    rope: RopeSpec, head_dim: int, pos: Int[Array, "*b s"], seq_len: Int[Array, " *b"]
+) -> tuple[Float[Array, "*b s half"], Float[Array, "*b s half"]]:
+    """Cosine and sine tables for positions; in float32, scaled by `attention_factor`."""
+    theta = pos[..., None].astype(jnp.float32) * frequencies(rope, head_dim, seq_len)[..., None, :]
+    return jnp.cos(theta) * rope.attention_factor, jnp.sin(theta) * rope.attention_factor
+
+
+def rotate(x: Float[Array, "*b H"], cos: Float[Array, "*c half"], sin: Float[Array, "*c half"]) -> Float[Array, "*b H"]:
+    """Rotate the pairs of `x`; `cos` and `sin` broadcast against its leading axes."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

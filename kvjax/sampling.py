@@ -1,0 +1,115 @@
+"""Choosing the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from kvjax.errors import InputError
+
+
+class Sampling(NamedTuple):
+    """How the next token is chosen. The defaults are greedy decoding.
+
+    Attributes:
+      temperature: 0 = greedy.
+      top_k: sample among the k most likely tokens; 0 = all.
+      top_p: sample among the most likely tokens that together have this probability.
+      min_p: sample among tokens at least this share as likely as the most likely one.
+      repetition_penalty: divides (multiplies, if negative) the logits of tokens seen before; 1 = off (arXiv 1909.05858).
+      seed: same seed, same text.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise `InputError` for values that make no sense."""
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InputError(f"temperature {self.temperature} is not a number >= 0 (0 is greedy)")
+        if self.top_k < 0:
+            raise InputError(f"top-k {self.top_k} is negative (0 keeps all tokens)")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top-p {self.top_p} is not in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min-p {self.min_p} is not in [0, 1]")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise InputError(f"repetition-penalty {self.repetition_penalty} is not a number > 0 (1 is off)")
+        if not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"seed {self.seed} does not fit 64 bits")
+
+
+class Chooser(NamedTuple):
+    """`Sampling` as arrays, so that new values do not recompile."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    min_p: Float[Array, ""]
+    repetition_penalty: Float[Array, ""]
+    key: Array  # one key per sequence, [B]
+
+
+def chooser(sampling: Sampling, batch: int) -> Chooser:
+    """The arrays of a `Sampling` for a batch; every sequence draws from a stream of its own."""
+    number = lambda x: jnp.asarray(x, jnp.float32)
+    # Seeds are taken modulo 2^32, the width of an unsigned integer without x64.
+    keys = jax.random.split(jax.random.key(sampling.seed % 2**32), batch)
+    return Chooser(
+        number(sampling.temperature),
+        jnp.asarray(min(sampling.top_k, 2**31 - 1), jnp.int32),
+        number(sampling.top_p),
+        number(sampling.min_p),
+        number(sampling.repetition_penalty),
+        keys,
+    )
+
+
+def choose(
+    logits: Float[Array, "B V"],
+    chooser: Chooser,
+    step: Int[Array, ""],
+    *,
+    greedy: bool,
+    seen: Bool[Array, "B V"] | None = None,
+) -> Int[Array, " B"]:
+    """The next token of each sequence.
+
+    Filters apply in the order of transformers' logits processors: repetition penalty, temperature, top-k, top-p, min-p.
+
+    Args:
+      logits: next-token logits.
+      chooser: parameters and keys.
+      step: index of the token to be chosen, folded into the keys.
+      greedy: take the most likely token (after the repetition penalty); ties go to the lowest id.
+      seen: tokens that the repetition penalty applies to; None = off.
+    """
+    if seen is not None:
+        penalty = chooser.repetition_penalty
+        logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(chooser.key, step)
+    allowed = _filter(logits / chooser.temperature, chooser)
+    return jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
+
+
+def _filter(logits: Float[Array, "B V"], chooser: Chooser) -> Float[Array, "B V"]:
+    """Logits with -inf where top-k, top-p or min-p exclude a token."""
+    vocab = logits.shape[-1]
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    rank = jnp.arange(vocab)
+    keep = rank < jnp.where(chooser.top_k > 0, chooser.top_k, vocab)
+    prob = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1)
+    keep &= jnp.cumsum(prob, axis=-1) - prob < chooser.top_p
+    keep &= prob >= chooser.min_p * prob[..., :1]
+    keep = jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, keep, axis=-1, inplace=False)
+    return jnp.where(keep, logits, -jnp.inf)

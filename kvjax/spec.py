@@ -1,0 +1,109 @@
+"""What a model is and what flows through a cache: the shared nouns of kvjax.
+
+Axis letters, used in every annotation and einsum of the project:
+
+    B batch            T tokens of a prompt     S slots of a row
+    L layers           N query heads            K key/value heads
+    G = N / K          H head width             R cached width (H, or a latent's rank)
+    D model width      P pages of a pool        M pages of a row
+    V vocabulary
+
+A *row* is one (sequence, key/value head). Keys and values are never repeated to query heads.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding. Field names follow the checkpoints' own `rope_scaling`.
+
+    Source: Su et al. 2021 (arXiv 2104.09864); scaling rules as in transformers `modeling_rope_utils.py`.
+    """
+
+    theta: float = 10000.0
+    type: RopeType = "default"
+    factor: float = 1.0
+    original_max_position: int = 0  # tokens the model was trained on before scaling
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """The shape and the mathematics of one decoder; hashable, hence a static argument of `jit`."""
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    max_position: int  # context limit [tokens]
+    rope: RopeSpec = RopeSpec()
+    norm_eps: float = 1e-6
+    windows: tuple[int | None, ...] = ()  # sliding window of each layer [tokens]; () = none has one
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    family: str = "llama"
+
+    @property
+    def group_size(self) -> int:
+        """G, the query heads that share one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer [tokens], None for full attention."""
+        return self.windows[layer] if self.windows else None
+
+
+class Lengths(NamedTuple):
+    """What the host knows about a batch before it allocates a cache; hashable."""
+
+    prompt: tuple[int, ...]  # tokens of each prompt, without padding
+    new: int  # tokens that may be generated
+    padded: int  # tokens of a prompt after padding
+
+
+class Prompt(NamedTuple):
+    """One layer's view of the prompts during prefill; tokens are padded on the right."""
+
+    q: Float[Array, "B T N H"]  # rotated queries
+    k: Float[Array, "B T K H"]  # rotated keys
+    v: Float[Array, "B T K H"]
+    key: Float[Array, "B T K R"]  # what the cache stores for k
+    value: Float[Array, "B T K R"]  # what the cache stores for v
+    lse: Float[Array, "B N T"]  # log-sum-exp of each query's scaled logits
+    length: Int[Array, " B"]  # tokens of each prompt
+    layer: int | Int[Array, ""]
+    num_layers: int
+    window: int | None  # sliding window of this layer [tokens]
+
+
+class Token(NamedTuple):
+    """One layer's view of the token that is being decoded."""
+
+    q: Float[Array, "B K G H"]  # before rotation
+    k: Float[Array, "B K H"]  # before rotation
+    key: Float[Array, "B K R"]  # what the cache stores for k
+    value: Float[Array, "B K R"]
+    pos: Int[Array, " B"]  # the token's position
+    active: Bool[Array, " B"]  # False: the sequence has ended, write nothing
+    layer: int
+
+
+PyTree = Any

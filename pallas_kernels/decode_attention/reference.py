@@ -1,0 +1,122 @@
+"""Decode attention over pages in plain jnp: the contract, and the XLA path on every platform.
+
+Axis letters: B batch, K key/value heads, G query heads per key/value head, H head width, R cached width, P pages of the
+pool, M pages of a row, S = M x page slots of a row.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+EMPTY = -1e30  # the logit of a slot that is not there; finite, so that differences of two of them are not NaN
+
+
+class Partial(NamedTuple):
+    """Attention over some of a row's tokens, before normalisation: partials merge exactly."""
+
+    o: Float[Array, "B K G R"]  # sum of exp(logit - m) * value
+    l: Float[Array, "B K G"]  # sum of exp(logit - m)
+    m: Float[Array, "B K G"]  # largest logit; EMPTY where the row holds nothing
+    logits: Float[Array, "B K G S"] | None = None  # EMPTY where a slot is empty or out of the window
+
+
+def decode_attention(
+    q: Float[Array, "B K G H"],
+    k: Any,
+    v: Any,
+    table: Int[Array, "B K M"],
+    length: Int[Array, "B K"],
+    pos: Int[Array, "P page"] | None = None,
+    *,
+    scale: float,
+    after: Int[Array, " B"] | None = None,
+    read_key: Callable[[Any, Int[Array, "B K s"]], Float[Array, "B K s H"]] = lambda codes, pos: codes,
+    read_value: Callable[[Any], Float[Array, "B K s R"]] = lambda codes: codes,
+    block: int = 512,
+    with_logits: bool = False,
+) -> Partial:
+    """Attention of one query per row over the first `length` slots of the row.
+
+    Args:
+      q: queries, grouped by key/value head.
+      k, v: pages of key and value codes, every leaf `[P page ...]`.
+      table: physical page of each logical page; entries behind the row's end are ignored.
+      length: filled slots of each row.
+      pos: position of each slot; None = slot s holds position s.
+      scale: factor on the logits, usually H ** -0.5.
+      after: with a sliding window, only tokens at positions greater than this are attended.
+      read_key: turns codes and positions of a block of slots into keys: dequantise, expand, rotate.
+      read_value: turns codes of a block of slots into values.
+      block: slots per step, rounded to whole pages.
+      with_logits: also return every slot's logit, for methods that learn from attention.
+
+    Returns:
+      The unnormalised result; see `merge` and `probabilities`.
+
+    Cost: reads each filled slot once, in blocks; never a dense copy of the row.
+    """
+    page = jax.tree.leaves(k)[0].shape[1]
+    size = jax.tree.leaves(k)[0].shape[0]
+    per_step = max(1, min(block // page, table.shape[-1]))
+    steps = -(-table.shape[-1] // per_step)
+    width = per_step * page
+    table = jnp.pad(table, ((0, 0), (0, 0), (0, steps * per_step - table.shape[-1])))
+    table = jnp.clip(table, 0, size - 1)
+    rows = table.shape[:2]
+    read = lambda x, at: x.at[at].get(mode="promise_in_bounds").reshape(*rows, width, *x.shape[2:])
+
+    def step(i: Array, carry: Partial) -> Partial:
+        at = jax.lax.dynamic_slice_in_dim(table, i * per_step, per_step, axis=2)
+        slot = i * width + jnp.arange(width)
+        where = jnp.broadcast_to(slot, (*rows, width)) if pos is None else read(pos, at)
+        key = read_key(jax.tree.map(lambda x: read(x, at), k), where)
+        value = read_value(jax.tree.map(lambda x: read(x, at), v))
+        seen = slot < length[..., None]
+        if after is not None:
+            seen &= where > after[:, None, None]
+        s = jnp.einsum("bkgh,bksh->bkgs", q, key, preferred_element_type=jnp.float32) * scale
+        s = jnp.where(seen[:, :, None], s, EMPTY)
+        m = jnp.maximum(carry.m, s.max(axis=-1))
+        e = jnp.where(seen[:, :, None], jnp.exp(s - m[..., None]), 0.0)
+        old = jnp.exp(carry.m - m)
+        weighted = jnp.einsum("bkgs,bksr->bkgr", e.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        logits = carry.logits
+        if logits is not None:
+            logits = jax.lax.dynamic_update_slice_in_dim(logits, s, i * width, axis=3)
+        return Partial(carry.o * old[..., None] + weighted, carry.l * old + e.sum(axis=-1), m, logits)
+
+    heads = q.shape[:3]
+    values = jax.eval_shape(read_value, jax.tree.map(lambda x: jax.ShapeDtypeStruct((*rows, width, *x.shape[2:]), x.dtype), v))
+    first = Partial(
+        jnp.zeros((*heads, values.shape[-1]), jnp.float32),
+        jnp.zeros(heads, jnp.float32),
+        jnp.full(heads, EMPTY, jnp.float32),
+        jnp.full((*heads, steps * width), EMPTY, jnp.float32) if with_logits else None,
+    )
+    out = jax.lax.fori_loop(0, (jnp.max(length) + width - 1) // width, step, first)
+    slots = table.shape[-1] * page
+    return out._replace(logits=None if out.logits is None else out.logits[..., :slots])
+
+
+def merge(parts: Sequence[Partial]) -> Partial:
+    """One partial from several over disjoint sets of tokens: tiers, splits or shards."""
+
+    def two(a: Partial, b: Partial) -> Partial:
+        m = jnp.maximum(a.m, b.m)
+        x, y = jnp.exp(a.m - m), jnp.exp(b.m - m)
+        return Partial(a.o * x[..., None] + b.o * y[..., None], a.l * x + b.l * y, m)
+
+    return functools.reduce(two, parts)
+
+
+def probabilities(part: Partial, whole: Partial) -> Float[Array, "B K G S"]:
+    """Attention weights of a part's slots, normalised over the whole; 0 where a slot is empty."""
+    if part.logits is None:
+        raise ValueError("probabilities need a partial computed with with_logits=True")
+    p = jnp.exp(part.logits - whole.m[..., None]) / whole.l[..., None]
+    return jnp.where(part.logits > EMPTY, p, 0.0)

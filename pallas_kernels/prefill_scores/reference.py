@@ -1,0 +1,58 @@
+"""Column sums of causal attention in plain jnp: the contract, and the XLA path on every platform."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+
+def column_sums(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    lse: Float[Array, "B N T"],
+    length: Int[Array, " B"],
+    *,
+    scale: float,
+    window: int | None = None,
+    block: int = 512,
+) -> Float[Array, "B K T"]:
+    """Attention that each token received from all queries, averaged over the query heads of its group.
+
+    Args:
+      q, k: rotated queries and keys, padded on the right.
+      lse: log-sum-exp of each query's scaled logits, saved by the attention pass.
+      length: tokens of each prompt; padded queries and keys count nothing.
+      scale: factor on the logits.
+      window: sliding window [tokens].
+      block: tokens per block on both axes.
+
+    Cost: one more pass of T^2/2 query-key products, in blocks: memory grows with T, not with its square.
+    """
+    b, t, n, h = q.shape
+    heads = k.shape[2]
+    block = math.gcd(t, block)
+    q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
+    k = jnp.moveaxis(k, 1, 2)
+    lse = lse.reshape(b, heads, n // heads, t)
+
+    def column(j: Array) -> Float[Array, "B K block"]:
+        key = jax.lax.dynamic_slice_in_dim(k, j * block, block, axis=2)
+        key_pos = j * block + jnp.arange(block)
+
+        def row(i: Array, total: Array) -> Array:
+            cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=3)
+            pos = i * block + jnp.arange(block)
+            distance = pos[:, None] - key_pos
+            seen = (distance >= 0) & (distance < (window or t))
+            seen = seen & (pos[:, None] < length[:, None, None])
+            s = jnp.einsum("bkgqh,bksh->bkgqs", cut(q), key, preferred_element_type=jnp.float32) * scale
+            p = jnp.where(seen[:, None, None], jnp.exp(s - cut(lse)[..., None]), 0.0)
+            return total + p.sum(axis=3).mean(axis=2)
+
+        last = t // block if window is None else jnp.minimum(t // block, j + 2 + window // block)
+        return jax.lax.fori_loop(j, last, row, jnp.zeros((b, heads, block), jnp.float32))
+
+    sums = jax.lax.map(column, jnp.arange(t // block))  # T/block B K block
+    return jnp.moveaxis(sums, 0, 2).reshape(b, heads, t)
