@@ -61,7 +61,11 @@ def prefill_attention(
             return o * old[..., None] + more, total * old + e.sum(axis=-1), m
 
         shape = query.shape[:-1]
-        empty = (jnp.zeros(query.shape, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.full(shape, EMPTY, jnp.float32))
+        empty = (
+            jnp.zeros(query.shape, jnp.float32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.full(shape, EMPTY, jnp.float32),
+        )
         first = 0 if window is None else jnp.maximum(i - 1 - window // block, 0)
         o, total, top = jax.lax.fori_loop(first, i + 1, column, empty)
         return (o / total[..., None]).astype(v.dtype), top + jnp.log(total)
@@ -74,9 +78,7 @@ def prefill_attention(
 def column_sums(prompt: Prompt) -> Float[Array, "B K T"]:
     """Attention that each prompt token received from all queries, averaged over the query heads of its group."""
     scale = prompt.q.shape[-1] ** -0.5
-    return prefill_scores.column_sums(
-        prompt.q, prompt.k, prompt.lse, prompt.length, scale=scale, window=prompt.window
-    )
+    return prefill_scores.column_sums(prompt.q, prompt.k, prompt.lse, prompt.length, scale=scale, window=prompt.window)
 
 
 def window_sums(prompt: Prompt, size: int) -> Float[Array, "B K T"]:

@@ -161,7 +161,14 @@ def _prefill_layer(
 
 
 def _decode_layer(
-    layer: Layer, recipe: Recipe, spec: ModelSpec, index: int, x: Float[Array, "B D"], tiers: Tiers, pos: Array, active: Array
+    layer: Layer,
+    recipe: Recipe,
+    spec: ModelSpec,
+    index: int,
+    x: Float[Array, "B D"],
+    tiers: Tiers,
+    pos: Array,
+    active: Array,
 ) -> tuple[Float[Array, "B D"], Tiers]:
     """One layer for one token: insert, attend, observe."""
     policy, fold = recipe.policy, recipe.fold
@@ -172,7 +179,7 @@ def _decode_layer(
     written = k if recipe.rotate == "read" else attention.rotate_at(spec, k[:, :, None], here, pos)[:, :, 0]
     token = Token(q, k, fold.key(params, written), fold.value(params, v), pos, active, index)
     tiers = policy.insert(tiers, token)
-    length = sum(tier.length for tier in tiers)
+    length = functools.reduce(jnp.add, (tier.length for tier in tiers))
 
     def read_key(codes: PyTree, at: Int[Array, "B K s"], store) -> Float[Array, "B K s H"]:
         keys = fold.expand_key(params, store.decode(codes))

@@ -19,7 +19,8 @@ class Sampling(NamedTuple):
       top_k: sample among the k most likely tokens; 0 = all.
       top_p: sample among the most likely tokens that together have this probability.
       min_p: sample among tokens at least this share as likely as the most likely one.
-      repetition_penalty: divides (multiplies, if negative) the logits of tokens seen before; 1 = off (arXiv 1909.05858).
+      repetition_penalty: divides the logits of tokens seen before (multiplies them if negative); 1 = off
+        (arXiv 1909.05858).
       seed: same seed, same text.
     """
 

@@ -88,8 +88,8 @@ def pyramid(keep: Keep, *, window: int, beta: int = 20) -> Budget:
     """Slots fall linearly with depth: lower layers spread their attention, higher layers concentrate it.
 
     With `b = keep - window` slots besides the observation window, the last layer gets `b // beta` and the first
-    `2 b - b // beta`; the mean over layers stays `b`, except that integer steps overspend by up to `L - 1` slots a layer
-    over 2. Prompts shorter than `2 b` keep `b` everywhere.
+    `2 b - b // beta`; the mean over layers stays `b`, except that integer steps overspend by up to `(L - 1) / 2` slots
+    per layer. Prompts shorter than `2 b` keep `b` everywhere.
 
     Source: PyramidKV (arXiv 2406.02069), as in KVCache-Factory `pyramidkv/pyramidkv_utils.py`.
     Differs: when the window alone fills the budget the schedule is uniform (the released code fails).

@@ -53,7 +53,7 @@ def recency(sinks: int) -> Score:
 
 
 def accumulated(recent: float) -> Score:
-    """Attention that a token received from all queries so far; a share `recent` of the budget goes to the newest tokens.
+    """Attention that a token received from all queries so far; a share `recent` of the budget is for the newest.
 
     Source: H2O (arXiv 2306.14048), `h2o_hf/utils_real_drop/modify_llama.py`.
     Differs: one set of tokens per key/value head (the released code repeats keys per query head and keeps one set for

@@ -220,13 +220,17 @@ def positions(tier: Tier) -> Int[Array, "B K S"]:
 
 def scores(tier: Tier) -> Float[Array, "B K S"]:
     """The statistic of every slot of a layer's view; empty slots hold anything."""
+    if isinstance(tier.score, tuple):
+        raise ValueError("this tier keeps no scores: allocate it with scores=True")
     return _rows(tier, tier.score)
 
 
 def with_scores(tier: Tier, score: Float[Array, "B K S"]) -> Tier:
     """Write the statistic of every slot of a layer's view."""
+    if isinstance(tier.score, tuple):
+        raise ValueError("this tier keeps no scores: allocate it with scores=True")
     paged = score.reshape(*tier.table.shape, tier.page)
-    return tier._replace(score=tier.score.at[tier.table].set(paged, mode="drop"))  # pyright: ignore[reportAttributeAccessIssue]
+    return tier._replace(score=tier.score.at[tier.table].set(paged, mode="drop"))
 
 
 def nbytes(tier: Tier) -> Bytes:

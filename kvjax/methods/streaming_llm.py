@@ -22,8 +22,8 @@ def streaming_llm(budget: Keep = "20%", *, sinks: int = 4, positions: Literal["c
     Args:
       budget: slots per row, sinks and the token being decoded included.
       sinks: first tokens that stay.
-      positions: "cache" stores keys unrotated and rotates them by their place in the cache, so that a text may be longer
-        than the context limit; "absolute" keeps the tokens' own positions.
+      positions: "cache" stores keys unrotated and rotates them by their place in the cache, so that a text may be
+        longer than the context limit; "absolute" keeps the tokens' own positions.
 
     Source: Xiao et al., ICLR 2024 (arXiv 2309.17453); `streaming_llm/kv_cache.py`, `pos_shift/modify_llama.py`.
     Differs: the prompt is read with exact attention at its own positions; places in the cache count from the first

@@ -91,7 +91,9 @@ def decode_attention(
         return Partial(carry.o * old[..., None] + weighted, carry.l * old + e.sum(axis=-1), m, logits)
 
     heads = q.shape[:3]
-    values = jax.eval_shape(read_value, jax.tree.map(lambda x: jax.ShapeDtypeStruct((*rows, width, *x.shape[2:]), x.dtype), v))
+    values = jax.eval_shape(
+        read_value, jax.tree.map(lambda x: jax.ShapeDtypeStruct((*rows, width, *x.shape[2:]), x.dtype), v)
+    )
     first = Partial(
         jnp.zeros((*heads, values.shape[-1]), jnp.float32),
         jnp.zeros(heads, jnp.float32),

@@ -1,0 +1,187 @@
+"""Generate text with a compressed key/value cache.
+
+Without a prompt, the demo model answers questions about a long list, once with the full cache and once with a
+compressed one.
+"""
+
+import argparse
+import json
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from kvjax import command, generation, showcase
+from kvjax.errors import InputError
+from kvjax.generation import Generation, Model
+from kvjax.methods import METHODS, make
+from kvjax.report import describe, list_methods, summary
+from kvjax.sampling import Sampling
+
+PROG = "kvjax.generate"
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def parser() -> command.Parser:
+    """The command line's flags."""
+    p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", metavar="M", help="Hugging Face directory, hub id or Orbax directory (default: demo)")
+    p.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable; - reads standard input")
+    p.add_argument("--prompt-file", action="append", metavar="FILE", help="a prompt from a file; repeatable")
+    p.add_argument("--prompt-tokens", action="append", metavar="1,2,3", help="a prompt as token ids; repeatable")
+    p.add_argument("--chat", action="store_true", help="wrap each prompt in the checkpoint's chat template")
+    p.add_argument("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: full)")
+    p.add_argument("--budget", metavar="512|20%", help="slots per row, in tokens or as a share of the prompt")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the method")
+    p.add_argument("--config", type=Path, metavar="FILE.toml", help="options from a file; flags take precedence")
+    p.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    p.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")
+    p.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
+    p.add_argument("--min-p", type=float, default=0.0, help="(default: 0)")
+    p.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off (default: 1)")
+    p.add_argument("--seed", type=int, default=0, help="same seed, same text (default: 0)")
+    p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
+    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
+    p.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    p.add_argument("--dump-cache", type=Path, metavar="FILE.npz", help="write kept positions and prompt logits")
+    p.add_argument("--list-methods", action="store_true", help="show all methods and their arguments")
+    return p
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Flags, with the config file's options as defaults."""
+    p = parser()
+    args = p.parse_args(argv)
+    arguments: dict[str, Any] = {}
+    if args.config is not None:
+        options = set(vars(args)) - {"config", "set", "list_methods"}
+        config = command.read_config(args.config, options | {"arguments"})
+        arguments = config.pop("arguments", {})
+        if "dump_cache" in config:
+            config["dump_cache"] = Path(config["dump_cache"])
+        p.set_defaults(**config)
+        args = p.parse_args(argv)
+    args.arguments = arguments | command.read_settings(args.set)
+    return args
+
+
+def read_prompts(args: argparse.Namespace, model: Model) -> list[str] | list[list[int]]:
+    """The prompts of all flags, as texts or, if some are given so, as token ids."""
+    texts = [sys.stdin.read() if text == "-" else text for text in args.prompt or ()]
+    for name in args.prompt_file or ():
+        try:
+            texts.append(Path(name).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot read {name}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{name} is not UTF-8 text") from None
+    ids = [_ids(text) for text in args.prompt_tokens or ()]
+    if not ids and not args.chat:
+        return texts
+    return [_encode(model, text, args.chat) for text in texts] + ids
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        raise InputError(f"--prompt-tokens {text!r} is not a list of ids such as 1,2,3") from None
+
+
+def _encode(model: Model, text: str, chat: bool) -> list[int]:
+    if not text:
+        raise InputError("the prompt is empty")
+    if model.tokenizer is None:
+        raise InputError(f"{model.name} has no tokenizer.json: give token ids instead (--prompt-tokens 1,2,3)")
+    return model.tokenizer.chat([{"role": "user", "content": text}]) if chat else model.tokenizer.encode(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    args = parse(argv)
+    console = Console()
+    if args.list_methods:
+        list_methods(console)
+        return
+    prompted = args.prompt or args.prompt_file or args.prompt_tokens
+    method = args.method or ("full" if prompted else showcase.METHOD)
+    budget = args.budget if args.method or prompted else args.budget or showcase.BUDGET
+    recipe = make(method, budget, args.arguments)
+    sampling = Sampling(
+        args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed
+    )  # fmt: skip
+    sampling.check()
+    if args.dump_cache is not None:
+        _check_writable(args.dump_cache)
+    if not prompted and args.model is not None:
+        raise InputError("give a prompt: --prompt TEXT, --prompt-file FILE or --prompt-tokens 1,2,3")
+    command.use_compilation_cache()
+    model = generation.load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
+    if not prompted and not args.json:
+        showcase.run(console, model, recipe, budget)
+        return
+    prompts = read_prompts(args, model) if prompted else showcase.prompts().texts
+    alone = len(prompts) == 1 and not args.json and not args.no_stream
+    printer, finish = _printer(model) if alone else (None, None)
+    out = generation.generate(
+        model, prompts, recipe, max_new_tokens=args.max_new_tokens, how=sampling, on_token=printer
+    )
+    if finish is not None:
+        finish()
+    if args.dump_cache is not None:
+        np.savez(args.dump_cache, positions=generation.cached_positions(model, out), logits=out.logits)
+    if args.json:
+        print(json.dumps(describe(model, out, budget)))
+        return
+    if not alone:
+        _print_all(out)
+    console.print(summary([out], ["" if budget is None else str(budget)]))
+
+
+def _printer(model: Model) -> tuple[Callable[[int, int], None], Callable[[], None]]:
+    """Functions that print text as it appears, and its end."""
+    stream = None if model.tokenizer is None else model.tokenizer.stream()
+
+    def show(sequence: int, token: int) -> None:
+        del sequence
+        print(f"{token} " if stream is None else stream.push(token), end="", flush=True)
+
+    def finish() -> None:
+        print("" if stream is None else stream.finish(), flush=True)
+
+    return show, finish
+
+
+def _print_all(out: Generation) -> None:
+    for i, sequence in enumerate(out.sequences):
+        if len(out.sequences) > 1:
+            print(f"--- {i + 1}")
+        print(" ".join(map(str, sequence.tokens)) if sequence.text is None else sequence.text)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise `InputError` now rather than after the generation."""
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+class _Callable(types.ModuleType):
+    """The package exports a function of this module's name; importing the module must not hide it."""
+
+    __call__ = staticmethod(generation.generate)
+
+
+if __name__ == "__main__":
+    command.run(PROG, main)
+else:
+    sys.modules[__name__].__class__ = _Callable

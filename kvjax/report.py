@@ -1,0 +1,88 @@
+"""Tables and JSON about what was generated and what it cost."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from kvjax.generation import Generation, Model
+from kvjax.methods import METHODS
+
+
+def describe(model: Model, out: Generation, budget: str | int | None) -> dict[str, Any]:
+    """Everything about a generation as plain data."""
+    return {
+        "method": out.recipe.name,
+        "sequences": [sequence._asdict() for sequence in out.sequences],
+        "cache": {"bytes": out.bytes._asdict(), "full_bytes": out.full_bytes, "slots": out.slots},
+        "timing": out.timing._asdict(),
+        "model": model.name,
+        "dtype": jnp.dtype(model.decoder.dtype).name,
+        "budget": budget,
+    }
+
+
+def summary(outs: Sequence[Generation], budgets: Sequence[str]) -> Table:
+    """One column per generation: tokens, bytes by part, times."""
+    table = Table(show_header=len(outs) > 1)
+    table.add_column("")
+    for out, budget in zip(outs, budgets, strict=True):
+        table.add_column(f"{out.recipe.name} {budget}".strip(), justify="right")
+    for name, cells in _rows(outs, budgets):
+        table.add_row(name, *cells)
+    return table
+
+
+def _rows(outs: Sequence[Generation], budgets: Sequence[str]) -> list[tuple[str, list[str]]]:
+    rows: list[tuple[str, list[str]]] = []
+    if len(outs) == 1:
+        rows.append(("method", [f"{outs[0].recipe.name} {budgets[0]}".strip()]))
+    rows += [
+        ("prompt tokens", [str(sum(s.prompt_tokens for s in out.sequences)) for out in outs]),
+        ("generated tokens", [str(sum(len(s.tokens) for s in out.sequences)) for out in outs]),
+        ("kept slots", [f"{kept_fraction(out):.1%}" for out in outs]),
+    ]
+    for part in ("payload", "scales", "statistics", "tables", "slack", "total"):
+        label = "cache bytes" if part == "total" else f"  {part}"
+        rows.append((label, [_bytes(getattr(out.bytes, part)) for out in outs]))
+    return [
+        *rows,
+        ("full cache bytes", [_bytes(out.full_bytes) for out in outs]),
+        ("of the full cache", [f"{out.bytes.total / out.full_bytes:.1%}" for out in outs]),
+        ("prefill [s]", [f"{out.timing.prefill_s:.2f}" for out in outs]),
+        ("decode [tokens/s]", [f"{out.timing.decode_tokens_per_s:.1f}" for out in outs]),
+        ("compilation [s]", [f"{out.timing.compile_s:.2f}" for out in outs]),
+    ]
+
+
+def kept_fraction(out: Generation) -> float:
+    """Filled slots over the slots that a full cache would have filled."""
+    # The last generated token is chosen and never read.
+    seen = sum(
+        (s.prompt_tokens + len(s.tokens) - 1) * len(kept) for s, kept in zip(out.sequences, out.slots, strict=True)
+    )
+    return sum(map(sum, out.slots)) / seen
+
+
+def _bytes(n: int) -> str:
+    return f"{n:,}"
+
+
+def list_methods(console: Console) -> None:
+    """A table of all methods, their arguments with defaults, and where they come from."""
+    table = Table(show_lines=True)
+    for column in ("method", "what it keeps", "arguments (--set)", "source"):
+        table.add_column(column)
+    for name, factory in METHODS.items():
+        doc = inspect.getdoc(factory) or ""
+        arguments = [
+            f"{key}={parameter.default}"
+            for key, parameter in inspect.signature(factory).parameters.items()
+            if key != "budget"
+        ]
+        source = next((line.removeprefix("Source: ") for line in doc.splitlines() if line.startswith("Source:")), "")
+        table.add_row(name, doc.splitlines()[0], "\n".join(arguments), source)
+    console.print(table)
