@@ -155,8 +155,9 @@ def _prefill_layer(
     key = recipe.fold.key(params, raw if recipe.rotate == "read" else k)
     value = recipe.fold.value(params, v)
     prompt = Prompt(q, k, v, key, value, lse, length, index, spec.num_layers, window)
-    views, info = recipe.policy.prefill(tuple(tiers_.layer(t, place) for t in tiers), prompt)
-    tiers = tuple(tiers_.with_layer(t, place, view) for t, view in zip(tiers, views, strict=True))
+    olds = tuple(tiers_.layer(t, place) for t in tiers)
+    views, info = recipe.policy.prefill(olds, prompt)
+    tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
     return layer.finish(x, heads), tiers, info
 
 
@@ -222,12 +223,14 @@ def decode_step(
     spec, groups = model.spec, layer_groups(model.spec, recipe)
     active = jnp.ones(token.shape, bool) if active is None else active
     x = model.embed(token)
-    filled = list(cache)
+    filled = [recipe.policy.reserve(tiers, active) for tiers in cache]
     for index, layer in enumerate(model.layers):
         group, place = _place(groups, index)
-        views = tuple(tiers_.layer(t, place) for t in filled[group])
-        x, views = _decode_layer(layer, recipe, spec, index, x, views, pos, active)
-        filled[group] = tuple(tiers_.with_layer(t, place, v) for t, v in zip(filled[group], views, strict=True))
+        olds = tuple(tiers_.layer(t, place) for t in filled[group])
+        x, views = _decode_layer(layer, recipe, spec, index, x, olds, pos, active)
+        filled[group] = tuple(
+            tiers_.with_layer(t, place, old, new) for t, old, new in zip(filled[group], olds, views, strict=True)
+        )
     return model.logits(x), tuple(filled)
 
 

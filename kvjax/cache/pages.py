@@ -41,17 +41,18 @@ def grow(
     table: Int[Array, "rows M"],
     free: Int[Array, " P"],
     num_free: Int[Array, ""],
-    held: Int[Array, " rows"],
     want: Int[Array, " rows"],
     most: int,
 ) -> tuple[Int[Array, "rows M"], Int[Array, ""]]:
-    """Give each row pages `[held, want)` of its table; at most `most` new pages per row.
+    """Give each row the first `want` pages of its table; at most the last `most` of them may be missing.
 
-    When the pool runs dry the remaining entries stay empty, and writes to them are dropped.
+    When the pool runs dry the remaining entries stay empty.
     """
     rows, width = table.shape
-    logical = held[:, None] + jnp.arange(most)
-    need = logical < jnp.minimum(want, width)[:, None]
+    size = free.shape[0]
+    logical = jnp.minimum(want, width)[:, None] - most + jnp.arange(most)
+    held = table.at[jnp.arange(rows)[:, None], jnp.maximum(logical, 0)].get(mode="promise_in_bounds") < size
+    need = (logical >= 0) & ~held
     rank = jnp.cumsum(need.reshape(-1)).reshape(need.shape) - 1
     granted = need & (rank < num_free)
     page = free[jnp.where(granted, num_free - 1 - rank, 0)]
@@ -64,19 +65,11 @@ def shrink(
     table: Int[Array, "rows M"],
     free: Int[Array, " P"],
     num_free: Int[Array, ""],
-    held: Int[Array, " rows"],
     want: Int[Array, " rows"],
-    most: int,
 ) -> tuple[Int[Array, "rows M"], Int[Array, " P"], Int[Array, ""]]:
-    """Take pages `[want, held)` of each row back; at most `most` pages per row."""
-    rows, width = table.shape
+    """Leave each row the first `want` pages of its table and push the others back."""
     size = free.shape[0]
-    logical = want[:, None] + jnp.arange(most)
-    drop = logical < held[:, None]
-    at = jnp.where(drop, logical, width)
-    page = table.at[jnp.arange(rows)[:, None], at].get(mode="fill", fill_value=size)
-    drop &= page < size
+    drop = (jnp.arange(table.shape[1]) >= want[:, None]) & (table < size)
     rank = jnp.cumsum(drop.reshape(-1)).reshape(drop.shape) - 1
-    free = free.at[jnp.where(drop, num_free + rank, size)].set(page, mode="drop")
-    table = table.at[jnp.arange(rows)[:, None], at].set(size, mode="drop")
-    return table, free, num_free + jnp.sum(drop, dtype=num_free.dtype)
+    free = free.at[jnp.where(drop, num_free + rank, size)].set(table, mode="drop")
+    return jnp.where(drop, size, table), free, num_free + jnp.sum(drop, dtype=num_free.dtype)

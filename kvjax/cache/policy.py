@@ -6,7 +6,7 @@
     observe  learn from attention, evict; runs after attention  (None: kernels need not return probabilities)
 
 All but `init` are pure functions of one layer's view of the tiers. They run inside `jit`; nothing that depends on a
-prompt becomes a shape. A method is a factory that returns a `Recipe`.
+prompt becomes a shape. Before the layers of a step, `reserve` takes pages for all of them at once. A method is a factory that returns a `Recipe`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from kvjax.cache import pages
 from kvjax.cache import tier as tiers_
@@ -40,20 +40,27 @@ class Layers(NamedTuple):
     widths: tuple[int, int]  # of cached keys and values
 
 
+def append_room(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
+    """Room for one more slot in every row of every active sequence."""
+    return tuple(tiers_.reserve(t, jnp.where(active[:, None], t.length + 1, 0), 1) for t in tiers)
+
+
 class CachePolicy(NamedTuple):
-    """Four pure functions over a layer's tiers.
+    """Four pure functions over a layer's tiers, and one over all layers.
 
     Attributes:
       init: `(spec, layers, lengths, dtype) -> tiers` with the `L` axis; on the host.
       prefill: `(tiers, prompt) -> (tiers, info)`; `info` is handed to `Budget.allocate`.
       insert: `(tiers, token) -> tiers`.
       observe: `(tiers, token, probabilities) -> tiers`, one `[B K G S]` per tier, 0 where empty; or None.
+      reserve: `(tiers with the L axis, active [B]) -> tiers`, takes pages for what the step may append to each row.
     """
 
     init: Callable[[ModelSpec, Layers, Lengths, DTypeLike], Tiers]
     prefill: Callable[[Tiers, Prompt], tuple[Tiers, PyTree]]
     insert: Callable[[Tiers, Token], Tiers]
     observe: Callable[[Tiers, Token, tuple[Float[Array, "B K G S"], ...]], Tiers] | None = None
+    reserve: Callable[[Tiers, Bool[Array, " B"]], Tiers] = append_room
 
 
 class Recipe(NamedTuple):
@@ -133,8 +140,14 @@ def retain(
         pos, stat = (slot, ()) if score.prompt is None else _best(score, score.prompt(prompt), prompt, kept, n)
         pick = lambda x: jnp.take_along_axis(jnp.moveaxis(x, 2, 1), pos[..., None], axis=2)
         k, v = (store.encode(pick(x), x.dtype) for x in (prompt.key, prompt.value))
-        where = slot < jnp.minimum(kept, prompt.length[:, None])[..., None]
-        return (tiers_.put(tier, slot, Slots(k, v, pos, stat), where),), ()
+        filled = jnp.broadcast_to(jnp.minimum(kept, prompt.length[:, None]), rows)
+        tier = tiers_.reserve(tier, filled, n)
+        return (tiers_.put(tier, slot, Slots(k, v, pos, stat), slot < filled[..., None]),), ()
+
+    def reserve(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
+        (tier,) = tiers
+        room = tier.length + 1 if evict != "before" else jnp.minimum(tier.length + 1, tier.budget)
+        return (tiers_.reserve(tier, jnp.where(active[:, None], room, 0), 1),)
 
     def insert(tiers: Tiers, token: Token) -> Tiers:
         (tier,) = tiers
@@ -159,7 +172,7 @@ def retain(
         (tier,) = fate((tier,), victim, over)
         return (tiers_.remove(tier, victim, over),)
 
-    return CachePolicy(init, prefill, insert, observe if score.observe is not None else None)
+    return CachePolicy(init, prefill, insert, observe if score.observe is not None else None, reserve)
 
 
 def _best(

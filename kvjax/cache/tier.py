@@ -1,4 +1,4 @@
-"""A tier: slots of one number format in a pool of pages that all rows share, and the four operations on it.
+"""A tier: slots of one number format in a pool of pages that all rows share, and the operations on it.
 
 A policy sees one layer at a time (`layer`, `with_layer`) and logical slots; only this file and `pages.py` know pages.
 Slots `[0, length)` of a row are filled. Their order carries no meaning unless a policy gives it one.
@@ -123,15 +123,34 @@ def layer(tier: Tier, index: int | Int[Array, ""]) -> Tier:
     )
 
 
-def with_layer(tier: Tier, index: int | Int[Array, ""], view: Tier) -> Tier:
-    """The tier with one layer's view written back."""
-    put_back = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0)
-    return view._replace(
-        table=put_back(tier.table, view.table),
-        length=put_back(tier.length, view.length),
-        budget=put_back(tier.budget, view.budget),
-        calib=jax.tree.map(put_back, tier.calib, view.calib),
+def with_layer(tier: Tier, index: int | Int[Array, ""], old: Tier, new: Tier) -> Tier:
+    """The tier with one layer's view written back; what is still the same array as in `old` is left alone."""
+
+    def put_back(x: Array, before: Array, after: Array) -> Array:
+        return x if after is before else jax.lax.dynamic_update_index_in_dim(x, after, index, 0)
+
+    return new._replace(
+        table=put_back(tier.table, old.table, new.table),
+        length=put_back(tier.length, old.length, new.length),
+        budget=put_back(tier.budget, old.budget, new.budget),
+        calib=jax.tree.map(put_back, tier.calib, old.calib, new.calib),
     )
+
+
+def reserve(tier: Tier, n: Int[Array, "*L B K"], most: int) -> Tier:
+    """Take pages, so that the first `n` slots of each row can be written.
+
+    Args:
+      tier: a tier or a layer's view.
+      n: slots per row; rows that have room for them are left alone.
+      most: bound on the slots that may be new.
+    """
+    rows = tier.length.size
+    new_pages = min(pages.pages_for(most, tier.page) + (most > 1), tier.table.shape[-1])
+    table, num_free = pages.grow(
+        tier.table.reshape(rows, -1), tier.free, tier.num_free, pages.pages_for(n, tier.page).reshape(rows), new_pages
+    )
+    return tier._replace(table=table.reshape(tier.table.shape), num_free=num_free)
 
 
 def take(tier: Tier, slot: Int[Array, "B K n"]) -> Slots:
@@ -148,67 +167,47 @@ def take(tier: Tier, slot: Int[Array, "B K n"]) -> Slots:
 
 
 def put(tier: Tier, slot: Int[Array, "B K n"], slots: Slots, where: Bool[Array, "B K n"]) -> Tier:
-    """Write slots of a layer's view, in place when donated; rows grow to hold them and take pages for that.
+    """Write slots of a layer's view, in place when donated; rows grow to hold them.
 
     Args:
       tier: a layer's view.
-      slot: where to write; must be `<= length` (appending, in order) or a filled slot.
+      slot: where to write: a filled slot, or appending in order from `length`, in pages that `reserve` took. During
+        decoding one slot per row is reserved (see `CachePolicy.reserve`).
       slots: what to write, as codes; `pos` and `score` are ignored where the tier keeps none.
       where: False drops the write.
     """
-    most = pages.pages_for(slot.shape[-1], tier.page) + (slot.shape[-1] > 1)
-    length = jnp.maximum(tier.length, jnp.max(jnp.where(where, slot + 1, 0), axis=-1))
-    rows = tier.length.size
-    table, num_free = pages.grow(
-        tier.table.reshape(rows, -1),
-        tier.free,
-        tier.num_free,
-        pages.pages_for(tier.length, tier.page).reshape(rows),
-        pages.pages_for(length, tier.page).reshape(rows),
-        most,
-    )
-    tier = tier._replace(table=table.reshape(tier.table.shape), num_free=num_free)
     page, offset = _locate(tier, slot)
     page = jnp.where(where, page, tier.free.shape[0])
-    # A pool that ran dry leaves no page: the row ends before the first slot that could not be written.
-    lost = where & (page == tier.free.shape[0])
-    length = jnp.minimum(length, jnp.min(jnp.where(lost, slot, tier.capacity), axis=-1))
+    written = page < tier.free.shape[0]
     write = lambda x, y: x.at[page, offset].set(y, mode="drop")
     return tier._replace(
         k=jax.tree.map(write, tier.k, slots.k),
         v=jax.tree.map(write, tier.v, slots.v),
         pos=tier.pos if isinstance(tier.pos, tuple) else write(tier.pos, slots.pos),
         score=tier.score if isinstance(tier.score, tuple) else write(tier.score, slots.score),
-        length=jnp.maximum(length, tier.length),
+        length=jnp.maximum(tier.length, jnp.max(jnp.where(written, slot + 1, 0), axis=-1)),
     )
 
 
-def trim(tier: Tier, n: Int[Array, "*L B K"], most: int | None = None) -> Tier:
+def trim(tier: Tier, n: Int[Array, "*L B K"]) -> Tier:
     """Keep the first `n` slots of each row and give the pages behind them back.
 
     Args:
       tier: a tier or a layer's view.
       n: slots to keep; rows that hold fewer are left alone.
-      most: bound on the pages that a row gives back, when the caller knows one (cheaper).
     """
     length = jnp.minimum(tier.length, n)
     rows = tier.length.size
-    table, free, num_free = pages.shrink(
-        tier.table.reshape(rows, -1),
-        tier.free,
-        tier.num_free,
-        pages.pages_for(tier.length, tier.page).reshape(rows),
-        pages.pages_for(length, tier.page).reshape(rows),
-        tier.table.shape[-1] if most is None else most,
-    )
+    want = pages.pages_for(length, tier.page).reshape(rows)
+    table, free, num_free = pages.shrink(tier.table.reshape(rows, -1), tier.free, tier.num_free, want)
     return tier._replace(table=table.reshape(tier.table.shape), free=free, num_free=num_free, length=length)
 
 
 def remove(tier: Tier, slot: Int[Array, "B K"], where: Bool[Array, "B K"]) -> Tier:
-    """Remove one slot of each row: the row's last slot takes its place. Composed of take, put and trim."""
+    """Remove one slot of each row: the row's last slot takes its place. The row keeps its pages."""
     last = jnp.maximum(tier.length - 1, 0)
     tier = put(tier, slot[..., None], take(tier, last[..., None]), where[..., None])
-    return trim(tier, jnp.where(where, last, tier.length), most=1)
+    return tier._replace(length=jnp.where(where, last, tier.length))
 
 
 def positions(tier: Tier) -> Int[Array, "B K S"]:
