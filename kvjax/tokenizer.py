@@ -32,6 +32,7 @@ class Tokenizer:
         self._backend = backend
         self._template = template
         self._special = special
+        self._hidden = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer | None":
@@ -78,9 +79,13 @@ class Tokenizer:
             text = _environment().from_string(self._template).render(
                 messages=list(messages), tools=None, documents=None, add_generation_prompt=True, **self._special
             )  # fmt: skip
-        except (jinja2.TemplateError, TypeError) as error:
-            raise InputError(f"the chat template refuses these messages: {error}") from error
+        except Exception as error:  # a template is a program
+            raise InputError(f"the chat template refuses these messages: {' '.join(str(error).split())}") from error
         return self.encode(text, special=False)
+
+    def is_special(self, token: int) -> bool:
+        """Whether `decode` leaves a token out."""
+        return token in self._hidden
 
     def is_byte(self, token: int) -> bool:
         """Whether a token stands for one byte, whose text depends on its neighbours."""
@@ -102,6 +107,8 @@ class Stream:
 
     def push(self, token: int) -> str:
         """The text that `token` completes; "" while nothing is complete."""
+        if self._tokenizer.is_special(token):
+            return ""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
         if text.endswith("\ufffd") or self._tokenizer.is_byte(token):
@@ -155,13 +162,13 @@ def _template(directory: Path, config: dict[str, Any]) -> str | None:
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
-    return template
+    return template if isinstance(template, str) else None
 
 
 def _special(config: dict[str, Any]) -> dict[str, str]:
     """`bos_token` and its like, given as a text or as an object with `content`."""
     tokens = {name: value for name, value in config.items() if name.endswith("_token")}
-    texts = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}

@@ -59,7 +59,7 @@ def _yarn(rope: RopeSpec, inv: Array, head_dim: int) -> Array:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / max(high - low, 0.001)
+    ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / ((high - low) or 0.001)
     keep = 1 - jnp.clip(ramp, 0.0, 1.0)
     return inv / rope.factor * (1 - keep) + inv * keep
 

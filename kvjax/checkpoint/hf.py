@@ -1,0 +1,257 @@
+"""Read a Hugging Face checkpoint: local safetensors into a `Decoder`, one tensor at a time.
+
+Pickled weights are never opened.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from kvjax.errors import InputError
+from kvjax.models.decoder import Decoder
+from kvjax.models.hf_config import read_config, read_json
+from kvjax.spec import ModelSpec
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+# kvjax's module -> the checkpoint's. Modules of a layer are relative to the layer.
+_LLAMA = {
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "attention_norm": "input_layernorm",
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.o": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+_INTERNLM2 = {
+    "embedding": "model.tok_embeddings",
+    "norm": "model.norm",
+    "head": "output",
+    "attention_norm": "attention_norm",
+    "attention.q": "attention.wqkv",
+    "attention.k": "attention.wqkv",
+    "attention.v": "attention.wqkv",
+    "attention.o": "attention.wo",
+    "mlp_norm": "ffn_norm",
+    "mlp.gate": "feed_forward.w1",
+    "mlp.up": "feed_forward.w3",
+    "mlp.down": "feed_forward.w2",
+}
+_NAMES = {"internlm2": _INTERNLM2}  # every other family has Llama's names
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+
+class Stored(NamedTuple):
+    """Where a tensor is and what it is, from its file's header."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def resolve(name: str) -> Path:
+    """The directory of a checkpoint: a local one, else a hub id `org/name`, which is downloaded."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{name}: is a file, expected a directory in the Hugging Face layout")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise InputError(f"{name}: no such directory, and not a hub id of the form org/name")
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.snapshot_download(
+            name,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"],
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except Exception as error:  # the client raises its transport's errors too, and those are no stable list
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{name}: no such directory, and the hub gave no such model: {reason}") from error
+    return Path(found)
+
+
+def abstract(spec: ModelSpec, dtype: DTypeLike) -> tuple[dict[str, jax.ShapeDtypeStruct], Any]:
+    """The parameters of a decoder by dotted path, in the order of its tree, and the tree that holds them."""
+    model = nnx.eval_shape(lambda: Decoder(spec, dtype=dtype, rngs=nnx.Rngs(0)))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(model)
+    paths = (jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in leaves)
+    return dict(zip(paths, (leaf for _, leaf in leaves), strict=True)), tree
+
+
+def load(path: Path, dtype: DTypeLike, ignore: Collection[str] = (), progress: Progress | None = None) -> Decoder:
+    """A decoder with the weights of the Hugging Face directory `path`, cast to `dtype`."""
+    spec = read_config(path, ignore)
+    targets, tree = abstract(spec, dtype)
+    arrays = {target: jax.device_put(array) for target, array in read(path, spec, dtype, progress)}
+    return jax.tree.unflatten(tree, [arrays[target] for target in targets])
+
+
+def read(
+    path: Path, spec: ModelSpec, dtype: DTypeLike | None = None, progress: Progress | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (parameter path, array) of a decoder, the largest first so that the peak of memory comes early.
+
+    Args:
+      path: a Hugging Face directory.
+      spec: the model in it.
+      dtype: cast to it; None keeps each tensor's own.
+      progress: called after each tensor.
+    """
+    targets, _ = abstract(spec, np.float32)
+    sources = {target: _source(target, spec.family) for target in targets}
+    stored = headers(path)
+    _check_names(path, spec, stored, set(sources.values()))
+    for target, source in sources.items():
+        _check(source, stored[source], _stored_shape(target, targets[target].shape, spec))
+    order = sorted(targets, key=lambda target: -np.prod(targets[target].shape))
+    total, done = sum(int(np.prod(leaf.shape)) for leaf in targets.values()), 0
+    for target in order:
+        array = _read(stored[sources[target]], sources[target])
+        array = _select(array, target, spec)
+        array = np.ascontiguousarray(array.T if target.endswith(".kernel") else array)
+        array = array if dtype is None else array.astype(dtype, copy=False)
+        if not np.isfinite([array.min(), array.max()]).all():  # both propagate NaN
+            raise InputError(f"{stored[sources[target]].file}: tensor {sources[target]} has NaN or infinite weights")
+        done += array.size
+        yield target, array
+        if progress is not None:
+            progress(done, total)
+
+
+def stored_dtype(path: Path, spec: ModelSpec) -> np.dtype:
+    """The dtype of a checkpoint's embedding, which stands for the whole."""
+    name = _source("embedding", spec.family)
+    stored = headers(path).get(name)
+    if stored is None or stored.dtype not in _DTYPES:
+        raise InputError(f"{path}: tensor {name} is {stored.dtype if stored else 'missing'}")
+    return _DTYPES[stored.dtype]
+
+
+def headers(path: Path) -> dict[str, Stored]:
+    """What every tensor of a Hugging Face directory is, without reading one."""
+    if (path / SINGLE).is_file():
+        return _header(path / SINGLE)
+    if not (path / INDEX).is_file():
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+        if pickles:
+            raise InputError(
+                f"{path}: has only pickled weights ({pickles[0]}), and opening a pickle runs the code inside; "
+                "use the model's safetensors revision, or convert it with safetensors where you trust the file"
+            )
+        raise InputError(f"{path}: has neither {SINGLE} nor {INDEX}")
+    listed = read_json(path / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+        raise InputError(f"{path / INDEX}: has no weight_map of tensor names to file names")
+    shards = {shard: _shard(path, shard) for shard in sorted(set(listed.values()))}
+    for name, shard in listed.items():
+        if name not in shards[shard]:
+            raise InputError(f"{path / INDEX}: lists tensor {name} in {shard}, which does not have it")
+    for shard, content in shards.items():
+        for name in content:
+            if listed.get(name) != shard:
+                raise InputError(f"{path / shard}: tensor {name} is not listed in {INDEX}")
+    return {name: shards[shard][name] for name, shard in listed.items()}
+
+
+def _shard(path: Path, name: str) -> dict[str, Stored]:
+    # The name must be plain; the file itself may be a link, as in the hub's cache.
+    if re.search(r"[/\\]|^\.\.?$", name) or not name.endswith(".safetensors"):
+        raise InputError(
+            f"{path / INDEX}: shard {name!r} is not the plain name of a .safetensors file beside the index"
+        )
+    if not (path / name).is_file():
+        raise InputError(f"{path}: shard {name} is missing; the index lists it")
+    return _header(path / name)
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    try:
+        with safe_open(file, "np") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+            return {name: Stored(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: is truncated or not a safetensors file ({error})") from None
+
+
+def _read(stored: Stored, name: str) -> np.ndarray:
+    # Opened anew for each tensor: the mapping's pages count as ours for as long as it lives.
+    try:
+        with safe_open(stored.file, "np") as tensors:
+            return tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{stored.file}: tensor {name} cannot be read ({error})") from None
+
+
+def _source(target: str, family: str) -> str:
+    """The checkpoint's name of a parameter."""
+    names = _NAMES.get(family, _LLAMA)
+    if target == "embedding":
+        return f"{names[target]}.weight"
+    module, _, leaf = target.rpartition(".")
+    layer = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
+    module = f"model.layers.{layer[1]}.{names[layer[2]]}" if layer else names[module]
+    return f"{module}.{_LEAVES[leaf]}"
+
+
+def _is_packed(target: str, spec: ModelSpec) -> bool:
+    return spec.family == "internlm2" and bool(re.search(r"\.attention\.[qkv]\.", target))
+
+
+def _stored_shape(target: str, shape: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:
+    """The shape that the checkpoint's tensor for a parameter must have; torch's `Linear` is [out, in]."""
+    shape = shape[::-1] if target.endswith(".kernel") else shape
+    if _is_packed(target, spec):
+        shape = ((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, *shape[1:])
+    return shape
+
+
+def _select(array: np.ndarray, target: str, spec: ModelSpec) -> np.ndarray:
+    """A parameter's rows of a packed tensor: for each key/value head its G query heads, its key, its value."""
+    if not _is_packed(target, spec):
+        return array
+    rows = array.reshape(spec.num_kv_heads, spec.group_size + 2, spec.head_dim, *array.shape[1:])
+    part = {"q": slice(0, -2), "k": slice(-2, -1), "v": slice(-1, None)}[target.split(".")[-2]]
+    return rows[:, part].reshape(-1, *array.shape[1:])
+
+
+def _check(name: str, stored: Stored, shape: tuple[int, ...]) -> None:
+    if stored.dtype not in _DTYPES:
+        raise InputError(f"{stored.file}: tensor {name} is {stored.dtype}; kvjax reads {', '.join(_DTYPES)}")
+    if stored.shape != shape:
+        raise InputError(
+            f"{stored.file}: tensor {name} has shape {list(stored.shape)}, config.json gives {list(shape)}"
+        )
+
+
+def _check_names(path: Path, spec: ModelSpec, stored: Collection[str], expected: set[str]) -> None:
+    """Every parameter is there and every tensor is used; a tied head and rotary tables may be there unused."""
+    missing = sorted(expected.difference(stored))
+    if missing:
+        raise InputError(f"{path}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
+    spare = {_source("head.kernel", spec.family)} if spec.tie_embeddings else set()
+    extra = sorted(n for n in set(stored) - expected - spare if not n.endswith("rotary_emb.inv_freq"))
+    if extra:
+        raise InputError(f"{path}: tensor {extra[0]} has no place in a {spec.family} model ({len(extra)} have none)")

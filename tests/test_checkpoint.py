@@ -1,0 +1,497 @@
+"""Checkpoints in and out: Hugging Face safetensors, Orbax, conversion, and everything that is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import golden
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import kvjax.convert
+from kvjax.checkpoint import hf, load_model, orbax
+from kvjax.checkpoint.convert import convert
+from kvjax.errors import InputError
+from kvjax.models.decoder import forward
+from kvjax.models.hf_config import read_config
+
+ROOT = Path(kvjax.convert.__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+
+
+@pytest.fixture
+def source(tmp_path):
+    return golden.write_checkpoint("llama_gqa", tmp_path / "source")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    return golden.write_checkpoint("llama_gqa", tmp_path / "sharded", shards=3)
+
+
+def refusal(path, *words):
+    """The message of the error for a checkpoint directory; it is one line and has every word."""
+    with pytest.raises(InputError) as error:
+        hf.load(path, jnp.float32)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    return message
+
+
+def edit(path, **tensors):
+    """Replace tensors in `model.safetensors`; `__` in a name is a dot, None removes the tensor."""
+    content = load_file(path / "model.safetensors")
+    for name, value in tensors.items():
+        content[name.replace("__", ".")] = value
+    save_file({name: value for name, value in content.items() if value is not None}, path / "model.safetensors")
+
+
+def edit_index(path, **entries):
+    file = path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    for name, shard in entries.items():
+        index["weight_map"][name.replace("__", ".")] = shard
+    index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if shard is not None}
+    file.write_text(json.dumps(index))
+
+
+def edit_config(path, **fields):
+    config = json.loads((path / "config.json").read_text()) | fields
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def assert_same(first, second):
+    """Two decoders have the same tree, dtypes and weights."""
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+# --- the same numbers as transformers ---
+
+
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_logits_and_greedy_tokens_are_those_of_transformers(tmp_path, name):
+    expected = golden.load(name)
+    model = hf.load(golden.write_checkpoint(name, tmp_path), jnp.float32)
+    run = jax.jit(forward)
+    logits = run(model, jnp.asarray(expected.prompt)[None])[0, -1]
+    np.testing.assert_allclose(logits, expected.logits, atol=1e-4, rtol=0)
+    tokens = np.concatenate([expected.prompt, expected.recomputed])
+    first = len(expected.prompt)
+    if model.spec.rope.type == "dynamic":  # every length has its own frequencies
+        said = [int(run(model, jnp.asarray(tokens[:n])[None])[0, -1].argmax()) for n in range(first, len(tokens))]
+    else:
+        said = run(model, jnp.asarray(tokens)[None])[0, first - 1 : -1].argmax(-1).tolist()
+    assert said == expected.recomputed.tolist()
+    assert len(said) == 12
+
+
+def test_the_golden_files_tell_the_models_apart(tmp_path):
+    """Turning a feature off moves the logits, so that the comparison above sees every feature."""
+    changes = {
+        "llama3_scaling": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3}},
+        "llama_linear": {"rope_scaling": None},
+        "llama_dynamic": {"rope_scaling": None},
+        "llama_yarn": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "mistral_window": {"sliding_window": None},
+        "qwen2_window": {"use_sliding_window": False, "layer_types": None},
+        "qwen2_tied": {"rope_theta": 1e4},
+    }
+    for name, change in changes.items():
+        path = golden.write_checkpoint(name, tmp_path / name)
+        edit_config(path, **change)
+        expected = golden.load(name)
+        logits = forward(hf.load(path, jnp.float32), jnp.asarray(expected.prompt)[None])[0, -1]
+        assert np.abs(logits - expected.logits).max() > 1e-2, name
+
+
+# --- reading Hugging Face directories ---
+
+
+def test_shards_dtypes_and_links_give_the_same_model(tmp_path, source, sharded):
+    model = hf.load(source, jnp.float32)
+    assert_same(hf.load(sharded, jnp.float32), model)
+    half = golden.write_checkpoint("llama_gqa", tmp_path / "half", np.float16)
+    assert_same(hf.load(half, jnp.float32), model)
+    brain = golden.write_checkpoint("llama_gqa", tmp_path / "brain", ml_dtypes.bfloat16)
+    assert_same(hf.load(brain, jnp.bfloat16), hf.load(source, jnp.bfloat16))
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, shard in enumerate(SHARDS):  # as in the hub's cache
+        (sharded / shard).rename(blobs / str(number))
+        (sharded / shard).symlink_to(Path("..") / "blobs" / str(number))
+    assert_same(hf.load(sharded, jnp.float32), model)
+
+
+def test_weights_are_transposed_in_place(source):
+    model, weights = hf.load(source, jnp.float32), golden.load("llama_gqa").weights
+    layer = model.layers[1]
+    np.testing.assert_array_equal(layer.mlp.up.kernel[...], weights["model.layers.1.mlp.up_proj.weight"].T)
+    np.testing.assert_array_equal(layer.mlp_norm.scale[...], weights["model.layers.1.post_attention_layernorm.weight"])
+    np.testing.assert_array_equal(model.embedding[...], weights["model.embed_tokens.weight"])
+    assert model.spec == read_config(source)
+
+
+def test_reading_streams_the_largest_first_and_reports(source):
+    calls = []
+    sizes = [array.size for _, array in hf.read(source, read_config(source), progress=lambda *a: calls.append(a))]
+    assert len(sizes) == len(jax.tree.leaves(hf.load(source, jnp.float32)))
+    assert sizes == sorted(sizes, reverse=True)
+    assert [done for done, _ in calls] == np.cumsum(sizes).tolist()
+    assert {total for _, total in calls} == {sum(sizes)}
+
+
+def test_harmless_extra_tensors(source, tmp_path):
+    model = hf.load(source, jnp.float32)
+    edit(source, model__layers__0__self_attn__rotary_emb__inv_freq=np.ones(4, np.float32))
+    assert_same(hf.load(source, jnp.float32), model)
+    tied = golden.write_checkpoint("qwen2_tied", tmp_path / "tied")
+    model = hf.load(tied, jnp.float32)
+    edit(tied, lm_head__weight=np.ones((97, 32), np.float32))
+    assert_same(hf.load(tied, jnp.float32), model)
+
+
+def test_wrong_tensors_are_named(source):
+    original = (source / "model.safetensors").read_bytes()
+    name, shape = "model.layers.1.mlp.up_proj.weight", (48, 32)
+    weight = np.ones(shape, np.float32)
+    cases = [
+        ({name: None}, [name, "is missing", "1 of 21"]),
+        ({"model.extra.weight": weight}, ["model.extra.weight", "has no place"]),
+        ({name: np.ones((32, 48), np.float32)}, [name, "[32, 48]", "[48, 32]"]),
+        ({name: np.ones(shape, np.float64)}, [name, "F64", "F32, F16, BF16"]),
+        ({name: np.ones(shape, np.int8)}, [name, "I8"]),
+        ({name: np.where(np.arange(32) == 3, np.nan, weight).astype(np.float32)}, [name, "NaN or infinite"]),
+        ({name: np.where(np.arange(32) == 3, np.inf, weight).astype(np.float16)}, [name, "NaN or infinite"]),
+        ({name: np.where(np.arange(32) == 3, -np.inf, weight).astype(np.float32)}, [name, "NaN or infinite"]),
+        ({name: np.where(np.arange(32) == 3, np.nan, weight).astype(ml_dtypes.bfloat16)}, [name, "NaN or infinite"]),
+        ({"lm_head.weight": None}, ["lm_head.weight", "is missing"]),
+    ]
+    for tensors, words in cases:
+        (source / "model.safetensors").write_bytes(original)
+        edit(source, **tensors)
+        refusal(source, *words)
+
+
+def test_a_packed_tensor_of_the_wrong_shape_is_named(tmp_path):
+    path = golden.write_checkpoint("internlm2", tmp_path / "packed")
+    edit(path, model__layers__0__attention__wqkv__weight=np.ones((79, 48), np.float32))
+    refusal(path, "model.layers.0.attention.wqkv.weight", "[79, 48]", "[80, 48]")
+
+
+@pytest.mark.parametrize("keep", [0, 6, 1000, -1])
+def test_truncated_files(source, keep):
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refusal(source, "model.safetensors", "truncated")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickles_are_refused(source, name):
+    (source / "model.safetensors").rename(source / name)
+    refusal(source, name, "runs the code", "safetensors")
+
+
+def test_no_weights(source):
+    (source / "model.safetensors").unlink()
+    refusal(source, "model.safetensors", "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    "shard", ["/etc/x.safetensors", "../x.safetensors", "a/x.safetensors", "..", "a\\x.safetensors"]
+)
+def test_shards_outside_the_directory(sharded, shard):
+    edit_index(sharded, lm_head__weight=shard)
+    refusal(sharded, repr(shard), "plain name")
+
+
+def test_index_and_shards_must_agree(sharded):
+    file = sharded / "model.safetensors.index.json"
+    original, listed = file.read_text(), json.loads(file.read_text())["weight_map"]
+    wrong = next(shard for shard in SHARDS if shard != listed["lm_head.weight"])
+    edit_index(sharded, lm_head__weight=wrong)
+    refusal(sharded, "lm_head.weight", wrong, "does not have it")
+    file.write_text(original)
+    edit_index(sharded, lm_head__weight=None)
+    refusal(sharded, "lm_head.weight", "not listed")
+    file.write_text(original)
+    edit_index(sharded, lm_head__weight="pytorch_model.bin")
+    refusal(sharded, "pytorch_model.bin", "plain name")
+    file.write_text(json.dumps({"weight_map": [1]}))
+    refusal(sharded, "weight_map")
+    file.write_text(original)
+    (sharded / SHARDS[1]).write_bytes((sharded / SHARDS[1]).read_bytes()[:-8])
+    refusal(sharded, SHARDS[1], "truncated")
+    (sharded / SHARDS[1]).unlink()
+    refusal(sharded, SHARDS[1], "missing")
+
+
+# --- names ---
+
+
+def test_resolve_local(source, monkeypatch):
+    assert hf.resolve(str(source)) == source
+    for name in ("/no/such/place", "./absent", "absent", "a/b/c"):
+        with pytest.raises(InputError, match="no such directory"):
+            hf.resolve(name)
+    with pytest.raises(InputError, match="is a file"):
+        hf.resolve(str(source / "config.json"))
+    monkeypatch.chdir(source.parent.parent)  # an existing directory that looks like a hub id
+    assert hf.resolve(f"{source.parent.name}/source") == Path(source.parent.name) / "source"
+
+
+def test_resolve_hub(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hf.resolve("org/model-1.0") == tmp_path
+    assert asked["name"] == "org/model-1.0"
+    assert "*.safetensors" in asked["allow_patterns"] and "*.json" in asked["allow_patterns"]
+    assert not any("bin" in p or p.endswith(("pt", "pth", "*")) for p in asked["allow_patterns"])
+
+    def offline(name, **options):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach the hub\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(InputError, match="org/model") as error:
+        hf.resolve("org/model")
+    assert "cannot reach the hub" in str(error.value) and "\n" not in str(error.value)
+
+
+# --- Orbax ---
+
+
+@pytest.mark.parametrize("name", ["llama_biases", "qwen2_tied", "internlm2"])
+def test_a_converted_model_is_the_same(tmp_path, name):
+    source = golden.write_checkpoint(name, tmp_path / "source", np.float16)
+    (source / "tokenizer_config.json").write_text("{}")
+    (source / "weights.bin").write_text("not copied")
+    convert(str(source), tmp_path / "dst")
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        assert_same(orbax.load(tmp_path / "dst", dtype), hf.load(source, dtype))
+    assert_same(orbax.load(tmp_path / "dst"), hf.load(source, jnp.float16))
+    files = {file.name for file in (tmp_path / "dst").iterdir()}
+    assert files == {"config.json", "tokenizer_config.json", "kvjax.json", "params"}
+    about = json.loads((tmp_path / "dst" / "kvjax.json").read_text())
+    assert about == {"format": 1, "dtype": "float16", "source": "source", "ignore_config": []}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["dst", "source"]
+
+
+def test_convert_to_a_dtype(tmp_path, source):
+    convert(str(source), tmp_path / "dst", "bfloat16")
+    assert_same(orbax.load(tmp_path / "dst"), hf.load(source, jnp.bfloat16))
+
+
+def test_arrays_larger_than_the_bytes_in_flight(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(orbax, "_IN_FLIGHT", 64)
+    convert(str(source), tmp_path / "dst")
+    assert_same(orbax.load(tmp_path / "dst", jnp.bfloat16), hf.load(source, jnp.bfloat16))
+
+
+def test_loading_is_in_parts_of_bounded_size():
+    leaves = {f"l{i}": jax.ShapeDtypeStruct((1 + 64 * (i % 40), 1024), jnp.float32) for i in range(400)}
+    parts = list(orbax._parts(leaves))
+    assert 1 < len(parts) <= 101
+    names = [name for part in parts for name in part]
+    assert sorted(names) == sorted(leaves)
+    total = sum(4 * leaf.size for leaf in leaves.values())
+    largest = max(4 * leaf.size for leaf in leaves.values())
+    assert all(sum(4 * leaf.size for leaf in part.values()) <= total / 100 + largest for part in parts)
+
+
+def test_load_model_takes_both(tmp_path, source):
+    convert(str(source), tmp_path / "dst")
+    first, where = load_model(str(source))
+    second, there = load_model(str(tmp_path / "dst"))
+    assert (where, there, first.dtype) == (source, tmp_path / "dst", jnp.float32)
+    assert_same(first, second)
+    assert load_model(str(source), jnp.bfloat16)[0].dtype == jnp.bfloat16
+    with pytest.raises(InputError, match="no such directory"):
+        load_model(str(tmp_path / "absent"))
+
+
+def test_ignored_fields_are_remembered(tmp_path, source):
+    edit_config(source, something_new=1)
+    with pytest.raises(InputError, match="something_new"):
+        convert(str(source), tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+    convert(str(source), tmp_path / "dst", ignore=["something_new"])
+    assert_same(load_model(str(tmp_path / "dst"))[0], load_model(str(source), ignore=["something_new"])[0])
+
+
+def test_a_damaged_conversion_is_refused(tmp_path, source):
+    dst = tmp_path / "dst"
+    convert(str(source), dst)
+    about = (dst / "kvjax.json").read_text()
+    (dst / "kvjax.json").write_text(about.replace('"format": 1', '"format": 2'))
+    with pytest.raises(InputError, match="format 2"):
+        orbax.load(dst)
+    (dst / "kvjax.json").write_text(about)
+    edit_config(dst, intermediate_size=64)
+    with pytest.raises(InputError, match="convert the source again"):
+        orbax.load(dst)
+    edit_config(dst, intermediate_size=48, num_hidden_layers=3)
+    with pytest.raises(InputError, match="convert the source again"):
+        orbax.load(dst)
+    (dst / "params").rename(dst / "gone")
+    with pytest.raises(InputError, match="params"):
+        orbax.load(dst)
+
+
+def test_convert_refuses(tmp_path, source, monkeypatch):
+    convert(str(source), tmp_path / "dst")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="exists already"):
+        convert(str(source), tmp_path / "dst")
+    with pytest.raises(InputError, match="converted checkpoint already"):
+        convert(str(tmp_path / "dst"), tmp_path / "again")
+    with pytest.raises(InputError, match="int8"):
+        convert(str(source), tmp_path / "again", "int8")
+    edit(source, lm_head__weight=np.full((97, 32), np.nan, np.float32))
+    with pytest.raises(InputError, match=r"lm_head\.weight"):
+        convert(str(source), tmp_path / "again")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file"):
+        convert(str(source), tmp_path / "file" / "dst")
+    (tmp_path / "file").unlink()
+    golden.write_checkpoint("llama_gqa", source)
+
+    def full(path, tree):
+        raise ValueError("RESOURCE_EXHAUSTED: no space left [tensorstore_spec='...']\nmore")
+
+    monkeypatch.setattr(orbax.ocp, "save", full)
+    with pytest.raises(InputError, match=r"cannot be written \(RESOURCE_EXHAUSTED: no space left\)$"):
+        convert(str(source), tmp_path / "again")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from kvjax.checkpoint import orbax
+from kvjax.checkpoint.convert import convert
+convert(sys.argv[2], Path(sys.argv[3])) if sys.argv[1] == "convert" else orbax.load(Path(sys.argv[3]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_at_most_a_quarter_above_the_checkpoint(tmp_path):
+    """At 477 MB, against the same run with next to no weights."""
+    sizes = {"small": (64, 64, 2, 64), "large": (1024, 4096, 11, 32000)}
+    peak = {}
+    for name, (width, inner, layers, vocab) in sizes.items():
+        path = tmp_path / name
+        path.mkdir()
+        fields = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": vocab}
+        (path / "config.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 16} | fields))
+        spec, rng = read_config(path), np.random.default_rng(0)
+        leaves = hf.abstract(spec, jnp.bfloat16)[0].items()
+        weights = {}
+        for target, leaf in leaves:
+            shape = hf._stored_shape(target, leaf.shape, spec)
+            weight = rng.integers(-99, 99, shape, np.int8).astype(ml_dtypes.bfloat16)
+            weights[hf._source(target, spec.family)] = weight
+        save_file(weights, path / "model.safetensors")
+        size = sum(weight.nbytes for weight in weights.values())
+        for step in ("convert", "load"):
+            command = [sys.executable, "-c", MEMORY, step, str(path), str(tmp_path / f"{name}.dst")]
+            done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+            peak[name, step] = int(done.stdout)
+    assert size > 450e6
+    for step in ("convert", "load"):
+        ratio = (peak["large", step] - peak["small", step]) / size
+        assert 0.5 < ratio < 1.25, (step, ratio)
+
+
+# --- the command line ---
+
+
+def test_command_line(tmp_path, source, capfd):
+    command = [sys.executable, "-W", "error", "-m", "kvjax.convert"]
+    done = subprocess.run(
+        [*command, source, tmp_path / "dst", "--dtype", "bfloat16"], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr and done.stdout == ""
+    assert orbax.load(tmp_path / "dst").dtype == jnp.bfloat16
+    with pytest.raises(SystemExit) as status:
+        kvjax.convert.main([str(tmp_path / "absent"), str(tmp_path / "other")])
+    assert status.value.code == 2
+    message = capfd.readouterr().err
+    assert message.startswith(f"kvjax.convert: error: {tmp_path / 'absent'}") and message.count("\n") == 1
+
+
+KILLER = """
+import os, signal, sys, threading, time
+from pathlib import Path
+import kvjax.checkpoint.orbax as orbax
+import kvjax.convert
+moment, src, dst = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+stage = dst.parent / f".{dst.name}.partial"
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+read, rename = kvjax.checkpoint.convert.hf.read, Path.rename
+def reading(*args):
+    for count, item in enumerate(read(*args)):
+        if count == 3:
+            die()
+        yield item
+def renaming(self, target):
+    if moment == "before rename":
+        die()
+    result = rename(self, target)
+    if moment == "after rename" and Path(target) == dst:
+        die()
+    return result
+def watching():
+    while not any(stage.glob("params*/*")):
+        time.sleep(0.0002)
+    die()
+if moment == "reading":
+    kvjax.checkpoint.convert.hf.read = reading
+elif moment == "writing":
+    threading.Thread(target=watching, daemon=True).start()
+else:
+    Path.rename = renaming
+kvjax.convert.main([src, str(dst)])
+"""
+
+
+def test_killed_at_any_moment(tmp_path, source):
+    dst, stage = tmp_path / "dst", tmp_path / ".dst.partial"
+    model = hf.load(source, jnp.float32)
+    for moment in ("reading", "writing", "before rename", "after rename"):
+        command = [sys.executable, "-c", KILLER, moment, str(source), str(dst)]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, (moment, done.stderr)
+        if moment == "after rename":
+            break
+        assert not dst.exists() and not orbax.is_orbax(dst)
+        assert stage.exists()  # the next conversion clears it
+        if moment == "before rename":
+            assert orbax.is_orbax(stage)
+            convert(str(source), dst)
+            assert not stage.exists()
+            assert_same(orbax.load(dst), model)
+            dst.rename(tmp_path / "done")
+    assert_same(orbax.load(dst), model)
+    assert not stage.exists()

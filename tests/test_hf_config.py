@@ -1,0 +1,285 @@
+"""`config.json` of every family and dialect into a `ModelSpec`, and what is refused."""
+
+import json
+import math
+
+import golden
+import pytest
+
+from kvjax.errors import InputError
+from kvjax.models.hf_config import FAMILIES, parse_config, read_config, read_generation_config
+from kvjax.spec import RopeSpec
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+
+
+def refusal(config, *words, ignore=()):
+    """The message of the error for a config; it is one line and has every word."""
+    with pytest.raises(InputError) as error:
+        parse_config(config, ignore)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    return message
+
+
+def test_defaults_are_the_families_own():
+    llama, mistral, qwen2, qwen3, internlm2 = (parse_config({"model_type": name}) for name in FAMILIES)
+    assert (llama.vocab_size, llama.embed_dim, llama.mlp_dim, llama.num_layers) == (32000, 4096, 11008, 32)
+    assert (llama.num_heads, llama.num_kv_heads, llama.head_dim, llama.max_position) == (32, 32, 128, 2048)
+    assert (llama.norm_eps, llama.rope, llama.tie_embeddings) == (1e-6, RopeSpec(10000.0), False)
+    assert (mistral.num_kv_heads, mistral.mlp_dim, mistral.max_position) == (8, 14336, 131072)
+    assert mistral.windows == (4096,) * 32
+    assert (qwen2.vocab_size, qwen2.mlp_dim, qwen2.num_kv_heads, qwen2.windows) == (151936, 22016, 32, ())
+    assert (qwen3.head_dim, qwen3.qk_norm, llama.qk_norm) == (128, True, False)
+    assert (internlm2.vocab_size, internlm2.num_kv_heads) == (103168, 32)
+    biases = [(s.qkv_bias, s.o_bias, s.mlp_bias) for s in (llama, mistral, qwen2, qwen3, internlm2)]
+    assert biases == [(False,) * 3, (False,) * 3, (True, False, False), (False,) * 3, (True, True, False)]
+
+
+def test_fields_are_read():
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_theta": 5e5,
+    }
+    spec = parse_config(config)
+    assert (spec.vocab_size, spec.embed_dim, spec.mlp_dim, spec.num_layers) == (97, 32, 48, 3)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.max_position) == (4, 2, 16, 64)
+    assert (spec.norm_eps, spec.tie_embeddings, spec.rope.theta) == (1e-5, True, 5e5)
+    assert (spec.qkv_bias, spec.o_bias, spec.mlp_bias) == (True, True, True)
+    qwen3 = parse_config({"model_type": "qwen3", "attention_bias": True})
+    assert qwen3.qkv_bias and qwen3.o_bias
+
+
+def test_null_shares():
+    spec = parse_config({"model_type": "mistral", "num_key_value_heads": None, "head_dim": None})
+    assert (spec.num_kv_heads, spec.head_dim) == (32, 128)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}},
+        ),
+        (
+            {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 512}},
+            {"rope_parameters": {"rope_theta": 5e5, "original_max_position_embeddings": 512} | LLAMA3},
+        ),
+        ({"rope_scaling": YARN}, {"rope_parameters": YARN}),
+    ],
+)
+def test_both_dialects_agree(old, new):
+    first, second = (parse_config({"model_type": "llama", "max_position_embeddings": 4096} | c) for c in (old, new))
+    assert first == second
+    assert first.rope.theta == old.get("rope_theta", 10000.0)
+
+
+def test_rope_types():
+    def rope(block, **outer):
+        spec = parse_config({"model_type": "llama", "max_position_embeddings": 4096, "rope_scaling": block} | outer)
+        return spec.rope, spec.max_position
+
+    assert rope({"type": "linear", "factor": 2}) == (RopeSpec(1e4, "linear", 2.0, 4096), 8192)
+    assert rope({"type": "dynamic", "factor": 2.5}) == (RopeSpec(1e4, "dynamic", 2.5, 4096), 10240)
+    llama3 = RopeSpec(1e4, "llama3", 8.0, 512, 1.0, 4.0)
+    assert rope(LLAMA3 | {"original_max_position_embeddings": 512}) == (llama3, 4096)
+    assert rope(LLAMA3)[0].original_max_position == 4096
+    assert rope(LLAMA3, original_max_position_embeddings=256)[0].original_max_position == 256
+    # `rope_type` wins over `type`, the block's theta over the outer one, `rope_scaling` over `rope_parameters`.
+    assert rope({"type": "linear", "rope_type": "dynamic", "factor": 2.0})[0].type == "dynamic"
+    assert rope({"rope_type": "default", "rope_theta": 7.0}, rope_theta=9.0)[0].theta == 7.0
+    assert (
+        rope({"type": "linear", "factor": 2.0}, rope_parameters={"rope_type": "dynamic", "factor": 3.0})[0].factor == 2
+    )
+
+
+def test_yarn():
+    def yarn(**fields):
+        spec = parse_config({"model_type": "llama", "max_position_embeddings": 4096, "rope_scaling": YARN | fields})
+        return spec.rope, spec.max_position
+
+    plain, limit = yarn()
+    assert plain.attention_factor == pytest.approx(0.1 * math.log(4) + 1)
+    assert (plain.beta_fast, plain.beta_slow, plain.truncate, plain.original_max_position) == (32.0, 1.0, True, 1024)
+    assert limit == 4096
+    assert yarn(attention_factor=1.5)[0].attention_factor == 1.5
+    both = yarn(mscale=0.7, mscale_all_dim=1.3)[0].attention_factor
+    assert both == pytest.approx((0.07 * math.log(4) + 1) / (0.13 * math.log(4) + 1))
+    assert yarn(mscale=0.7)[0].attention_factor == plain.attention_factor
+    assert yarn(mscale=0.7, mscale_all_dim=0)[0].attention_factor == plain.attention_factor
+    assert yarn(factor=None)[0].factor == 4.0
+    assert yarn(factor=0.5)[0].attention_factor == 1.0
+    assert yarn(factor=8.0)[1] == 8192
+    assert not yarn(truncate=False)[0].truncate
+    assert yarn(beta_fast=None, beta_slow=2)[0].beta_slow == 2.0
+
+
+def test_windows():
+    def windows(family, **fields):
+        return parse_config({"model_type": family, "num_hidden_layers": 4} | fields).windows
+
+    assert windows("mistral", sliding_window=16) == (16,) * 4
+    assert windows("mistral", sliding_window=None) == ()
+    assert windows("mistral", sliding_window=16, layer_types=["sliding_attention"] * 4) == (16,) * 4
+    assert windows("llama", layer_types=["full_attention"] * 4) == ()
+    for family in ("qwen2", "qwen3"):
+        assert windows(family, sliding_window=16, max_window_layers=1) == ()
+        assert windows(family, sliding_window=16, use_sliding_window=True) == (None,) * 4
+        used = {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}
+        assert windows(family, **used) == (None, 16, 16, 16)
+        types = ["sliding_attention", "full_attention"] * 2
+        assert windows(family, **used, layer_types=types) == (16, None, 16, None)
+        assert windows(family, use_sliding_window=True, sliding_window=None) == ()
+        refusal({"model_type": family, "num_hidden_layers": 4, "layer_types": types}, "layer_types", "full_attention")
+        refusal({"model_type": family, "num_hidden_layers": 3, "layer_types": types} | used, "layer_types", "3 layers")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "gemma2"}, ["'gemma2'", *FAMILIES]),
+        ({"model_type": ["llama"]}, ["['llama']", "unknown family"]),
+        ({"model_type": None}, ["unknown family", *FAMILIES]),
+        ({"model_type": None, "architectures": ["GemmaForCausalLM"]}, ["GemmaForCausalLM", "unknown family"]),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification", "architectures"]),
+        ({"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM", "'llama'"]),
+        ({"vocab_size": 0}, ["vocab_size = 0", "positive integer"]),
+        ({"hidden_size": "32"}, ["hidden_size = '32'"]),
+        ({"num_hidden_layers": True}, ["num_hidden_layers = True"]),
+        ({"num_hidden_layers": None}, ["num_hidden_layers = None"]),
+        ({"intermediate_size": -1}, ["intermediate_size = -1"]),
+        ({"max_position_embeddings": 1.5}, ["max_position_embeddings = 1.5"]),
+        ({"num_key_value_heads": 5}, ["num_attention_heads = 32", "5"]),
+        ({"num_attention_heads": 31}, ["hidden_size = 4096", "31"]),
+        ({"head_dim": 7}, ["head_dim = 7", "odd"]),
+        ({"head_dim": 0}, ["head_dim = 0"]),
+        ({"rms_norm_eps": 0}, ["rms_norm_eps = 0", "positive number"]),
+        ({"rms_norm_eps": None}, ["rms_norm_eps = None"]),
+        ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings = 'yes'"]),
+        ({"rope_theta": -1.0}, ["rope_theta = -1.0"]),
+        ({"rope_scaling": [1]}, ["rope_scaling = [1]"]),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+            ["'longrope'", "default, linear, dynamic, llama3, yarn"],
+        ),
+        ({"rope_scaling": {"type": ["linear"]}}, ["rope_scaling.rope_type = ['linear']"]),
+        ({"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor = None"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, ["rope_scaling.factor = '2'"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}}, ["rope_scaling.beta_fast = 3"]),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": None}}, ["rope_parameters.low_freq_factor = None"]),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, ["low_freq_factor = 4.0", "high_freq_factor = 4.0"]),
+        ({"rope_parameters": YARN | {"original_max_position_embeddings": 0}}, ["original_max_position_embeddings = 0"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor = 0.5"]),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["rope_parameters.full_attention"]),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 32}, ["layer_types", "mistral"]),
+        ({"model_type": "mistral", "sliding_window": 0}, ["sliding_window = 0"]),
+        ({"model_type": "qwen2", "max_window_layers": None}, ["max_window_layers = None"]),
+    ],
+)
+def test_refused_values(fields, words):
+    refusal({"model_type": "llama"} | fields, *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("partial_rotary_factor", 0.5),
+        ("quantization_config", {"bits": 4}),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("logits_scaling", 8.0),
+        ("embedding_multiplier", 12.0),
+        ("residual_multiplier", 0.22),
+        ("sliding_window", 4096),
+        ("bias", True),
+        ("is_encoder_decoder", True),
+        ("pruned_heads", {"0": [1]}),
+        ("something_new", 0),
+        ("something_new", "x"),
+    ],
+)
+def test_unknown_fields_are_refused_unless_ignored(name, value):
+    config = {"model_type": "llama", name: value}
+    refusal(config, f"{name} = {value!r}", f"--ignore-config {name}")
+    assert parse_config(config, [name]) == parse_config({"model_type": "llama"})
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_a_field_of_another_family_is_unknown(family):
+    refusal({"model_type": family, "attention_bias": True}, "attention_bias = True", family)
+
+
+def test_empty_and_neutral_fields_pass():
+    empty = {"something_new": None, "other": False, "list": [], "object": {}, "text": ""}
+    neutral = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "logits_scaling": 1, "quantization_config": None}
+    harmless = {
+        "use_cache": True,
+        "torch_dtype": "bfloat16",
+        "eos_token_id": 2,
+        "temperature": 0.6,
+        "pretraining_tp": 2,
+    }
+    assert parse_config({"model_type": "llama"} | empty | neutral | harmless) == parse_config({"model_type": "llama"})
+
+
+def test_ignore_reaches_inside_and_must_name_a_field():
+    config = {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1]}}
+    message = refusal(config, "rope_scaling.mrope_section = [1]")
+    assert "--ignore-config rope_scaling.mrope_section" in message
+    assert parse_config(config, ["rope_scaling.mrope_section"]).rope.factor == 2.0
+    assert "mrope_section" in config["rope_scaling"]
+    refusal(config, "--ignore-config no_such", ignore=["no_such"])
+    refusal(config, "--ignore-config rope_scaling.no_such", ignore=["rope_scaling.no_such"])
+
+
+def test_family_without_model_type():
+    assert parse_config({"architectures": ["Qwen2ForCausalLM"]}).family == "qwen2"
+    assert parse_config({"model_type": "llama", "architectures": None}).family == "llama"
+    assert parse_config({"model_type": "llama", "architectures": ["LLaMAForCausalLM"]}).family == "llama"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "expected a JSON object")]
+)
+def test_unreadable_config(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=words):
+        read_config(tmp_path)
+
+
+def test_end_of_sequence_ids(tmp_path):
+    assert read_generation_config(tmp_path) == ()
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    assert read_generation_config(tmp_path) == (2,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True}))
+    assert read_generation_config(tmp_path) == (2,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    assert read_generation_config(tmp_path) == (7, 8)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "x"}))
+    with pytest.raises(InputError, match="eos_token_id"):
+        read_generation_config(tmp_path)
+
+
+def test_golden_configs_cover_every_family():
+    families = {parse_config(golden.load(name).config).family for name in golden.NAMES}
+    assert families == set(FAMILIES)

@@ -1,0 +1,175 @@
+"""Encoding, decoding, streaming and chat templates, on tokenizers of the two styles that Llama's family has."""
+
+import json
+from datetime import datetime
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+
+from kvjax.errors import InputError
+from kvjax.tokenizer import Tokenizer
+
+MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi <you>"}]
+TEXTS = [
+    "",
+    "hello world",
+    " two  spaces ",
+    "naïve café",
+    "你好，世界",
+    "🙂 family 👩‍👩‍👧",
+    "a\nb\tc",
+    "x\ufffdy",
+    "\ufffd",
+]
+
+
+def byte_level():
+    """Llama 3's and Qwen's style: every byte is a letter of the alphabet."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(letters)}
+    for merged in ("he", "ll", "ð٠", "Ġw", "ä½"):
+        vocab.setdefault(merged, len(vocab))
+    backend = Backend(models.BPE(vocab, [("h", "e"), ("l", "l"), ("Ġ", "w"), ("ä", "½")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def byte_fallback():
+    """Llama 2's style: SentencePiece pieces, and a token for each byte of what has no piece."""
+    vocab = {"<unk>": 0} | {f"<0x{i:02X}>": i + 1 for i in range(256)}
+    for piece in ("▁", *"abcdefghijklmnopqrstuvwxyz", "▁▁", "▁w", "▁wo", "ï", "世"):
+        vocab[piece] = len(vocab)
+    merges = [("▁", "▁"), ("▁", "w"), ("▁w", "o")]
+    backend = Backend(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+def write(backend, directory, **config) -> Tokenizer:
+    """A checkpoint directory's tokenizer, with a first token that is added around a text."""
+    backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    first = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", first)])
+    backend.enable_truncation(4)
+    backend.enable_padding(length=4)
+    directory.mkdir(parents=True, exist_ok=True)
+    backend.save(str(directory / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}, "pad_token": None}
+    (directory / "tokenizer_config.json").write_text(json.dumps(special | config))
+    return reload(directory)
+
+
+def reload(directory) -> Tokenizer:
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer is not None
+    return tokenizer
+
+
+STYLES = {"byte_level": byte_level, "byte_fallback": byte_fallback}
+
+
+@pytest.fixture(scope="module", params=STYLES)
+def tokenizer(request, tmp_path_factory):
+    return write(STYLES[request.param](), tmp_path_factory.mktemp(request.param))
+
+
+def streamed(tokenizer, ids):
+    """The pieces that a stream gives, the last one from `finish`."""
+    stream = tokenizer.stream()
+    return [*(stream.push(i) for i in ids), stream.finish()]
+
+
+def test_no_tokenizer(tmp_path):
+    assert Tokenizer.load(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids[0] == tokenizer.encode("<s>", special=False)[-1]
+    assert ids[1:] == tokenizer.encode(text, special=False)
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer) > max(ids)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_stream_gives_whole_characters(tokenizer, text):
+    ids = tokenizer.encode(text)
+    pieces = streamed(tokenizer, ids)
+    assert "".join(pieces) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+    if text == "hello world":  # nothing is held back without need
+        assert sum(map(bool, pieces)) >= len(ids) - 2
+        assert pieces[-1] == ""
+
+
+@pytest.mark.parametrize("style", STYLES)
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_stream_joins_to_decode_for_any_tokens(style, data):
+    tokenizer = ANY[style]
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=24))
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def with_special(backend):
+    backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    return Tokenizer(backend, None, {})
+
+
+ANY = {style: with_special(make()) for style, make in STYLES.items()}
+
+
+CHATML = """{{ bos_token }}{% for message in messages %}
+    {% if message.role == 'system' %}{% continue %}{% endif %}
+[{{ message.role }}] {{ message.content | tojson }}
+{% generation %}!{% endgeneration %}
+{% endfor %}
+{% if add_generation_prompt %}
+[assistant]{{ eos_token }}{% endif %}"""
+
+
+def test_chat(tmp_path):
+    tokenizer = write(byte_level(), tmp_path / "one", chat_template=CHATML)
+    expected = '<s>[user] "hi <you>"\n!\n[assistant]</s>'.replace("!\n", "!")
+    assert tokenizer.chat(MESSAGES) == tokenizer.encode(expected, special=False)
+    listed = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
+    assert write(byte_level(), tmp_path / "two", chat_template=listed).chat(MESSAGES) == tokenizer.chat(MESSAGES)
+    (tmp_path / "one" / "chat_template.jinja").write_text("{{ messages | length }}{{ strftime_now('%Y') }}")
+    file_first = reload(tmp_path / "one")
+    assert file_first.decode(file_first.chat(MESSAGES)) == f"2{datetime.now().year}"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% if %}", "chat template"),
+        ("{{ messages.append(1) }}", "chat template"),
+        ("{{ ''.__class__.__mro__ }}", "chat template"),
+    ],
+)
+def test_chat_refuses(tmp_path, template, words):
+    tokenizer = write(byte_level(), tmp_path, chat_template=template)
+    with pytest.raises(InputError, match=words):
+        tokenizer.chat(MESSAGES)
+
+
+def test_chat_is_that_of_transformers(tmp_path):
+    chat = pytest.importorskip("transformers.utils.chat_template_utils")
+    tokenizer = write(byte_level(), tmp_path, chat_template=CHATML)
+    (expected,), _ = chat.render_jinja_template(
+        [MESSAGES], chat_template=CHATML, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
+    )
+    assert tokenizer.chat(MESSAGES) == tokenizer.encode(expected, special=False)

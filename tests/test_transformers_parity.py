@@ -1,0 +1,124 @@
+"""Random models, compared with the installed transformers: configurations, rotary tables, logits."""
+
+import dataclasses
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvjax.checkpoint import hf
+from kvjax.models import rope
+from kvjax.models.decoder import forward
+from kvjax.models.hf_config import parse_config
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # theirs
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+MODELS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+ROPES = [
+    {"rope_type": "default", "rope_theta": 5e5},
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "dynamic", "factor": 4.0},
+    LLAMA3 | {"factor": 8.0, "original_max_position_embeddings": 2048, "rope_theta": 5e5},
+    LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 512},
+    YARN,
+    YARN | {"attention_factor": 1.25, "rope_theta": 1e6},
+    YARN | {"mscale": 0.7, "mscale_all_dim": 1.1},
+    YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+    YARN | {"beta_fast": 4.0, "beta_slow": 4.0, "truncate": False},
+    YARN | {"beta_fast": 500.0, "beta_slow": 400.0},  # the ramp ends before it begins
+    YARN | {"factor": None},
+]
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_default_configs_agree(family):
+    theirs = getattr(transformers, f"{MODELS[family]}Config")()
+    bare, full = parse_config({"model_type": family}), parse_config(json.loads(theirs.to_json_string(use_diff=False)))
+    assert bare == full
+    assert full.num_kv_heads == theirs.num_key_value_heads
+    assert full.norm_eps == theirs.rms_norm_eps
+    assert full.tie_embeddings == theirs.tie_word_embeddings
+    assert full.rope.theta == theirs.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("first", [0, 2, 9])
+@pytest.mark.parametrize("window", [5, None])
+def test_qwen_windows_agree(family, used, first, window):
+    fields = {"num_hidden_layers": 4, "use_sliding_window": used, "sliding_window": window, "max_window_layers": first}
+    theirs = getattr(transformers, f"{MODELS[family]}Config")(**fields)
+    expected = [theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types]
+    spec = parse_config({"model_type": family} | fields)
+    assert [spec.window(layer) for layer in range(4)] == expected
+
+
+@pytest.mark.parametrize("parameters", ROPES, ids=lambda p: "-".join(map(str, p.values())))
+@pytest.mark.parametrize("length", [100, 20000])
+def test_rotary_tables_agree(parameters, length):
+    fields = {"hidden_size": 256, "num_attention_heads": 2, "max_position_embeddings": 8192}
+    theirs = transformers.LlamaConfig(**fields, rope_parameters={"rope_theta": 1e4} | parameters)
+    pos = np.unique(np.linspace(0, length - 1, 50).astype(int))
+    cos, sin = LlamaRotaryEmbedding(theirs)(torch.zeros(1), torch.tensor(pos)[None])
+    spec = parse_config({"model_type": "llama", "rope_parameters": parameters} | fields)
+    ours = rope.angles(spec.rope, spec.head_dim, jnp.asarray(pos), jnp.asarray(length))
+    for mine, other in zip(ours, (cos, sin), strict=True):
+        np.testing.assert_allclose(mine, other[0, :, : spec.head_dim // 2].numpy(), atol=5e-7 * length + 1e-6)
+
+
+def random_fields(rng, family):
+    """A random shape of a family, with the parts that its mathematics has."""
+    kv, group = (int(n) for n in rng.integers(1, 4, 2))
+    head_dim = 2 * int(rng.integers(2, 9))
+    fields = {
+        "vocab_size": int(rng.integers(20, 60)),
+        "hidden_size": kv * group * int(rng.integers(3, 9)) * 2,
+        "intermediate_size": int(rng.integers(8, 64)),
+        "num_hidden_layers": int(rng.integers(1, 4)),
+        "num_attention_heads": kv * group,
+        "num_key_value_heads": kv,
+        "head_dim": head_dim,
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": bool(rng.integers(2)),
+        "rope_parameters": {"rope_theta": float(10 ** rng.uniform(2, 6)), "rope_type": "default"},
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    flag = lambda: bool(rng.integers(2))
+    extra = {
+        "llama": {"attention_bias": flag(), "mlp_bias": flag()},
+        "mistral": {"sliding_window": [None, 5][flag()]},
+        "qwen2": {"use_sliding_window": flag(), "sliding_window": 5, "max_window_layers": 1},
+        "qwen3": {"use_sliding_window": flag(), "max_window_layers": 1, "sliding_window": 5, "attention_bias": flag()},
+    }
+    return fields | extra[family]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", MODELS)
+def test_logits_agree(tmp_path, family, seed):
+    rng = np.random.default_rng([seed, len(family), ord(family[-1])])
+    fields = random_fields(rng, family)
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{MODELS[family]}Config")(**fields, attn_implementation="eager")
+    theirs = getattr(transformers, f"{MODELS[family]}ForCausalLM")(config).eval().float()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+        theirs.save_pretrained(tmp_path)
+        tokens = rng.integers(0, fields["vocab_size"], (2, 17))
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    model = hf.load(tmp_path, jnp.float32)
+    assert dataclasses.asdict(model.spec)["family"] == family
+    np.testing.assert_allclose(jax.jit(forward)(model, jnp.asarray(tokens)), expected, atol=1e-4, rtol=1e-4)
+    assert expected.std() > 0.1
