@@ -19,7 +19,7 @@ from rich.console import Console
 from kvjax import command, generation, showcase
 from kvjax.errors import InputError
 from kvjax.generation import Generation, Model
-from kvjax.methods import METHODS, make
+from kvjax.methods import METHODS, default_budget, make
 from kvjax.report import describe, list_methods, summary
 from kvjax.sampling import Sampling
 
@@ -72,8 +72,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_prompts(args: argparse.Namespace, model: Model) -> list[str] | list[list[int]]:
-    """The prompts of all flags, as texts or, if some are given so, as token ids."""
+def read_texts(args: argparse.Namespace) -> list[str]:
+    """The prompts that are given as text."""
     texts = [sys.stdin.read() if text == "-" else text for text in args.prompt or ()]
     for name in args.prompt_file or ():
         try:
@@ -82,10 +82,9 @@ def read_prompts(args: argparse.Namespace, model: Model) -> list[str] | list[lis
             raise InputError(f"cannot read {name}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise InputError(f"{name} is not UTF-8 text") from None
-    ids = [_ids(text) for text in args.prompt_tokens or ()]
-    if not ids and not args.chat:
-        return texts
-    return [_encode(model, text, args.chat) for text in texts] + ids
+    if not all(texts):
+        raise InputError("the prompt is empty")
+    return texts
 
 
 def _ids(text: str) -> list[int]:
@@ -96,11 +95,9 @@ def _ids(text: str) -> list[int]:
 
 
 def _encode(model: Model, text: str, chat: bool) -> list[int]:
-    if not text:
-        raise InputError("the prompt is empty")
-    if model.tokenizer is None:
-        raise InputError(f"{model.name} has no tokenizer.json: give token ids instead (--prompt-tokens 1,2,3)")
-    return model.tokenizer.chat([{"role": "user", "content": text}]) if chat else model.tokenizer.encode(text)
+    if chat and model.tokenizer is not None:
+        return model.tokenizer.chat([{"role": "user", "content": text}])
+    return generation.tokens(model, text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -112,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     prompted = args.prompt or args.prompt_file or args.prompt_tokens
     method = args.method or ("full" if prompted else showcase.METHOD)
-    budget = args.budget if args.method or prompted else args.budget or showcase.BUDGET
+    budget = args.budget or (showcase.BUDGET if method == showcase.METHOD and not prompted else default_budget(method))
     recipe = make(method, budget, args.arguments)
     sampling = Sampling(
         args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed
@@ -122,12 +119,13 @@ def main(argv: list[str] | None = None) -> None:
         _check_writable(args.dump_cache)
     if not prompted and args.model is not None:
         raise InputError("give a prompt: --prompt TEXT, --prompt-file FILE or --prompt-tokens 1,2,3")
+    texts, ids = read_texts(args), [_ids(text) for text in args.prompt_tokens or ()]
     command.use_compilation_cache()
     model = generation.load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
     if not prompted and not args.json:
         showcase.run(console, model, recipe, budget)
         return
-    prompts = read_prompts(args, model) if prompted else showcase.prompts().texts
+    prompts = [_encode(model, text, args.chat) for text in texts or showcase.prompts().texts * (not ids)] + ids
     alone = len(prompts) == 1 and not args.json and not args.no_stream
     printer, finish = _printer(model) if alone else (None, None)
     out = generation.generate(

@@ -66,7 +66,7 @@ class Generation(NamedTuple):
     sequences: list[Continuation]
     bytes: Bytes  # allocated for the cache
     full_bytes: int  # that a full cache needs for the same prompts and new tokens
-    slots: list[list[float]]  # kept slots per layer, per sequence, averaged over heads
+    slots: list[list[int | float]]  # kept slots per layer, per sequence, averaged over heads
     timing: Timing
     logits: np.ndarray  # [B V] after each prompt's last token
     cache: Cache
@@ -118,7 +118,7 @@ def generate(
     True
     """
     recipe, how = recipe or full(), how or Sampling()
-    ids = [_tokens(model, prompt) for prompt in prompts]
+    ids = [tokens(model, prompt) for prompt in prompts]
     _check(model.spec, recipe, ids, max_new_tokens)
     how.check()
     lengths = Lengths(tuple(map(len, ids)), max_new_tokens, decode.padded_length(max(map(len, ids))))
@@ -126,13 +126,13 @@ def generate(
         logits, cache = _prefill(model, recipe, ids, lengths)
         jax.block_until_ready((logits, cache))
         prefill_s = watch.lap()
-        cache, tokens = _decode(model, recipe, ids, lengths, logits, cache, how, on_token)
+        cache, chosen = _decode(model, recipe, ids, lengths, logits, cache, how, on_token)
         decode_s = watch.lap()
-    steps = max(len(t) for t in tokens) - 1  # the first token comes from prefill
+    steps = max(len(new) for new in chosen) - 1  # the first token comes from prefill
     spec, itemsize = model.spec, jnp.dtype(model.decoder.dtype).itemsize
     per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * itemsize
     return Generation(
-        sequences=[_sequence(model, prompt, new) for prompt, new in zip(ids, tokens, strict=True)],
+        sequences=[_sequence(model, prompt, new) for prompt, new in zip(ids, chosen, strict=True)],
         bytes=cache_bytes(cache),
         full_bytes=per_token * sum(n + max_new_tokens for n in lengths.prompt),
         slots=_slots(spec, recipe, cache),
@@ -141,6 +141,17 @@ def generate(
         cache=cache,
         recipe=recipe,
     )
+
+
+def tokens(model: Model, prompt: str | Sequence[int]) -> list[int]:
+    """Token ids of a prompt, with what the tokenizer puts around a text."""
+    if not isinstance(prompt, str):
+        return [int(i) for i in prompt]
+    if model.tokenizer is None:
+        raise InputError(f"{model.name} has no tokenizer.json: give token ids instead (--prompt-tokens 1,2,3)")
+    if not prompt:
+        raise InputError("the prompt is empty")
+    return model.tokenizer.encode(prompt)
 
 
 def cache_bytes(cache: Cache) -> Bytes:
@@ -159,16 +170,6 @@ def cached_positions(model: Model, generation: Generation) -> np.ndarray:
     widest = max(layer.shape[-1] for layer in layers)
     padded = [np.pad(x, ((0, 0), (0, 0), (0, widest - x.shape[-1])), constant_values=-1) for x in layers]
     return np.stack(padded, axis=1)
-
-
-def _tokens(model: Model, prompt: str | Sequence[int]) -> list[int]:
-    if not isinstance(prompt, str):
-        return [int(i) for i in prompt]
-    if model.tokenizer is None:
-        raise InputError(f"{model.name} has no tokenizer.json: give token ids instead (--prompt-tokens 1,2,3)")
-    if not prompt:
-        raise InputError("the prompt is empty")
-    return model.tokenizer.encode(prompt)
 
 
 def _check(spec: ModelSpec, recipe: Recipe, ids: Sequence[Sequence[int]], new: int) -> None:
@@ -248,7 +249,7 @@ def _sequence(model: Model, prompt: list[int], new: list[int]) -> Continuation:
     return Continuation(len(prompt), new, text, "stop" if new[-1] in model.stop else "length")
 
 
-def _slots(spec: ModelSpec, recipe: Recipe, cache: Cache) -> list[list[float]]:
+def _slots(spec: ModelSpec, recipe: Recipe, cache: Cache) -> list[list[int | float]]:
     """Kept slots `[B][L]`, averaged over heads; whole numbers where the heads agree."""
     layers: list[np.ndarray] = [np.zeros(0)] * spec.num_layers
     for group, tiers in zip(decode.layer_groups(spec, recipe), cache, strict=True):

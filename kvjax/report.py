@@ -21,7 +21,7 @@ def describe(model: Model, out: Generation, budget: str | int | None) -> dict[st
         "timing": out.timing._asdict(),
         "model": model.name,
         "dtype": jnp.dtype(model.decoder.dtype).name,
-        "budget": budget,
+        "budget": int(budget) if isinstance(budget, str) and budget.isdecimal() else budget,
     }
 
 

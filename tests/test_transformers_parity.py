@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kvjax
 from kvjax.checkpoint import hf
+from kvjax.generation import Model
 from kvjax.models import rope
 from kvjax.models.decoder import forward
 from kvjax.models.hf_config import parse_config
@@ -118,7 +120,11 @@ def test_logits_agree(tmp_path, family, seed):
         theirs.save_pretrained(tmp_path)
         tokens = rng.integers(0, fields["vocab_size"], (2, 17))
         expected = theirs(torch.tensor(tokens)).logits.numpy()
+        greedy = theirs.generate(torch.tensor(tokens), max_new_tokens=8, do_sample=False)[:, 17:].tolist()
     model = hf.load(tmp_path, jnp.float32)
     assert dataclasses.asdict(model.spec)["family"] == family
     np.testing.assert_allclose(jax.jit(forward)(model, jnp.asarray(tokens)), expected, atol=1e-4, rtol=1e-4)
     assert expected.std() > 0.1
+    out = kvjax.generate(Model(model, None, (), family), tokens.tolist(), max_new_tokens=8)
+    np.testing.assert_allclose(out.logits, expected[:, -1], atol=1e-4, rtol=1e-4)
+    assert [sequence.tokens for sequence in out.sequences] == greedy

@@ -55,6 +55,14 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
     return METHODS[name](**given)
 
 
+def default_budget(name: str) -> str | int | None:
+    """The budget that a method takes when none is given; None if it takes none."""
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+    parameter = inspect.signature(METHODS[name]).parameters.get("budget")
+    return None if parameter is None else parameter.default
+
+
 def _read(method: str, parameter: inspect.Parameter, value: object) -> object:
     """A value as the type of the parameter's default."""
     kind, key = type(parameter.default), parameter.name

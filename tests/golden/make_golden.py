@@ -38,7 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "llama_linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}}, 4),
     "llama_dynamic": (
         "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "max_position_embeddings": 16},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, "max_position_embeddings": 16},
         4,
     ),
     "llama_yarn": ("llama", {"rope_parameters": {"rope_theta": 1e4} | YARN}, 5),

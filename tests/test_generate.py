@@ -1,0 +1,233 @@
+"""Text in, text out: the command line and the library against golden files, and what they say to bad input."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax import command, generation, sampling
+from kvjax.checkpoint.convert import convert
+from kvjax.generate import main
+from kvjax.generation import Model
+from kvjax.sampling import Sampling
+from tests import golden
+
+PROG = "kvjax.generate"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A checkpoint without a tokenizer."""
+    return golden.write_checkpoint("llama_gqa", tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    return kvjax.load(directory)
+
+
+@pytest.fixture(autouse=True)
+def no_cache_folder(monkeypatch):
+    monkeypatch.setattr(command, "use_compilation_cache", lambda: None)
+
+
+def run_json(capsys, *argv) -> dict:
+    """What `--json` prints, and that it prints nothing else."""
+    main([*map(str, argv), "--json"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    return json.loads(lines[0])
+
+
+def ids(tokens) -> str:
+    return ",".join(str(int(i)) for i in tokens)
+
+
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_greedy_tokens_and_logits_are_those_of_transformers(name, tmp_path, capsys):
+    want = golden.load(name)
+    checkpoint = golden.write_checkpoint(name, tmp_path / "hf")
+    dump = tmp_path / "cache.npz"
+    argv = ["--model", checkpoint, "--prompt-tokens", ids(want.prompt), "--temperature", 0, "--dump-cache", dump]
+    out = run_json(capsys, *argv, "--max-new-tokens", len(want.greedy))
+    assert out["sequences"][0]["tokens"] == want.greedy.tolist()
+    with np.load(dump) as file:
+        np.testing.assert_allclose(file["logits"][0], want.logits, atol=1e-4)
+        kept = file["positions"][0]
+    t = len(want.prompt) + len(want.greedy) - 1
+    layers, heads = want.config["num_hidden_layers"], kept.shape[1]
+    assert kept.shape[0] == layers
+    assert all(sorted(row[row >= 0].tolist()) == list(range(t)) for row in kept.reshape(layers * heads, -1))
+
+
+def test_an_orbax_checkpoint_generates_the_same(directory, tmp_path, capsys):
+    convert(str(directory), tmp_path / "orbax", None, ())
+    want = golden.load("llama_gqa")
+    flags = ["--prompt-tokens", ids(want.prompt), "--max-new-tokens", 12]
+    out = run_json(capsys, "--model", tmp_path / "orbax", *flags)
+    assert out["sequences"][0]["tokens"] == want.greedy.tolist()
+
+
+def test_json_says_what_was_run(directory, capsys):
+    flags = ["--model", directory, "--method", "h2o", "--budget", "25%", "--max-new-tokens", 5]
+    out = run_json(capsys, *flags, "--prompt-tokens", ids(range(40)), "--prompt-tokens", ids(range(20)))
+    assert set(out) == {"method", "sequences", "cache", "timing", "model", "dtype", "budget"}
+    assert (out["method"], out["budget"], out["dtype"]) == ("h2o", "25%", "float32")
+    assert [s["prompt_tokens"] for s in out["sequences"]] == [40, 20]
+    assert set(out["sequences"][0]) == {"prompt_tokens", "tokens", "text", "finish_reason"}
+    assert out["cache"]["slots"] == [[10] * len(out["cache"]["slots"][0]), [5] * len(out["cache"]["slots"][1])]
+    size = out["cache"]["bytes"]
+    assert size["total"] == sum(value for key, value in size.items() if key != "total")
+    assert set(out["timing"]) == {"prefill_s", "decode_s", "decode_tokens_per_s", "compile_s"}
+
+
+def test_a_config_file_and_flags_over_it(directory, tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text('method = "snapkv"\nbudget = 9\nmax_new_tokens = 3\n[arguments]\nwindow = 4\nkernel = 3\n')
+    flags = ["--config", file, "--model", directory, "--prompt-tokens", ids(range(30))]
+    out = run_json(capsys, *flags)
+    assert (out["method"], out["budget"], len(out["sequences"][0]["tokens"])) == ("snapkv", 9, 3)
+    assert run_json(capsys, *flags, "--max-new-tokens", 2, "--budget", 7)["budget"] == 7
+
+
+def test_every_shipped_config_is_accepted(capsys, request):
+    for file in sorted((request.config.rootpath / "configs").glob("*.toml")):
+        with pytest.raises(kvjax.InputError, match="give a prompt"):
+            main(["--config", str(file), "--model", "unused"])
+
+
+BAD = {
+    "unrecognized arguments: --bogus": ["--bogus"],
+    "unknown method 'nope'": ["--method", "nope", "--prompt-tokens", "1"],
+    "keeps nothing": ["--method", "h2o", "--budget", "0", "--prompt-tokens", "1"],
+    "budget -3 tokens keeps nothing": ["--method", "h2o", "--budget=-3", "--prompt-tokens", "1"],
+    "more than the whole prompt": ["--method", "h2o", "--budget", "101%", "--prompt-tokens", "1"],
+    "takes no budget": ["--method", "full", "--budget", "5", "--prompt-tokens", "1"],
+    "not a number of tokens": ["--method", "h2o", "--budget", "many", "--prompt-tokens", "1"],
+    "has no argument 'depth'": ["--method", "h2o", "--set", "depth=3", "--prompt-tokens", "1"],
+    "is not key=value": ["--method", "h2o", "--set", "recent", "--prompt-tokens", "1"],
+    "is not a float": ["--method", "h2o", "--set", "recent=x", "--prompt-tokens", "1"],
+    "recent=2.0 is not a share": ["--method", "h2o", "--set", "recent=2", "--prompt-tokens", "1"],
+    "is not one of avg, max": ["--method", "snapkv", "--set", "pooling=sum", "--prompt-tokens", "1"],
+    "kernel=4 is not an odd": ["--method", "snapkv", "--set", "kernel=4", "--prompt-tokens", "1"],
+    "the prompt is empty": ["--prompt-tokens", ""],
+    "not a list of ids": ["--prompt-tokens", "1,b"],
+    "token id 97 is not in the vocabulary (0 to 96)": ["--prompt-tokens", "1,97"],
+    "token id -1 is not in": ["--prompt-tokens", "1,-1"],
+    "has no tokenizer.json": ["--prompt", "hello"],
+    "the prompt is empty ": ["--prompt", ""],
+    "cannot read missing.txt": ["--prompt-file", "missing.txt"],
+    "cannot read missing.toml": ["--config", "missing.toml"],
+    "cannot write": ["--prompt-tokens", "1", "--dump-cache", "missing/folder/x.npz"],
+    "the context limit is 128": ["--prompt-tokens", ids([1] * 129)],
+    "ask for at most 8 new tokens": ["--prompt-tokens", ids([1] * 120)],
+    "max-new-tokens 0": ["--prompt-tokens", "1", "--max-new-tokens", "0"],
+    "temperature -1.0": ["--prompt-tokens", "1", "--temperature", "-1"],
+    "top-p 0.0": ["--prompt-tokens", "1", "--top-p", "0"],
+    "top-k -2": ["--prompt-tokens", "1", "--top-k", "-2"],
+    "repetition-penalty 0.0": ["--prompt-tokens", "1", "--repetition-penalty", "0"],
+    "no such directory": ["--model", "./nowhere", "--prompt-tokens", "1"],
+    "give a prompt": [],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(message, directory, capsys):
+    argv = BAD[message] if "--model" in BAD[message] else ["--model", str(directory), *BAD[message]]
+    with pytest.raises(SystemExit) as exit:
+        command.run(PROG, lambda: main(argv))
+    out = capsys.readouterr()
+    assert exit.value.code == 2 and out.out == ""
+    assert out.err.startswith(f"{PROG}: error: ") and out.err.count("\n") == 1
+    assert message.strip() in out.err
+
+
+def test_the_program_itself_exits_with_2_and_without_a_traceback(tmp_path):
+    argv = [sys.executable, "-m", PROG, "--model", "./nowhere", "--prompt", "x"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_importing_the_command_does_not_hide_the_function(model):
+    assert kvjax.generate(model, [[1, 2]], max_new_tokens=1).sequences[0].prompt_tokens == 2
+
+
+def test_a_stop_token_ends_its_sequence_alone(model):
+    free = kvjax.generate(model, [[1, 2, 3], [4, 5, 6, 7]], max_new_tokens=20)
+    first = free.sequences[0].tokens
+    stop = next(t for i, t in enumerate(first) if i > 1 and t not in first[:i])
+    stopping = Model(model.decoder, None, (stop,), model.name)
+    out = kvjax.generate(stopping, [[1, 2, 3], [4, 5, 6, 7]], max_new_tokens=20)
+    assert out.sequences[0].tokens == first[: first.index(stop) + 1]
+    assert out.sequences[0].finish_reason == "stop"
+    assert free.sequences[0].finish_reason == "length"
+
+
+def test_tokens_appear_in_order(model):
+    seen = []
+    out = kvjax.generate(model, [[1, 2], [3]], max_new_tokens=18, on_token=lambda i, token: seen.append((i, token)))
+    for i, sequence in enumerate(out.sequences):
+        assert [token for j, token in seen if j == i] == sequence.tokens
+
+
+def test_same_seed_same_text_and_another_seed_another(model):
+    draw = lambda seed: kvjax.generate(model, [[1, 2, 3]], max_new_tokens=16, how=Sampling(temperature=2.0, seed=seed))
+    assert draw(1).sequences[0].tokens == draw(1).sequences[0].tokens
+    assert draw(1).sequences[0].tokens != draw(2).sequences[0].tokens
+
+
+def test_new_sampling_numbers_do_not_recompile(model):
+    hot = lambda t: kvjax.generate(model, [[1, 2, 3]], max_new_tokens=4, how=Sampling(temperature=t, top_k=5))
+    hot(1.0)
+    assert hot(0.3).timing.compile_s == 0
+
+
+def allowed(logits: np.ndarray, how: Sampling, seen: set[int]) -> set[int]:
+    """Tokens that may be drawn, straight from the definitions of the filters."""
+    x = logits.astype(np.float64).copy()
+    for i in seen:
+        x[i] = x[i] * how.repetition_penalty if x[i] < 0 else x[i] / how.repetition_penalty
+    x /= how.temperature
+    order = np.argsort(-x, kind="stable")[: how.top_k or None]
+    p = np.exp(x[order] - x[order].max())
+    p /= p.sum()
+    before = np.cumsum(p) - p
+    return {int(i) for i, q, b in zip(order, p, before, strict=True) if b < how.top_p and q >= how.min_p * p[0]}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Sampling(temperature=0.7, top_k=5),
+        Sampling(temperature=1.3, top_p=0.6),
+        Sampling(temperature=1.0, min_p=0.2),
+        Sampling(temperature=2.0, top_k=12, top_p=0.9, min_p=0.05, repetition_penalty=1.7),
+    ],
+)
+def test_only_allowed_tokens_are_drawn_and_all_of_them(how):
+    rng = np.random.default_rng(0)
+    logits, seen = rng.normal(size=30).astype(np.float32) * 2, {0, 5, 7}
+    marks = jnp.zeros((1, 30), bool).at[0, jnp.asarray(sorted(seen))].set(True) if how.repetition_penalty != 1 else None
+    chooser = sampling.chooser(how, 1)
+    draw = jax.jit(lambda step: sampling.choose(jnp.asarray(logits)[None], chooser, step, greedy=False, seen=marks)[0])
+    drawn = {int(draw(jnp.asarray(step))) for step in range(3000)}
+    assert drawn == allowed(logits, how, seen if marks is not None else set())
+
+
+def test_the_repetition_penalty_applies_to_greedy_decoding_and_to_the_prompt(model):
+    plain = kvjax.generate(model, [[1, 2, 3]], max_new_tokens=24).sequences[0].tokens
+    how = Sampling(repetition_penalty=1e6)
+    out = kvjax.generate(model, [[1, 2, 3]], max_new_tokens=24, how=how).sequences[0].tokens
+    assert len(set(plain)) < len(plain)
+    assert len(set(out) | {1, 2, 3}) == len(out) + 3
+
+
+def test_cached_positions_are_those_that_the_method_keeps(model):
+    out = kvjax.generate(model, [list(range(50))], kvjax.methods.streaming_llm(budget=12), max_new_tokens=6)
+    kept = generation.cached_positions(model, out)
+    assert {tuple(sorted(row[row >= 0])) for row in kept.reshape(-1, kept.shape[-1])} == {(0, 1, 2, 3, *range(47, 55))}
