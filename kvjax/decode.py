@@ -1,7 +1,7 @@
 """Prefill, one decode step, the decode loop. Every `jit` boundary and every donation of the library is in this file."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from kvjax import attention, sampling
 from kvjax.cache import pages
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import Layers, Recipe, Tiers
+from kvjax.cache.store import Store
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer
 from kvjax.spec import Lengths, ModelSpec, Prompt, PyTree, Token
@@ -182,14 +183,14 @@ def _decode_layer(
     tiers = policy.insert(tiers, token)
     length = functools.reduce(jnp.add, (tier.length for tier in tiers))
 
-    def read_key(codes: PyTree, at: Int[Array, "B K s"], store) -> Float[Array, "B K s H"]:
-        keys = fold.expand_key(params, store.decode(codes))
-        if recipe.rotate == "write":
-            return keys
-        return attention.rotate_at(spec, keys, place(at), pos)
-
     place = lambda at: at if recipe.positions is None else recipe.positions(at, pos, length)
-    query = attention.rotate_at(spec, q, place(jnp.broadcast_to(here, (*k.shape[:2], 1))), pos)
+    turn = _rotation(spec, recipe, sum(tier.capacity for tier in tiers), pos)
+
+    def read_key(codes: PyTree, at: Int[Array, "B K s"], store: Store) -> Float[Array, "B K s H"]:
+        keys = fold.expand_key(params, store.decode(codes))
+        return keys if recipe.rotate == "write" else turn(keys, place(at))
+
+    query = turn(q, place(jnp.broadcast_to(here, (*k.shape[:2], 1))))
     readers = [(functools.partial(read_key, store=store), store.decode) for store in recipe.stores]
     heads, probs = attention.decode(
         query, tiers, readers, now=pos, window=spec.window(index), with_probabilities=policy.observe is not None
@@ -198,6 +199,20 @@ def _decode_layer(
         tiers = policy.observe(tiers, token, probs)
     heads = fold.expand_value(params, heads.astype(x.dtype))
     return layer.finish(x, heads.reshape(x.shape[0], spec.num_heads, spec.head_dim)), tiers
+
+
+def _rotation(
+    spec: ModelSpec, recipe: Recipe, capacity: int, pos: Int[Array, " B"]
+) -> Callable[[Float[Array, "B K s H"], Int[Array, "B K s"]], Float[Array, "B K s H"]]:
+    """A function that rotates vectors to places.
+
+    Places in the cache are below its capacity: a table, which all layers and steps share, saves a sine and a cosine per
+    number that is read.
+    """
+    if recipe.positions is None or spec.rope.type == "dynamic":
+        return lambda x, at: attention.rotate_at(spec, x, at, pos)
+    cos, sin = rope.angles(spec.rope, spec.head_dim, jnp.arange(capacity), jnp.asarray(capacity))
+    return lambda x, at: rope.rotate(x, cos[at], sin[at])
 
 
 def decode_step(

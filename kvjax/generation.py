@@ -128,7 +128,7 @@ def generate(
         prefill_s = watch.lap()
         cache, chosen = _decode(model, recipe, ids, lengths, logits, cache, how, on_token)
         decode_s = watch.lap()
-    steps = max(len(new) for new in chosen) - 1  # the first token comes from prefill
+    decoded = sum(len(new) - 1 for new in chosen)  # the first token comes from prefill
     spec, itemsize = model.spec, jnp.dtype(model.decoder.dtype).itemsize
     per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * itemsize
     return Generation(
@@ -136,7 +136,7 @@ def generate(
         bytes=cache_bytes(cache),
         full_bytes=per_token * sum(n + max_new_tokens for n in lengths.prompt),
         slots=_slots(spec, recipe, cache),
-        timing=Timing(prefill_s, decode_s, steps * len(ids) / decode_s if steps else 0.0, watch.compile_s),
+        timing=Timing(prefill_s, decode_s, decoded / decode_s if decoded else 0.0, watch.compile_s),
         logits=np.asarray(logits),
         cache=cache,
         recipe=recipe,

@@ -6,7 +6,8 @@
     observe  learn from attention, evict; runs after attention  (None: kernels need not return probabilities)
 
 All but `init` are pure functions of one layer's view of the tiers. They run inside `jit`; nothing that depends on a
-prompt becomes a shape. Before the layers of a step, `reserve` takes pages for all of them at once. A method is a factory that returns a `Recipe`.
+prompt becomes a shape. Before the layers of a step, `reserve` takes pages for all of them at once. A method is a
+factory that returns a `Recipe`.
 """
 
 from collections.abc import Callable
@@ -109,7 +110,8 @@ def retain(
 
     def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
         prompt = np.asarray(lengths.prompt)
-        most = np.stack([np.asarray(budget.slots(i, spec.num_layers, prompt)) for i in layers.index])  # L B
+        with jax.ensure_compile_time_eval():  # so that `eval_shape` can plan a cache without allocating it
+            most = np.stack([np.asarray(budget.slots(i, spec.num_layers, prompt)) for i in layers.index])  # L B
         if evict == "never":
             rows = np.minimum(most, prompt) + lengths.new
         else:
@@ -166,8 +168,9 @@ def retain(
     def observe(tiers: Tiers, token: Token, probs: tuple[Array, ...]) -> Tiers:
         assert score.observe is not None
         (tier,) = tiers
-        tier = tiers_.with_scores(tier, score.observe(tiers_.scores(tier), probs[0]))
-        over = token.active[:, None] & (tier.length > tier.budget)
+        active, stat = token.active[:, None], tiers_.scores(tier)
+        tier = tiers_.with_scores(tier, jnp.where(active[..., None], score.observe(stat, probs[0]), stat))
+        over = active & (tier.length > tier.budget)
         victim = _worst(score, tier, token.pos + 1)
         (tier,) = fate((tier,), victim, over)
         return (tiers_.remove(tier, victim, over),)

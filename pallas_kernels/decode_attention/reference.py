@@ -62,6 +62,7 @@ def decode_attention(
     """
     page = jax.tree.leaves(k)[0].shape[1]
     size = jax.tree.leaves(k)[0].shape[0]
+    slots = table.shape[-1] * page
     per_step = max(1, min(block // page, table.shape[-1]))
     steps = -(-table.shape[-1] // per_step)
     width = per_step * page
@@ -101,7 +102,6 @@ def decode_attention(
         jnp.full((*heads, steps * width), EMPTY, jnp.float32) if with_logits else None,
     )
     out = jax.lax.fori_loop(0, (jnp.max(length) + width - 1) // width, step, first)
-    slots = table.shape[-1] * page
     return out._replace(logits=None if out.logits is None else out.logits[..., :slots])
 
 

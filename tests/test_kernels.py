@@ -1,0 +1,101 @@
+"""The kernels' references against dense attention in numpy, at every block size."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvjax.attention import prefill_attention
+from pallas_kernels.decode_attention import decode_attention, merge, probabilities
+from pallas_kernels.prefill_scores import column_sums
+
+B, K, G, H, PAGE, M = 2, 3, 2, 8, 8, 5
+
+
+@pytest.fixture(scope="module")
+def paged():
+    """Rows of different lengths, one of them empty, in shuffled pages; entries behind a row's end point nowhere."""
+    rng = np.random.default_rng(0)
+    size = B * K * M
+    k, v = (rng.normal(size=(size, PAGE, H)).astype(np.float32) for _ in range(2))
+    table = rng.permutation(size).reshape(B, K, M).astype(np.int32)
+    length = np.array([[40, 17, 8], [1, 0, 33]], np.int32)
+    table = np.where(np.arange(M) * PAGE < length[..., None], table, size)
+    pos = rng.integers(0, 100, (size, PAGE)).astype(np.int32)
+    q = rng.normal(size=(B, K, G, H)).astype(np.float32)
+    return q, k, v, table, length, pos
+
+
+def dense(paged, after=None):
+    """Unnormalised output, sum and logits of every row, one slot at a time."""
+    q, k, v, table, length, pos = paged
+    weights, values = np.zeros((B, K, G, M * PAGE)), np.zeros((B, K, M * PAGE, H))
+    for b in range(B):
+        for h in range(K):
+            for s in range(length[b, h]):
+                page, offset = table[b, h, s // PAGE], s % PAGE
+                if after is None or pos[page, offset] > after[b]:
+                    weights[b, h, :, s] = np.exp(q[b, h] @ k[page, offset] * H**-0.5)
+                    values[b, h, s] = v[page, offset]
+    return np.einsum("bkgs,bksh->bkgh", weights, values), weights.sum(-1), weights
+
+
+@pytest.mark.parametrize("block", [8, 16, 24, 512])
+@pytest.mark.parametrize("after", [None, np.array([40, 10], np.int32)])
+def test_decode_attention_is_dense_attention(paged, block, after):
+    o, total, weights = dense(paged, after)
+    part = decode_attention(
+        *map(jnp.asarray, paged), scale=H**-0.5, block=block, with_logits=True,
+        after=None if after is None else jnp.asarray(after),
+    )  # fmt: skip
+    back = np.exp(np.asarray(part.m, np.float64))
+    np.testing.assert_allclose(part.o * back[..., None], o, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(part.l * back, total, rtol=1e-4, atol=1e-6)
+    assert part.logits is not None and part.logits.shape == weights.shape
+    some = total > 0
+    want = weights / np.where(some, total, 1)[..., None]
+    got = np.where(some[..., None], probabilities(part, merge([part])), 0)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_partials_over_disjoint_slots_merge_exactly(paged):
+    q, k, v, table, length, _ = map(jnp.asarray, paged)
+    run = lambda table, length: decode_attention(q, k, v, table, length, scale=H**-0.5)
+    whole = run(table, length)
+    first = jnp.minimum(length, 2 * PAGE)
+    halves = merge([run(table, first), run(table[..., 2:], length - first)])
+    some = np.asarray(length) > 0
+    for a, b in ((whole.o / whole.l[..., None], halves.o / halves.l[..., None]), (whole.m, halves.m)):
+        np.testing.assert_allclose(np.asarray(a)[some], np.asarray(b)[some], rtol=1e-5, atol=1e-6)
+
+
+def causal(q, k, length, window):
+    """Attention matrices `[B N T T]`, padded queries and keys empty."""
+    t, n = q.shape[1], q.shape[2]
+    k = np.repeat(k, n // k.shape[2], axis=2)
+    s = np.einsum("btnh,bsnh->bnts", q, k).astype(np.float64) * q.shape[-1] ** -0.5
+    distance = np.arange(t)[:, None] - np.arange(t)
+    seen = (distance >= 0) & (distance < (window or t)) & (np.arange(t) < length[:, None, None])
+    p = np.exp(np.where(seen[:, None], s, -np.inf))
+    real = (np.arange(t) < length[:, None])[:, None, :, None]
+    return np.where(real, p / np.maximum(p.sum(-1, keepdims=True), 1e-300), 0), p.sum(-1)
+
+
+@pytest.mark.parametrize("window", [None, 5, 40])
+@pytest.mark.parametrize("block", [16, 64])
+def test_prefill_attention_and_column_sums_are_dense_attention(window, block):
+    rng, t, n, heads = np.random.default_rng(1), 64, 4, 2
+    length = np.array([64, 37, 1], np.int32)
+    q = rng.normal(size=(3, t, n, H)).astype(np.float32)
+    k, v = (rng.normal(size=(3, t, heads, H)).astype(np.float32) for _ in range(2))
+    prob, total = causal(q, k, length, window)
+    args = [jnp.asarray(x) for x in (q, k, v, length)]
+    o, lse = prefill_attention(*args, window=window, block=block)
+    want = np.einsum("bnts,bsnh->btnh", prob, np.repeat(v, n // heads, axis=2))
+    real = np.arange(t) < length[:, None]
+    np.testing.assert_allclose(np.asarray(o)[real], want[real], atol=1e-5)
+    np.testing.assert_allclose(
+        np.moveaxis(np.asarray(lse), 1, 2)[real], np.log(np.moveaxis(total, 1, 2)[real]), atol=1e-5
+    )
+    assert np.isfinite(np.asarray(o)).all()
+    sums = column_sums(args[0], args[1], lse, args[3], scale=H**-0.5, window=window, block=block)
+    np.testing.assert_allclose(sums, prob.reshape(3, heads, -1, t, t).sum(3).mean(2), atol=1e-5)
