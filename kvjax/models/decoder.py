@@ -113,7 +113,7 @@ class Decoder(nnx.Module):
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of weights and activations."""
-        return self.embedding[...].dtype
+        return self.embedding.get_raw_value().dtype  # of an abstract decoder as well
 
     def embed(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
         """Token vectors."""

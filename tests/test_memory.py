@@ -1,0 +1,31 @@
+"""A long prompt is compressed layer by layer, and no T x T matrix is ever there."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+import numpy as np
+import kvjax
+from kvjax.demo.train import demo_spec
+import dataclasses
+from flax import nnx
+from kvjax.generation import Model
+from kvjax.models.decoder import Decoder
+
+spec = dataclasses.replace(demo_spec(4, 128), max_position=32768)
+model = Model(Decoder(spec, rngs=nnx.Rngs(0)), None, (), "random")
+prompt = np.random.default_rng(0).integers(0, spec.vocab_size, 16384).tolist()
+out = kvjax.generate(model, [prompt], kvjax.methods.h2o("20%"), max_new_tokens=4)
+assert out.slots == [[3276] * 4], out.slots
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_h2o_reads_16384_tokens_in_less_than_2_gb():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2e9
