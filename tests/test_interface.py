@@ -143,7 +143,7 @@ def test_budgets_per_layer_are_decided_after_the_prompt_inside_jit(model):
         assert int(before.num_free) == before.free.shape[0] - held.sum()  # what was trimmed is free again
         for b, prompt in enumerate(got.prompts):
             oracle = Oracle(model)
-            oracle.prefill(prompt, lambda layer, p, b=b: _window_choice(p, slots[layer, b]))
+            oracle.prefill(prompt, lambda layer, p, n=slots[:, b]: _window_choice(p, n[layer]))
             for step, token in enumerate(got.tokens[b][:-1]):
                 logits = oracle.decode(int(token), len(prompt) + step, _append)
                 assert int(logits.argmax()) == got.tokens[b][step + 1]

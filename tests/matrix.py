@@ -1,0 +1,115 @@
+"""What the tests of the laws share: every method x every model, the prompts, and a greedy continuation."""
+
+import functools
+import inspect
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax import METHODS, decode, demo, methods
+from kvjax.cache import tier as tiers_
+from kvjax.cache.policy import Recipe
+from kvjax.cache.store import dense
+from kvjax.models.decoder import Decoder, forward
+from kvjax.spec import RopeSpec
+from tests import oracle
+
+STEPS, BUDGET, WINDOW = 6, 12, 4
+ARGUMENTS = {"snapkv": {"window": WINDOW}, "pyramidkv": {"window": WINDOW}}
+LLAMA3 = RopeSpec(type="llama3", factor=8.0, original_max_position=32)
+MODELS = {
+    "gqa": dict(num_layers=2, max_position=128),
+    "gqa-bf16": dict(num_layers=2, max_position=128, dtype=jnp.bfloat16),
+    "mqa": dict(num_layers=2, num_kv_heads=1, qk_norm=True, tie_embeddings=True),
+    "windowed": dict(num_layers=1, num_kv_heads=4, windows=(12,), qkv_bias=True, rope=LLAMA3),
+    **({"demo": None} if (Path(demo.directory()) / "model.safetensors").exists() else {}),
+}
+WITH_BUDGET = [name for name, factory in METHODS.items() if "budget" in inspect.signature(factory).parameters]
+every_method = pytest.mark.parametrize("method", METHODS)
+every_model = pytest.mark.parametrize("model", MODELS)
+
+
+@functools.cache
+def decoder(name: str) -> Decoder:
+    fields = MODELS[name]
+    return kvjax.load(dtype=jnp.float32).decoder if fields is None else oracle.random_model(5, **fields)
+
+
+def recipe_of(method: str, budget: int | str) -> Recipe:
+    return methods.make(method, budget if method in WITH_BUDGET else None, ARGUMENTS.get(method))
+
+
+def is_exact(recipe: Recipe) -> bool:
+    """Whether what is kept is kept as it is."""
+    return recipe.fold is Recipe._field_defaults["fold"] and all(s.init is dense().init for s in recipe.stores)
+
+
+@functools.cache
+def text(length: int, seed: int) -> list[int]:
+    return np.random.default_rng((length, seed)).integers(0, 97, length).tolist()
+
+
+# Batches of equal shapes, every prompt far longer than the budget.
+BATCH = (text(40, 0), text(30, 0), text(24, 0))
+MATES = (text(25, 1), text(30, 1), text(40, 0))
+
+
+class Greedy(NamedTuple):
+    """A greedy continuation of a batch, step by step."""
+
+    tokens: np.ndarray  # [B steps]
+    logits: np.ndarray  # [steps + 1, B, V]
+    positions: list  # [steps + 1][B][L][K]
+    caches: list[decode.Cache]  # [steps + 1], on the host
+
+
+def greedy(model: Decoder, recipe: Recipe, prompts, *, padded: int | None = None, active=None) -> Greedy:
+    """Generate `STEPS` tokens; `active [steps][B]` stops sequences."""
+    active = np.ones((STEPS, len(prompts)), bool) if active is None else active
+    last, cache = oracle.start(model, recipe, prompts, STEPS, padded)
+    caches = [jax.device_get(cache)]
+    pos = np.asarray([len(p) for p in prompts], np.int32)
+    tokens, logits, positions = [], [np.asarray(last)], [oracle.kept_positions(model, recipe, cache)]
+    for step in range(STEPS):
+        tokens.append(logits[-1].argmax(axis=-1).astype(np.int32))
+        now = jnp.asarray(tokens[-1]), jnp.asarray(pos + step), jnp.asarray(active[step])
+        last, cache = oracle.step(model, cache, *now, recipe=recipe)
+        logits.append(np.asarray(last))
+        positions.append(oracle.kept_positions(model, recipe, cache))
+        caches.append(jax.device_get(cache))
+    return Greedy(np.stack(tokens, axis=1), np.stack(logits), positions, caches)
+
+
+@functools.cache
+def small_budget(model: str, method: str) -> Greedy:
+    return greedy(decoder(model), recipe_of(method, BUDGET), BATCH)
+
+
+@jax.jit
+def _forward(model: Decoder, tokens: jax.Array) -> jax.Array:
+    return forward(model, tokens)
+
+
+def reference(model: Decoder, tokens: list[int]) -> np.ndarray:
+    """Logits `[T V]` without a cache; padded, so that all lengths share one compilation."""
+    padded = tokens + [0] * (-len(tokens) % 64)
+    return np.asarray(_forward(model, jnp.asarray([padded], jnp.int32))[0, : len(tokens)])
+
+
+def describe(tree) -> tuple:
+    """Structure, shapes and dtypes."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(x.shape, x.dtype) for x in leaves]
+
+
+def assert_close(a: np.ndarray, b: np.ndarray, tolerance: float) -> None:
+    assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+def tiers_of(cache: decode.Cache) -> list[tiers_.Tier]:
+    return [tier for tiers in cache for tier in tiers]

@@ -1,0 +1,252 @@
+"""A decoder that keeps whole attention matrices and lists of tokens: what a method does, in the plainest words.
+
+Everything is float64 numpy and loops; nothing of kvjax is used except the weights that are read out of a `Decoder`.
+"""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kvjax import decode
+from kvjax.cache import tier as tiers_
+from kvjax.models.decoder import Decoder
+from kvjax.spec import Lengths, ModelSpec
+
+
+@dataclasses.dataclass
+class Entry:
+    """One cached token of one row."""
+
+    pos: int
+    key: np.ndarray  # [H] rotated at its own position
+    raw: np.ndarray  # [H] before rotation
+    value: np.ndarray  # [H]
+    stat: float = 0.0
+
+
+class LayerPrompt(NamedTuple):
+    """One layer of one prompt."""
+
+    q: np.ndarray  # [T N H] rotated
+    key: np.ndarray  # [T K H] rotated
+    raw: np.ndarray  # [T K H]
+    value: np.ndarray  # [T K H]
+    probs: np.ndarray  # [N T T] causal softmax
+
+
+Rows = list[list[Entry]]  # [K] -> entries: one layer
+Select = Callable[[int, LayerPrompt], Rows]
+Insert = Callable[[int, Rows, list[Entry], np.ndarray], None]
+Observe = Callable[[int, Rows, list[np.ndarray]], None]
+Attend = Callable[[int, Rows, np.ndarray, int], tuple[np.ndarray, Any]]
+
+
+def entries(prompt: LayerPrompt, k: int, positions: Sequence[int]) -> list[Entry]:
+    """The tokens at `positions` of a prompt, as one row caches them."""
+    return [Entry(int(p), prompt.key[p, k], prompt.raw[p, k], prompt.value[p, k]) for p in positions]
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Over the last axis; -inf is masked."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+class Oracle:
+    """The decoder of one sequence; `rows` is its cache, `[L][K]` lists of entries."""
+
+    def __init__(self, model: Decoder):
+        assert model.spec.rope.type == "default"
+        self.spec = model.spec
+        self.weights = jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        self.rows: list[Rows] = []
+
+    def copy(self) -> "Oracle":
+        """The same model with a cache of its own."""
+        other = copy.copy(self)
+        other.rows = copy.deepcopy(self.rows)
+        return other
+
+    def prefill(self, tokens: Sequence[int], select: Select) -> np.ndarray:
+        """Exact attention over the prompt.
+
+        Args:
+          tokens: the prompt.
+          select: `(layer, prompt) -> rows`, what the layer caches.
+
+        Returns:
+          Logits of the last token [V].
+        """
+        x, pos = self.weights["embedding"][np.asarray(tokens)], np.arange(len(tokens))
+        distance = pos[:, None] - pos
+        self.rows = []
+        for layer in range(self.spec.num_layers):
+            q, raw, value = self._project(layer, x)
+            q, key = self.rotate(q, pos), self.rotate(raw, pos)
+            visible = (distance >= 0) & (distance < (self.spec.window(layer) or len(pos)))
+            repeat = lambda y: np.repeat(y, self.spec.group_size, axis=1)
+            logits = np.einsum("tnh,snh->nts", q, repeat(key)) / np.sqrt(self.spec.head_dim)
+            probs = softmax(np.where(visible, logits, -np.inf))
+            self.rows.append(select(layer, LayerPrompt(q, key, raw, value, probs)))
+            x = self._finish(layer, x, np.einsum("nts,snh->tnh", probs, repeat(value)))
+        return self._logits(x[-1])
+
+    def decode(
+        self, token: int, pos: int, insert: Insert, observe: Observe | None = None, attend: Attend | None = None
+    ) -> np.ndarray:
+        """One token.
+
+        Args:
+          token: its id.
+          pos: its position.
+          insert: `(layer, rows, new entries [K], rotated query [N H])`, puts the entries into the rows; before
+            attention.
+          observe: `(layer, rows, probs [K][G, entries])`, after attention.
+          attend: `(layer, rows, query before rotation [N H], pos) -> (outputs [N H], probs)`, replaces attention.
+
+        Returns:
+          Logits [V].
+        """
+        x = self.weights["embedding"][token]
+        attend = attend or self._attend
+        for layer, rows in enumerate(self.rows):
+            q, raw, value = self._project(layer, x)
+            key = self.rotate(raw, pos)
+            new = [Entry(pos, key[k], raw[k], value[k]) for k in range(self.spec.num_kv_heads)]
+            insert(layer, rows, new, self.rotate(q, pos))
+            heads, probs = attend(layer, rows, q, pos)
+            if observe is not None:
+                observe(layer, rows, probs)
+            x = self._finish(layer, x, heads)
+        return self._logits(x)
+
+    def rotate(self, x: np.ndarray, pos: np.ndarray | int) -> np.ndarray:
+        """Rotary embedding of `x [... heads H]` at positions `[...]`: dimension i turns with i + H/2."""
+        half = self.spec.head_dim // 2
+        theta = np.asarray(pos)[..., None, None] * self.spec.rope.theta ** (-np.arange(half) / half)
+        a, b = x[..., :half], x[..., half:]
+        return np.concatenate([a * np.cos(theta) - b * np.sin(theta), a * np.sin(theta) + b * np.cos(theta)], axis=-1)
+
+    def _attend(self, layer: int, rows: Rows, q: np.ndarray, pos: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Every query head over the row of its group."""
+        window = self.spec.window(layer) or pos + 1
+        q = self.rotate(q, pos).reshape(self.spec.num_kv_heads, self.spec.group_size, -1)
+        heads, probs = [], []
+        for row, group in zip(rows, q, strict=True):
+            seen = np.array([e.pos > pos - window for e in row])
+            logits = group @ np.stack([e.key for e in row]).T / np.sqrt(self.spec.head_dim)
+            probs.append(softmax(np.where(seen, logits, -np.inf)))
+            heads.append(probs[-1] @ np.stack([e.value for e in row]))
+        return np.concatenate(heads), probs
+
+    def _linear(self, weights: dict, x: np.ndarray) -> np.ndarray:
+        return x @ weights["kernel"] + weights.get("bias", 0.0)
+
+    def _norm(self, weights: dict, x: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + self.spec.norm_eps) * weights["scale"]
+
+    def _project(self, layer: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        weights = self.weights["layers"][layer]
+        a, y = weights["attention"], self._norm(weights["attention_norm"], x)
+        q, k, v = (self._linear(a[n], y).reshape(*x.shape[:-1], -1, self.spec.head_dim) for n in "qkv")
+        return (self._norm(a["q_norm"], q), self._norm(a["k_norm"], k), v) if self.spec.qk_norm else (q, k, v)
+
+    def _finish(self, layer: int, x: np.ndarray, heads: np.ndarray) -> np.ndarray:
+        weights = self.weights["layers"][layer]
+        mlp, x = weights["mlp"], x + self._linear(weights["attention"]["o"], heads.reshape(*x.shape[:-1], -1))
+        y = self._norm(weights["mlp_norm"], x)
+        gate = self._linear(mlp["gate"], y)
+        return x + self._linear(mlp["down"], gate / (1 + np.exp(-gate)) * self._linear(mlp["up"], y))
+
+    def _logits(self, x: np.ndarray) -> np.ndarray:
+        x = self._norm(self.weights["norm"], x)
+        return x @ self.weights["embedding"].T if self.spec.tie_embeddings else self._linear(self.weights["head"], x)
+
+
+def random_model(seed: int, *, dtype=jnp.float32, **fields) -> Decoder:
+    """A small decoder with random weights, wide enough that attention is far from uniform."""
+    small = dict(vocab_size=97, embed_dim=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
+    spec = ModelSpec(**{**small, "max_position": 4096, **fields})
+    model = Decoder(spec, dtype=dtype, rngs=nnx.Rngs(seed))
+    rng = np.random.default_rng(seed)
+
+    def scaled(path: tuple, x: jax.Array) -> jax.Array:
+        *_, part, name = path if len(path) > 1 else ("", *path)
+        if name in ("scale", "bias"):
+            y = rng.uniform(0.5, 1.5, x.shape) if name == "scale" else rng.normal(0, 0.3, x.shape)
+        elif name == "embedding":
+            y = rng.normal(0, 1, x.shape)
+        else:  # attention logits of about 2.5 standard deviations
+            y = np.asarray(x, np.float64) * (1.6 if part in ("q", "k") else 1.0)
+        return jnp.asarray(y, dtype)
+
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    nnx.update(model, nnx.from_flat_state([(path, leaf.replace(scaled(path, leaf[...]))) for path, leaf in flat]))
+    return model
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "recipe"))
+def _positions(cache: decode.Cache, *, spec: ModelSpec, recipe) -> list[list[jax.Array]]:
+    """Positions of every layer's slots, one array per tier."""
+    layers: dict[int, list[jax.Array]] = {}
+    for group, tiers in zip(decode.layer_groups(spec, recipe), cache, strict=True):
+        for place, layer in enumerate(group.index):
+            layers[layer] = [tiers_.positions(tiers_.layer(tier, place)) for tier in tiers]
+    return [layers[layer] for layer in range(spec.num_layers)]
+
+
+@functools.partial(jax.jit, static_argnames=("recipe",), donate_argnums=(1,))
+def step(model: Decoder, cache: decode.Cache, token: jax.Array, pos: jax.Array, active: jax.Array, *, recipe):
+    """kvjax's `decode_step`, compiled."""
+    return decode.decode_step(model, recipe, cache, token, pos, active)
+
+
+def kept_positions(model: Decoder, recipe, cache: decode.Cache) -> list[list[list[list[int]]]]:
+    """Positions `[B][L][K]` of the kept tokens, sorted; all tiers together."""
+    layers = _positions(cache, spec=model.spec, recipe=recipe)
+    pos = [np.concatenate(tiers, axis=-1) for tiers in layers]
+    return [[[sorted(row[row >= 0].tolist()) for row in layer[b]] for layer in pos] for b in range(pos[0].shape[0])]
+
+
+def start(model: Decoder, recipe, prompts: Sequence[Sequence[int]], new: int, padded: int | None = None):
+    """kvjax's prefill of a padded batch: logits [B V] and the cache, with room for `new` more tokens."""
+    padded = padded or decode.padded_length(max(map(len, prompts)))
+    tokens = np.full((len(prompts), padded), 3, np.int32)  # padding is not zeros: it must not matter
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    lengths = Lengths(tuple(map(len, prompts)), new, padded)
+    cache = decode.init_cache(model, recipe, lengths)
+    length = jnp.asarray(lengths.prompt, jnp.int32)
+    return decode.prefill(model, recipe, jnp.asarray(tokens), length, cache)
+
+
+def run(model: Decoder, recipe, prompts: Sequence[Sequence[int]], teacher_tokens, *, padded: int | None = None):
+    """kvjax over a padded batch, with given continuations.
+
+    Args:
+      model, recipe: the decoder and the method.
+      prompts: token ids, of any lengths.
+      teacher_tokens: `[B][steps]` continuations.
+      padded: tokens of a prompt after padding; None = as the library pads.
+
+    Returns:
+      Logits `[steps + 1, B, V]` (first those after the prompts), positions `[steps + 1][B][L][K]` of the kept tokens
+      (sorted lists) after each step, and the cache in the end.
+    """
+    teacher = np.asarray(teacher_tokens, np.int32)
+    last, cache = start(model, recipe, prompts, teacher.shape[1], padded)
+    logits, positions = [np.asarray(last)], [kept_positions(model, recipe, cache)]
+    pos = np.asarray([len(p) for p in prompts], np.int32)
+    active = jnp.ones(pos.shape, bool)
+    for i, token in enumerate(teacher.T):
+        last, cache = step(model, cache, jnp.asarray(token), jnp.asarray(pos + i), active, recipe=recipe)
+        logits.append(np.asarray(last))
+        positions.append(kept_positions(model, recipe, cache))
+    return np.stack(logits), positions, cache

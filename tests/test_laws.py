@@ -1,0 +1,182 @@
+"""The laws that every method obeys, for every model. A method that is added to `METHODS` is tested without further ado.
+
+Here: what rows, pages and bytes are after the prompt and after every token. See `test_loop.py` for whole generations.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvjax import decode, methods
+from kvjax.cache import tier as tiers_
+from tests import matrix, oracle
+from tests.matrix import (
+    BATCH,
+    BUDGET,
+    MATES,
+    STEPS,
+    WINDOW,
+    WITH_BUDGET,
+    Greedy,
+    assert_close,
+    decoder,
+    describe,
+    every_method,
+    every_model,
+    greedy,
+    is_exact,
+    recipe_of,
+    small_budget,
+    tiers_of,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling takes most of the time here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def full_cache(model: str):
+    return oracle.run(decoder(model), methods.full(), BATCH, teacher())
+
+
+def teacher() -> np.ndarray:
+    return np.random.default_rng(9).integers(0, 97, (len(BATCH), STEPS))
+
+
+def contents(cache: decode.Cache, b: int) -> list[np.ndarray]:
+    """Everything that a cache holds of one sequence."""
+    found = []
+    for tier in tiers_of(cache):
+        found += [tier.length[:, b], tier.budget[:, b], *(x[:, b] for x in jax.tree.leaves(tier.calib))]
+        for leaf in jax.tree.leaves((tier.k, tier.v, tier.pos, tier.score)):
+            for table, length in zip(tier.table[:, b], tier.length[:, b], strict=True):
+                for row, n in zip(table, length, strict=True):
+                    pages = leaf[row[row < tier.free.shape[0]]]
+                    found.append(pages.reshape(-1, *leaf.shape[2:])[:n])
+    return found
+
+
+@every_method
+@every_model
+def test_a_large_budget_is_the_full_cache(model, method):
+    recipe = recipe_of(method, 1000)
+    if method not in WITH_BUDGET or not is_exact(recipe):
+        pytest.skip("has no budget, or does not keep numbers as they are")
+    logits, positions, _ = oracle.run(decoder(model), recipe, BATCH, teacher())
+    full, everything, _ = full_cache(model)
+    assert positions == everything
+    assert_close(logits, full, 5e-2 if decoder(model).dtype == jnp.bfloat16 else 1e-5)
+
+
+@every_model
+def test_decoding_a_token_is_prefilling_one_more(model):
+    network = decoder(model)
+    tolerance = 5e-2 if network.dtype == jnp.bfloat16 else 1e-5
+    logits, _, _ = full_cache(model)
+    longer = [[*prompt, int(new[0])] for prompt, new in zip(BATCH, teacher(), strict=True)]
+    last, _ = oracle.start(network, methods.full(), longer, STEPS - 1)
+    assert_close(logits[1], np.asarray(last), tolerance)
+    for b, prompt in enumerate(BATCH):
+        whole = matrix.reference(network, [*prompt, *teacher()[b].tolist()])
+        assert_close(logits[:, b], whole[len(prompt) - 1 :], tolerance)
+
+
+def _full(n: int, now: int) -> set[int]:
+    return set(range(now))
+
+
+def _streaming(n: int, now: int) -> set[int]:
+    return {*range(4), *range(now - (BUDGET - 4), now)}
+
+
+def _h2o(n: int, now: int) -> set[int]:
+    return set(range(now - BUDGET // 2, now))
+
+
+def _window(n: int, now: int) -> set[int]:
+    return set(range(n - WINDOW, now))
+
+
+PROTECTED = {"full": _full, "streaming_llm": _streaming, "h2o": _h2o, "snapkv": _window, "pyramidkv": _window}
+
+
+@every_method
+@every_model
+def test_rows_hold_what_they_may(model, method):
+    """Positions are unique, never from the future; sinks, windows and recent tokens are there."""
+    protected = PROTECTED.get(method, lambda n, now: set())
+    for step, batch in enumerate(small_budget(model, method).positions):
+        for prompt, layers in zip(BATCH, batch, strict=True):
+            now = len(prompt) + step
+            for row in (row for layer in layers for row in layer):
+                assert row and len(set(row)) == len(row) and row[-1] < now
+                assert protected(len(prompt), now) <= set(row)
+                if method in WITH_BUDGET and method != "pyramidkv":
+                    assert len(row) <= BUDGET + step
+
+
+@every_method
+@every_model
+def test_every_page_has_one_owner(model, method):
+    caches = small_budget(model, method).caches
+    assert all(describe(cache) == describe(caches[0]) for cache in caches)
+    for tier in (tier for cache in caches for tier in tiers_of(cache)):
+        size = tier.free.shape[0]
+        assert (tier.length <= tier.capacity).all()
+        owned = tier.table < size
+        held = owned.sum(axis=-1)
+        assert (owned == (np.arange(owned.shape[-1]) < held[..., None])).all()
+        assert (held * tier.page >= tier.length).all()
+        pages = np.concatenate([tier.table[owned], tier.free[: tier.num_free]])
+        assert sorted(pages.tolist()) == list(range(size))
+
+
+@every_method
+@every_model
+def test_bytes_are_those_of_the_arrays(model, method):
+    for cache in small_budget(model, method).caches[:: STEPS // 2]:
+        for tier in tiers_of(jax.tree.map(jnp.asarray, cache)):
+            parts = tiers_.nbytes(tier)
+            assert parts.total == sum(parts) - parts.total == sum(x.nbytes for x in jax.tree.leaves(tier))
+            assert min(parts) >= 0
+
+
+def assert_same(a: Greedy, i: int, b: Greedy, j: int, tolerance: float = 1e-5) -> None:
+    """Sequence i of one batch went like sequence j of another."""
+    assert a.tokens[i].tolist() == b.tokens[j].tolist()
+    assert [step[i] for step in a.positions] == [step[j] for step in b.positions]
+    assert_close(a.logits[:, i], b.logits[:, j], tolerance)
+
+
+@every_method
+@every_model
+def test_a_sequence_ignores_its_batch_mates(model, method):
+    assert_same(greedy(decoder(model), recipe_of(method, BUDGET), MATES), 2, small_budget(model, method), 0)
+
+
+@every_method
+def test_a_sequence_ignores_padding_and_may_be_alone(method):
+    model, recipe = decoder("gqa"), recipe_of(method, BUDGET)
+    alone = greedy(model, recipe, [BATCH[1]], padded=96)
+    assert_same(alone, 0, small_budget("gqa", method), 1)
+
+
+@every_method
+@pytest.mark.parametrize("model", ["gqa", "gqa-bf16"])
+def test_a_finished_sequence_leaves_its_cache_alone(model, method):
+    active = np.array([[True, step < 2, True] for step in range(STEPS)])
+    stopped = greedy(decoder(model), recipe_of(method, BUDGET), BATCH, active=active)
+    for b in (0, 2):
+        assert_same(stopped, b, small_budget(model, method), b)
+    for step in range(2, STEPS + 1):
+        assert stopped.positions[step][1] == small_budget(model, method).positions[2][1]
+    for x, y in zip(contents(stopped.caches[2], 1), contents(stopped.caches[-1], 1), strict=True):
+        np.testing.assert_array_equal(x, y)

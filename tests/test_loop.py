@@ -1,0 +1,123 @@
+"""The laws of whole generations, for every method: compiled once, on the device, within the bytes asked for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax import InputError, Model, Sampling, decode, methods, sampling
+from kvjax.cache.policy import Recipe
+from kvjax.models.decoder import Decoder
+from tests import matrix, oracle
+from tests.matrix import (
+    BATCH,
+    BUDGET,
+    STEPS,
+    WITH_BUDGET,
+    assert_close,
+    decoder,
+    describe,
+    every_method,
+    is_exact,
+    recipe_of,
+    small_budget,
+    text,
+    tiers_of,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling takes most of the time here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@contextmanager
+def traced_functions() -> Iterator[list[str]]:
+    """Names of the functions that JAX traces meanwhile."""
+    names: list[str] = []
+
+    def listen(event: str, start_time: float, end_time: float, **about: str | int) -> None:
+        if event == "/jax/core/compile/jaxpr_trace_duration":
+            names.append(str(about.get("fun_name")))
+
+    jax.monitoring.register_event_time_span_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_time_span_listener(listen)
+
+
+CHUNK, CHUNKS = 3, 3
+
+
+def loop(model: Decoder, recipe: Recipe, prompts, stop: int) -> tuple[np.ndarray, decode.Cache]:
+    """Tokens `[B 1 + CHUNKS x CHUNK]` of the compiled loop, which must keep its shapes and stay on the device."""
+    chooser, stops = sampling.chooser(Sampling(), len(prompts)), jnp.asarray([stop], jnp.int32)
+    limit = jnp.asarray(1 + CHUNK * CHUNKS, jnp.int32)
+    logits, cache = oracle.start(model, recipe, prompts, 1 + CHUNK * CHUNKS)
+    length = jnp.asarray([len(p) for p in prompts], jnp.int32)
+    state = decode.first_token(logits, cache, length, chooser, stops, None, greedy=True)
+    before, tokens = describe(state), [state.token[:, None] + 0]
+    for _ in range(CHUNKS):
+        with jax.transfer_guard("disallow"):
+            state, chunk = decode.decode_loop(
+                model, state, chooser, stops, limit, recipe=recipe, greedy=True, chunk=CHUNK
+            )
+        assert describe(state) == before
+        tokens.append(chunk)
+    return np.concatenate(tokens, axis=1), jax.device_get(state.cache)
+
+
+@every_method
+def test_the_loop_is_traced_once_and_stops_by_sequence(method):
+    model, recipe = decoder("gqa"), recipe_of(method, BUDGET)
+    with traced_functions() as names:
+        tokens, _ = loop(model, recipe, BATCH, stop=-1)
+        loop(model, recipe, [text(39, 2), text(29, 2), text(25, 2)], stop=-1)
+        assert (tokens >= 0).all()
+        assert tokens[:, :STEPS].tolist() == small_budget("gqa", method).tokens.tolist()
+        stop = int(tokens[0, 4])
+        stopped, cache = loop(model, recipe, BATCH, stop)
+    assert names.count("decode_loop") == 1
+    for b, row in enumerate(tokens.tolist()):
+        end = row.index(stop) + 1 if stop in row else len(row)
+        assert stopped[b].tolist() == row[:end] + [-1] * (len(row) - end)
+        if method == "full":  # the stop token itself is never read
+            read = len(BATCH[b]) + min(end - 1, CHUNK * CHUNKS)
+            assert all((tier.length[:, b] == read).all() for tier in tiers_of(cache))
+
+
+@pytest.mark.parametrize("method", WITH_BUDGET)
+def test_a_fifth_of_the_prompt_is_a_fifth_of_the_bytes(method):
+    network = oracle.random_model(1, dtype=jnp.bfloat16, num_layers=2, head_dim=32)
+    model = Model(network, None, (), "random")
+    out = kvjax.generate(model, [text(1500, 0)], methods.make(method, "20%"), max_new_tokens=16)
+    assert out.bytes.total - out.bytes.statistics <= 0.22 * out.full_bytes
+    assert out.bytes.total == sum(x.nbytes for x in jax.tree.leaves(out.cache))
+
+
+@every_method
+def test_extreme_prompts(method):
+    """One token, far more than the budget, and up to the context limit."""
+    recipe, network = recipe_of(method, BUDGET), decoder("gqa")
+    model, limit, new = Model(network, None, (), "random"), network.spec.max_position, 4
+    longest = limit if recipe.positions is not None else limit - new
+    out = kvjax.generate(model, [[5], text(longest, 0)], recipe, max_new_tokens=new)
+    assert [len(s.tokens) for s in out.sequences] == [new, new]
+    assert all(0 <= token < network.spec.vocab_size for s in out.sequences for token in s.tokens)
+    assert np.isfinite(out.logits).all()
+    assert_close(out.logits[1], matrix.reference(network, text(longest, 0))[-1], 1e-5)
+    if is_exact(recipe) and (method in WITH_BUDGET or method == "full"):  # the short one is never compressed
+        tokens = [5]
+        for _ in range(new):
+            tokens.append(int(matrix.reference(network, tokens)[-1].argmax()))
+        assert out.sequences[0].tokens == tokens[1:]
+    with pytest.raises(InputError, match="context limit"):
+        kvjax.generate(model, [text(longest + 1, 0)], recipe, max_new_tokens=new)

@@ -1,0 +1,191 @@
+"""The paged tier against Python lists: random sequences of its operations, with pages to spare and with too few."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvjax.cache import tier as tiers_
+from kvjax.cache.store import dense
+from kvjax.cache.tier import Slots, Tier
+
+B, K, ROW, WIDTH, LAYERS = 2, 2, 32, 3, 2
+BLOCK = 11  # most slots per write: more than a page, not a multiple of it
+ROWS = B * K
+
+Row = list[int]  # what each slot of a row holds; keys, values, positions and scores all derive from this number
+
+
+def contents(tags: np.ndarray) -> Slots:
+    """Slots `[B K n ...]` that hold `tags`."""
+    k = np.repeat(tags[..., None], WIDTH, axis=-1).astype(np.float32)
+    return Slots(jnp.asarray(k), jnp.asarray(-k), jnp.asarray(tags, jnp.int32), jnp.asarray(k[..., 0] / 2))
+
+
+def empty(pool: int) -> Tier:
+    """A tier of `pool` pages of 8 slots."""
+    widths, store = (WIDTH, WIDTH), dense()
+    shape = dict(layers=LAYERS, batch=B, heads=K, row=ROW, slots=pool * 8)
+    return tiers_.init(**shape, widths=widths, store=store, dtype=jnp.float32, scores=True)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def append(tier: Tier, slot, slots: Slots, where) -> Tier:
+    old = tiers_.layer(tier, 1)
+    new = tiers_.reserve(old, old.length + where.sum(axis=-1, dtype=jnp.int32), BLOCK)
+    return tiers_.with_layer(tier, 1, old, tiers_.put(new, slot, slots, where))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def overwrite(tier: Tier, slot, slots: Slots, where) -> Tier:
+    old = tiers_.layer(tier, 1)
+    return tiers_.with_layer(tier, 1, old, tiers_.put(old, slot, slots, where))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def trim(tier: Tier, n) -> Tier:
+    old = tiers_.layer(tier, 1)
+    return tiers_.with_layer(tier, 1, old, tiers_.trim(old, n))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def remove(tier: Tier, slot, where) -> Tier:
+    old = tiers_.layer(tier, 1)
+    return tiers_.with_layer(tier, 1, old, tiers_.remove(old, slot, where))
+
+
+@jax.jit
+def read(tier: Tier) -> tuple[Slots, jax.Array, jax.Array]:
+    view = tiers_.layer(tier, 1)
+    every = jnp.broadcast_to(jnp.arange(view.capacity), (B, K, view.capacity))
+    return tiers_.take(view, every), tiers_.positions(view), tiers_.scores(view)
+
+
+def pages_for(slots: int) -> int:
+    return -(-slots // 8)
+
+
+class Model:
+    """Rows as lists, the pages that each row holds, and the numbers written so far."""
+
+    def __init__(self, pool: int):
+        self.rows: list[Row] = [[] for _ in range(ROWS)]
+        self.held = [0] * ROWS
+        self.pool = pool
+        self.tag = 0
+
+    def tags(self, n: int) -> np.ndarray:
+        """Numbers `[B K n]` that were never written before."""
+        self.tag += ROWS * n
+        return np.arange(self.tag - ROWS * n, self.tag).reshape(B, K, n)
+
+    def append(self, tags: np.ndarray, counts: list[int]) -> None:
+        """Append to each row its first `counts` tags. Pages go to the rows in order; a row that gets none ends."""
+        for i, (row, new, count) in enumerate(zip(self.rows, tags.reshape(ROWS, -1), counts, strict=True)):
+            want = min(len(row) + count, ROW)
+            self.held[i] += min(max(pages_for(want) - self.held[i], 0), self.pool - sum(self.held))
+            row += new[: min(want, 8 * self.held[i]) - len(row)].tolist()
+
+
+def check(tier: Tier, model: Model) -> None:
+    slots, pos, score = read(tier)
+    shape = (ROWS, ROW)
+    assert np.array_equal(np.asarray(slots.pos), np.asarray(pos))
+    k, v = (np.asarray(x).reshape(*shape, WIDTH) for x in (slots.k, slots.v))
+    pos, score, taken = (np.asarray(x).reshape(shape) for x in (pos, score, slots.score))
+    length = np.asarray(tier.length[1]).reshape(ROWS)
+    table = np.asarray(tier.table[1]).reshape(ROWS, -1)
+    free, num_free = np.asarray(tier.free), int(tier.num_free)
+    assert not np.asarray(tier.length[0]).any() and (np.asarray(tier.table[0]) == model.pool).all()  # other layers
+    owned: list[int] = []
+    for i, row in enumerate(model.rows):
+        n = len(row)
+        assert length[i] == n
+        assert pos[i, :n].tolist() == row and (pos[i, n:] == -1).all()
+        np.testing.assert_array_equal(k[i, :n], np.repeat(np.array(row)[:, None], WIDTH, 1).reshape(n, WIDTH))
+        np.testing.assert_array_equal(v[i, :n], -k[i, :n])
+        np.testing.assert_array_equal(score[i, :n], np.array(row) / 2)
+        np.testing.assert_array_equal(taken[i, :n], score[i, :n])
+        pages = model.held[i]
+        assert (table[i, :pages] < model.pool).all() and (table[i, pages:] == model.pool).all()
+        owned += table[i, :pages].tolist()
+    assert num_free == model.pool - len(owned)
+    assert sorted(owned + free[:num_free].tolist()) == list(range(model.pool))  # every page has one owner
+
+
+COUNTS = st.lists(st.integers(0, BLOCK), min_size=ROWS, max_size=ROWS)
+PLACES = st.lists(st.integers(0, ROW - 1), min_size=ROWS, max_size=ROWS)
+CHOICE = st.lists(st.booleans(), min_size=ROWS, max_size=ROWS)
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), COUNTS),
+        st.tuples(st.just("overwrite"), PLACES, CHOICE),
+        st.tuples(st.just("trim"), PLACES),
+        st.tuples(st.just("remove"), PLACES, CHOICE),
+    ),
+    max_size=14,
+)
+
+
+@pytest.mark.parametrize("pool", [ROWS * ROW // 8, 7], ids=["ample", "scarce"])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(operations=OPERATIONS)
+def test_tier_is_a_list_per_row(pool, operations):
+    tier = empty(pool)
+    assert (tier.page, tier.capacity, tier.free.shape) == (8, ROW, (pool,))
+    model = Model(pool)
+    block = np.arange(BLOCK)
+    for name, numbers, *rest in operations:
+        lengths = np.array([len(row) for row in model.rows])
+        chosen = np.array(rest[0] if rest else [True] * ROWS) & (lengths > 0)
+        place = np.minimum(numbers, np.maximum(lengths - 1, 0))
+        if name == "append":
+            tags = model.tags(BLOCK)
+            model.append(tags, numbers)
+            slot = lengths.reshape(B, K, 1) + block
+            where = (block < np.reshape(numbers, (B, K, 1))) & (slot < ROW)
+            tier = append(tier, jnp.asarray(slot), contents(tags), jnp.asarray(where))
+        elif name == "overwrite":
+            tags = model.tags(1)
+            for i in np.flatnonzero(chosen):
+                model.rows[i][place[i]] = int(tags.flat[i])
+            slot, where = place.reshape(B, K, 1), chosen.reshape(B, K, 1)
+            tier = overwrite(tier, jnp.asarray(slot), contents(tags), jnp.asarray(where))
+        elif name == "trim":
+            for i, n in enumerate(numbers):
+                del model.rows[i][n:]
+                model.held[i] = pages_for(len(model.rows[i]))
+            tier = trim(tier, jnp.asarray(numbers).reshape(B, K))
+        else:  # the last slot fills the gap; the row keeps its pages
+            for i in np.flatnonzero(chosen):
+                model.rows[i][place[i]] = model.rows[i][-1]
+                model.rows[i].pop()
+            tier = remove(tier, jnp.asarray(place.reshape(B, K)), jnp.asarray(chosen.reshape(B, K)))
+        check(tier, model)
+
+
+def test_append_past_the_row_is_dropped():
+    """A row never grows past its capacity, even when the caller writes there."""
+    tier, model = empty(ROWS * ROW // 8), Model(ROWS * ROW // 8)
+    for _ in range(4):
+        slot, tags = np.asarray(tier.length[1])[..., None] + np.arange(BLOCK), model.tags(BLOCK)
+        model.append(tags, [BLOCK] * ROWS)
+        tier = append(tier, jnp.asarray(slot), contents(tags), jnp.ones(slot.shape, bool))
+        check(tier, model)
+    assert [len(row) for row in model.rows] == [ROW] * ROWS
+
+
+def test_tier_without_positions_counts_slots():
+    tier = tiers_.init(
+        layers=1, batch=1, heads=1, row=8, slots=8, widths=(2, 2), store=dense(), dtype=jnp.float32, positions=False
+    )
+    view = tiers_.reserve(tiers_.layer(tier, 0), jnp.full((1, 1), 3), 3)
+    zeros = jnp.zeros((1, 1, 3, 2))
+    view = tiers_.put(view, jnp.arange(3)[None, None], Slots(zeros, zeros), jnp.ones((1, 1, 3), bool))
+    assert tiers_.positions(view).tolist() == [[[0, 1, 2, -1, -1, -1, -1, -1]]]
+    with pytest.raises(ValueError, match="keeps no scores"):
+        tiers_.scores(view)
