@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not alone:
         _print_all(out)
-    console.print(summary([out], ["" if budget is None else str(budget)]))
+    console.print(summary([out], [f"{recipe.name} {budget or ''}".strip()]))
 
 
 def _printer(model: Model) -> tuple[Callable[[int, int], None], Callable[[], None]]:

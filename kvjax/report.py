@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from kvjax.generation import Generation, Model
 from kvjax.methods import METHODS
@@ -25,37 +25,28 @@ def describe(model: Model, out: Generation, budget: str | int | None) -> dict[st
     }
 
 
-def summary(outs: Sequence[Generation], budgets: Sequence[str]) -> Table:
+def summary(outs: Sequence[Generation], names: Sequence[str]) -> Table:
     """One column per generation: tokens, bytes by part, times."""
-    table = Table(show_header=len(outs) > 1)
-    table.add_column("")
-    for out, budget in zip(outs, budgets, strict=True):
-        table.add_column(f"{out.recipe.name} {budget}".strip(), justify="right")
-    for name, cells in _rows(outs, budgets):
+    table = Table("", *(Column(name, justify="right") for name in names))
+    count = lambda numbers: f"{sum(numbers):,}"
+    rows = {
+        "prompt tokens": [count(s.prompt_tokens for s in out.sequences) for out in outs],
+        "generated tokens": [count(len(s.tokens) for s in out.sequences) for out in outs],
+        "kept slots": [f"{kept_fraction(out):.1%}" for out in outs],
+        "cache bytes": [f"{out.bytes.total:,}" for out in outs],
+    }
+    for part in ("payload", "scales", "statistics", "tables", "slack"):
+        rows[f"  {part}"] = [f"{getattr(out.bytes, part):,}" for out in outs]
+    rows |= {
+        "full cache bytes": [f"{out.full_bytes:,}" for out in outs],
+        "of the full cache": [f"{out.bytes.total / out.full_bytes:.1%}" for out in outs],
+        "prefill (s)": [f"{out.timing.prefill_s:.2f}" for out in outs],
+        "decode (tokens/s)": [f"{out.timing.decode_tokens_per_s:.1f}" for out in outs],
+        "compilation (s)": [f"{out.timing.compile_s:.2f}" for out in outs],
+    }
+    for name, cells in rows.items():
         table.add_row(name, *cells)
     return table
-
-
-def _rows(outs: Sequence[Generation], budgets: Sequence[str]) -> list[tuple[str, list[str]]]:
-    rows: list[tuple[str, list[str]]] = []
-    if len(outs) == 1:
-        rows.append(("method", [f"{outs[0].recipe.name} {budgets[0]}".strip()]))
-    rows += [
-        ("prompt tokens", [str(sum(s.prompt_tokens for s in out.sequences)) for out in outs]),
-        ("generated tokens", [str(sum(len(s.tokens) for s in out.sequences)) for out in outs]),
-        ("kept slots", [f"{kept_fraction(out):.1%}" for out in outs]),
-    ]
-    for part in ("payload", "scales", "statistics", "tables", "slack", "total"):
-        label = "cache bytes" if part == "total" else f"  {part}"
-        rows.append((label, [_bytes(getattr(out.bytes, part)) for out in outs]))
-    return [
-        *rows,
-        ("full cache bytes", [_bytes(out.full_bytes) for out in outs]),
-        ("of the full cache", [f"{out.bytes.total / out.full_bytes:.1%}" for out in outs]),
-        ("prefill [s]", [f"{out.timing.prefill_s:.2f}" for out in outs]),
-        ("decode [tokens/s]", [f"{out.timing.decode_tokens_per_s:.1f}" for out in outs]),
-        ("compilation [s]", [f"{out.timing.compile_s:.2f}" for out in outs]),
-    ]
 
 
 def kept_fraction(out: Generation) -> float:
@@ -65,10 +56,6 @@ def kept_fraction(out: Generation) -> float:
         (s.prompt_tokens + len(s.tokens) - 1) * len(kept) for s, kept in zip(out.sequences, out.slots, strict=True)
     )
     return sum(map(sum, out.slots)) / seen
-
-
-def _bytes(n: int) -> str:
-    return f"{n:,}"
 
 
 def list_methods(console: Console) -> None:
