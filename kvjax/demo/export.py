@@ -1,0 +1,81 @@
+"""Write a decoder trained here as a Hugging Face checkpoint of the Llama architecture."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from kvjax.demo import vocabulary
+from kvjax.models.decoder import Decoder, Linear
+from kvjax.spec import ModelSpec
+
+
+def tensors(model: Decoder) -> dict[str, np.ndarray]:
+    """The weights under Llama's names; matrices are `[out, in]`."""
+    vectors: dict[str, nnx.Param] = {"model.embed_tokens": model.embedding, "model.norm": model.norm.scale}
+    matrices: dict[str, Linear] = {} if model.head is None else {"lm_head": model.head}
+    for index, layer in enumerate(model.layers):
+        base = f"model.layers.{index}"
+        vectors[f"{base}.input_layernorm"] = layer.attention_norm.scale
+        vectors[f"{base}.post_attention_layernorm"] = layer.mlp_norm.scale
+        matrices |= {f"{base}.self_attn.{p}_proj": getattr(layer.attention, p) for p in "qkvo"}
+        matrices |= {f"{base}.mlp.{p}_proj": getattr(layer.mlp, p) for p in ("gate", "up", "down")}
+    out = {f"{name}.weight": np.asarray(param[...]) for name, param in vectors.items()}
+    return out | {f"{name}.weight": np.asarray(linear.kernel[...].T, order="C") for name, linear in matrices.items()}
+
+
+def config(spec: ModelSpec) -> dict:
+    """`config.json` in the dialect of transformers 4."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.embed_dim,
+        "intermediate_size": spec.mlp_dim,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "max_position_embeddings": spec.max_position,
+        "rope_theta": spec.rope.theta,
+        "rope_scaling": None,
+        "rms_norm_eps": spec.norm_eps,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": spec.tie_embeddings,
+        "bos_token_id": vocabulary.BOS,
+        "eos_token_id": vocabulary.EOS,
+        "torch_dtype": "float32",
+    }
+
+
+def tokenizer_config(spec: ModelSpec) -> dict:
+    """`tokenizer_config.json`."""
+    bos, eos = vocabulary.SPECIAL
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": spec.max_position,
+    }
+
+
+def write(model: Decoder, out: Path) -> None:
+    """Write `config.json`, `model.safetensors` and the tokenizer's files to the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors(model), out / "model.safetensors", metadata={"format": "pt"})
+    generation = {"bos_token_id": vocabulary.BOS, "eos_token_id": vocabulary.EOS, "do_sample": False}
+    files = {
+        "config.json": config(model.spec),
+        "generation_config.json": generation,
+        "tokenizer_config.json": tokenizer_config(model.spec),
+    }
+    for name, content in files.items():
+        (out / name).write_text(json.dumps(content, indent=2) + "\n")
+    vocabulary.tokenizer().save(str(out / "tokenizer.json"))
