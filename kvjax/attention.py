@@ -1,20 +1,19 @@
 """Attention: over a prompt, over the cache, and the scores that methods learn from it."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from kvjax.cache.tier import Tier
 from kvjax.models import rope
-from kvjax.spec import Prompt
+from kvjax.spec import ModelSpec, Prompt
 from pallas_kernels import decode_attention as kernel
 from pallas_kernels import prefill_scores
-
-EMPTY = -1e30  # a masked logit; finite, so that rows without any visible key stay finite
+from pallas_kernels.blocks import divisor
+from pallas_kernels.decode_attention import EMPTY
 
 
 def prefill_attention(
@@ -32,7 +31,7 @@ def prefill_attention(
       q, k, v: rotated queries and keys, values.
       length: tokens of each prompt; padded keys are never attended, padded queries give finite garbage.
       window: sliding window [tokens].
-      block: tokens per block on both axes.
+      block: most tokens per block on both axes; blocks divide T.
 
     Returns:
       The heads' outputs, and the log-sum-exp of each query's scaled logits in float32.
@@ -40,7 +39,7 @@ def prefill_attention(
     Cost: T^2/2 products, in blocks with an online softmax (arXiv 2112.05682): memory grows with T, not with its square.
     """
     b, t, n, h = q.shape
-    heads, block = k.shape[2], math.gcd(t, block)
+    heads, block = k.shape[2], divisor(t, block)
     q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
     cut = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=-2)
@@ -96,10 +95,13 @@ def window_sums(prompt: Prompt, size: int) -> Float[Array, "B K T"]:
     return p.sum(axis=3).mean(axis=2)
 
 
-def rotate_at(spec, x: Array, pos: Int[Array, "*b s"], now: Int[Array, " B"]) -> Array:
-    """Rotate `x [B K s H]` to positions `[B K s]` (or what broadcasts to it), `now + 1` tokens into the sequence."""
-    seq_len = jnp.broadcast_to(now.reshape(-1, *([1] * (pos.ndim - 2))) + 1, pos.shape[:-1])
-    return rope.rotate(x, *rope.angles(spec.rope, spec.head_dim, pos, seq_len))
+def rotate_at(
+    spec: ModelSpec, x: Float[Array, "B K s H"], pos: Int[Array, "B #K r"], seq_len: Int[Array, "B #K"]
+) -> Float[Array, "B K s H"]:
+    """Rotate vectors to positions (one for all where r is 1), `seq_len` tokens into the sequence."""
+    shape = jnp.broadcast_shapes(pos.shape[:-1], seq_len.shape)
+    pos = jnp.broadcast_to(pos, (*shape, pos.shape[-1]))
+    return rope.rotate(x, *rope.angles(spec.rope, spec.head_dim, pos, jnp.broadcast_to(seq_len, shape)))
 
 
 def decode(
@@ -107,8 +109,7 @@ def decode(
     tiers: Sequence[Tier],
     readers: Sequence[tuple],
     *,
-    now: Int[Array, " B"],
-    window: int | None,
+    visible: Callable[[Int[Array, "B K s"]], Bool[Array, "B K s"]] | None,
     with_probabilities: bool,
 ) -> tuple[Float[Array, "B K G R"], tuple[Float[Array, "B K G S"], ...]]:
     """One query per row over all tiers, merged exactly.
@@ -117,8 +118,7 @@ def decode(
       q: rotated queries.
       tiers: one layer's views.
       readers: for each tier, `(read_key, read_value)` as in `pallas_kernels.decode_attention`.
-      now: position of the query.
-      window: sliding window [tokens].
+      visible: which of the slots at these positions the query sees; None = all.
       with_probabilities: also return every slot's attention weight.
     """
     parts = [
@@ -130,7 +130,7 @@ def decode(
             tier.length,
             None if isinstance(tier.pos, tuple) else tier.pos,
             scale=q.shape[-1] ** -0.5,
-            after=None if window is None else now - window,
+            visible=visible,
             read_key=read_key,
             read_value=read_value,
             with_logits=with_probabilities,

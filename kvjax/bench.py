@@ -53,14 +53,14 @@ def kvjax_contestant(model: Model, label: str, recipe: Recipe, batch: int, conte
     stop = jnp.zeros((0,), jnp.int32)
     cache = decode.init_cache(model.decoder, recipe, lengths)
     logits, cache = decode.prefill(model.decoder, recipe, jnp.asarray(tokens), length, cache)
-    carried = [decode.first_token(logits, cache, length, chooser, stop, None, greedy=True)]
+    carried = [decode.first_token(logits, cache, length, chooser, stop, None, mode="greedy")]
     size = generation.cache_bytes(cache)
 
     def turn(steps: int) -> float:
         start = time.perf_counter()
         limit = carried[0].step + steps
         carried[0], out = decode.decode_loop(
-            model.decoder, carried[0], chooser, stop, limit, recipe=recipe, greedy=True, chunk=steps
+            model.decoder, carried[0], chooser, stop, limit, recipe=recipe, mode="greedy", chunk=steps
         )
         jax.block_until_ready(out)
         return time.perf_counter() - start
@@ -206,13 +206,17 @@ def main(argv: list[str] | None = None) -> None:
         contexts = [int(n) for n in args.contexts.split(",")]
     except ValueError:
         raise InputError(f"--contexts {args.contexts!r} is not a list of lengths such as 4096,16384") from None
-    if args.transformers and not importlib.util.find_spec("transformers"):
+    new = args.steps * (args.rounds + 1) + 1
+    if args.transformers and args.dtype not in (None, "float32"):
+        raise InputError("--transformers compares in float32")
+    if args.transformers and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         raise InputError("--transformers needs transformers and torch: pip install '.[parity]'")
     command.use_compilation_cache()
     model = load(args)
     report = {"model": model.name, "device": jax.devices()[0].device_kind, "jax": jax.__version__, "contexts": {}}
     for context in contexts:
-        new = args.steps * (args.rounds + 1) + 1
+        if not 0 < context <= model.spec.max_position - new:
+            raise InputError(f"--contexts {context}: give 1 to {model.spec.max_position - new} tokens")
         contestants = [transformers_contestant(model, args.batch, context)] if args.transformers else []
         contestants += [
             kvjax_contestant(model, f"kvjax {label}", recipe, args.batch, context, new)

@@ -39,25 +39,49 @@ class Parser(argparse.ArgumentParser):
         fail(self.prog, f"{message} (see --help)")
 
 
-def read_config(path: Path, options: set[str]) -> dict[str, Any]:
-    """The options of a TOML file: long flag names with underscores, and a table `[arguments]` for the method.
-
-    Args:
-      path: the file.
-      options: names that are accepted.
-    """
+def read_config(path: Path) -> dict[str, Any]:
+    """The options of a TOML file."""
     try:
         config = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not TOML: {error}") from None
-    for key in config:
-        if key not in options:
-            raise InputError(f"{path}: unknown option {key!r}: choose from {', '.join(sorted(options))}")
     if not isinstance(config.get("arguments", {}), dict):
         raise InputError(f"{path}: 'arguments' is a table: write [arguments] and one line per argument")
     return config
+
+
+def config_flags(
+    path: Path, config: dict[str, Any], parser: argparse.ArgumentParser, given: argparse.Namespace
+) -> list[str]:
+    """A config's options as flags, to be put before the given ones, so that the parser checks them.
+
+    Args:
+      path: where they come from, for errors.
+      config: long flag names with underscores and their values.
+      parser: knows the flags.
+      given: what the command line says; a repeatable flag that is given replaces the config's.
+    """
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config", "set")}
+    flags: list[str] = []
+    for key, value in config.items():
+        if key not in actions:
+            raise InputError(f"{path}: unknown option {key!r}: choose from {', '.join(sorted(actions))}")
+        flag, kind = actions[key].option_strings[-1], type(actions[key]).__name__
+        if kind == "_StoreTrueAction":
+            if not isinstance(value, bool):
+                raise InputError(f"{path}: {key} = {value!r} is not true or false")
+            flags += [flag] * value
+        elif kind == "_AppendAction":
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise InputError(f"{path}: {key} = {value!r} is not a list of strings")
+            flags += [] if getattr(given, key) else [f"{flag}={item}" for item in value]
+        elif isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise InputError(f"{path}: {key} = {value!r} is not a string or a number")
+        else:
+            flags.append(f"{flag}={value}")
+    return flags
 
 
 def read_settings(pairs: list[str]) -> dict[str, str]:

@@ -178,22 +178,27 @@ def _decode_layer(
     q, k, v = layer.project(x)  # B N H, B K H
     q = q.reshape(*k.shape[:2], spec.group_size, spec.head_dim)
     here = pos[:, None, None]
-    written = k if recipe.rotate == "read" else attention.rotate_at(spec, k[:, :, None], here, pos)[:, :, 0]
+    written = (
+        k if recipe.rotate == "read" else attention.rotate_at(spec, k[:, :, None], here, pos[:, None] + 1)[:, :, 0]
+    )
     token = Token(q, k, fold.key(params, written), fold.value(params, v), pos, active, index)
     tiers = policy.insert(tiers, token)
     length = functools.reduce(jnp.add, (tier.length for tier in tiers))
 
     place = lambda at: at if recipe.positions is None else recipe.positions(at, pos, length)
-    turn = _rotation(spec, recipe, sum(tier.capacity for tier in tiers), pos)
+    turn = _rotation(spec, recipe, sum(tier.capacity for tier in tiers), pos, length)
 
     def read_key(codes: PyTree, at: Int[Array, "B K s"], store: Store) -> Float[Array, "B K s H"]:
         keys = fold.expand_key(params, store.decode(codes))
         return keys if recipe.rotate == "write" else turn(keys, place(at))
 
-    query = turn(q, place(jnp.broadcast_to(here, (*k.shape[:2], 1))))
-    readers = [(functools.partial(read_key, store=store), store.decode) for store in recipe.stores]
+    query_place, window = place(jnp.broadcast_to(here, (*k.shape[:2], 1))), spec.window(index)
     heads, probs = attention.decode(
-        query, tiers, readers, now=pos, window=spec.window(index), with_probabilities=policy.observe is not None
+        turn(q, query_place),
+        tiers,
+        [(functools.partial(read_key, store=store), store.decode) for store in recipe.stores],
+        visible=None if window is None else lambda at: place(at) > query_place - window,
+        with_probabilities=policy.observe is not None,
     )
     if policy.observe is not None:
         tiers = policy.observe(tiers, token, probs)
@@ -202,15 +207,17 @@ def _decode_layer(
 
 
 def _rotation(
-    spec: ModelSpec, recipe: Recipe, capacity: int, pos: Int[Array, " B"]
-) -> Callable[[Float[Array, "B K s H"], Int[Array, "B K s"]], Float[Array, "B K s H"]]:
+    spec: ModelSpec, recipe: Recipe, capacity: int, pos: Int[Array, " B"], length: Int[Array, "B K"]
+) -> Callable[[Float[Array, "B K s H"], Int[Array, "B K r"]], Float[Array, "B K s H"]]:
     """A function that rotates vectors to places.
 
     Places in the cache are below its capacity: a table, which all layers and steps share, saves a sine and a cosine per
     number that is read.
     """
-    if recipe.positions is None or spec.rope.type == "dynamic":
-        return lambda x, at: attention.rotate_at(spec, x, at, pos)
+    if recipe.positions is None:
+        return lambda x, at: attention.rotate_at(spec, x, at, pos[:, None] + 1)
+    if spec.rope.type == "dynamic":  # as long as the cache is
+        return lambda x, at: attention.rotate_at(spec, x, at, length)
     cos, sin = rope.angles(spec.rope, spec.head_dim, jnp.arange(capacity), jnp.asarray(capacity))
     return lambda x, at: rope.rotate(x, cos[at], sin[at])
 
@@ -234,6 +241,9 @@ def decode_step(
       token: the token to read.
       pos: its position.
       active: False where a sequence has ended: its cache stays as it is; None = all active.
+
+    The cache has room for the `lengths.new` tokens that `init_cache` was told of; methods that append drop what comes
+    after them.
     """
     spec, groups = model.spec, layer_groups(model.spec, recipe)
     active = jnp.ones(token.shape, bool) if active is None else active
@@ -260,7 +270,6 @@ class State(NamedTuple):
     seen: Bool[Array, "B V"] | None  # for the repetition penalty
 
 
-@functools.partial(jax.jit, static_argnames=("greedy",))
 def first_token(
     logits: Float[Array, "B V"],
     cache: Cache,
@@ -269,15 +278,21 @@ def first_token(
     stop: Int[Array, " E"],
     seen: Bool[Array, "B V"] | None,
     *,
-    greedy: bool,
+    mode: sampling.Mode,
 ) -> State:
     """The loop's state after prefill, with the first token chosen."""
+    # The cache stays outside: what goes through jit without donation is copied.
+    return State(cache, *_first_token(logits, length, chooser, stop, seen, mode=mode))
+
+
+@functools.partial(jax.jit, static_argnames=("mode",))
+def _first_token(logits, length, chooser, stop, seen, *, mode):
     step = jnp.zeros((), jnp.int32)
-    token = sampling.choose(logits, chooser, step, greedy=greedy, seen=seen)
-    return State(cache, token, length, jnp.isin(token, stop), step + 1, _mark(seen, token))
+    token = sampling.choose(logits, chooser, step, mode=mode, seen=seen)
+    return token, length, jnp.isin(token, stop), step + 1, _mark(seen, token)
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "greedy", "chunk"), donate_argnums=(1,))
+@functools.partial(jax.jit, static_argnames=("recipe", "mode", "chunk"), donate_argnums=(1,))
 def decode_loop(
     model: Decoder,
     state: State,
@@ -286,7 +301,7 @@ def decode_loop(
     limit: Int[Array, ""],
     *,
     recipe: Recipe,
-    greedy: bool,
+    mode: sampling.Mode,
     chunk: int,
 ) -> tuple[State, Int[Array, "B chunk"]]:
     """Generate up to `chunk` tokens per sequence, fewer when `limit` tokens are chosen or all sequences have stopped.
@@ -297,7 +312,7 @@ def decode_loop(
       chooser: sampling parameters.
       stop: ids that end a sequence.
       limit: stop when this many tokens have been chosen in all.
-      recipe, greedy: static.
+      recipe, mode: static.
       chunk: size of the result, static.
 
     Returns:
@@ -307,7 +322,7 @@ def decode_loop(
     def body(carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
         state, out, i = carry
         logits, cache = decode_step(model, recipe, state.cache, state.token, state.pos, ~state.done)
-        token = sampling.choose(logits, chooser, state.step, greedy=greedy, seen=state.seen)
+        token = sampling.choose(logits, chooser, state.step, mode=mode, seen=state.seen)
         out = out.at[:, i].set(jnp.where(state.done, -1, token))
         done = state.done | jnp.isin(token, stop)
         pos = state.pos + jnp.where(state.done, 0, 1)

@@ -6,6 +6,7 @@ compressed one.
 
 import argparse
 import json
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -48,7 +49,9 @@ def parser() -> command.Parser:
     p.add_argument("--seed", type=int, default=0, help="same seed, same text (default: 0)")
     p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
     p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
-    p.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
+    p.add_argument(
+        "--no-stream", action="store_true", help="print the text when it is complete (so are several prompts)"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--dump-cache", type=Path, metavar="FILE.npz", help="write kept positions and prompt logits")
     p.add_argument("--list-methods", action="store_true", help="show all methods and their arguments")
@@ -56,35 +59,43 @@ def parser() -> command.Parser:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Flags, with the config file's options as defaults."""
+    """Flags, with the config file's options before them."""
     p = parser()
     args = p.parse_args(argv)
     arguments: dict[str, Any] = {}
     if args.config is not None:
-        options = set(vars(args)) - {"config", "set", "list_methods"}
-        config = command.read_config(args.config, options | {"arguments"})
+        config = command.read_config(args.config)
         arguments = config.pop("arguments", {})
-        if "dump_cache" in config:
-            config["dump_cache"] = Path(config["dump_cache"])
-        p.set_defaults(**config)
-        args = p.parse_args(argv)
+        flags = command.config_flags(args.config, config, p, args)
+        args = p.parse_args([*flags, *(sys.argv[1:] if argv is None else argv)])
     args.arguments = arguments | command.read_settings(args.set)
     return args
 
 
 def read_texts(args: argparse.Namespace) -> list[str]:
     """The prompts that are given as text."""
-    texts = [sys.stdin.read() if text == "-" else text for text in args.prompt or ()]
+    given = args.prompt or []
+    if given.count("-") > 1:
+        raise InputError("standard input can be read once only: give --prompt - once")
+    texts = [_text("standard input", sys.stdin.buffer.read()) if text == "-" else text for text in given]
     for name in args.prompt_file or ():
         try:
-            texts.append(Path(name).read_text(encoding="utf-8"))
+            texts.append(_text(name, Path(name).read_bytes()))
         except OSError as error:
             raise InputError(f"cannot read {name}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise InputError(f"{name} is not UTF-8 text") from None
-    if not all(texts):
-        raise InputError("the prompt is empty")
+    for text in texts:
+        if not text:
+            raise InputError("the prompt is empty")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python passes on bytes that are not UTF-8
+            raise InputError("--prompt is not UTF-8 text")
     return texts
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{name} is not UTF-8 text") from None
 
 
 def _ids(text: str) -> list[int]:
@@ -107,34 +118,33 @@ def main(argv: list[str] | None = None) -> None:
     if args.list_methods:
         list_methods(console)
         return
-    prompted = args.prompt or args.prompt_file or args.prompt_tokens
+    prompted = bool(args.prompt or args.prompt_file or args.prompt_tokens)
     method = args.method or ("full" if prompted else showcase.METHOD)
-    budget = args.budget or (showcase.BUDGET if method == showcase.METHOD and not prompted else default_budget(method))
+    budget = args.budget if args.budget is not None else default_budget(method)
     recipe = make(method, budget, args.arguments)
-    sampling = Sampling(
-        args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed
-    )  # fmt: skip
-    sampling.check()
+    how = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    how.check()
     if args.dump_cache is not None:
         _check_writable(args.dump_cache)
-    if not prompted and args.model is not None:
+    if not prompted and (args.model is not None or args.chat):
         raise InputError("give a prompt: --prompt TEXT, --prompt-file FILE or --prompt-tokens 1,2,3")
+    if args.chat and args.prompt_tokens:
+        raise InputError("--chat wraps text: --prompt-tokens are taken as they are")
     texts, ids = read_texts(args), [_ids(text) for text in args.prompt_tokens or ()]
     command.use_compilation_cache()
     model = generation.load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
-    if not prompted and not args.json:
-        showcase.run(console, model, recipe, budget)
+    if not prompted and not args.json and args.dump_cache is None:
+        showcase.run(console, model, recipe, budget, args.max_new_tokens, how)
         return
     prompts = [_encode(model, text, args.chat) for text in texts or showcase.prompts().texts * (not ids)] + ids
     alone = len(prompts) == 1 and not args.json and not args.no_stream
     printer, finish = _printer(model) if alone else (None, None)
-    out = generation.generate(
-        model, prompts, recipe, max_new_tokens=args.max_new_tokens, how=sampling, on_token=printer
-    )
+    out = generation.generate(model, prompts, recipe, max_new_tokens=args.max_new_tokens, how=how, on_token=printer)
     if finish is not None:
         finish()
     if args.dump_cache is not None:
-        np.savez(args.dump_cache, positions=generation.cached_positions(model, out), logits=out.logits)
+        with args.dump_cache.open("wb") as file:
+            np.savez(file, positions=generation.cached_positions(model, out), logits=out.logits)
     if args.json:
         print(json.dumps(describe(model, out, budget)))
         return
@@ -166,11 +176,9 @@ def _print_all(out: Generation) -> None:
 
 def _check_writable(path: Path) -> None:
     """Raise `InputError` now rather than after the generation."""
-    try:
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    target = path if path.exists() else path.absolute().parent
+    if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
+        raise InputError(f"cannot write {path}")
 
 
 class _Callable(types.ModuleType):

@@ -1,6 +1,7 @@
 """Text in, text out: the library's main function and what it reports."""
 
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from jax.typing import DTypeLike
 
 from kvjax import checkpoint, decode, demo, sampling
 from kvjax.cache import tier as tiers_
+from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Recipe
 from kvjax.cache.tier import Bytes
 from kvjax.decode import Cache
@@ -118,6 +120,8 @@ def generate(
     True
     """
     recipe, how = recipe or full(), how or Sampling()
+    if isinstance(prompts, str):
+        raise InputError("prompts is one text: give a list of prompts")
     ids = [tokens(model, prompt) for prompt in prompts]
     _check(model.spec, recipe, ids, max_new_tokens)
     how.check()
@@ -146,7 +150,10 @@ def generate(
 def tokens(model: Model, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt, with what the tokenizer puts around a text."""
     if not isinstance(prompt, str):
-        return [int(i) for i in prompt]
+        try:
+            return [operator.index(i) for i in prompt]
+        except TypeError:
+            raise InputError(f"prompt {prompt!r} is not a text or a list of token ids") from None
     if model.tokenizer is None:
         raise InputError(f"{model.name} has no tokenizer.json: give token ids instead (--prompt-tokens 1,2,3)")
     if not prompt:
@@ -176,8 +183,8 @@ def _check(spec: ModelSpec, recipe: Recipe, ids: Sequence[Sequence[int]], new: i
     """Raise `InputError` for what cannot be generated."""
     if not ids:
         raise InputError("there is no prompt")
-    if new < 1:
-        raise InputError(f"max-new-tokens {new} is not at least 1")
+    if isinstance(new, bool) or not isinstance(new, int) or not 1 <= new <= LARGEST:
+        raise InputError(f"max-new-tokens {new} is not a whole number from 1 to {LARGEST}")
     for prompt in ids:
         if not prompt:
             raise InputError("the prompt is empty")
@@ -186,12 +193,13 @@ def _check(spec: ModelSpec, recipe: Recipe, ids: Sequence[Sequence[int]], new: i
                 raise InputError(f"token id {i} is not in the vocabulary (0 to {spec.vocab_size - 1})")
         if len(prompt) > spec.max_position:
             raise InputError(f"the prompt has {len(prompt)} tokens, the context limit is {spec.max_position}")
-        # Positions that count places in the cache never pass the limit.
-        if recipe.positions is None and len(prompt) + new > spec.max_position:
-            room = spec.max_position - len(prompt)
+        reach = len(prompt) + new
+        if recipe.positions is not None and recipe.budget is not None:  # places in the cache, not positions
+            reach = min(reach, int(recipe.budget.slots(0, spec.num_layers, len(prompt))))
+        if reach > spec.max_position:
             raise InputError(
                 f"prompt ({len(prompt)} tokens) and max-new-tokens ({new}) pass the context limit"
-                f" ({spec.max_position}): ask for at most {room} new tokens"
+                f" ({spec.max_position}): ask for at most {spec.max_position - len(prompt)} new tokens"
             )
 
 
@@ -215,8 +223,7 @@ def _decode(
     on_token: Callable[[int, int], None] | None,
 ) -> tuple[Cache, list[list[int]]]:
     """Run the compiled loop in chunks until every sequence has stopped or is long enough."""
-    greedy, chooser = how.temperature == 0, sampling.chooser(how, len(ids))
-    stop = jnp.asarray(model.stop, jnp.int32)
+    chooser, stop = sampling.chooser(how, len(ids)), jnp.asarray(model.stop, jnp.int32)
     seen = None
     if how.repetition_penalty != 1:
         marks = np.zeros((len(ids), model.spec.vocab_size), bool)
@@ -224,7 +231,7 @@ def _decode(
             row[prompt] = True
         seen = jnp.asarray(marks)
     length, limit = jnp.asarray(lengths.prompt, jnp.int32), jnp.asarray(lengths.new, jnp.int32)
-    state = decode.first_token(logits, cache, length, chooser, stop, seen, greedy=greedy)
+    state = decode.first_token(logits, cache, length, chooser, stop, seen, mode=how.mode)
     tokens: list[list[int]] = [[] for _ in ids]
 
     def collect(chunk: jax.Array) -> None:
@@ -236,9 +243,10 @@ def _decode(
                         on_token(i, int(token))
 
     collect(state.token[:, None])
-    while int(state.step) < lengths.new and not bool(jnp.all(state.done)):
+    # What has been read back tells when to stop: one transfer per chunk.
+    while any(len(new) < lengths.new and new[-1] not in model.stop for new in tokens):
         state, chunk = decode.decode_loop(
-            model.decoder, state, chooser, stop, limit, recipe=recipe, greedy=greedy, chunk=CHUNK
+            model.decoder, state, chooser, stop, limit, recipe=recipe, mode=how.mode, chunk=CHUNK
         )
         collect(chunk)
     return state.cache, tokens

@@ -65,11 +65,7 @@ def list_methods(console: Console) -> None:
         table.add_column(column)
     for name, factory in METHODS.items():
         doc = inspect.getdoc(factory) or ""
-        arguments = [
-            f"{key}={parameter.default}"
-            for key, parameter in inspect.signature(factory).parameters.items()
-            if key != "budget"
-        ]
+        arguments = [f"{key}={parameter.default}" for key, parameter in inspect.signature(factory).parameters.items()]
         source = next((line.removeprefix("Source: ") for line in doc.splitlines() if line.startswith("Source:")), "")
         table.add_row(name, doc.splitlines()[0], "\n".join(arguments), source)
     console.print(table)

@@ -1,7 +1,7 @@
 """Choosing the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kvjax.errors import InputError
+
+Mode = Literal["greedy", "sample", "filter"]  # what is compiled: filters sort the vocabulary
 
 
 class Sampling(NamedTuple):
@@ -30,6 +32,13 @@ class Sampling(NamedTuple):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+
+    @property
+    def mode(self) -> Mode:
+        """What of the rules below has to run; temperatures that round to nothing are greedy."""
+        if self.temperature < 1e-6:
+            return "greedy"
+        return "filter" if self.top_k or self.top_p < 1 or self.min_p else "sample"
 
     def check(self) -> None:
         """Raise `InputError` for values that make no sense."""
@@ -78,7 +87,7 @@ def choose(
     chooser: Chooser,
     step: Int[Array, ""],
     *,
-    greedy: bool,
+    mode: Mode,
     seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
     """The next token of each sequence.
@@ -89,17 +98,20 @@ def choose(
       logits: next-token logits.
       chooser: parameters and keys.
       step: index of the token to be chosen, folded into the keys.
-      greedy: take the most likely token (after the repetition penalty); ties go to the lowest id.
+      mode: "greedy" takes the most likely token (after the repetition penalty), ties go to the lowest id; "sample"
+        draws; "filter" draws among those that top-k, top-p and min-p leave.
       seen: tokens that the repetition penalty applies to; None = off.
     """
     if seen is not None:
         penalty = chooser.repetition_penalty
         logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-    if greedy:
+    if mode == "greedy":
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     keys = jax.vmap(jax.random.fold_in, (0, None))(chooser.key, step)
-    allowed = _filter(logits / chooser.temperature, chooser)
-    return jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
+    logits = logits / chooser.temperature
+    if mode == "filter":
+        logits = _filter(logits, chooser)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 def _filter(logits: Float[Array, "B V"], chooser: Chooser) -> Float[Array, "B V"]:
@@ -112,5 +124,6 @@ def _filter(logits: Float[Array, "B V"], chooser: Chooser) -> Float[Array, "B V"
     prob = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1)
     keep &= jnp.cumsum(prob, axis=-1) - prob < chooser.top_p
     keep &= prob >= chooser.min_p * prob[..., :1]
+    keep |= rank == 0  # whatever the numbers, one token is left
     keep = jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, keep, axis=-1, inplace=False)
     return jnp.where(keep, logits, -jnp.inf)

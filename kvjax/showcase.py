@@ -11,9 +11,10 @@ from kvjax.demo import lines
 from kvjax.generation import Generation, Model, generate
 from kvjax.methods import full
 from kvjax.report import summary
+from kvjax.sampling import Sampling
 
-METHOD, BUDGET = "snapkv", "20%"
-TOKENS, QUESTIONS, NEW_TOKENS = 1000, 6, 6
+METHOD = "snapkv"
+TOKENS, QUESTIONS = 1000, 6
 
 
 class Showcase(NamedTuple):
@@ -32,13 +33,13 @@ def prompts() -> Showcase:
     return Showcase(texts, [answer.strip() for answer in answers])
 
 
-def run(console: Console, model: Model, recipe: Recipe, budget: str | int | None) -> None:
+def run(console: Console, model: Model, recipe: Recipe, budget: str | int | None, new: int, how: Sampling) -> None:
     """Answer the questions with the full cache and with `recipe`, and print both."""
     shown = prompts()
     rows = shown.texts[0].splitlines()[:-1]
     console.print(f"A list of {len(rows)} lines, and questions about it:\n", highlight=False)
     console.print("\n".join(["    " + row for row in [*rows[:3], "...", *rows[-2:]]]) + "\n", highlight=False)
-    outs = [generate(model, shown.texts, each, max_new_tokens=NEW_TOKENS) for each in (full(), recipe)]
+    outs = [generate(model, shown.texts, each, max_new_tokens=new, how=how) for each in (full(), recipe)]
     names = ["full", f"{recipe.name} {budget or ''}".strip()]
     console.print(_answers(shown, outs, names))
     console.print(summary(outs, names))

@@ -40,7 +40,7 @@ def test_the_decode_loop_compiles_for_tpu_and_copies_no_pool(method, monkeypatch
     with use_abstract_mesh(mesh):
         traced = decode.decode_loop.trace(
             place(model), place(state), place(chooser), scalar((1,), jnp.int32), scalar((), jnp.int32),
-            recipe=recipe, greedy=True, chunk=16,
+            recipe=recipe, mode="greedy", chunk=16,
         )  # fmt: skip
         memory = traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
     pool = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))

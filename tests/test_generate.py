@@ -1,5 +1,6 @@
 """Text in, text out: the command line and the library against golden files, and what they say to bad input."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jaxtyping import TypeCheckError
 
 import kvjax
 from kvjax import command, generation, sampling
@@ -95,6 +98,48 @@ def test_a_config_file_and_flags_over_it(directory, tmp_path, capsys):
     assert run_json(capsys, *flags, "--max-new-tokens", 2, "--budget", 7)["budget"] == 7
 
 
+CONFIGS = {
+    "is not a number of tokens": "method = 'h2o'\nbudget = 0.5",
+    "keeps nothing": "method = 'h2o'\nbudget = 0",
+    "argument --dtype": "dtype = 'float16'",
+    "argument --max-new-tokens: invalid int value: '2.5'": "max_new_tokens = 2.5",
+    "argument --temperature: invalid float value: 'hot'": "temperature = 'hot'",
+    "temperature = True is not a string or a number": "temperature = true",
+    "method = ['h2o'] is not a string": "method = ['h2o']",
+    "prompt = 'abc' is not a list of strings": "prompt = 'abc'",
+    "json = 'false' is not true or false": "json = 'false'",
+    "unknown option 'methods'": "methods = 'h2o'",
+    "'arguments' is a table": "arguments = 3",
+    "is not TOML": "method = ",
+}
+
+
+@pytest.mark.parametrize("message", CONFIGS)
+def test_a_bad_config_is_one_line_and_exit_code_2(message, directory, tmp_path, capsys):
+    file = tmp_path / "bad.toml"
+    file.write_text(CONFIGS[message])
+    with pytest.raises(SystemExit) as exit:
+        command.run(PROG, lambda: main(["--model", str(directory), "--prompt-tokens", "1", "--config", str(file)]))
+    out = capsys.readouterr()
+    assert exit.value.code == 2 and out.out == "" and out.err.count("\n") == 1
+    assert message in out.err
+
+
+def test_prompts_on_the_command_line_replace_those_of_a_config(directory, tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text("prompt_tokens = ['1,2']\nmax_new_tokens = 1")
+    out = run_json(capsys, "--model", directory, "--config", file, "--prompt-tokens", "3")
+    assert [s["prompt_tokens"] for s in out["sequences"]] == [1]
+
+
+def test_a_dump_has_the_name_that_was_asked_for_and_an_error_leaves_none(directory, tmp_path, capsys):
+    flags = ["--model", str(directory), "--prompt-tokens", "1", "--max-new-tokens"]
+    run_json(capsys, *flags, 1, "--dump-cache", tmp_path / "a.b")
+    with pytest.raises(kvjax.InputError, match="max-new-tokens"):
+        main([*flags, "0", "--dump-cache", str(tmp_path / "c")])
+    assert [file.name for file in tmp_path.iterdir()] == ["a.b"]
+
+
 def test_every_shipped_config_is_accepted(capsys, request):
     for file in sorted((request.config.rootpath / "configs").glob("*.toml")):
         with pytest.raises(kvjax.InputError, match="give a prompt"):
@@ -127,6 +172,11 @@ BAD = {
     "the context limit is 128": ["--prompt-tokens", ids([1] * 129)],
     "ask for at most 8 new tokens": ["--prompt-tokens", ids([1] * 120)],
     "max-new-tokens 0": ["--prompt-tokens", "1", "--max-new-tokens", "0"],
+    "more than any cache holds": ["--method", "h2o", "--budget", str(2**31), "--prompt-tokens", "1"],
+    "budget '' is not": ["--method", "h2o", "--budget", "", "--prompt-tokens", "1"],
+    "standard input can be read once": ["--prompt", "-", "--prompt", "-"],
+    "is not UTF-8 text": ["--prompt", "\udcff"],
+    "--chat wraps text": ["--chat", "--prompt-tokens", "1"],
     "temperature -1.0": ["--prompt-tokens", "1", "--temperature", "-1"],
     "top-p 0.0": ["--prompt-tokens", "1", "--top-p", "0"],
     "top-k -2": ["--prompt-tokens", "1", "--top-k", "-2"],
@@ -214,7 +264,7 @@ def test_only_allowed_tokens_are_drawn_and_all_of_them(how):
     logits, seen = rng.normal(size=30).astype(np.float32) * 2, {0, 5, 7}
     marks = jnp.zeros((1, 30), bool).at[0, jnp.asarray(sorted(seen))].set(True) if how.repetition_penalty != 1 else None
     chooser = sampling.chooser(how, 1)
-    draw = jax.jit(lambda step: sampling.choose(jnp.asarray(logits)[None], chooser, step, greedy=False, seen=marks)[0])
+    draw = jax.jit(lambda step: sampling.choose(jnp.asarray(logits)[None], chooser, step, mode=how.mode, seen=marks)[0])
     drawn = {int(draw(jnp.asarray(step))) for step in range(3000)}
     assert drawn == allowed(logits, how, seen if marks is not None else set())
 
@@ -225,6 +275,77 @@ def test_the_repetition_penalty_applies_to_greedy_decoding_and_to_the_prompt(mod
     out = kvjax.generate(model, [[1, 2, 3]], max_new_tokens=24, how=how).sequences[0].tokens
     assert len(set(plain)) < len(plain)
     assert len(set(out) | {1, 2, 3}) == len(out) + 3
+
+
+@pytest.mark.parametrize("prompts", ["one text", [1, 2], [["a"]], [], [[1.5]]])
+def test_prompts_of_the_wrong_kind_are_refused(model, prompts):
+    with pytest.raises((kvjax.InputError, TypeCheckError), match="prompt"):  # or the type checker that tests turn on
+        kvjax.generate(model, prompts)
+
+
+@pytest.mark.parametrize("new", [2.5, True, 2**31])
+def test_a_number_of_new_tokens_that_is_none_is_refused(model, new):
+    with pytest.raises((kvjax.InputError, TypeCheckError), match=r"whole number|max_new_tokens"):
+        kvjax.generate(model, [[1]], max_new_tokens=new)
+
+
+@pytest.mark.parametrize("how", [Sampling(temperature=1e-38), Sampling(temperature=1, top_p=1e-46)])
+def test_vanishing_temperature_and_top_p_are_greedy(model, how):
+    greedy = kvjax.generate(model, [[1, 2, 3]], max_new_tokens=4).sequences[0].tokens
+    assert kvjax.generate(model, [[1, 2, 3]], max_new_tokens=4, how=how).sequences[0].tokens == greedy
+
+
+def test_places_in_the_cache_stay_within_the_context_limit(model):
+    limit = model.spec.max_position
+    recipe = kvjax.methods.streaming_llm
+    out = kvjax.generate(model, [list(range(60))], recipe(budget=20), max_new_tokens=2 * limit)
+    assert len(out.sequences[0].tokens) == 2 * limit
+    with pytest.raises(kvjax.InputError, match="context limit"):
+        kvjax.generate(model, [list(range(60))], recipe(budget=2 * limit), max_new_tokens=2 * limit)
+
+
+def test_the_cache_is_there_once_while_decoding(model):
+    """Buffers that are alive, not only those that are counted."""
+    prompt, alive = [list(range(90))], []
+
+    def look(sequence, token):
+        alive.append(sum(x.nbytes for x in jax.live_arrays() if x.shape == pool.shape and not x.is_deleted()))
+
+    pool = jax.tree.leaves(kvjax.generate(model, prompt, max_new_tokens=20).cache[0][0].k)[0]
+    shape_bytes = pool.nbytes
+    pool = np.empty(pool.shape, np.int8)
+    kvjax.generate(model, prompt, max_new_tokens=20, on_token=look)
+    assert max(alive) == 2 * shape_bytes  # keys and values
+
+
+def test_equal_arguments_give_the_same_recipe():
+    h2o = kvjax.methods.h2o
+    assert h2o() is h2o("20%") is h2o(budget="20%", recent=0.5)
+    assert h2o(256) is h2o("256") is kvjax.methods.make("h2o", "256") is h2o(np.int64(256))
+    assert h2o(256) is not h2o(257)
+
+
+@pytest.mark.parametrize(("name", "field"), [("mistral_window", "window"), ("llama_dynamic", "rope")])
+def test_sinks_by_place_are_seen_whatever_lies_between(name, field, tmp_path):
+    """StreamingLLM, one layer: with the same sinks and newest tokens, what came between changes nothing."""
+    model = kvjax.load(golden.write_checkpoint(name, tmp_path))
+    one = dataclasses.replace(model.spec, num_layers=1, windows=model.spec.windows[:1], max_position=256)
+    model.decoder.spec, model.decoder.layers = one, nnx.List([model.decoder.layers[0]])
+    rng = np.random.default_rng(0)
+    sinks, other, newest = (rng.integers(0, 97, n).tolist() for n in (4, 4, 30))
+
+    def logits(first, between):
+        prompt = [*first, *rng.integers(0, 97, between).tolist(), *newest]
+        recipe, lengths = kvjax.methods.streaming_llm(12), kvjax.Lengths((len(prompt),), 4, 128)
+        tokens = jnp.zeros((1, 128), jnp.int32).at[0, : len(prompt)].set(jnp.asarray(prompt, jnp.int32))
+        cache = kvjax.init_cache(model.decoder, recipe, lengths)
+        length = jnp.asarray(lengths.prompt, jnp.int32)
+        _, cache = kvjax.prefill(model.decoder, recipe, tokens, length, cache)
+        return kvjax.decode_step(model.decoder, recipe, cache, jnp.asarray([5], jnp.int32), length)[0]
+
+    near, far, changed = logits(sinks, 10), logits(sinks, 70), logits(other, 70)
+    np.testing.assert_allclose(near, far, atol=1e-4)
+    assert np.abs(np.asarray(far - changed)).max() > 1e-3
 
 
 def test_cached_positions_are_those_that_the_method_keeps(model):

@@ -50,11 +50,11 @@ def run(model, recipe: Recipe, seed: int = 0) -> Run:
     logits, cache = decode.prefill(model, recipe, jnp.asarray(padded), length, cache)
     prefilled = jax.tree.map(jnp.copy, cache)
     chooser = sampling.chooser(sampling.Sampling(), len(prompts))
-    state = decode.first_token(logits, cache, length, chooser, stop, None, greedy=True)
+    state = decode.first_token(logits, cache, length, chooser, stop, None, mode="greedy")
     tokens = [np.asarray(state.token)[:, None]]
     for _ in range(2):
         limit = jnp.asarray(NEW, jnp.int32)
-        state, out = decode.decode_loop(model, state, chooser, stop, limit, recipe=recipe, greedy=True, chunk=16)
+        state, out = decode.decode_loop(model, state, chooser, stop, limit, recipe=recipe, mode="greedy", chunk=16)
         tokens.append(np.asarray(out))
     chosen = np.concatenate(tokens, axis=1)
     return Run(prompts, chosen[:, :NEW], prefilled, state.cache)

@@ -1,9 +1,10 @@
 """Budgets: how many slots a row may keep."""
 
+import operator
 import re
 from collections.abc import Callable
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,7 +13,8 @@ from jaxtyping import Int
 from kvjax.errors import InputError
 from kvjax.spec import PyTree
 
-Keep = int | str | Fraction  # 512 [tokens], "20%" of the prompt, or that as a fraction
+LARGEST = 2**29  # slots; twice as many still fit 32 bits
+Keep = SupportsIndex | str | Fraction  # 512 [tokens], "20%" of the prompt, or that as a fraction
 
 
 class Budget(NamedTuple):
@@ -38,24 +40,31 @@ def parse_keep(keep: Keep) -> int | Fraction:
     >>> parse_keep("512"), parse_keep("20%"), parse_keep("12.5%")
     (512, Fraction(1, 5), Fraction(1, 8))
     """
-    if isinstance(keep, bool) or not isinstance(keep, int | str | Fraction):
-        raise InputError(f"budget {keep!r} is not a number of tokens (512) or a kept fraction (20%)")
+    wrong = InputError(f"budget {keep!r} is not a number of tokens (512) or a kept fraction (20%)")
+    if isinstance(keep, bool):
+        raise wrong
     if isinstance(keep, str):
         if re.fullmatch(r"[+-]?\d+", keep):
-            keep = int(keep)
+            amount = int(keep)
         elif re.fullmatch(r"[+-]?\d+(\.\d{1,4})?%", keep):
-            keep = Fraction(keep[:-1]) / 100
+            amount = Fraction(keep[:-1]) / 100
         else:
-            raise InputError(f"budget {keep!r} is not a number of tokens (512) or a kept fraction (20%)")
-    if keep <= 0:
-        raise InputError(f"budget {_show(keep)} keeps nothing: give at least 1 token or more than 0%")
-    if isinstance(keep, Fraction) and keep > 1:
-        raise InputError(f"budget {_show(keep)} is more than the whole prompt: give at most 100%")
-    if isinstance(keep, Fraction):
-        keep = keep.limit_denominator(10_000)  # length x numerator stays within int32 up to 200k tokens
-        if keep == 0:
-            raise InputError("a kept fraction below 0.01% keeps nothing")
-    return keep
+            raise wrong
+    elif isinstance(keep, Fraction):
+        amount = keep
+    elif hasattr(keep, "__index__"):
+        amount = operator.index(keep)
+    else:
+        raise wrong
+    if amount <= 0:
+        raise InputError(f"budget {_show(amount)} keeps nothing: give at least 1 token or more than 0%")
+    if isinstance(amount, Fraction):
+        if amount > 1:
+            raise InputError(f"budget {_show(amount)} is more than the whole prompt: give at most 100%")
+        return amount.limit_denominator(10_000) or Fraction(1, 10_000)
+    if amount > LARGEST:
+        raise InputError(f"budget {_show(amount)} is more than any cache holds: give at most {LARGEST}")
+    return amount
 
 
 def _show(keep: int | Fraction) -> str:
@@ -70,7 +79,16 @@ def tokens_of(keep: int | Fraction, length):
     """
     if isinstance(keep, int):
         return jnp.full(jnp.shape(length), keep, jnp.int32)
-    return jnp.maximum(jnp.asarray(length, jnp.int32) * keep.numerator // keep.denominator, 1)
+    return jnp.maximum(share(jnp.asarray(length, jnp.int32), keep), 1)
+
+
+def share(n, of: Fraction):
+    """`n * of`, rounded down, without passing 32 bits on the way; on ints and arrays.
+
+    >>> share(300_000, Fraction(9_999, 10_000))
+    299970
+    """
+    return n // of.denominator * of.numerator + n % of.denominator * of.numerator // of.denominator
 
 
 def everything() -> Budget:

@@ -10,6 +10,8 @@ prompt becomes a shape. Before the layers of a step, `reserve` takes pages for a
 factory that returns a `Recipe`.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -22,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 
 from kvjax.cache import pages
 from kvjax.cache import tier as tiers_
-from kvjax.cache.budget import Budget
+from kvjax.cache.budget import Budget, parse_keep
 from kvjax.cache.fate import Fate, drop
 from kvjax.cache.fold import Fold, identity
 from kvjax.cache.score import Score
@@ -84,6 +86,21 @@ class Recipe(NamedTuple):
     fold: Fold = identity()
     rotate: Literal["write", "read"] = "write"
     positions: Positions | None = None
+
+
+def cached(factory: Callable[..., Recipe]) -> Callable[..., Recipe]:
+    """A factory whose equal arguments give the same recipe, hence the same compiled programs."""
+    remembered, signature = functools.cache(factory), inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def make(*args: object, **kwargs: object) -> Recipe:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        if "budget" in given.arguments:
+            given.arguments["budget"] = parse_keep(given.arguments["budget"])
+        return remembered(**given.arguments)
+
+    return make
 
 
 def retain(

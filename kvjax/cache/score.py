@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from kvjax import attention
+from kvjax.cache import budget as budgets
 from kvjax.errors import InputError
 from kvjax.spec import Prompt
 
@@ -49,7 +50,7 @@ def recency(sinks: int) -> Score:
         b, t, k, _ = prompt.key.shape
         return jnp.broadcast_to(jnp.arange(t, dtype=jnp.float32), (b, k, t))
 
-    return Score(prompt, lambda pos, now, budget: pos < jnp.minimum(sinks, budget - 1))
+    return Score(prompt, lambda pos, now, budget: pos < jnp.minimum(min(sinks, budgets.LARGEST), budget - 1))
 
 
 def accumulated(recent: float) -> Score:
@@ -62,10 +63,10 @@ def accumulated(recent: float) -> Score:
     """
     if not 0 <= recent <= 1:
         raise InputError(f"recent={recent} is not a share between 0 and 1")
-    share = Fraction(recent).limit_denominator(1000)
+    of = Fraction(recent).limit_denominator(1000)
     return Score(
         prompt=attention.column_sums,
-        protect=lambda pos, now, budget: pos >= now - budget * share.numerator // share.denominator,
+        protect=lambda pos, now, budget: pos >= now - budgets.share(budget, of),
         observe=lambda stat, probs: stat + probs.mean(axis=2),
     )
 
@@ -95,8 +96,8 @@ def window(size: int, kernel: int, pooling: Literal["avg", "max"]) -> Score:
       keeps the newest part of it (the released code fails).
     Cost: `size` rows of attention at prefill, nothing afterwards.
     """
-    if size < 1:
-        raise InputError(f"window={size} is not at least 1 token")
+    if not 1 <= size <= budgets.LARGEST:
+        raise InputError(f"window={size} is not between 1 and {budgets.LARGEST} tokens")
     if kernel < 1 or kernel % 2 == 0:
         raise InputError(f"kernel={kernel} is not an odd number of tokens")
     if pooling not in ("avg", "max"):

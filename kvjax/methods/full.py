@@ -1,17 +1,16 @@
 """The full cache: what every method is compared with."""
 
-import functools
-
 from kvjax.cache import budget as budgets
 from kvjax.cache import score
-from kvjax.cache.policy import Recipe, retain
+from kvjax.cache.policy import Recipe, cached, retain
 from kvjax.cache.store import dense
 
 
-@functools.cache
+@cached
 def full() -> Recipe:
     """Keep every token.
 
+    Source: the definition of attention with a cache; nothing differs.
     Cost: the whole cache is read at every step.
     """
     keep = budgets.everything()

@@ -1,15 +1,13 @@
 """H2O: heavy hitters and recent tokens."""
 
-import functools
-
 from kvjax.cache import budget as budgets
 from kvjax.cache import score
 from kvjax.cache.budget import Keep
-from kvjax.cache.policy import Recipe, retain
+from kvjax.cache.policy import Recipe, cached, retain
 from kvjax.cache.store import dense
 
 
-@functools.cache
+@cached
 def h2o(budget: Keep = "20%", *, recent: float = 0.5) -> Recipe:
     """Keep the newest tokens and those that received the most attention so far; evict one per decoded token.
 

@@ -1,17 +1,16 @@
 """PyramidKV: SnapKV with more slots in lower layers."""
 
-import functools
 from typing import Literal
 
 from kvjax.cache import budget as budgets
 from kvjax.cache import score
 from kvjax.cache.budget import Keep
-from kvjax.cache.policy import Recipe, retain
+from kvjax.cache.policy import Recipe, cached, retain
 from kvjax.cache.store import dense
 from kvjax.errors import InputError
 
 
-@functools.cache
+@cached
 def pyramidkv(
     budget: Keep = "20%",
     *,
@@ -31,7 +30,7 @@ def pyramidkv(
     Differs: see `kvjax.cache.budget.pyramid` and `kvjax.cache.score.window`.
     Cost: `window` rows of attention at prefill.
     """
-    if beta < 1:
-        raise InputError(f"pyramidkv: beta={beta} is not at least 1")
+    if not 1 <= beta <= budgets.LARGEST:
+        raise InputError(f"beta={beta} is not between 1 and {budgets.LARGEST}")
     keep = budgets.pyramid(budget, window=window, beta=beta)
     return Recipe("pyramidkv", retain(score.window(window, kernel, pooling), keep, evict="never"), (dense(),), keep)

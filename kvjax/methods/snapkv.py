@@ -1,16 +1,15 @@
 """SnapKV: what the end of the prompt looks at."""
 
-import functools
 from typing import Literal
 
 from kvjax.cache import budget as budgets
 from kvjax.cache import score
 from kvjax.cache.budget import Keep
-from kvjax.cache.policy import Recipe, retain
+from kvjax.cache.policy import Recipe, cached, retain
 from kvjax.cache.store import dense
 
 
-@functools.cache
+@cached
 def snapkv(
     budget: Keep = "20%", *, window: int = 32, kernel: int = 5, pooling: Literal["avg", "max"] = "avg"
 ) -> Recipe:

@@ -1,6 +1,5 @@
 """StreamingLLM: attention sinks and a rolling window."""
 
-import functools
 from typing import Literal
 
 import jax.numpy as jnp
@@ -10,12 +9,12 @@ from jaxtyping import Int
 from kvjax.cache import budget as budgets
 from kvjax.cache import score
 from kvjax.cache.budget import Keep
-from kvjax.cache.policy import Recipe, retain
+from kvjax.cache.policy import Recipe, cached, retain
 from kvjax.cache.store import dense
 from kvjax.errors import InputError
 
 
-@functools.cache
+@cached
 def streaming_llm(budget: Keep = "20%", *, sinks: int = 4, positions: Literal["cache", "absolute"] = "cache") -> Recipe:
     """Keep the first `sinks` tokens and the newest ones.
 
@@ -23,7 +22,8 @@ def streaming_llm(budget: Keep = "20%", *, sinks: int = 4, positions: Literal["c
       budget: slots per row, sinks and the token being decoded included.
       sinks: first tokens that stay.
       positions: "cache" stores keys unrotated and rotates them by their place in the cache, so that a text may be
-        longer than the context limit; "absolute" keeps the tokens' own positions.
+        longer than the context limit; "absolute" keeps the tokens' own positions. With a sliding window, sinks stay in
+        it by their place in the cache, and leave it by their own positions.
 
     Source: Xiao et al., ICLR 2024 (arXiv 2309.17453); `streaming_llm/kv_cache.py`, `pos_shift/modify_llama.py`.
     Differs: the prompt is read with exact attention at its own positions; places in the cache count from the first

@@ -1,15 +1,13 @@
 """TOVA: token omission via attention."""
 
-import functools
-
 from kvjax.cache import budget as budgets
 from kvjax.cache import score
 from kvjax.cache.budget import Keep
-from kvjax.cache.policy import Recipe, retain
+from kvjax.cache.policy import Recipe, cached, retain
 from kvjax.cache.store import dense
 
 
-@functools.cache
+@cached
 def tova(budget: Keep = "20%") -> Recipe:
     """Evict the token that the newest query attends to least, the same in all heads of a layer.
 
@@ -17,6 +15,7 @@ def tova(budget: Keep = "20%") -> Recipe:
       budget: slots per row.
 
     Source: Oren et al., EMNLP 2024 (arXiv 2401.06104); `src/tova_cache.py`. The newest token itself may be evicted.
+    Differs: nothing known.
     Cost: 8 bytes per slot.
     """
     keep = budgets.uniform(budget)

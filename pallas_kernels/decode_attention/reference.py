@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 EMPTY = -1e30  # the logit of a slot that is not there; finite, so that differences of two of them are not NaN
 
@@ -34,7 +34,7 @@ def decode_attention(
     pos: Int[Array, "P page"] | None = None,
     *,
     scale: float,
-    after: Int[Array, " B"] | None = None,
+    visible: Callable[[Int[Array, "B K s"]], Bool[Array, "B K s"]] | None = None,
     read_key: Callable[[Any, Int[Array, "B K s"]], Float[Array, "B K s H"]] = lambda codes, pos: codes,
     read_value: Callable[[Any], Float[Array, "B K s R"]] = lambda codes: codes,
     block: int = 512,
@@ -49,7 +49,7 @@ def decode_attention(
       length: filled slots of each row.
       pos: position of each slot; None = slot s holds position s.
       scale: factor on the logits, usually H ** -0.5.
-      after: with a sliding window, only tokens at positions greater than this are attended.
+      visible: which of the slots at these positions are attended (a sliding window); None = all.
       read_key: turns codes and positions of a block of slots into keys: dequantise, expand, rotate.
       read_value: turns codes of a block of slots into values.
       block: slots per step, rounded to whole pages.
@@ -78,8 +78,8 @@ def decode_attention(
         key = read_key(jax.tree.map(lambda x: read(x, at), k), where)
         value = read_value(jax.tree.map(lambda x: read(x, at), v))
         seen = slot < length[..., None]
-        if after is not None:
-            seen &= where > after[:, None, None]
+        if visible is not None:
+            seen &= visible(where)
         s = jnp.einsum("bkgh,bksh->bkgs", q, key, preferred_element_type=jnp.float32) * scale
         s = jnp.where(seen[:, :, None], s, EMPTY)
         m = jnp.maximum(carry.m, s.max(axis=-1))

@@ -1,11 +1,11 @@
 """Column sums of causal attention in plain jnp: the contract, and the XLA path on every platform."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
+
+from pallas_kernels.blocks import divisor
 
 
 def column_sums(
@@ -26,13 +26,13 @@ def column_sums(
       length: tokens of each prompt; padded queries and keys count nothing.
       scale: factor on the logits.
       window: sliding window [tokens].
-      block: tokens per block on both axes.
+      block: most tokens per block on both axes; blocks divide T.
 
     Cost: one more pass of T^2/2 query-key products, in blocks: memory grows with T, not with its square.
     """
     b, t, n, h = q.shape
     heads = k.shape[2]
-    block = math.gcd(t, block)
+    block = divisor(t, block)
     q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
     k = jnp.moveaxis(k, 1, 2)
     lse = lse.reshape(b, heads, n // heads, t)
