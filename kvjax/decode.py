@@ -69,6 +69,14 @@ def prefill(
 
     Returns:
       Logits after each prompt's last token, in float32, and the filled cache.
+
+    >>> import jax.numpy as jnp, kvjax
+    >>> model, recipe = kvjax.load().decoder, kvjax.methods.h2o(budget=8)
+    >>> prompt = jnp.zeros((1, kvjax.padded_length(20)), jnp.int32)  # 20 tokens and padding
+    >>> cache = kvjax.init_cache(model, recipe, kvjax.Lengths(prompt=(20,), new=4, padded=prompt.shape[1]))
+    >>> logits, cache = kvjax.prefill(model, recipe, prompt, jnp.asarray([20], jnp.int32), cache)
+    >>> logits.shape, cache[0][0].length.tolist()
+    ((1, 1172), [[[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]]])
     """
     spec, groups = model.spec, layer_groups(model.spec, recipe)
     x = _embed(model, tokens)
@@ -244,6 +252,16 @@ def decode_step(
 
     The cache has room for the `lengths.new` tokens that `init_cache` was told of; methods that append drop what comes
     after them.
+
+    >>> import jax, jax.numpy as jnp, kvjax
+    >>> model, recipe = kvjax.load().decoder, kvjax.methods.full()
+    >>> prompt, length = jnp.ones((1, 64), jnp.int32), jnp.asarray([3], jnp.int32)
+    >>> cache = kvjax.init_cache(model, recipe, kvjax.Lengths(prompt=(3,), new=2, padded=64))
+    >>> logits, cache = kvjax.prefill(model, recipe, prompt, length, cache)
+    >>> step = jax.jit(kvjax.decode_step, static_argnames="recipe", donate_argnames="cache")
+    >>> logits, cache = step(model, recipe, cache, logits.argmax(-1).astype(jnp.int32), length)
+    >>> int(cache[0][0].length[0, 0, 0])
+    4
     """
     spec, groups = model.spec, layer_groups(model.spec, recipe)
     active = jnp.ones(token.shape, bool) if active is None else active

@@ -1,4 +1,9 @@
-"""The methods: one file and one factory each. A factory's signature is its schema."""
+"""The methods: one file and one factory each. A factory's signature is its schema.
+
+>>> from kvjax.methods import METHODS
+>>> METHODS["snapkv"](budget="10%", window=16).name
+'snapkv'
+"""
 
 import inspect
 import typing
