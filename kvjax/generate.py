@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from kvjax import command, generation, showcase
+from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
 from kvjax.generation import Generation, Model
 from kvjax.methods import METHODS, default_budget, make
@@ -25,6 +26,7 @@ from kvjax.report import describe, list_methods, summary
 from kvjax.sampling import Sampling
 
 PROG = "kvjax.generate"
+NEW_TOKENS = 64
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -40,7 +42,7 @@ def parser() -> command.Parser:
     p.add_argument("--budget", metavar="512|20%", help="slots per row, in tokens or as a share of the prompt")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the method")
     p.add_argument("--config", type=Path, metavar="FILE.toml", help="options from a file; flags take precedence")
-    p.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help=f"(default: {NEW_TOKENS})")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     p.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")
     p.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
@@ -113,8 +115,7 @@ def _encode(model: Model, text: str, chat: bool) -> list[int]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    args = parse(argv)
-    console = Console()
+    args, console = parse(argv), Console()
     if args.list_methods:
         list_methods(console)
         return
@@ -122,35 +123,55 @@ def main(argv: list[str] | None = None) -> None:
     method = args.method or ("full" if prompted else showcase.METHOD)
     budget = args.budget if args.budget is not None else default_budget(method)
     recipe = make(method, budget, args.arguments)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = NEW_TOKENS if prompted else showcase.NEW_TOKENS
     how = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
     how.check()
-    if args.dump_cache is not None:
-        _check_writable(args.dump_cache)
-    if not prompted and (args.model is not None or args.chat):
-        raise InputError("give a prompt: --prompt TEXT, --prompt-file FILE or --prompt-tokens 1,2,3")
-    if args.chat and args.prompt_tokens:
-        raise InputError("--chat wraps text: --prompt-tokens are taken as they are")
+    _check(args, prompted)
     texts, ids = read_texts(args), [_ids(text) for text in args.prompt_tokens or ()]
     command.use_compilation_cache()
     model = generation.load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
     if not prompted and not args.json and args.dump_cache is None:
         showcase.run(console, model, recipe, budget, args.max_new_tokens, how)
         return
-    prompts = [_encode(model, text, args.chat) for text in texts or showcase.prompts().texts * (not ids)] + ids
-    alone = len(prompts) == 1 and not args.json and not args.no_stream
-    printer, finish = _printer(model) if alone else (None, None)
-    out = generation.generate(model, prompts, recipe, max_new_tokens=args.max_new_tokens, how=how, on_token=printer)
-    if finish is not None:
+    texts = texts if prompted else showcase.prompts().texts
+    out = _generate(args, model, [_encode(model, text, args.chat) for text in texts] + ids, recipe, how)
+    if args.json:
+        print(json.dumps(describe(model, out, budget)))
+    else:
+        console.print(summary([out], [f"{recipe.name} {budget or ''}".strip()]))
+
+
+def _check(args: argparse.Namespace, prompted: bool) -> None:
+    """Raise `InputError` for flags that cannot be followed, before anything is loaded."""
+    if not prompted and (args.model is not None or args.chat):
+        raise InputError("give a prompt: --prompt TEXT, --prompt-file FILE or --prompt-tokens 1,2,3")
+    if args.chat and args.prompt_tokens:
+        raise InputError("--chat wraps text: --prompt-tokens are taken as they are")
+    path = args.dump_cache
+    if path is not None:
+        target = path if path.exists() else path.absolute().parent
+        if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
+            raise InputError(f"cannot write {path}")
+
+
+def _generate(
+    args: argparse.Namespace, model: Model, prompts: list[list[int]], recipe: Recipe, how: Sampling
+) -> Generation:
+    """Generate, print the text as it appears or at the end, write the dump."""
+    streaming = len(prompts) == 1 and not args.json and not args.no_stream
+    show, finish = _printer(model)
+    out = generation.generate(
+        model, prompts, recipe, max_new_tokens=args.max_new_tokens, how=how, on_token=show if streaming else None
+    )
+    if streaming:
         finish()
+    elif not args.json:
+        _print_all(out)
     if args.dump_cache is not None:
         with args.dump_cache.open("wb") as file:
             np.savez(file, positions=generation.cached_positions(model, out), logits=out.logits)
-    if args.json:
-        print(json.dumps(describe(model, out, budget)))
-        return
-    if not alone:
-        _print_all(out)
-    console.print(summary([out], [f"{recipe.name} {budget or ''}".strip()]))
+    return out
 
 
 def _printer(model: Model) -> tuple[Callable[[int, int], None], Callable[[], None]]:
@@ -172,13 +193,6 @@ def _print_all(out: Generation) -> None:
         if len(out.sequences) > 1:
             print(f"--- {i + 1}")
         print(" ".join(map(str, sequence.tokens)) if sequence.text is None else sequence.text)
-
-
-def _check_writable(path: Path) -> None:
-    """Raise `InputError` now rather than after the generation."""
-    target = path if path.exists() else path.absolute().parent
-    if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
-        raise InputError(f"cannot write {path}")
 
 
 class _Callable(types.ModuleType):

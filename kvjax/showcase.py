@@ -14,7 +14,7 @@ from kvjax.report import summary
 from kvjax.sampling import Sampling
 
 METHOD = "snapkv"
-TOKENS, QUESTIONS = 1000, 6
+TOKENS, QUESTIONS, NEW_TOKENS = 1000, 6, 6
 
 
 class Showcase(NamedTuple):
