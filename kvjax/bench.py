@@ -168,6 +168,34 @@ def show(rows: list[dict[str, Any]], context: int, bandwidth: float) -> Table:
     return table
 
 
+def compile_seconds(recipe: Recipe, layers: int) -> tuple[float, float]:
+    """Seconds to trace and to compile the decode loop of a tiny model with that many layers, without any cache."""
+    spec = ModelSpec(
+        vocab_size=97, embed_dim=32, num_layers=layers, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64,
+        max_position=2048,
+    )  # fmt: skip
+    model, lengths = Decoder(spec, rngs=nnx.Rngs(0)), Lengths((100,), 64, 128)
+    chooser, stop = sampling.chooser(sampling.Sampling(), 1), jnp.zeros((0,), jnp.int32)
+    length, logits = jnp.full((1,), 100, jnp.int32), jnp.zeros((1, spec.vocab_size))
+    cache = decode.init_cache(model, recipe, lengths)
+    state = decode.first_token(logits, cache, length, chooser, stop, None, mode="greedy")
+    start = time.perf_counter()
+    lowered = decode.decode_loop.lower(
+        model, state, chooser, stop, jnp.asarray(64, jnp.int32), recipe=recipe, mode="greedy", chunk=16
+    )
+    traced = time.perf_counter()
+    lowered.compile()
+    return traced - start, time.perf_counter() - traced
+
+
+def show_compile(recipes: dict[str, Recipe], layers: int) -> Table:
+    """A table of compile times."""
+    table = Table("", "trace (s)", "compile (s)", title=f"decode loop of {layers} layers, tiny width")
+    for label, recipe in recipes.items():
+        table.add_row(label, *(f"{x:.1f}" for x in compile_seconds(recipe, layers)))
+    return table
+
+
 def parser() -> command.Parser:
     """The command line's flags."""
     p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -179,6 +207,7 @@ def parser() -> command.Parser:
     p.add_argument("--rounds", type=int, default=7, help="turns of each contestant (default: 7)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: float32 on CPU, else bfloat16)")
     p.add_argument("--transformers", action="store_true", help="compare with transformers (pip install '.[parity]')")
+    p.add_argument("--compile", type=int, metavar="LAYERS", help="only time the compilation of so many tiny layers")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return p
 
@@ -211,6 +240,11 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--transformers compares in float32")
     if args.transformers and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         raise InputError("--transformers needs transformers and torch: pip install '.[parity]'")
+    if args.compile is not None:
+        if args.compile < 1:
+            raise InputError(f"--compile {args.compile} is not at least 1 layer")
+        Console().print(show_compile(recipes, args.compile))
+        return
     command.use_compilation_cache()
     model = load(args)
     report = {"model": model.name, "device": jax.devices()[0].device_kind, "jax": jax.__version__, "contexts": {}}

@@ -206,8 +206,20 @@ def trim(tier: Tier, n: Int[Array, "*L B K"]) -> Tier:
 def remove(tier: Tier, slot: Int[Array, "B K"], where: Bool[Array, "B K"]) -> Tier:
     """Remove one slot of each row: the row's last slot takes its place. The row keeps its pages."""
     last = jnp.maximum(tier.length - 1, 0)
-    tier = put(tier, slot[..., None], take(tier, last[..., None]), where[..., None])
-    return tier._replace(length=jnp.where(where, last, tier.length))
+    page, offset = _locate(tier, jnp.stack([slot, last], axis=-1))
+    target = jnp.where(where, page[..., 0], tier.free.shape[0])
+
+    def move(x: Array) -> Array:
+        moved = x.at[page[..., 1], offset[..., 1]].get(mode="clip")
+        return x.at[target, offset[..., 0]].set(moved, mode="drop")
+
+    return tier._replace(
+        k=jax.tree.map(move, tier.k),
+        v=jax.tree.map(move, tier.v),
+        pos=tier.pos if isinstance(tier.pos, tuple) else move(tier.pos),
+        score=tier.score if isinstance(tier.score, tuple) else move(tier.score),
+        length=jnp.where(where, last, tier.length),
+    )
 
 
 def positions(tier: Tier) -> Int[Array, "B K S"]:
@@ -255,7 +267,7 @@ def _bytes(x: Array) -> int:
 def _locate(tier: Tier, slot: Int[Array, "B K n"]) -> tuple[Int[Array, "B K n"], Int[Array, "B K n"]]:
     """Physical page (P where there is none) and offset of logical slots."""
     logical = slot // tier.page
-    page = jnp.take_along_axis(tier.table, jnp.minimum(logical, tier.table.shape[-1] - 1), axis=-1)
+    page = jnp.take_along_axis(tier.table, logical, axis=-1, mode="clip")
     return jnp.where(logical < tier.table.shape[-1], page, tier.free.shape[0]), slot % tier.page
 
 
