@@ -7,10 +7,9 @@ query heads of its group.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import pytest
 
@@ -24,12 +23,7 @@ STEPS = 10
 GROUPS = {"gqa": dict(num_kv_heads=2), "mqa": dict(num_kv_heads=1), "mha": dict(num_kv_heads=4)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compiling takes most of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Definition(NamedTuple):
