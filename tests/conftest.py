@@ -1,7 +1,8 @@
-"""Shapes are checked where beartype is installed; dtypes never promote silently."""
+"""Shapes are checked where beartype is installed, dtypes never promote silently, random tests repeat their examples."""
 
 import importlib.util
 
+import hypothesis
 import jax
 import jaxtyping
 import pytest
@@ -11,6 +12,8 @@ if importlib.util.find_spec("beartype"):
     _hook.__enter__()
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def test_ids_are_the_tokens_of_the_text(tokenizer: Tokenizer, seed: int, count: 
     assert [tokenizer.decode(both) for both in asked.reshape(-1, 2).tolist()] == lines.answers(doc)
 
 
-@given(seed=SEEDS, tokens=st.integers(40, 2048), questions=st.integers(1, 8))
+@given(seed=SEEDS, tokens=st.integers(48, 2048), questions=st.integers(1, 8))
 @settings(deadline=None, max_examples=30)
 def test_prompt_fits_and_holds_its_answer(tokenizer: Tokenizer, seed: int, tokens: int, questions: int) -> None:
     prompt, answer = lines.prompt(lines.scoring_rng(seed), tokens, questions)

@@ -57,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--samples", type=int, default=200, metavar="N", help="prompts per length (default: 200)")
     add("--seed", type=int, default=0, help="of the prompts (default: 0)")
     add("--method", default="full", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: full)")
-    add("--budget", metavar="512|20%%", help="slots per row, in tokens or as a share of the prompt")
+    add("--budget", metavar="512|20%", help="slots per row, in tokens or as a share of the prompt")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the method")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(argv)
