@@ -4,6 +4,7 @@ from kvjax import methods
 from kvjax.decode import decode_step, init_cache, padded_length, prefill
 from kvjax.errors import InputError
 from kvjax.generation import Generation, Model, generate, load
+from kvjax.likelihood import divergence, log_likelihood, references
 from kvjax.methods import METHODS
 from kvjax.sampling import Sampling
 from kvjax.spec import Lengths, ModelSpec
@@ -17,10 +18,13 @@ __all__ = [
     "ModelSpec",
     "Sampling",
     "decode_step",
+    "divergence",
     "generate",
     "init_cache",
     "load",
+    "log_likelihood",
     "methods",
     "padded_length",
     "prefill",
+    "references",
 ]

@@ -19,6 +19,7 @@ from kvjax.models.decoder import Decoder, Layer
 from kvjax.spec import Lengths, ModelSpec, Prompt, PyTree, Token
 
 Cache = tuple[Tiers, ...]  # one per group of layers with equal cached widths
+Measure = Callable[[Decoder, Float[Array, "B D"], PyTree], PyTree]
 
 
 @functools.lru_cache(maxsize=256)
@@ -263,8 +264,16 @@ def decode_step(
     >>> int(cache[0][0].length[0, 0, 0])
     4
     """
-    spec, groups = model.spec, layer_groups(model.spec, recipe)
     active = jnp.ones(token.shape, bool) if active is None else active
+    x, cache = _read_token(model, recipe, cache, token, pos, active)
+    return model.logits(x), cache
+
+
+def _read_token(
+    model: Decoder, recipe: Recipe, cache: Cache, token: Int[Array, " B"], pos: Int[Array, " B"], active: Array
+) -> tuple[Float[Array, "B D"], Cache]:
+    """The last layer's output for one more token of each sequence, and the cache with that token in it."""
+    spec, groups = model.spec, layer_groups(model.spec, recipe)
     x = model.embed(token)
     filled = [recipe.policy.reserve(tiers, active) for tiers in cache]
     for index, layer in enumerate(model.layers):
@@ -274,7 +283,48 @@ def decode_step(
         filled[group] = tuple(
             tiers_.with_layer(t, place, old, new) for t, old, new in zip(filled[group], olds, views, strict=True)
         )
-    return model.logits(x), tuple(filled)
+    return x, tuple(filled)
+
+
+@functools.partial(jax.jit, static_argnames=("recipe", "measure"), donate_argnums=(1,))
+def feed(
+    model: Decoder,
+    cache: Cache,
+    logits: Float[Array, "B V"],
+    tokens: Int[Array, "B Q"],
+    length: Int[Array, " B"],
+    count: Int[Array, " B"],
+    given: PyTree,
+    *,
+    recipe: Recipe,
+    measure: Measure | None = None,
+) -> tuple[Float[Array, "B V"], Cache, PyTree]:
+    """Read given tokens one after the other through the compressed cache: a question, a text to be scored.
+
+    Args:
+      model: the decoder.
+      cache: from `prefill` or an earlier call; consumed.
+      logits: after the token before the first one.
+      tokens: the tokens, padded on the right.
+      length: position of the first one.
+      count: how many are not padding; may be 0.
+      given: arrays `[Q ...]`, one entry for each step's `measure`.
+      recipe, measure: static; `(model, last layer's output [B D], entry of given) -> arrays` is collected every step.
+
+    Returns:
+      Logits after each sequence's last token, the cache, and what was measured, `[Q ...]`.
+    """
+
+    def step(carry: tuple[Cache, Array], inputs: tuple[Array, Array, PyTree]) -> tuple[tuple[Cache, Array], PyTree]:
+        (cache, last), (i, token, entry) = carry, inputs
+        x, cache = _read_token(model, recipe, cache, token, length + i, i < count)
+        measured = () if measure is None else measure(model, x, entry)
+        return (cache, jnp.where((i == count - 1)[:, None], x, last)), measured
+
+    last = jnp.zeros((tokens.shape[0], model.spec.embed_dim), model.dtype)
+    steps = (jnp.arange(tokens.shape[1]), tokens.T, given)
+    (cache, last), measured = jax.lax.scan(step, (cache, last), steps)
+    return jnp.where((count > 0)[:, None], model.logits(last), logits), cache, measured
 
 
 class State(NamedTuple):

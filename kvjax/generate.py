@@ -22,7 +22,7 @@ from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
 from kvjax.generation import Generation, Model
 from kvjax.methods import METHODS, default_budget, make
-from kvjax.report import describe, list_methods, summary
+from kvjax.report import describe, list_factories, summary
 from kvjax.sampling import Sampling
 
 PROG = "kvjax.generate"
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     args, console = parse(argv), Console()
     if args.list_methods:
-        list_methods(console)
+        list_factories(console, METHODS, "method", "what it keeps")
         return
     prompted = bool(args.prompt or args.prompt_file or args.prompt_tokens)
     method = args.method or ("full" if prompted else showcase.METHOD)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import operator
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from kvjax import checkpoint, decode, demo, sampling
+from kvjax.cache import pages
 from kvjax.cache import tier as tiers_
 from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Recipe
@@ -23,8 +23,11 @@ from kvjax.methods import full
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_generation_config
 from kvjax.sampling import Sampling
-from kvjax.spec import Lengths, ModelSpec
+from kvjax.spec import Lengths, ModelSpec, PyTree
+from kvjax.stopwatch import Stopwatch
 from kvjax.tokenizer import Tokenizer
+
+Texts = Sequence[str] | Sequence[Sequence[int]]  # or token ids
 
 CHUNK = 16  # tokens per call of the compiled loop: text appears in pieces of this many tokens
 
@@ -47,7 +50,7 @@ class Model:
 class Continuation(NamedTuple):
     """One generated sequence."""
 
-    prompt_tokens: int
+    prompt_tokens: int  # with the question
     tokens: list[int]  # generated, with the stop token if one was generated
     text: str | None  # None without a tokenizer
     finish_reason: str  # "stop" or "length"
@@ -56,7 +59,7 @@ class Continuation(NamedTuple):
 class Timing(NamedTuple):
     """Wall-clock time [seconds], compilation apart."""
 
-    prefill_s: float
+    prefill_s: float  # until the first generated token: prompts and questions
     decode_s: float
     decode_tokens_per_s: float
     compile_s: float
@@ -96,9 +99,10 @@ def load(name: str | Path | None = None, *, dtype: DTypeLike | None = None, igno
 
 def generate(
     model: Model,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Texts,
     recipe: Recipe | None = None,
     *,
+    questions: Texts | None = None,
     max_new_tokens: int = 64,
     how: Sampling | None = None,
     on_token: Callable[[int, int], None] | None = None,
@@ -109,6 +113,8 @@ def generate(
       model: from `load`.
       prompts: texts, or token ids.
       recipe: from a factory in `kvjax.methods`; None = the full cache.
+      questions: what follows each prompt, texts or token ids, "" = nothing; read token by token after the prompt has
+        been compressed, so that the method cannot know what will be asked.
       max_new_tokens: most tokens to generate for each prompt.
       how: how tokens are chosen; None = greedy.
       on_token: called as `(sequence, token)` as tokens appear.
@@ -123,25 +129,29 @@ def generate(
     if isinstance(prompts, str):
         raise InputError("prompts is one text: give a list of prompts")
     ids = [tokens(model, prompt) for prompt in prompts]
-    _check(model.spec, recipe, ids, max_new_tokens)
+    after = [[] for _ in ids] if questions is None else [continued(model, question) for question in questions]
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= LARGEST:
+        raise InputError(f"max-new-tokens {max_new_tokens} is not a whole number from 1 to {LARGEST}")
+    check(model.spec, ids, after)
+    for prompt, question in zip(ids, after, strict=True):
+        _check_new(model.spec, recipe, len(prompt), len(question), max_new_tokens)
     how.check()
-    lengths = Lengths(tuple(map(len, ids)), max_new_tokens, decode.padded_length(max(map(len, ids))))
-    with _Stopwatch() as watch:
-        logits, cache = _prefill(model, recipe, ids, lengths)
-        jax.block_until_ready((logits, cache))
+    whole = [prompt + question for prompt, question in zip(ids, after, strict=True)]
+    with Stopwatch() as watch:
+        logits, cache = prefill(model, recipe, ids, max_new_tokens + max(map(len, after)))
+        answer, cache, _ = feed(model, recipe, logits, cache, ids, after)
+        jax.block_until_ready((answer, cache))
         prefill_s = watch.lap()
-        cache, chosen = _decode(model, recipe, ids, lengths, logits, cache, how, on_token)
+        cache, chosen = _decode(model, recipe, whole, max_new_tokens, answer, cache, how, on_token)
         decode_s = watch.lap()
     decoded = sum(len(new) - 1 for new in chosen)  # the first token comes from prefill
-    spec, itemsize = model.spec, jnp.dtype(model.decoder.dtype).itemsize
-    per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * itemsize
     return Generation(
-        sequences=[_sequence(model, prompt, new) for prompt, new in zip(ids, chosen, strict=True)],
+        sequences=[_sequence(model, prompt, new) for prompt, new in zip(whole, chosen, strict=True)],
         bytes=cache_bytes(cache),
-        full_bytes=per_token * sum(n + max_new_tokens for n in lengths.prompt),
-        slots=_slots(spec, recipe, cache),
+        full_bytes=full_bytes(model, [len(prompt) + max_new_tokens for prompt in whole]),
+        slots=kept_slots(model.spec, recipe, cache),
         timing=Timing(prefill_s, decode_s, decoded / decode_s if decoded else 0.0, watch.compile_s),
-        logits=np.asarray(logits),
+        logits=np.asarray(answer),
         cache=cache,
         recipe=recipe,
     )
@@ -161,10 +171,25 @@ def tokens(model: Model, prompt: str | Sequence[int]) -> list[int]:
     return model.tokenizer.encode(prompt)
 
 
+def continued(model: Model, text: str | Sequence[int]) -> list[int]:
+    """Token ids of what follows a prompt."""
+    if isinstance(text, str) and not text:
+        return []
+    if isinstance(text, str) and model.tokenizer is not None:
+        return model.tokenizer.encode(text, special=False)
+    return tokens(model, text)
+
+
 def cache_bytes(cache: Cache) -> Bytes:
     """Allocated bytes of a cache by part."""
     parts = [tiers_.nbytes(tier) for tiers in cache for tier in tiers]
     return Bytes(*(sum(column) for column in zip(*parts, strict=True)))
+
+
+def full_bytes(model: Model, lengths: Sequence[int]) -> int:
+    """Bytes that a full cache needs for sequences of these lengths [tokens], in the model's dtype."""
+    spec, itemsize = model.spec, jnp.dtype(model.decoder.dtype).itemsize
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * itemsize * sum(lengths)
 
 
 def cached_positions(model: Model, generation: Generation) -> np.ndarray:
@@ -179,44 +204,80 @@ def cached_positions(model: Model, generation: Generation) -> np.ndarray:
     return np.stack(padded, axis=1)
 
 
-def _check(spec: ModelSpec, recipe: Recipe, ids: Sequence[Sequence[int]], new: int) -> None:
-    """Raise `InputError` for what cannot be generated."""
+def check(spec: ModelSpec, ids: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> None:
+    """Raise `InputError` for prompts, and what follows them, that cannot be read."""
     if not ids:
         raise InputError("there is no prompt")
-    if isinstance(new, bool) or not isinstance(new, int) or not 1 <= new <= LARGEST:
-        raise InputError(f"max-new-tokens {new} is not a whole number from 1 to {LARGEST}")
-    for prompt in ids:
+    if len(after) != len(ids):
+        raise InputError(f"{len(after)} texts follow {len(ids)} prompts: give one for each")
+    for prompt, text in zip(ids, after, strict=True):
         if not prompt:
             raise InputError("the prompt is empty")
-        for i in prompt:
+        for i in (*prompt, *text):
             if not 0 <= i < spec.vocab_size:
                 raise InputError(f"token id {i} is not in the vocabulary (0 to {spec.vocab_size - 1})")
-        if len(prompt) > spec.max_position:
-            raise InputError(f"the prompt has {len(prompt)} tokens, the context limit is {spec.max_position}")
-        reach = len(prompt) + new
-        if recipe.positions is not None and recipe.budget is not None:  # places in the cache, not positions
-            reach = min(reach, int(recipe.budget.slots(0, spec.num_layers, len(prompt))))
-        if reach > spec.max_position:
+        if len(prompt) + len(text) > spec.max_position:
             raise InputError(
-                f"prompt ({len(prompt)} tokens) and max-new-tokens ({new}) pass the context limit"
-                f" ({spec.max_position}): ask for at most {spec.max_position - len(prompt)} new tokens"
+                f"the prompt has {len(prompt) + len(text)} tokens, the context limit is {spec.max_position}"
             )
 
 
-def _prefill(model: Model, recipe: Recipe, ids: list[list[int]], lengths: Lengths) -> tuple[jax.Array, Cache]:
-    tokens = np.zeros((len(ids), lengths.padded), np.int32)
-    for row, prompt in zip(tokens, ids, strict=True):
-        row[: len(prompt)] = prompt
+def _check_new(spec: ModelSpec, recipe: Recipe, prompt: int, question: int, new: int) -> None:
+    """Raise `InputError` for more tokens than can be generated after a prompt and a question of these lengths."""
+    length = prompt + question
+    reach = length + new
+    if recipe.positions is not None and recipe.budget is not None:  # places in the cache, not positions
+        reach = min(reach, int(recipe.budget.slots(0, spec.num_layers, prompt)))
+    if reach > spec.max_position:
+        raise InputError(
+            f"prompt ({length} tokens) and max-new-tokens ({new}) pass the context limit"
+            f" ({spec.max_position}): ask for at most {spec.max_position - length} new tokens"
+        )
+
+
+def prefill(model: Model, recipe: Recipe, ids: Sequence[Sequence[int]], new: int) -> tuple[jax.Array, Cache]:
+    """Logits after each prompt and a cache with room for `new` more tokens."""
+    lengths = Lengths(tuple(map(len, ids)), new, decode.padded_length(max(map(len, ids))))
     cache = decode.init_cache(model.decoder, recipe, lengths)
     length = jnp.asarray(lengths.prompt, jnp.int32)
-    return decode.prefill(model.decoder, recipe, jnp.asarray(tokens), length, cache)
+    return decode.prefill(model.decoder, recipe, _padded(ids, lengths.padded), length, cache)
+
+
+def feed(
+    model: Model,
+    recipe: Recipe,
+    logits: jax.Array,
+    cache: Cache,
+    ids: Sequence[Sequence[int]],
+    after: Sequence[Sequence[int]],
+    given: PyTree = (),
+    measure: decode.Measure | None = None,
+) -> tuple[jax.Array, Cache, PyTree]:
+    """Read what follows the prompts through the cache that `prefill` made; see `decode.feed`."""
+    if measure is None and not any(after):
+        return logits, cache, ()
+    tokens = _padded(after, fed_length(after))
+    length, count = (jnp.asarray([len(x) for x in xs], jnp.int32) for xs in (ids, after))
+    return decode.feed(model.decoder, cache, logits, tokens, length, count, given, recipe=recipe, measure=measure)
+
+
+def fed_length(after: Sequence[Sequence[int]]) -> int:
+    """Tokens that continuations are padded to."""
+    return pages.ladder(max(1, *map(len, after)), steps=8, smallest=8)
+
+
+def _padded(ids: Sequence[Sequence[int]], width: int) -> jax.Array:
+    tokens = np.zeros((len(ids), width), np.int32)
+    for row, sequence in zip(tokens, ids, strict=True):
+        row[: len(sequence)] = sequence
+    return jnp.asarray(tokens)
 
 
 def _decode(
     model: Model,
     recipe: Recipe,
     ids: list[list[int]],
-    lengths: Lengths,
+    new: int,
     logits: jax.Array,
     cache: Cache,
     how: Sampling,
@@ -230,7 +291,7 @@ def _decode(
         for row, prompt in zip(marks, ids, strict=True):
             row[prompt] = True
         seen = jnp.asarray(marks)
-    length, limit = jnp.asarray(lengths.prompt, jnp.int32), jnp.asarray(lengths.new, jnp.int32)
+    length, limit = jnp.asarray([len(prompt) for prompt in ids], jnp.int32), jnp.asarray(new, jnp.int32)
     state = decode.first_token(logits, cache, length, chooser, stop, seen, mode=how.mode)
     tokens: list[list[int]] = [[] for _ in ids]
 
@@ -244,7 +305,7 @@ def _decode(
 
     collect(state.token[:, None])
     # What has been read back tells when to stop: one transfer per chunk.
-    while any(len(new) < lengths.new and new[-1] not in model.stop for new in tokens):
+    while any(len(chosen) < new and chosen[-1] not in model.stop for chosen in tokens):
         state, chunk = decode.decode_loop(
             model.decoder, state, chooser, stop, limit, recipe=recipe, mode=how.mode, chunk=CHUNK
         )
@@ -257,7 +318,7 @@ def _sequence(model: Model, prompt: list[int], new: list[int]) -> Continuation:
     return Continuation(len(prompt), new, text, "stop" if new[-1] in model.stop else "length")
 
 
-def _slots(spec: ModelSpec, recipe: Recipe, cache: Cache) -> list[list[int | float]]:
+def kept_slots(spec: ModelSpec, recipe: Recipe, cache: Cache) -> list[list[int | float]]:
     """Kept slots `[B][L]`, averaged over heads; whole numbers where the heads agree."""
     layers: list[np.ndarray] = [np.zeros(0)] * spec.num_layers
     for group, tiers in zip(decode.layer_groups(spec, recipe), cache, strict=True):
@@ -265,32 +326,3 @@ def _slots(spec: ModelSpec, recipe: Recipe, cache: Cache) -> list[list[int | flo
         for place, layer in enumerate(group.index):
             layers[layer] = kept[place]
     return [[int(x) if x == int(x) else float(x) for x in row] for row in np.stack(layers, axis=1)]
-
-
-class _Stopwatch:
-    """Wall-clock laps without the time that JAX spends on tracing and compiling."""
-
-    def __enter__(self) -> "_Stopwatch":
-        self.compile_s = 0.0
-        self._spans: list[tuple[float, float]] = []
-        jax.monitoring.register_event_time_span_listener(self._listen)
-        self._start = time.perf_counter()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        jax.monitoring.unregister_event_time_span_listener(self._listen)
-
-    def _listen(self, event: str, start_time: float, end_time: float, **_: str | int) -> None:
-        if event.startswith("/jax/core/compile/"):
-            self._spans.append((start_time, end_time))
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        now, compiling, reached = time.perf_counter(), 0.0, 0.0
-        for start, end in sorted(self._spans):  # spans of nested functions overlap
-            compiling += max(end - max(start, reached), 0.0)
-            reached = max(reached, end)
-        lap = max(now - self._start - compiling, 0.0)
-        self.compile_s += compiling
-        self._start, self._spans = now, []
-        return lap

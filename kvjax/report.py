@@ -1,7 +1,7 @@
 """Tables and JSON about what was generated and what it cost."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from kvjax.generation import Generation, Model
-from kvjax.methods import METHODS
 
 
 def describe(model: Model, out: Generation, budget: str | int | None) -> dict[str, Any]:
@@ -58,12 +57,12 @@ def kept_fraction(out: Generation) -> float:
     return sum(map(sum, out.slots)) / seen
 
 
-def list_methods(console: Console) -> None:
-    """A table of all methods, their arguments with defaults, and where they come from."""
+def list_factories(console: Console, factories: Mapping[str, Callable], kind: str, what: str) -> None:
+    """A table of methods or tasks, their arguments with defaults, and where they come from."""
     table = Table(show_lines=True)
-    for column in ("method", "what it keeps", "arguments (--set)", "source"):
+    for column in (kind, what, "arguments (--set)", "source"):
         table.add_column(column)
-    for name, factory in METHODS.items():
+    for name, factory in factories.items():
         doc = inspect.getdoc(factory) or ""
         arguments = [f"{key}={parameter.default}" for key, parameter in inspect.signature(factory).parameters.items()]
         source = next((line.removeprefix("Source: ") for line in doc.splitlines() if line.startswith("Source:")), "")

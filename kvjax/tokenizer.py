@@ -65,8 +65,17 @@ class Tokenizer:
         """A decoder that takes tokens one at a time."""
         return Stream(self)
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the checkpoint is a chat model."""
+        return self._template is not None
+
     def chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant answers.
+        """Token ids of a conversation, up to where the assistant answers; see `render`."""
+        return self.encode(self.render(messages), special=False)
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> str:
+        """A conversation in the checkpoint's template, up to where the assistant answers.
 
         Args:
           messages: each with `role` and `content`.
@@ -76,7 +85,7 @@ class Tokenizer:
         if self._template is None:
             raise InputError("this checkpoint has no chat template; give a plain prompt instead")
         try:
-            text = _environment().from_string(self._template).render(
+            return _environment().from_string(self._template).render(
                 messages=list(messages), tools=None, documents=None, add_generation_prompt=True, **self._special
             )  # fmt: skip
         except Exception as error:  # a template is a program

@@ -6,9 +6,9 @@
 """
 
 import inspect
-import typing
 from collections.abc import Callable, Mapping
 
+from kvjax.arguments import read_argument
 from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
 from kvjax.methods.full import full
@@ -56,7 +56,7 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
         if key not in parameters:
             raise InputError(f"method {name} has no argument {key!r}: it takes {', '.join(accepted) or 'none'}")
         if key != "budget":
-            given[key] = _read(name, parameters[key], value)
+            given[key] = read_argument(f"method {name}", parameters[key], value)
     return METHODS[name](**given)
 
 
@@ -66,21 +66,3 @@ def default_budget(name: str) -> str | int | None:
         raise InputError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     parameter = inspect.signature(METHODS[name]).parameters.get("budget")
     return None if parameter is None else parameter.default
-
-
-def _read(method: str, parameter: inspect.Parameter, value: object) -> object:
-    """A value as the type of the parameter's default."""
-    kind, key = type(parameter.default), parameter.name
-    choices = typing.get_args(parameter.annotation) if typing.get_origin(parameter.annotation) is typing.Literal else ()
-    if choices and value not in choices:
-        raise InputError(f"method {method}: {key}={value} is not one of {', '.join(map(str, choices))}")
-    if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
-        return value
-    if kind in (int, float) and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            return kind(value)
-        except ValueError:
-            pass
-    raise InputError(f"method {method}: {key}={value} is not {'an' if kind is int else 'a'} {kind.__name__}")

@@ -1,0 +1,151 @@
+"""Teacher forcing: how a model with a compressed cache judges a given continuation.
+
+A prompt is compressed at prefill; its continuation is read token by token through the cache, as if it had been
+generated. The distribution of the first token comes from prefill's exact attention, all others from the cache.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from kvjax import generation
+from kvjax.cache.policy import Recipe
+from kvjax.cache.tier import Bytes
+from kvjax.decode import Measure
+from kvjax.errors import InputError
+from kvjax.generation import Model, Texts
+from kvjax.methods import full
+from kvjax.models.decoder import Decoder
+from kvjax.spec import PyTree
+
+
+class Reading(NamedTuple):
+    """What teacher forcing cost."""
+
+    bytes: Bytes  # allocated for the cache
+    full_bytes: int  # that a full cache needs
+    slots: list[list[int | float]]  # kept slots per layer, per sequence, averaged over heads
+
+
+class Judgement(NamedTuple):
+    """Of one continuation."""
+
+    logprobs: np.ndarray  # [q] natural logarithms
+    greedy: bool  # every token is the most likely one
+
+
+def log_likelihood(
+    model: Model,
+    prompts: Texts,
+    continuations: Texts,
+    recipe: Recipe | None = None,
+) -> tuple[list[Judgement], Reading]:
+    """Log-probability of each token of a continuation.
+
+    Args:
+      model: from `kvjax.load`.
+      prompts: texts, or token ids.
+      continuations: one for each prompt; at least one token.
+      recipe: from a factory in `kvjax.methods`; None = the full cache.
+
+    >>> import kvjax
+    >>> judged, _ = kvjax.log_likelihood(kvjax.load(), [[1, 2, 3]], [[4, 5]])
+    >>> judged[0].logprobs.shape
+    (2,)
+    """
+    ids, after = _ids(model, prompts, continuations)
+    fed = [text[:-1] for text in after]
+    targets = np.zeros((generation.fed_length(fed), len(ids)), np.int32)
+    for column, text in enumerate(after):
+        targets[: len(text) - 1, column] = text[1:]
+    first, rest, reading = _read(model, recipe or full(), ids, fed, jnp.asarray(targets), _judge)
+    start = _judge_first(first, jnp.asarray([text[0] for text in after], jnp.int32))
+    judged = []
+    for i, text in enumerate(fed):
+        logprobs, likeliest = (np.append(a[i], b[: len(text), i]) for a, b in zip(start, rest, strict=True))
+        judged.append(Judgement(logprobs, bool(likeliest.all())))
+    return judged, reading
+
+
+def references(
+    model: Model,
+    prompts: Texts,
+    continuations: Texts,
+) -> np.ndarray:
+    """The last layer's outputs for the tokens of a continuation with the full cache, `[Q B D]`, for `divergence`."""
+    ids, after = _ids(model, prompts, continuations)
+    return _read(model, full(), ids, after, (), _output)[1]
+
+
+def divergence(
+    model: Model,
+    prompts: Texts,
+    continuations: Texts,
+    recipe: Recipe,
+    reference: np.ndarray,
+) -> tuple[list[np.ndarray], Reading]:
+    """KL divergence of the next-token distribution from the full cache's, after each token of a continuation.
+
+    Args:
+      model: from `kvjax.load`.
+      prompts, continuations: as in `log_likelihood`.
+      recipe: from a factory in `kvjax.methods`.
+      reference: from `references` for the same texts.
+
+    Returns:
+      Per continuation `sum_v p(v) log(p(v) / q(v))` [nats], p with the full cache and q with the recipe's, `[q]`.
+    """
+    ids, after = _ids(model, prompts, continuations)
+    _, values, reading = _read(model, recipe, ids, after, jnp.asarray(reference, model.decoder.dtype), _diverge)
+    return [values[: len(text), i] for i, text in enumerate(after)], reading
+
+
+def _ids(
+    model: Model,
+    prompts: Texts,
+    continuations: Texts,
+) -> tuple[list[list[int]], list[list[int]]]:
+    ids = [generation.tokens(model, prompt) for prompt in prompts]
+    after = [generation.continued(model, text) for text in continuations]
+    generation.check(model.spec, ids, after)
+    if not all(after):
+        raise InputError("a continuation is empty")
+    return ids, after
+
+
+def _read(
+    model: Model, recipe: Recipe, ids: list[list[int]], after: list[list[int]], given: PyTree, measure: Measure
+) -> tuple[Array, PyTree, Reading]:
+    """Prefill, then feed; logits after the prompts, what was measured `[Q B ...]`, and what it cost."""
+    logits, cache = generation.prefill(model, recipe, ids, max(map(len, after)))
+    _, cache, measured = generation.feed(model, recipe, logits, cache, ids, after, given, measure)
+    lengths = [len(prompt) + len(text) for prompt, text in zip(ids, after, strict=True)]
+    slots = generation.kept_slots(model.spec, recipe, cache)
+    reading = Reading(generation.cache_bytes(cache), generation.full_bytes(model, lengths), slots)
+    return logits, jax.tree.map(np.asarray, measured), reading
+
+
+def _output(model: Decoder, x: Float[Array, "B D"], given: PyTree) -> Float[Array, "B D"]:
+    return x
+
+
+def _judge(
+    model: Decoder, x: Float[Array, "B D"], target: Int[Array, " B"]
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    return _judge_first(model.logits(x), target)
+
+
+@jax.jit
+def _judge_first(logits: Float[Array, "B V"], target: Int[Array, " B"]) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """Log-probability of a token, and whether it is the most likely one."""
+    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=-1)[:, 0]
+    return logprob, logits.argmax(axis=-1) == target
+
+
+def _diverge(model: Decoder, x: Float[Array, "B D"], reference: Float[Array, "B D"]) -> Float[Array, " B"]:
+    p, q = (jax.nn.log_softmax(model.logits(y)) for y in (reference, x))
+    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
