@@ -1,0 +1,208 @@
+"""Score methods at equal bytes: tasks x methods x budgets, one JSON line per sample; `report DIR` draws the result.
+
+A run that was killed goes on where it stopped when it is started again with the same --out.
+"""
+
+import argparse
+import importlib.resources
+import shlex
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kvjax import command, generation
+from kvjax.errors import InputError
+from kvjax.evaluation import manifest, report, runner
+from kvjax.evaluation.runner import Evaluation, Point
+from kvjax.evaluation.task import Request, Sample, Task
+from kvjax.evaluation.tasks import TASKS, make_task
+from kvjax.generate import DTYPES
+from kvjax.generation import Model
+from kvjax.methods import METHODS, default_budget, make
+from kvjax.report import list_factories
+
+PROG = "kvjax.evaluate"
+BATCH_TOKENS = 8192  # tokens of the prompts that are run together
+LENGTHS = {"short": (256, 512, 1024), "natural": (1024, 2048, 4096)}
+
+
+def parser() -> command.Parser:
+    """The command line's flags."""
+    p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", metavar="M", help="Hugging Face directory, hub id or Orbax directory (default: demo)")
+    p.add_argument("--tasks", metavar="T,...", help=f"of {', '.join(TASKS)}")
+    p.add_argument("--methods", default="all", metavar="M,...", help="names, or all (default: all)")
+    p.add_argument("--budgets", metavar="B,...", help="such as 10%%,20%%,512 (default: each method's own)")
+    p.add_argument("--samples", type=int, default=50, metavar="N", help="per task and length or data set (default: 50)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="where results go; an earlier run's folder continues it")
+    p.add_argument("--lengths", metavar="N,...", help="of prompt and answer together [tokens] (default: by --form)")
+    p.add_argument("--form", choices=LENGTHS, help="of the prompts: short is what the demo model is trained on")
+    p.add_argument(
+        "--question", choices=("seen", "unseen"), default="seen",
+        help="unseen: the context is compressed before the question is read (default: seen)",
+    )  # fmt: skip
+    p.add_argument("--set", action="append", default=[], metavar="NAME.KEY=VALUE", help="a task's or method's argument")
+    p.add_argument("--data", type=Path, metavar="DIR", help="folder of the official files of longbench and gsm8k")
+    p.add_argument("--text", type=Path, metavar="FILE", help="for haystacks and perplexity (default: shipped)")
+    p.add_argument("--no-chat", action="store_true", help="do not wrap prompts in the checkpoint's chat template")
+    p.add_argument("--batch", type=int, metavar="N", help=f"prompts at once (default: {BATCH_TOKENS} tokens)")
+    p.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
+    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
+    p.add_argument("--list-tasks", action="store_true", help="show all tasks and their arguments")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["report"]:
+        _report(argv[1:])
+        return
+    args, console = parser().parse_args(argv), Console()
+    if args.list_tasks:
+        list_factories(console, TASKS, "task", "what it asks")
+        return
+    if args.tasks is None or args.out is None:
+        raise InputError("give --tasks and --out, or: report DIR")
+    settings = _settings(args.set)
+    tasks = [make_task(name, settings.get(name)) for name in _split(args.tasks)]
+    grid = points(_split(args.methods), args.budgets and _split(args.budgets), settings)
+    _check(args, {task.name for task in tasks}, {point.method for point in grid}, settings)
+    text = _read_text(args.text)
+    command.use_compilation_cache()
+    model = generation.load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
+    form = args.form or ("short" if args.model is None else "natural")
+    chat = form == "natural" and not args.no_chat and model.tokenizer is not None and model.tokenizer.has_template
+    lengths = _lengths(args.lengths, model, form)
+    request = Request(
+        args.samples, args.seed, lengths, form, _encoder(model), _frame(model, chat), text, args.data
+    )  # fmt: skip
+    samples = {task.name: task.samples(request) for task in tasks}
+    batch = args.batch or max(1, BATCH_TOKENS // max(lengths))
+    manifest.write(args.out, [PROG, *argv], {
+        "model": model.name, "tasks": list(samples), "methods": list(dict.fromkeys(point.method for point in grid)),
+        "budgets": args.budgets and _split(args.budgets), "samples": args.samples, "seed": args.seed,
+        "lengths": lengths, "form": form, "question": args.question, "chat": chat, "batch": batch,
+        "settings": settings, "data": args.data and str(args.data), "text": args.text and str(args.text),
+        "dtype": jnp.dtype(model.decoder.dtype).name,
+    })  # fmt: skip
+    evaluation = Evaluation(model, batch=batch, unseen=args.question == "unseen", chat=chat)
+    run(evaluation, tasks, samples, grid, args.out)
+    console.print(f"python -m kvjax.evaluate report {shlex.quote(str(args.out))}", highlight=False)
+
+
+def run(
+    evaluation: Evaluation, tasks: list[Task], samples: dict[str, list[Sample]], grid: list[Point], out: Path
+) -> None:
+    """Run what has no result yet, and write every batch's results as soon as they are there."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with runner.results(out) as (done, file), Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("", total=len(grid) * sum(map(len, samples.values())))
+        for task in tasks:
+            batches = list(evaluation.batches(samples[task.name]))
+            for point in grid:
+                progress.update(bar, description=f"{task.name} {point.method} {point.budget or ''}".strip())
+                for batch in batches:
+                    keys = {(task.name, s.part, s.index, point.method, point.budget) for s in batch.samples}
+                    if not keys <= done:
+                        runner.append(file, evaluation.run(task, point, batch), done)
+                    progress.advance(bar, len(batch.samples))
+
+
+def points(
+    methods: list[str], budgets: list[str] | None, settings: dict[str, dict[str, str]] | None = None
+) -> list[Point]:
+    """The grid's methods with their budgets; a method that takes no budget appears once."""
+    grid = []
+    for name in METHODS if methods == ["all"] else methods:
+        takes = default_budget(name)
+        for budget in [takes] if takes is None or not budgets else budgets:
+            grid.append(Point(name, budget, make(name, budget, (settings or {}).get(name))))
+    return list({(point.method, str(point.budget)): point for point in grid}.values())
+
+
+def _split(names: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+
+
+def _settings(pairs: list[str]) -> dict[str, dict[str, str]]:
+    """`--set needle.depths=3` as `{"needle": {"depths": "3"}}`."""
+    settings: dict[str, dict[str, str]] = {}
+    for name, value in command.read_settings(pairs).items():
+        owner, dot, key = name.partition(".")
+        if not dot:
+            raise InputError(f"--set {name}={value}: name the task or method, such as needle.depths=3")
+        settings.setdefault(owner, {})[key] = value
+    return settings
+
+
+def _check(args: argparse.Namespace, tasks: set[str], methods: set[str], settings: dict[str, dict[str, str]]) -> None:
+    """Raise `InputError` for flags that cannot be followed, before anything is loaded."""
+    if not tasks:
+        raise InputError("--tasks names no task")
+    for name in settings:
+        if name not in tasks | methods:
+            raise InputError(f"--set {name}: no such task or method in this run")
+    for flag, number in (("--samples", args.samples), ("--batch", args.batch)):
+        if number is not None and number < 1:
+            raise InputError(f"{flag} {number} is not at least 1")
+    if args.seed < 0:
+        raise InputError(f"--seed {args.seed} is not at least 0")
+    if args.data is not None and not args.data.is_dir():
+        raise InputError(f"--data {args.data} is not a folder")
+
+
+def _lengths(text: str | None, model: Model, form: str) -> tuple[int, ...]:
+    limit = model.spec.max_position
+    if text is None:
+        return tuple(sorted({min(length, limit) for length in LENGTHS[form]}))
+    try:
+        lengths = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise InputError(f"--lengths {text!r} is not a list of lengths such as 256,512") from None
+    if min(lengths) < 1 or max(lengths) > limit:
+        raise InputError(f"--lengths {text}: lengths are 1 to {limit}, the model's context limit")
+    return lengths
+
+
+def _read_text(path: Path | None) -> str:
+    if path is None:
+        return (importlib.resources.files("kvjax.evaluation") / "text.txt").read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text") from None
+    if not text.strip():
+        raise InputError(f"{path} is empty")
+    return text
+
+
+def _encoder(model: Model):
+    if model.tokenizer is None:
+        raise InputError(f"{model.name} has no tokenizer.json: its prompts cannot be written")
+    tokenizer = model.tokenizer
+    return lambda text: tokenizer.encode(text, special=False)
+
+
+def _frame(model: Model, chat: bool) -> int:
+    """Tokens that surround a prompt; one more in a template, where texts may be split differently."""
+    assert model.tokenizer is not None
+    if chat:
+        return len(model.tokenizer.chat([{"role": "user", "content": "x"}])) + 1
+    return len(model.tokenizer.encode("x")) - len(model.tokenizer.encode("x", special=False))
+
+
+def _report(argv: list[str]) -> None:
+    p = command.Parser(prog=f"{PROG} report", description="Tables and pictures of a run.")
+    p.add_argument("directory", type=Path, metavar="DIR", help="the --out of a run")
+    report.write(p.parse_args(argv).directory, Console())
+
+
+if __name__ == "__main__":
+    command.run(PROG, main)

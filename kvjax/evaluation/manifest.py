@@ -1,0 +1,70 @@
+"""What a run was: `run.json`, and the guard that one folder holds one run."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from kvjax.errors import InputError
+
+NAME = "run.json"
+PACKAGES = ("kvjax", "jax", "jaxlib", "flax", "numpy", "tokenizers")
+MAY_CHANGE = ("tasks", "methods", "budgets", "samples")  # of a run that is continued: each result names its own
+
+
+def write(directory: Path, command: Sequence[str], arguments: Mapping[str, object]) -> None:
+    """Write `run.json` with arguments, versions, commit and device.
+
+    Args:
+      directory: of the run; made if there is none.
+      command: module and flags.
+      arguments: JSON values that determine the results.
+
+    Raises:
+      InputError: the folder holds the results of a run with other arguments, or cannot be written.
+    """
+    arguments = json.loads(json.dumps(arguments))  # as they will be read
+    found = {
+        "command": shlex.join(["python", "-m", *command]),
+        "arguments": arguments,
+        "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in PACKAGES}},
+        "commit": commit(),
+        "device": jax.devices()[0].device_kind,
+    }
+    path = directory / NAME
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _compare(path, arguments)
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {directory}: {error.strerror}") from None
+
+
+def _compare(path: Path, arguments: Mapping[str, object]) -> None:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+        changed = [name for name in arguments if name not in MAY_CHANGE and before.get(name) != arguments[name]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} does not describe a run: choose another --out") from None
+    for name in changed:
+        was, now = (json.dumps(value) for value in (before.get(name), arguments[name]))
+        raise InputError(f"{path.parent} holds a run with {name} {was}, not {now}: choose another --out")
+
+
+def commit() -> str | None:
+    """The commit of the running sources, with a + if they have changed since; None outside a repository."""
+    git = ["git", "-C", os.path.dirname(__file__)]
+    say = lambda *words: subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return say("rev-parse", "--short=12", "HEAD") + ("+" if say("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,122 @@
+"""The report of a run: tables in the terminal, Markdown and CSV, pictures."""
+
+import csv
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvjax.errors import InputError
+from kvjax.evaluation import pictures
+from kvjax.evaluation.results import Row, aggregate, by_task, read, read_run
+
+LABELS = {"score": "score", "perplexity": "perplexity", "kl": "KL [nats]"}
+NOTES = {
+    "score": "Scores: mean over the parts of a task; 95% Wilson interval (conservative for scores between 0 and 1).",
+    "perplexity": "Perplexity: of all tokens (lower is better); 95% Student t interval of the samples' mean.",
+    "kl": "KL: from the full cache's next-token distributions, mean over parts (lower is better); 95% Student t "
+    "interval of the samples' mean; p99: 99th percentile of all tokens.",
+}
+PARTIAL = "n = a/b: only a of b samples were run; such a row does not compare with the others."
+
+
+def write(directory: Path, console: Console) -> None:
+    """Print the tables of a run and write report.md, report.csv, frontier.png and needle_<method>.png beside it."""
+    lines, run = read(directory / "samples.jsonl"), read_run(directory / "run.json")
+    rows = aggregate(lines)
+    totals = [row for row in rows if row.part == "all"]
+    for item in (Text(header(run)), *tables(totals), *(Text(f"\n{note}") for note in notes(totals))):
+        console.print(item)
+    try:
+        write_csv(rows, directory / "report.csv")
+        (directory / "report.md").write_text(text := markdown(totals, run), encoding="utf-8")
+        links = [f"![{path.stem}]({quote(path.name)})" for path in pictures.save(totals, lines, run, directory)]
+        (directory / "report.md").write_text("\n".join([text, *links, ""]), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write the report: {error}") from None
+
+
+def header(run: dict[str, Any]) -> str:
+    """What was run, in one line."""
+    given = run.get("arguments") or {}
+    facts = {"model": given.get("model"), "form": given.get("form"), "question": given.get("question")}
+    facts |= {"samples per part": given.get("samples"), "seed": given.get("seed"), "commit": run.get("commit")}
+    facts |= {key: run.get(key) for key in ("device", "dtype")} | (run.get("versions") or {})
+    return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """How the numbers of these rows are to be read."""
+    used = [NOTES[metric] for metric in dict.fromkeys(row.metric for row in rows)]
+    return used + [PARTIAL] * any(row.n < row.largest for row in rows)
+
+
+def columns(metric: str) -> list[str]:
+    """Headings of a task's table."""
+    p99 = ["p99"] * (metric == "kl")
+    return ["method", "budget", LABELS[metric], "95% interval", *p99, "bytes/token", "of full", "kept", "tokens/s", "n"]
+
+
+def cells(row: Row) -> list[str]:
+    """A row of a task's table."""
+    show = lambda x: "–" if math.isnan(x) else f"{x:.3f}" if row.metric == "score" else f"{x:#.3g}".rstrip(".")
+    known = lambda x, form: "–" if math.isnan(x) else format(x, form)
+    interval = "–" if math.isnan(row.low) else f"{show(row.low)}–{show(row.high)}"
+    percent = lambda x: f"{x:.1%}" if x < 0.0995 else f"{x:.0%}"
+    return [
+        row.method,
+        row.budget or "–",
+        show(row.value),
+        interval,
+        *([show(row.p99)] if row.metric == "kl" else []),
+        f"{row.bytes_per_token:,.0f}",
+        percent(row.of_full),
+        percent(row.kept),
+        known(row.tokens_per_s, ",.0f" if row.tokens_per_s >= 10 else ".1f"),
+        f"{row.n}" if row.n == row.largest else f"{row.n}/{row.largest}",
+    ]
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """One table per task for the terminal: 80 columns are enough for them."""
+    found = []
+    for task, members in by_task(rows).items():
+        title = Text(f"\n{task}", "bold")
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+        first, *rest = columns(members[0].metric)
+        table.add_column(first, overflow="fold")
+        for name in rest:
+            heading = name.replace("/", "\n/").replace(" ", "\n")
+            table.add_column(heading, justify="left" if name == "budget" else "right", no_wrap=True)
+        for row in members:
+            table.add_row(*map(Text, cells(row)))
+        found.append(table)
+    return found
+
+
+def markdown(rows: Sequence[Row], run: dict[str, Any]) -> str:
+    """The report: what was run, one table per task, how to read them."""
+    text = ["# Quality at equal bytes", "", header(run), ""]
+    if command := run.get("command"):
+        text += ["```", command if isinstance(command, str) else shlex.join(command), "```", ""]
+    line = lambda items: "| " + " | ".join(item.replace("|", "\\|") for item in items) + " |"
+    for task, members in by_task(rows).items():
+        names = columns(members[0].metric)
+        text += [f"## {task}", "", line(names), line(["---", "---"] + ["---:"] * (len(names) - 2))]
+        text += [*(line(cells(row)) for row in members), ""]
+    return "\n".join([*text, *(f"- {note}" for note in notes(rows)), ""])
+
+
+def write_csv(rows: Iterable[Row], path: Path) -> None:
+    """All rows with all digits; an empty budget is none."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows(rows)

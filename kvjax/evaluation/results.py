@@ -1,0 +1,220 @@
+"""What a run measured: its samples, and their means with intervals."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+from kvjax.errors import InputError
+
+Line = dict[str, Any]  # of samples.jsonl: one sample under one method and budget
+
+NUMBERS = ("index", "score", "prompt_tokens", "new_tokens", "cache_bytes", "full_bytes", "kept")
+STRINGS = ("task", "part", "method", "metric", "better")
+METRICS = ("score", "perplexity", "kl")
+
+
+class Row(NamedTuple):
+    """One task, or one part of it, under one method and budget. What is not known is nan.
+
+    Attributes:
+      part: "all" = the whole task.
+      budget: None for methods without one.
+      metric: "score", "perplexity" or "kl".
+      better: "higher" or "lower".
+      value: mean score, perplexity, or mean divergence [nats].
+      low, high: its 95% interval.
+      p99: 99th percentile of the tokens' divergences [nats].
+      bytes_per_token: allocated cache over prompt and new tokens.
+      full_bytes_per_token: the same of a full cache.
+      of_full: their ratio.
+      kept: filled slots over those of a full cache, mean over samples.
+      tokens_per_s: decoding speed, all sequences of a batch together.
+      n: samples.
+      largest: most samples of any row of this task and part; more than n = this row is incomplete.
+    """
+
+    task: str
+    part: str
+    method: str
+    budget: str | None
+    metric: str
+    better: str
+    value: float
+    low: float
+    high: float
+    p99: float
+    bytes_per_token: float
+    full_bytes_per_token: float
+    of_full: float
+    kept: float
+    tokens_per_s: float
+    n: int
+    largest: int
+
+
+def read(path: Path) -> list[Line]:
+    """The samples of a run, each one once. A last line that is torn (a killed run) is left out."""
+    try:
+        raw = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    numbered = [(number, line) for number, line in enumerate(raw, 1) if line.strip()]
+    found: dict[tuple, Line] = {}
+    for number, text in numbered:
+        try:
+            line = json.loads(text.decode("utf-8"))
+        except ValueError:
+            if number == numbered[-1][0]:
+                break
+            raise InputError(f"{path}:{number}: not JSON") from None
+        if fault := _fault(line):
+            raise InputError(f"{path}:{number}: {fault}")
+        line["budget"] = None if line["budget"] is None else str(line["budget"])
+        found.setdefault(tuple(line[key] for key in ("task", "part", "index", "method", "budget")), line)
+    if not found:
+        raise InputError(f"{path} holds no samples: run an evaluation first")
+    return list(found.values())
+
+
+def _fault(line: object) -> str | None:
+    """What is wrong with a line, if anything."""
+    if not isinstance(line, dict):
+        return "not an object"
+    for keys, kind, name in ((STRINGS, str, "a string"), (NUMBERS, int | float, "a number")):
+        for key in keys:
+            if not isinstance(line.get(key), kind):
+                return f"{key!r} is not {name}"
+    if not isinstance(line.get("budget", 0.0), str | int | None):
+        return "'budget' is neither a string, an integer nor null"
+    if line["metric"] not in METRICS:
+        return f"unknown metric {line['metric']!r}: known are {', '.join(METRICS)}"
+    if line["metric"] == "score":
+        return None if 0 <= line["score"] <= 1 else f"score {line['score']} is not from 0 to 1"
+    tokens = line.get("tokens")
+    good = isinstance(tokens, list) and tokens and all(isinstance(value, int | float) for value in tokens)
+    return None if good else "'tokens' is not a list of numbers"
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """What was run, as far as it is known."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    return run if isinstance(run, dict) else {}
+
+
+def aggregate(lines: Iterable[Line]) -> list[Row]:
+    """Rows by task, then by method and budget in order of first appearance, the full cache first; parts before all."""
+    groups: dict[str, dict[tuple, list[Line]]] = {}
+    for line in lines:
+        groups.setdefault(line["task"], {}).setdefault((line["method"], line["budget"]), []).append(line)
+    rows = []
+    for methods in groups.values():
+        for _, group in sorted(methods.items(), key=lambda item: item[0][0] != "full"):
+            for part in dict.fromkeys(line["part"] for line in group):
+                rows.append(_row(part, [line for line in group if line["part"] == part]))
+            rows.append(_row("all", group))
+    largest: dict[tuple[str, str], int] = {}
+    for row in rows:
+        largest[row.task, row.part] = max(row.n, largest.get((row.task, row.part), 0))
+    return [row._replace(largest=largest[row.task, row.part]) for row in rows]
+
+
+def _row(part: str, group: Sequence[Line]) -> Row:
+    first, total = group[0], lambda key: float(sum(line[key] for line in group))
+    value, low, high = estimate(group)
+    tokens = total("prompt_tokens") + total("new_tokens")
+    divergences = [value for line in group for value in line["tokens"]] if first["metric"] == "kl" else [math.nan]
+    return Row(
+        **{key: first[key] for key in ("task", "method", "budget", "metric", "better")},
+        part=part,
+        value=value,
+        low=low,
+        high=high,
+        p99=float(np.percentile(divergences, 99)),
+        bytes_per_token=total("cache_bytes") / tokens,
+        full_bytes_per_token=total("full_bytes") / tokens,
+        of_full=total("cache_bytes") / total("full_bytes"),
+        kept=total("kept") / len(group),
+        tokens_per_s=speed(group),
+        n=len(group),
+        largest=len(group),
+    )
+
+
+def speed(group: Iterable[Line]) -> float:
+    """Decoded tokens per second; every batch counts once."""
+    timings = [line.get("timing") or {} for line in group]
+    batches = {tuple(timing.get(key, 0) for key in ("batch", "decode_s", "decoded")) for timing in timings}
+    seconds = sum(seconds for _, seconds, _ in batches)
+    return sum(decoded for *_, decoded in batches) / seconds if seconds else math.nan
+
+
+def estimate(group: Sequence[Line]) -> tuple[float, float, float]:
+    """A metric's mean over samples with its 95% interval.
+
+    All parts weigh the same, however many samples they have; for perplexity all tokens do. With equal parts this is the
+    plain mean and its plain interval. Parts of unequal size widen it as unequal weights do (Kish's effective n).
+    """
+    metric = group[0]["metric"]
+    if metric == "perplexity":
+        values, weights = zip(*((np.mean(line["tokens"]), len(line["tokens"])) for line in group), strict=True)
+        with np.errstate(over="ignore"):
+            mean, low, high = np.exp(student(values, weights)).tolist()
+        return mean, low, high
+    sizes = Counter(line["part"] for line in group)
+    values, weights = [line["score"] for line in group], [1 / sizes[line["part"]] for line in group]
+    if metric == "kl":
+        mean, low, high = student(values, weights)
+        return mean, max(low, 0.0), high  # a divergence is not negative
+    mean = float(np.average(values, weights=weights))
+    return mean, *wilson(mean, sum(weights) ** 2 / sum(weight**2 for weight in weights))
+
+
+def wilson(mean: float, n: int | float, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a mean of n scores from 0 to 1.
+
+    It is meant for scores that are 0 or 1. Scores in between vary less: there it is conservative.
+
+    >>> [round(x, 3) for x in wilson(0.5, 4)]  # 2 of 4
+    [0.15, 0.85]
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    centre, scale = mean + z * z / (2 * n), 1 + z * z / n
+    half = z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2)
+    return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
+
+
+def student(
+    values: Sequence[int | float], weights: Sequence[int | float], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """A weighted mean and its Student t interval: nan for a single value.
+
+    >>> [round(x, 3) for x in student([1.0, 2.0, 3.0], [1, 1, 1])]
+    [2.0, -0.484, 4.484]
+    """
+    n, x, w = len(values), np.asarray(values, float), np.asarray(weights, float) / sum(weights)
+    mean = float(np.average(x, weights=w))
+    if n == 1:
+        return mean, math.nan, math.nan
+    error = math.sqrt(n / (n - 1) * float(np.sum((w * (x - mean)) ** 2)))
+    half = float(stdtrit(n - 1, (1 + confidence) / 2)) * error
+    return mean, mean - half, mean + half
+
+
+def by_task(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows grouped by their task, in order."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.task, []).append(row)
+    return groups

@@ -1,0 +1,226 @@
+"""The run over a grid of tasks, methods and budgets: batched, resumable, one JSON line per sample.
+
+A line is written when its sample's batch is finished. A killed run continues with the first batch that has a sample
+without a line. Batches are always formed from the same samples, so that what is computed does not depend on where a
+run was killed.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+
+from kvjax import generation, likelihood
+from kvjax.cache.policy import Recipe
+from kvjax.cache.tier import Bytes
+from kvjax.errors import InputError
+from kvjax.evaluation.task import Sample, Task
+from kvjax.generation import Model
+
+SAMPLES = "samples.jsonl"
+Key = tuple[str, str, int, str, str | int | None]
+
+
+class Point(NamedTuple):
+    """One place in the grid: a method with a budget."""
+
+    method: str
+    budget: str | int | None
+    recipe: Recipe
+
+
+class Prompts(NamedTuple):
+    """A batch as generation takes it."""
+
+    ids: list[list[int]]  # what is compressed at prefill
+    after: list[list[int]]  # what follows: the question, or the continuation to be judged
+
+
+class Batch(NamedTuple):
+    """Samples that are run together."""
+
+    number: int
+    samples: list[Sample]
+
+
+class Evaluation:
+    """Runs samples of tasks through a model.
+
+    Args:
+      model: from `kvjax.load`.
+      batch: sequences that are run together; the last batch of a part is filled up with copies.
+      unseen: compress the context only; the question is read through the compressed cache.
+      chat: wrap prompts in the checkpoint's chat template.
+    """
+
+    def __init__(self, model: Model, *, batch: int, unseen: bool, chat: bool):
+        self._model, self._batch, self._unseen, self._chat = model, batch, unseen, chat
+        self._references: dict[tuple[str, int], np.ndarray] = {}  # of the full cache, for KL divergence
+
+    def batches(self, samples: Sequence[Sample]) -> Iterator[Batch]:
+        """Samples of one part in groups."""
+        parts: dict[str, list[Sample]] = {}
+        for sample in samples:
+            parts.setdefault(sample.part, []).append(sample)
+        groups = (part[i : i + self._batch] for part in parts.values() for i in range(0, len(part), self._batch))
+        yield from (Batch(number, group) for number, group in enumerate(groups))
+
+    def run(self, task: Task, point: Point, batch: Batch) -> list[dict[str, Any]]:
+        """The lines of one batch."""
+        filled = [*batch.samples, *[batch.samples[0]] * (self._batch - len(batch.samples))]  # one shape, compiled once
+        prompts = self._prompts(filled, task)
+        if task.metric == "kl":
+            found = self._diverge(task, point, batch, prompts)
+        elif task.metric == "perplexity":
+            found = self._judge(point, prompts)
+        else:
+            found = self._generate(task, point, batch, filled, prompts)
+        lines = zip(batch.samples, found, strict=False)
+        return [_head(task, point, sample) | line for sample, line in lines]
+
+    def _prompts(self, samples: Sequence[Sample], task: Task) -> Prompts:
+        forced = not callable(task.metric)
+        pairs = [encode(self._model, sample, chat=self._chat) for sample in samples]
+        if forced or self._unseen:
+            return Prompts([context for context, _ in pairs], [rest for _, rest in pairs])
+        return Prompts([context + rest for context, rest in pairs], [[] for _ in pairs])
+
+    def _generate(
+        self, task: Task, point: Point, batch: Batch, samples: Sequence[Sample], prompts: Prompts
+    ) -> list[dict[str, Any]]:
+        assert callable(task.metric)
+        new = max(sample.new for sample in samples)
+        out = generation.generate(self._model, prompts.ids, point.recipe, questions=prompts.after, max_new_tokens=new)
+        decoded = sum(len(sequence.tokens) - 1 for sequence in out.sequences)
+        timing = {"batch": batch.number, "decode_s": out.timing.decode_s, "decoded": decoded}
+        lines = []
+        for sample, sequence, slots in zip(samples, out.sequences, out.slots, strict=True):
+            text = sequence.text or ""
+            read = sequence.prompt_tokens + len(sequence.tokens) - 1  # the last token is chosen and never read
+            lines.append(
+                {
+                    "metric": "score",
+                    "score": float(task.metric(text, sample)),
+                    "prediction": text,
+                    "answers": list(sample.answers),
+                    "prompt_tokens": sequence.prompt_tokens,
+                    "new_tokens": new,
+                    **_cost(out.bytes, out.full_bytes, len(samples), slots, read),
+                    "timing": timing,
+                }
+            )
+        return lines
+
+    def _judge(self, point: Point, prompts: Prompts) -> list[dict[str, Any]]:
+        judged, reading = likelihood.log_likelihood(self._model, prompts.ids, prompts.after, point.recipe)
+        # The first token's distribution comes from prefill's exact attention: the same for every method.
+        values = [-judgement.logprobs[1:] for judgement in judged]
+        return _forced_lines("perplexity", values, prompts, reading, fed=-1)
+
+    def _diverge(self, task: Task, point: Point, batch: Batch, prompts: Prompts) -> list[dict[str, Any]]:
+        key = (task.name, batch.number)
+        if key not in self._references:
+            self._references[key] = likelihood.references(self._model, *prompts)
+        values, reading = likelihood.divergence(self._model, *prompts, point.recipe, self._references[key])
+        return _forced_lines("kl", values, prompts, reading, fed=0)
+
+
+def encode(model: Model, sample: Sample, *, chat: bool) -> tuple[list[int], list[int]]:
+    """Token ids of a sample's context, with what surrounds a prompt, and of the rest."""
+    tokenizer, context, question = model.tokenizer, sample.context, sample.question
+    if not isinstance(context, str) or not isinstance(question, str):
+        return generation.tokens(model, context), generation.continued(model, question)
+    if tokenizer is None:
+        raise InputError(f"{model.name} has no tokenizer.json: its prompts cannot be written")
+    if not (chat and sample.chat):
+        return generation.tokens(model, context), generation.continued(model, question + sample.prefix)
+    whole = tokenizer.render([{"role": "user", "content": context + question}])
+    cut = whole.find(context.strip()) + len(context.strip())  # templates may strip what they wrap
+    if cut < len(context.strip()):
+        raise InputError("the chat template changes its messages: give --no-chat")
+    return tokenizer.encode(whole[:cut], special=False), tokenizer.encode(whole[cut:] + sample.prefix, special=False)
+
+
+def _head(task: Task, point: Point, sample: Sample) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "part": sample.part,
+        "index": sample.index,
+        "method": point.method,
+        "budget": point.budget,
+        "better": task.better,
+        "facts": sample.facts,
+    }
+
+
+def _forced_lines(
+    metric: str, values: list[np.ndarray], prompts: Prompts, reading: likelihood.Reading, fed: int
+) -> list[dict[str, Any]]:
+    lines = []
+    for value, context, after, slots in zip(values, *prompts, reading.slots, strict=True):
+        new = len(after) + fed
+        cost = _cost(reading.bytes, reading.full_bytes, len(values), slots, len(context) + new)
+        tokens = [float(f"{x:.6g}") for x in value]
+        line = {"metric": metric, "score": float(np.mean(value, dtype=np.float64)), "tokens": tokens}
+        lines.append(line | {"prompt_tokens": len(context), "new_tokens": new} | cost)
+    return lines
+
+
+def _cost(size: Bytes, full: int, batch: int, slots: Sequence[int | float], read: int) -> dict[str, float]:
+    """What the cache of one sequence takes, and what of the tokens it has read is in it."""
+    return {"cache_bytes": size.total / batch, "full_bytes": full / batch, "kept": sum(slots) / len(slots) / read}
+
+
+def key(line: dict[str, Any]) -> Key:
+    """What a line is the result of."""
+    return line["task"], line["part"], line["index"], line["method"], line["budget"]
+
+
+@contextlib.contextmanager
+def results(directory: Path) -> Iterator[tuple[set[Key], TextIO]]:
+    """The keys of the samples that are done, and the file to append to; one process at a time.
+
+    A line that was being written when a run was killed is cut off.
+    """
+    path = directory / SAMPLES
+    with path.open("a+", encoding="utf-8") as file:
+        _lock(file, path)
+        file.seek(0)
+        done, end = set(), 0
+        for number, text in enumerate(file, start=1):
+            if not text.endswith("\n"):
+                break
+            try:
+                done.add(key(json.loads(text)))
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{path}:{number} is not a line of results") from None
+            end += len(text.encode())
+        file.seek(0, os.SEEK_END)
+        if file.tell() > end:
+            file.truncate(end)
+        yield done, file
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    """Refuse to share the file with another run; the lock ends with the process."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"another run is writing {path}: choose another --out") from None
+
+
+def append(file: TextIO, lines: Sequence[dict[str, Any]], done: set[Key]) -> None:
+    """Write the lines that are not there yet, at once, and make sure that they are on disk."""
+    fresh = [line for line in lines if key(line) not in done]
+    file.write("".join(json.dumps(line) + "\n" for line in fresh))
+    file.flush()
+    os.fsync(file.fileno())
+    done.update(map(key, fresh))

@@ -1,0 +1,207 @@
+"""The evaluation's grid: what is written, that it resumes, what it refuses."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import kvjax
+from kvjax import METHODS, command, evaluate, methods
+from kvjax.evaluation import runner
+
+SMALL = ["--lengths", "128", "--samples", "3", "--batch", "2"]
+
+
+def run(out: Path, *flags: str) -> list[dict]:
+    evaluate.main([*SMALL, "--out", str(out), *flags])
+    return lines(out)
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+def results(out: Path) -> list[str]:
+    """Everything but the time it took, in the order of the grid."""
+    return sorted(json.dumps({k: v for k, v in line.items() if k != "timing"}, sort_keys=True) for line in lines(out))
+
+
+def test_every_sample_of_the_grid_has_one_line(tmp_path):
+    found = run(tmp_path, "--tasks", "lines,kl", "--methods", "full,h2o", "--budgets", "10%,32")
+    keys = [runner.key(line) for line in found]
+    points = [("full", None), ("h2o", "10%"), ("h2o", "32")]
+    assert keys == [(t, "128", i, *point) for t in ("lines", "kl") for point in points for i in range(3)]
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["arguments"]["methods"] == ["full", "h2o"]
+    assert record["versions"]["kvjax"] == "0.1.0"
+    assert "--tasks lines,kl" in record["command"]
+
+
+def test_a_line_says_what_generation_says(tmp_path):
+    (line, *_) = run(tmp_path, "--tasks", "lines", "--methods", "streaming_llm", "--budgets", "50%")
+    model, recipe = kvjax.load(), methods.streaming_llm(budget="50%")
+    prompt = prompts_of("lines")[0]
+    out = kvjax.generate(model, [prompt], recipe, max_new_tokens=2)
+    (sequence,) = out.sequences
+    assert line["prediction"] == sequence.text
+    assert line["score"] == float(sequence.text == line["answers"][0])
+    assert line["prompt_tokens"] == sequence.prompt_tokens <= 126
+    assert line["full_bytes"] == out.full_bytes
+    assert line["kept"] == pytest.approx(sum(out.slots[0]) / 4 / (sequence.prompt_tokens + 1))
+    assert line["timing"]["decoded"] == 2
+
+
+def prompts_of(task: str) -> list[str]:
+    samples = evaluate.make_task(task).samples(request(kvjax.load()))
+    return [sample.context + sample.question for sample in samples]
+
+
+def request(model):
+    encode = lambda text: model.tokenizer.encode(text, special=False)
+    return evaluate.Request(3, 0, (128,), "short", encode, 1, "", None)
+
+
+def test_an_unseen_question_is_read_after_compression(tmp_path):
+    flags = "--tasks", "lines", "--methods", "snapkv", "--budgets", "20%", "--set", "snapkv.window=4"
+    found = run(tmp_path, *flags, "--question", "unseen")
+    model, recipe = kvjax.load(), methods.snapkv(budget="20%", window=4)
+    samples = evaluate.make_task("lines").samples(request(model))
+    out = kvjax.generate(
+        model, [s.context for s in samples], recipe, questions=[s.question for s in samples], max_new_tokens=2
+    )
+    assert [line["prediction"] for line in found] == [sequence.text for sequence in out.sequences]
+    seen = run(tmp_path / "seen", *flags)
+    assert [line["prompt_tokens"] for line in seen] == [line["prompt_tokens"] for line in found]
+    assert [line["kept"] for line in seen] != [line["kept"] for line in found]
+
+
+def test_teacher_forced_tasks_measure_the_continuation(tmp_path):
+    found = run(tmp_path, "--tasks", "perplexity,kl", "--methods", "full,tova", "--budgets", "25%")
+    model, recipe = kvjax.load(), methods.tova(budget="25%")
+    samples = evaluate.make_task("kl").samples(request(model))
+    texts = [s.context for s in samples], [s.question for s in samples]
+    judged, _ = kvjax.log_likelihood(model, *texts, recipe)
+    values, _ = kvjax.divergence(model, *texts, recipe, kvjax.references(model, *texts))
+    by_task = {name: [x for x in found if (x["task"], x["method"]) == (name, "tova")] for name in ("perplexity", "kl")}
+    for i in range(3):
+        assert by_task["perplexity"][i]["tokens"] == pytest.approx((-judged[i].logprobs[1:]).tolist(), rel=1e-3)
+        assert by_task["kl"][i]["tokens"] == pytest.approx(values[i].tolist(), rel=1e-5, abs=1e-6)
+    assert all(line["score"] == 0 for line in found if (line["task"], line["method"]) == ("kl", "full"))
+
+
+def test_a_new_method_appears_without_further_ado(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "newest", lambda budget="20%": methods.streaming_llm(budget=budget))
+    found = run(tmp_path, "--tasks", "lines", "--budgets", "20%", "--samples", "1", "--batch", "1")
+    assert [line["method"] for line in found] == list(METHODS)
+    assert found[-1]["method"] == "newest"
+
+
+def test_an_interrupted_run_continues_where_it_stopped(tmp_path, monkeypatch):
+    flags = "--tasks", "lines,kl", "--methods", "full,streaming_llm", "--budgets", "20%"
+    run(tmp_path / "whole", *flags)
+    ran, stop_after = [], 3
+    original = runner.Evaluation.run
+
+    def interrupted(self, task, point, batch):
+        if len(ran) == stop_after:
+            raise KeyboardInterrupt
+        ran.append((task.name, point.method, batch.number))
+        return original(self, task, point, batch)
+
+    monkeypatch.setattr(runner.Evaluation, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", *flags)
+    with (tmp_path / "cut" / "samples.jsonl").open("r+") as file:  # as if killed while writing the last batch
+        file.truncate(len(file.read()) - 7)
+    stop_after = -1
+    run(tmp_path / "cut", *flags)
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+    assert len(ran) == 8 + 1  # the batch whose line was torn ran twice
+
+
+def test_more_samples_continue_a_run(tmp_path):
+    flags = "--tasks", "lines", "--methods", "full"
+    before = run(tmp_path, *flags)
+    after = run(tmp_path, *flags, "--samples", "5")
+    assert after[:3] == before
+    assert [line["index"] for line in after] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_results(tmp_path):
+    flags = "--tasks", "lines,needle,kl", "--methods", "full,streaming_llm,h2o", "--budgets", "10%,20%", *SMALL
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    begin = lambda out: subprocess.Popen(
+        [sys.executable, "-m", "kvjax.evaluate", *flags, "--samples", "8", "--out", out], cwd=tmp_path, env=environment
+    )
+    start = time.monotonic()
+    assert begin("whole").wait() == 0
+    took, rng = time.monotonic() - start, random.Random(0)
+    kills = 0
+    while kills < 5:
+        process = begin("cut")
+        try:
+            process.wait(rng.uniform(0.1, 0.6) * took)
+            (tmp_path / "cut" / "samples.jsonl").unlink()  # finished too early: begin anew
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert begin("cut").wait() == 0
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--tasks", "lines,sudoku"], "unknown task 'sudoku': choose from lines, needle"),
+        (["--tasks", "lines", "--methods", "h2p"], "unknown method 'h2p': choose from full"),
+        (["--tasks", "lines", "--budgets", "120%"], "120%"),
+        (["--tasks", "lines", "--lengths", "4096"], "lengths are 1 to 2048, the model's context limit"),
+        (["--tasks", "lines", "--lengths", "8"], "task lines does not fit into 8 tokens"),
+        (["--tasks", "lines", "--lengths", "a"], "is not a list of lengths"),
+        (["--tasks", "longbench"], "--data"),
+        (["--tasks", "gsm8k", "--data", "nowhere"], "--data nowhere is not a folder"),
+        (["--tasks", "kl", "--text", "nowhere"], "cannot read nowhere"),
+        (["--tasks", "lines", "--samples", "0"], "--samples 0 is not at least 1"),
+        (["--tasks", "lines", "--set", "needle.depths=3"], "--set needle: no such task or method in this run"),
+        (["--tasks", "needle", "--set", "needle.depth=3"], "task needle has no argument 'depth'"),
+        (["--tasks", "needle", "--set", "depths=3"], "name the task or method"),
+        (["--tasks", "needle", "--set", "needle.depths=x"], "is not an int"),
+        (["--model", "nowhere", "--tasks", "lines"], "nowhere"),
+        (["--form", "poem"], "invalid choice"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        command.run(evaluate.PROG, lambda: evaluate.main(["--out", "out", *flags]))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_folder_holds_one_run(tmp_path):
+    run(tmp_path, "--tasks", "lines", "--methods", "full")
+    with pytest.raises(kvjax.InputError, match="holds a run with seed 0, not 1: choose another --out"):
+        run(tmp_path, "--tasks", "lines", "--methods", "full", "--seed", "1")
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    pytest.importorskip("fcntl")
+    (tmp_path / "samples.jsonl").touch()
+    with runner.results(tmp_path), pytest.raises(kvjax.InputError, match="another run is writing"):
+        with runner.results(tmp_path):
+            pass
+
+
+def test_a_broken_line_is_named(tmp_path):
+    (tmp_path / "samples.jsonl").write_text('{"task": "lines"}\n')
+    with pytest.raises(kvjax.InputError, match=r"samples\.jsonl:1 is not"), runner.results(tmp_path):
+        pass
