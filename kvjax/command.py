@@ -39,6 +39,19 @@ class Parser(argparse.ArgumentParser):
         fail(self.prog, f"{message} (see --help)")
 
 
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Flags, with the options of the `--config` file before them; `arguments` are the method's own, from both."""
+    args = parser.parse_args(argv)
+    arguments: dict[str, Any] = {}
+    if args.config is not None:
+        config = read_config(args.config)
+        arguments = config.pop("arguments", {})
+        flags = config_flags(args.config, config, parser, args)
+        args = parser.parse_args([*flags, *(sys.argv[1:] if argv is None else argv)])
+    args.arguments = arguments | read_settings(args.set)
+    return args
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The options of a TOML file."""
     try:
@@ -93,6 +106,13 @@ def read_settings(pairs: list[str]) -> dict[str, str]:
             raise InputError(f"--set {pair!r} is not key=value")
         settings[key] = value
     return settings
+
+
+def check_writable(path: Path) -> None:
+    """Raise `InputError` for a file that cannot be written, before work is done for it."""
+    target = path if path.exists() else path.absolute().parent
+    if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
+        raise InputError(f"cannot write {path}")
 
 
 def use_compilation_cache() -> None:

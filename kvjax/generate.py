@@ -6,12 +6,10 @@ compressed one.
 
 import argparse
 import json
-import os
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,20 +58,6 @@ def parser() -> command.Parser:
     return p
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Flags, with the config file's options before them."""
-    p = parser()
-    args = p.parse_args(argv)
-    arguments: dict[str, Any] = {}
-    if args.config is not None:
-        config = command.read_config(args.config)
-        arguments = config.pop("arguments", {})
-        flags = command.config_flags(args.config, config, p, args)
-        args = p.parse_args([*flags, *(sys.argv[1:] if argv is None else argv)])
-    args.arguments = arguments | command.read_settings(args.set)
-    return args
-
-
 def read_texts(args: argparse.Namespace) -> list[str]:
     """The prompts that are given as text."""
     given = args.prompt or []
@@ -100,14 +84,16 @@ def _text(name: str, data: bytes) -> str:
         raise InputError(f"{name} is not UTF-8 text") from None
 
 
-def _ids(text: str) -> list[int]:
+def read_ids(text: str) -> list[int]:
+    """Token ids that are given as `1,2,3`."""
     try:
         return [int(part) for part in text.split(",")] if text.strip() else []
     except ValueError:
         raise InputError(f"--prompt-tokens {text!r} is not a list of ids such as 1,2,3") from None
 
 
-def _encode(model: Model, text: str, chat: bool) -> list[int]:
+def encode(model: Model, text: str, chat: bool) -> list[int]:
+    """Token ids of a prompt, in the chat template if asked for."""
     if chat and model.tokenizer is not None:
         return model.tokenizer.chat([{"role": "user", "content": text}])
     return generation.tokens(model, text)
@@ -115,7 +101,7 @@ def _encode(model: Model, text: str, chat: bool) -> list[int]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    args, console = parse(argv), Console()
+    args, console = command.parse(parser(), argv), Console()
     if args.list_methods:
         list_factories(console, METHODS, "method", "what it keeps")
         return
@@ -128,14 +114,14 @@ def main(argv: list[str] | None = None) -> None:
     how = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
     how.check()
     _check(args, prompted)
-    texts, ids = read_texts(args), [_ids(text) for text in args.prompt_tokens or ()]
+    texts, ids = read_texts(args), [read_ids(text) for text in args.prompt_tokens or ()]
     command.use_compilation_cache()
     model = generation.load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
     if not prompted and not args.json and args.dump_cache is None:
         showcase.run(console, model, recipe, budget, args.max_new_tokens, how)
         return
     texts = texts if prompted else showcase.prompts().texts
-    out = _generate(args, model, [_encode(model, text, args.chat) for text in texts] + ids, recipe, how)
+    out = _generate(args, model, [encode(model, text, args.chat) for text in texts] + ids, recipe, how)
     if args.json:
         print(json.dumps(describe(model, out, budget)))
     else:
@@ -148,11 +134,8 @@ def _check(args: argparse.Namespace, prompted: bool) -> None:
         raise InputError("give a prompt: --prompt TEXT, --prompt-file FILE or --prompt-tokens 1,2,3")
     if args.chat and args.prompt_tokens:
         raise InputError("--chat wraps text: --prompt-tokens are taken as they are")
-    path = args.dump_cache
-    if path is not None:
-        target = path if path.exists() else path.absolute().parent
-        if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
-            raise InputError(f"cannot write {path}")
+    if args.dump_cache is not None:
+        command.check_writable(args.dump_cache)
 
 
 def _generate(

@@ -92,13 +92,17 @@ class Tokenizer:
             raise InputError(f"the chat template refuses these messages: {' '.join(str(error).split())}") from error
         return self.encode(text, special=False)
 
+    def name(self, token: int) -> str:
+        """How the vocabulary spells a token; "" for an id that it does not have."""
+        return self._backend.id_to_token(token) or ""
+
     def is_special(self, token: int) -> bool:
         """Whether `decode` leaves a token out."""
         return token in self._hidden
 
     def is_byte(self, token: int) -> bool:
         """Whether a token stands for one byte, whose text depends on its neighbours."""
-        return _BYTE.fullmatch(self._backend.id_to_token(token) or "") is not None
+        return _BYTE.fullmatch(self.name(token)) is not None
 
 
 class Stream:

@@ -1,0 +1,277 @@
+"""Show which tokens of a prompt each layer and head keeps, or what a cache would cost without running anything.
+
+Without a prompt, the demo model reads a long list and a question about it.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from kvjax import command, generation, kept, plan, showcase
+from kvjax.cache.budget import LARGEST
+from kvjax.cache.policy import Recipe
+from kvjax.errors import InputError
+from kvjax.generate import DTYPES, encode, read_ids, read_texts
+from kvjax.generation import Generation, Model
+from kvjax.kept import Kept
+from kvjax.methods import METHODS, default_budget, make
+
+PROG = "kvjax.inspect"
+CONTEXT = 4096  # tokens of a dry run without a prompt
+
+
+def parser() -> command.Parser:
+    """The command line's flags; those that `kvjax.generate` has too mean the same."""
+    p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", metavar="M", help="Hugging Face directory, hub id or Orbax directory (default: demo)")
+    p.add_argument("--prompt", action="append", metavar="TEXT", help="- reads standard input")
+    p.add_argument("--prompt-file", action="append", metavar="FILE", help="the prompt from a file")
+    p.add_argument("--prompt-tokens", action="append", metavar="1,2,3", help="the prompt as token ids")
+    p.add_argument("--chat", action="store_true", help="wrap the prompt in the checkpoint's chat template")
+    p.add_argument("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: {showcase.METHOD})")
+    p.add_argument("--budget", metavar="512|20%", help="slots per row, in tokens or as a share of the prompt")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the method")
+    p.add_argument("--config", type=Path, metavar="FILE.toml", help="options from a file; flags take precedence")
+    p.add_argument("--max-new-tokens", type=int, default=1, metavar="N", help="the last is not cached (default: 1)")
+    p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
+    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
+    p.add_argument("--layer", type=int, metavar="L", help="show this layer only, counted from 0")
+    p.add_argument("--head", type=int, metavar="H", help="show this key/value head only, counted from 0")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    p.add_argument(
+        "--out", type=Path, nargs="?", const=Path("kept.png"), metavar="FILE.png", help="draw it (default: kept.png)"
+    )
+    p.add_argument("--dry-run", action="store_true", help="no weights: what the method does, and the cache's bytes")
+    p.add_argument("--context", type=int, metavar="N", help=f"prompt tokens of a dry run (default: up to {CONTEXT})")
+    p.add_argument("--batch", type=int, metavar="N", help="sequences of a dry run (default: 1)")
+    return p
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Flags, and the defaults that depend on the method."""
+    args = command.parse(parser(), argv)
+    args.method = args.method or showcase.METHOD
+    args.budget = args.budget if args.budget is not None else default_budget(args.method)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    args, console = parse(argv), Console()
+    recipe = make(args.method, args.budget, args.arguments)
+    _check(args)
+    texts, ids = read_texts(args), [read_ids(text) for text in args.prompt_tokens or ()]
+    if args.dry_run:
+        report = dry_run(args, recipe, texts, ids)
+        print(json.dumps(report)) if args.json else _print_plan(console, report)
+        return
+    command.use_compilation_cache()
+    model = generation.load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
+    _check_range("layer", args.layer, model.spec.num_layers)
+    _check_range("head", args.head, model.spec.num_kv_heads)
+    if not texts and not ids:
+        texts = showcase.prompts().texts[:1]
+    (prompt,) = [encode(model, text, args.chat) for text in texts] + ids
+    out = generation.generate(model, [prompt], recipe, max_new_tokens=args.max_new_tokens)
+    shown = kept.only(kept.read(model, out, prompt), args.layer, args.head)
+    report = describe(args, model, out, shown)
+    if args.out is not None:
+        _draw(args.out, shown, report)
+    print(json.dumps(report)) if args.json else _print_kept(console, model, shown, report)
+    if args.out is not None and not args.json:
+        console.print(f"drawn in {args.out}", highlight=False, markup=False)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise `InputError` for flags that cannot be followed, before anything is loaded."""
+    given = sum(len(prompts or ()) for prompts in (args.prompt, args.prompt_file, args.prompt_tokens))
+    if given > 1:
+        raise InputError(f"{given} prompts are given: one is shown at a time")
+    if not given and not args.dry_run and (args.model is not None or args.chat):
+        raise InputError("give a prompt: --prompt TEXT, --prompt-file FILE or --prompt-tokens 1,2,3")
+    if args.chat and not (args.prompt or args.prompt_file):
+        raise InputError("--chat wraps text: give --prompt TEXT or --prompt-file FILE")
+    if args.dry_run:
+        _refuse("a dry run keeps no tokens to show", out=args.out, layer=args.layer, head=args.head)
+        _refuse("the prompt says how long the context is", context=args.context if given else None)
+    else:
+        _refuse("only a dry run counts without a prompt: add --dry-run", context=args.context, batch=args.batch)
+    for name, most in {"context": LARGEST, "batch": 2**16, "max_new_tokens": LARGEST}.items():
+        number = getattr(args, name)
+        if number is not None and not 1 <= number <= most:
+            raise InputError(f"{name.replace('_', '-')} {number} is not a whole number from 1 to {most}")
+    if args.out is not None:
+        _check_picture(args.out)
+
+
+def _refuse(why: str, **flags: object) -> None:
+    for name, value in flags.items():
+        if value is not None:
+            raise InputError(f"--{name}: {why}")
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise InputError(f"cannot draw {path}: pictures are PNG files, give a name that ends in .png")
+    command.check_writable(path)
+    kept.check_matplotlib()
+
+
+def _check_range(name: str, value: int | None, size: int) -> None:
+    if value is not None and not 0 <= value < size:
+        raise InputError(f"--{name} {value} is out of range: this model has {name}s 0 to {size - 1}")
+
+
+def describe(args: argparse.Namespace, model: Model, out: Generation, shown: Kept) -> dict[str, Any]:
+    """What was kept, as plain data; `positions` and `slots` are lists over `layers` of lists over `heads`."""
+    return {
+        **_named(args, model),
+        "prompt_tokens": shown.prompt,
+        "tokens": shown.tokens,
+        "layers": shown.layers,
+        "heads": shown.heads,
+        "positions": [[np.flatnonzero(row).tolist() for row in layer] for layer in shown.held],
+        "slots": shown.slots.tolist(),
+        "cache": {"bytes": out.bytes._asdict(), "full_bytes": out.full_bytes},
+    }
+
+
+def dry_run(args: argparse.Namespace, recipe: Recipe, texts: list[str], ids: list[list[int]]) -> dict[str, Any]:
+    """The recipe in force and the bytes of its cache, as plain data."""
+    model = plan.abstract_model(args.model, DTYPES.get(args.dtype), args.ignore_config)
+    prompts = [encode(model, text, args.chat) for text in texts] + ids
+    if prompts:
+        generation.check(model.spec, prompts, [[]])
+        context = len(prompts[0])
+    else:
+        limit = model.spec.max_position
+        context = args.context or min(CONTEXT, limit - args.max_new_tokens if args.max_new_tokens < limit else limit)
+    batch = args.batch or 1
+    planned = plan.plan(model, recipe, context, args.max_new_tokens, batch)
+    return {
+        **_named(args, model),
+        "arguments": plan.arguments(args.method, args.arguments),
+        "context": context,
+        "max_new_tokens": args.max_new_tokens,
+        "batch": batch,
+        **{name: value for name, value in planned._asdict().items() if name not in ("budget", "bytes", "full_bytes")},
+        "slots": planned.budget,
+        "cache": {"bytes": planned.bytes, "full_bytes": planned.full_bytes},
+    }
+
+
+def _named(args: argparse.Namespace, model: Model) -> dict[str, Any]:
+    budget = args.budget
+    return {
+        "method": args.method,
+        "budget": int(budget) if isinstance(budget, str) and budget.isdecimal() else budget,
+        "model": model.name,
+        "dtype": jnp.dtype(model.decoder.dtype).name,
+    }
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    return " ".join(str(report[name]) for name in ("method", "budget") if report[name] is not None)
+
+
+def _kept(shown: Kept) -> str:
+    generated = len(shown.tokens) - shown.prompt
+    tokens = f"{shown.prompt:,} + {generated:,} generated" if generated else f"{shown.prompt:,}"
+    return f"{shown.held.mean():.1%} of {tokens} tokens kept"
+
+
+def _draw(path: Path, shown: Kept, report: Mapping[str, Any]) -> None:
+    """Write the heat map."""
+    total, full = report["cache"]["bytes"]["total"], report["cache"]["full_bytes"]
+    title = f"{_title(report)}: {_kept(shown)}, {total:,} bytes = {total / full:.1%} of a full cache"
+    try:
+        kept.picture(shown, title).savefig(path, format="png")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _print_kept(console: Console, model: Model, shown: Kept, report: Mapping[str, Any]) -> None:
+    """The text with what was kept, slots by layer, bytes by part."""
+    console.print(f"{_title(report)}, {report['model']} in {report['dtype']}: {_kept(shown)}\n", highlight=False)
+    console.print(kept.legend(shown, marks=not _has_styles(console)), "\n", sep="")
+    pieces, levels = kept.pieces(model.tokenizer, shown.tokens), shown.levels()
+    _print_text(console, pieces[: shown.prompt], levels[: shown.prompt])
+    if len(pieces) > shown.prompt:
+        print("--- generated")
+        _print_text(console, pieces[shown.prompt :], levels[shown.prompt :])
+    print()
+    console.print(_slots(shown))
+    console.print(_bytes(report["cache"]))
+
+
+def _has_styles(console: Console) -> bool:
+    return console.color_system is not None
+
+
+def _print_text(console: Console, pieces: list[str], levels: list[int]) -> None:
+    if _has_styles(console):
+        console.print(kept.styled(pieces, levels))
+    else:
+        print(*kept.marked(pieces, levels, console.width), sep="\n")
+
+
+def _slots(shown: Kept) -> Table:
+    """Budget and kept slots of each layer."""
+    numbers = [Column(name, justify="right") for name in ("budget", "kept: mean", "min", "max")]
+    table = Table("layer", *numbers, title="slots, over heads", title_justify="left")
+    for layer, budget, slots in zip(shown.layers, shown.budget, shown.slots, strict=True):
+        table.add_row(
+            str(layer), f"{budget.mean():,.10g}", f"{slots.mean():,.10g}", f"{slots.min():,}", f"{slots.max():,}"
+        )
+    return table
+
+
+def _bytes(cache: Mapping[str, Any]) -> Table:
+    """Bytes by part, and what a full cache needs."""
+    *parts, (_, total) = cache["bytes"].items()
+    table = Table("cache", Column("bytes", justify="right"))
+    for name, size in parts:
+        table.add_row("payload and slack" if name == "codes" else name, f"{size:,}")
+    table.add_section()
+    table.add_row("total", f"{total:,}")
+    table.add_row("full cache", f"{cache['full_bytes']:,}")
+    table.add_row("of the full cache", f"{total / cache['full_bytes']:.1%}")
+    return table
+
+
+def _print_plan(console: Console, report: Mapping[str, Any]) -> None:
+    """The recipe in force and the bytes by part."""
+    table = Table("dry run", _title(report))
+    slots = report["slots"]
+    rows = {
+        "model": f"{report['model']} in {report['dtype']}",
+        "lengths": f"{report['batch']} x ({report['context']:,} prompt + {report['max_new_tokens']:,} new tokens)",
+        "budget [slots per row]": "any" if slots is None else _by_layer(slots),
+        "budget decided": report["decided"],
+        "stores": ", ".join(report["stores"]),
+        "fold": report["fold"],
+        "keys rotated": report["rotate"],
+    }
+    rows |= {f"--set {name}": str(value) for name, value in report["arguments"].items()}
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    console.print(table)
+    console.print(_bytes(report["cache"]))
+
+
+def _by_layer(slots: list[int]) -> str:
+    if len(set(slots)) == 1:
+        return f"{slots[0]:,} in each of {len(slots)} layers"
+    return f"by layer {' '.join(map(str, slots))}"
+
+
+if __name__ == "__main__":
+    command.run(PROG, main)

@@ -1,0 +1,224 @@
+"""What a cache kept: the tokens that each layer and head holds, as marked text and as a picture."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from rich.cells import cell_len
+from rich.text import Text
+
+from kvjax import decode, generation
+from kvjax.errors import InputError
+from kvjax.generation import Generation, Model
+from kvjax.tokenizer import Tokenizer
+
+# How many rows kept a token: no row, fewer than half, half or more, every row.
+STYLES = ("dim", "", "bold", "bold underline")
+MARKS = " .+#"
+COLUMNS = 1500  # of a picture; longer sequences put several positions into one
+
+
+class Kept(NamedTuple):
+    """The tokens that the rows of one sequence's cache hold."""
+
+    held: Bool[np.ndarray, "L K T"]  # whether a row holds the token at a position
+    budget: Int[np.ndarray, "L K"]  # slots that a row may keep
+    layers: tuple[int, ...]  # which the first axis stands for
+    heads: tuple[int, ...]  # which the second axis stands for
+    tokens: list[int]  # by position: the prompt's, then the generated ones that were read
+    prompt: int  # tokens of the prompt
+
+    @property
+    def slots(self) -> Int[np.ndarray, "L K"]:
+        """Tokens that each row holds."""
+        return self.held.sum(axis=-1)
+
+    @property
+    def rows(self) -> int:
+        """Layers x heads."""
+        return self.held.shape[0] * self.held.shape[1]
+
+    def levels(self) -> list[int]:
+        """By position: in how many rows the token was kept, as an index into `STYLES` and `MARKS`."""
+        count = self.held.sum(axis=(0, 1))
+        return np.sum([count > 0, 2 * count >= self.rows, count == self.rows], axis=0).tolist()
+
+
+def read(model: Model, out: Generation, prompt: Sequence[int]) -> Kept:
+    """What the cache of a generation from one prompt holds. The last generated token was never read: it has no place.
+
+    >>> import kvjax
+    >>> model, prompt = kvjax.load(), list(range(20))
+    >>> out = kvjax.generate(model, [prompt], kvjax.methods.streaming_llm(budget=6), max_new_tokens=1)
+    >>> read(model, out, prompt).held[0, 0].nonzero()[0].tolist()
+    [0, 1, 2, 3, 18, 19]
+    """
+    (positions,), (sequence,) = generation.cached_positions(model, out), out.sequences
+    tokens = [*prompt, *sequence.tokens[:-1]]
+    layers, heads, _ = positions.shape
+    held = np.zeros((layers, heads, len(tokens) + 1), bool)
+    np.put_along_axis(held, positions, True, axis=-1)  # empty slots, -1, mark the spare last column
+    budget = np.zeros((layers, heads), int)
+    for group, (tier, *_) in zip(decode.layer_groups(model.spec, out.recipe), out.cache, strict=True):
+        budget[list(group.index)] = np.asarray(tier.budget)[:, 0]
+    return Kept(held[..., :-1], budget, tuple(range(layers)), tuple(range(heads)), tokens, len(prompt))
+
+
+def only(kept: Kept, layer: int | None, head: int | None) -> Kept:
+    """One layer, one head, or both; None = all of them."""
+    layers = slice(None) if layer is None else slice(layer, layer + 1)
+    heads = slice(None) if head is None else slice(head, head + 1)
+    return kept._replace(
+        held=kept.held[layers, heads],
+        budget=kept.budget[layers, heads],
+        layers=kept.layers[layers],
+        heads=kept.heads[heads],
+    )
+
+
+def pieces(tokenizer: Tokenizer | None, tokens: Sequence[int]) -> list[str]:
+    """The text of each token; the pieces join to the text, with special tokens by their names.
+
+    A piece is "" while a character is not complete. Without a tokenizer, tokens show as their ids.
+    """
+    if tokenizer is None:
+        return [f"{token} " for token in tokens]
+    stream, out = tokenizer.stream(), []
+    for token in tokens:
+        if tokenizer.is_special(token):
+            _append(out, stream.finish())
+            out.append(tokenizer.name(token))
+        else:
+            out.append(stream.push(token))
+    _append(out, stream.finish())
+    return out
+
+
+def _append(out: list[str], text: str) -> None:
+    if text:
+        out[-1] += text
+
+
+def styled(texts: Sequence[str], levels: Sequence[int]) -> Text:
+    """Text for a terminal, the more emphasis the more rows kept a token."""
+    return Text.assemble(*((_visible(text), STYLES[level]) for text, level in _spans(texts, levels)))
+
+
+def marked(texts: Sequence[str], levels: Sequence[int], width: int) -> Iterator[str]:
+    """Lines of text without any style, each followed by a line of marks below its letters, unless that is blank.
+
+    Args:
+      texts: from `pieces`.
+      levels: from `Kept.levels`.
+      width: cells of a line.
+    """
+    line, marks, used = "", "", 0
+    for text, level in _spans(texts, levels):
+        for letter in _visible(text):
+            cells = cell_len(letter)
+            if letter == "\n" or used + cells > width:
+                yield from filter(None, (line, marks.rstrip()))
+                line, marks, used = "", "", 0
+            if letter != "\n":
+                line, marks, used = line + letter, marks + MARKS[level] * cells, used + cells
+    yield from filter(None, (line, marks.rstrip()))
+
+
+def legend(kept: Kept, marks: bool) -> Text:
+    """What the styles, or the marks, say."""
+    names = {3: f"all {kept.rows} rows (layer x head)", 2: "half or more", 1: "fewer", 0: "none"}
+    if kept.rows == 1:
+        names = {3: f"kept by layer {kept.layers[0]}, head {kept.heads[0]}", 0: "evicted"}
+    sign = lambda level: f"{MARKS[level]} " if MARKS[level].strip() else "no mark: "
+    entries = [Text(sign(i) + name) if marks else Text(name, STYLES[i]) for i, name in names.items()]
+    return Text("" if kept.rows == 1 else "kept in  ") + Text("   ").join(entries)
+
+
+def _spans(texts: Sequence[str], levels: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """Pieces that have letters, and their levels; a character of several tokens counts as its least kept one."""
+    parts: list[int] = []
+    for text, level in zip(texts, levels, strict=True):
+        parts.append(level)
+        if text:
+            yield text, min(parts)
+            parts = []
+
+
+def _visible(text: str) -> str:
+    """Line ends with a sign that can be marked; control characters, which a terminal would obey, as escapes."""
+    control = lambda letter: letter < " " or "\x7f" <= letter < "\xa0"
+    show = lambda letter: "↵\n" if letter == "\n" else letter.encode("unicode_escape").decode()
+    return "".join(show(letter) if control(letter) else letter for letter in text)
+
+
+def heat(kept: Kept, columns: int = COLUMNS) -> tuple[Float[np.ndarray, "rows bins"], int]:
+    """The kept fraction by row and bin of positions, and the positions of a bin: 1 if `columns` suffice."""
+    length = kept.held.shape[-1]
+    size = -(-length // columns)
+    starts = np.arange(0, length, size)
+    count = np.add.reduceat(kept.held.reshape(kept.rows, length), starts, axis=-1, dtype=np.int32)
+    return count / np.diff(starts, append=length), size
+
+
+def check_matplotlib() -> None:
+    """Raise `InputError` when pictures cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError("pictures need matplotlib: pip install 'kvjax[eval]'") from None
+
+
+def picture(kept: Kept, title: str) -> Any:
+    """A matplotlib `Figure` with a row per layer and head and a column per position: dark = kept, light = evicted."""
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
+    from matplotlib.colors import LinearSegmentedColormap  # pyright: ignore[reportMissingImports]
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+
+    image, size = heat(kept)
+    shades = LinearSegmentedColormap.from_list("kept", ["0.9", "0.0"])
+    figure = Figure(figsize=(12, 1.6 + min(max(0.12 * kept.rows, 1.6), 16)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    extent = (-0.5, image.shape[1] * size - 0.5, kept.rows - 0.5, -0.5)
+    axes.imshow(image, cmap=shades, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
+    axes.set_xlim(-0.5, len(kept.tokens) - 0.5)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_title(title, loc="left", fontsize=11, pad=20)
+    binned = f" (each column is {size} positions, darker = more of them kept)" if size > 1 else ""
+    axes.set_xlabel(f"token position{binned}")
+    _label_layers(axes, kept)
+    _mark_generated(axes, kept)
+    _add_legend(figure, shades)
+    return figure
+
+
+def _label_layers(axes: Any, kept: Kept) -> None:
+    heads, last = len(kept.heads), kept.heads[-1]
+    for layer in range(1, len(kept.layers)):
+        axes.axhline(layer * heads - 0.5, color="0.5", linewidth=0.6)
+    shown = range(0, len(kept.layers), -(-len(kept.layers) // 40))
+    axes.set_yticks([layer * heads + (heads - 1) / 2 for layer in shown], [str(kept.layers[layer]) for layer in shown])
+    axes.set_ylabel(f"layer (in each: heads {kept.heads[0]} to {last})" if heads > 1 else f"layer (head {last})")
+
+
+def _mark_generated(axes: Any, kept: Kept) -> None:
+    """A dashed line at the prompt's end, and a bar above the tokens that were generated after it."""
+    from matplotlib.transforms import offset_copy  # pyright: ignore[reportMissingImports]
+
+    generated, edge = len(kept.tokens) - kept.prompt, kept.prompt - 0.5
+    if generated:
+        above = offset_copy(axes.get_xaxis_transform(), axes.figure, y=4, units="points")
+        ends = [edge, len(kept.tokens) - 0.5]
+        axes.axvline(edge, color="0.5", linestyle="--", linewidth=1)
+        axes.plot(ends, [1, 1], color="0.0", linewidth=3, solid_capstyle="butt", transform=above, clip_on=False)
+        where = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "bottom"}
+        axes.annotate(f"generated: {generated:,}", (1, 1), (0, 7), fontsize=9, **where)
+
+
+def _add_legend(figure: Any, shades: Any) -> None:
+    from matplotlib.patches import Patch  # pyright: ignore[reportMissingImports]
+
+    patches = [Patch(facecolor=shades(x), edgecolor="0.5", label=name) for x, name in ((1.0, "kept"), (0.0, "evicted"))]
+    figure.legend(handles=patches, loc="outside lower right", ncols=2, frameon=False, fontsize=9)

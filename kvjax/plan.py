@@ -1,0 +1,124 @@
+"""What a method would do and its cache would cost, from a `config.json` alone: nothing is loaded or allocated."""
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from kvjax import decode, demo, generation
+from kvjax.arguments import read_argument
+from kvjax.cache.policy import Recipe
+from kvjax.cache.tier import Bytes
+from kvjax.checkpoint import orbax
+from kvjax.errors import InputError
+from kvjax.generation import Model
+from kvjax.methods import METHODS
+from kvjax.models.decoder import Decoder
+from kvjax.models.hf_config import parse_config, read_json
+from kvjax.spec import Lengths
+from kvjax.tokenizer import Tokenizer
+
+
+class Plan(NamedTuple):
+    """A recipe in force and the cache that it would allocate."""
+
+    budget: list[int] | None  # slots per row of each layer for one prompt; None = decided by the policy alone
+    decided: str  # "before the prompt", or "after the prompt" when `budget` is only where it starts
+    stores: list[str]  # number format of each tier
+    fold: str
+    rotate: str  # when cached keys are rotated
+    bytes: dict[str, int]  # by part; `codes` are payload and slack together: how many slots fill depends on the run
+    full_bytes: int
+
+
+def plan(model: Model, recipe: Recipe, context: int, new: int, batch: int = 1) -> Plan:
+    """Plan a cache for `batch` prompts of `context` tokens, each with room for `new` generated ones.
+
+    >>> from kvjax import methods
+    >>> model = abstract_model(None)
+    >>> plan(model, methods.snapkv(budget=128), context=1000, new=1).budget
+    [128, 128, 128, 128]
+    """
+    spec, budget = model.spec, recipe.budget
+    if context > spec.max_position:
+        raise InputError(f"the prompt has {context} tokens, the context limit is {spec.max_position}")
+    if recipe.positions is None and context + new > spec.max_position:
+        raise InputError(
+            f"prompt ({context} tokens) and max-new-tokens ({new}) pass the context limit ({spec.max_position})"
+        )
+    return Plan(
+        budget=None
+        if budget is None
+        else [int(budget.slots(i, spec.num_layers, context)) for i in range(spec.num_layers)],
+        decided="before the prompt" if budget is None or budget.allocate is None else "after the prompt",
+        stores=[_factory(store.encode) for store in recipe.stores],
+        fold=_factory(recipe.fold.key),
+        rotate=f"when {'written' if recipe.rotate == 'write' else 'read'}",
+        bytes=_bytes(model, recipe, Lengths((context,) * batch, new, decode.padded_length(context))),
+        full_bytes=generation.full_bytes(model, [context + new] * batch),
+    )
+
+
+def arguments(method: str, given: Mapping[str, object]) -> dict[str, object]:
+    """All of a method's own arguments with the values in force.
+
+    >>> arguments("snapkv", {"window": "16"})
+    {'window': 16, 'kernel': 5, 'pooling': 'avg'}
+    """
+    parameters = inspect.signature(METHODS[method]).parameters
+    values = {name: parameter.default for name, parameter in parameters.items() if name != "budget"}
+    return values | {name: read_argument(f"method {method}", parameters[name], value) for name, value in given.items()}
+
+
+def abstract_model(name: str | None, dtype: DTypeLike | None = None, ignore: Collection[str] = ()) -> Model:
+    """A model without weights, good for planning a cache and for making tokens of a text.
+
+    Args:
+      name: a checkpoint directory, converted or not, of which `config.json` is enough, or the path of such a file; None
+        = the demo model.
+      dtype: of weights and cache; None = float32 on CPU, bfloat16 elsewhere.
+      ignore: config fields that may be ignored although kvjax does not know them.
+    """
+    path = demo.directory() if name is None else Path(name)
+    if not path.exists():
+        raise InputError(f"{path}: no such directory or config.json; a dry run downloads nothing")
+    folder, file = (path, path / "config.json") if path.is_dir() else (path.parent, path)
+    if orbax.is_orbax(folder):
+        ignore = {*read_json(folder / orbax.ABOUT).get("ignore_config", ()), *ignore}
+    spec = parse_config(read_json(file), ignore)
+    native = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    # The weights of one layer stand for all: only their dtype is looked at.
+    one = replace(spec, num_layers=1)
+    decoder = nnx.eval_shape(lambda: Decoder(one, dtype=native if dtype is None else dtype, rngs=nnx.Rngs(0)))
+    decoder.spec = spec
+    return Model(decoder, Tokenizer.load(folder), (), "demo" if name is None else name)
+
+
+def _bytes(model: Model, recipe: Recipe, lengths: Lengths) -> dict[str, int]:
+    """Bytes by part of the cache that `decode.init_cache` would allocate."""
+    counted: list[Bytes] = []
+
+    def count() -> None:
+        cache = decode.init_cache(model.decoder, recipe, lengths)
+        with jax.ensure_compile_time_eval():  # counting reads the filled slots: none, so far
+            empty = [tuple(t._replace(length=jnp.zeros(t.length.shape, jnp.int32)) for t in tiers) for tiers in cache]
+        counted.append(generation.cache_bytes(tuple(empty)))
+
+    try:
+        jax.eval_shape(count)  # traced, and thrown away
+    except OverflowError:
+        raise InputError("a cache of this size has more pages than its tables can number: plan a smaller one") from None
+    (size,) = counted
+    parts = {"codes": size.payload + size.slack, "scales": size.scales, "statistics": size.statistics}
+    return parts | {"tables": size.tables, "total": size.total}
+
+
+def _factory(function: Callable[..., Any]) -> str:
+    """The name of the factory that made a function of a store or a fold."""
+    return function.__qualname__.split(".")[0]
