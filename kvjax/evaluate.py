@@ -4,11 +4,11 @@ A run that was killed goes on where it stopped when it is started again with the
 """
 
 import argparse
-import importlib.resources
 import shlex
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,7 +17,7 @@ from kvjax import command, generation
 from kvjax.errors import InputError
 from kvjax.evaluation import manifest, report, runner
 from kvjax.evaluation.runner import Evaluation, Point
-from kvjax.evaluation.task import Request, Sample, Task
+from kvjax.evaluation.task import Sample, Task
 from kvjax.evaluation.tasks import TASKS, make_task
 from kvjax.generate import DTYPES
 from kvjax.generation import Model
@@ -78,9 +78,9 @@ def main(argv: list[str] | None = None) -> None:
     form = args.form or ("short" if args.model is None else "natural")
     chat = form == "natural" and not args.no_chat and model.tokenizer is not None and model.tokenizer.has_template
     lengths = _lengths(args.lengths, model, form)
-    request = Request(
-        args.samples, args.seed, lengths, form, _encoder(model), _frame(model, chat), text, args.data
-    )  # fmt: skip
+    request = runner.request(
+        model, samples=args.samples, seed=args.seed, lengths=lengths, form=form, chat=chat, text=text, data=args.data
+    )
     samples = {task.name: task.samples(request) for task in tasks}
     batch = args.batch or max(1, BATCH_TOKENS // max(lengths))
     manifest.write(args.out, [PROG, *argv], {
@@ -102,15 +102,15 @@ def run(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with runner.results(out) as (done, file), Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=len(grid) * sum(map(len, samples.values())))
-        for task in tasks:
-            batches = list(evaluation.batches(samples[task.name]))
-            for point in grid:
+        for point in grid:
+            for task in tasks:
                 progress.update(bar, description=f"{task.name} {point.method} {point.budget or ''}".strip())
-                for batch in batches:
+                for batch in evaluation.batches(samples[task.name]):
                     keys = {(task.name, s.part, s.index, point.method, point.budget) for s in batch.samples}
                     if not keys <= done:
                         runner.append(file, evaluation.run(task, point, batch), done)
                     progress.advance(bar, len(batch.samples))
+            jax.clear_caches()  # the next point's programs are others: a long grid would fill the memory with code
 
 
 def points(
@@ -169,9 +169,9 @@ def _lengths(text: str | None, model: Model, form: str) -> tuple[int, ...]:
     return lengths
 
 
-def _read_text(path: Path | None) -> str:
+def _read_text(path: Path | None) -> str | None:
     if path is None:
-        return (importlib.resources.files("kvjax.evaluation") / "text.txt").read_text(encoding="utf-8")
+        return None
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -181,21 +181,6 @@ def _read_text(path: Path | None) -> str:
     if not text.strip():
         raise InputError(f"{path} is empty")
     return text
-
-
-def _encoder(model: Model):
-    if model.tokenizer is None:
-        raise InputError(f"{model.name} has no tokenizer.json: its prompts cannot be written")
-    tokenizer = model.tokenizer
-    return lambda text: tokenizer.encode(text, special=False)
-
-
-def _frame(model: Model, chat: bool) -> int:
-    """Tokens that surround a prompt; one more in a template, where texts may be split differently."""
-    assert model.tokenizer is not None
-    if chat:
-        return len(model.tokenizer.chat([{"role": "user", "content": "x"}])) + 1
-    return len(model.tokenizer.encode("x")) - len(model.tokenizer.encode("x", special=False))
 
 
 def _report(argv: list[str]) -> None:

@@ -57,6 +57,12 @@ class Tokenizer:
         """Token ids of a text; `special` adds what the tokenizer puts around one, such as the first token."""
         return self._backend.encode(text, add_special_tokens=special).ids
 
+    def split(self, text: str, cut: int, special: bool = True) -> tuple[list[int], list[int]]:
+        """Token ids of a text, up to and from a character on; a token across the cut belongs to the second part."""
+        found = self._backend.encode(text, add_special_tokens=special)
+        first = next((i for i, (_, end) in enumerate(found.offsets) if end > cut), len(found.ids))
+        return found.ids[:first], found.ids[first:]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
         return self._backend.decode(list(ids), skip_special_tokens=True)

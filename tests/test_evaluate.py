@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 import kvjax
-from kvjax import METHODS, command, evaluate, methods
+from kvjax import METHODS, command, evaluate, generation, methods
 from kvjax.evaluation import runner
+from kvjax.evaluation.task import Sample
+from tests.test_tokenizer import STYLES, byte_level, write
 
 SMALL = ["--lengths", "128", "--samples", "3", "--batch", "2"]
 
@@ -36,7 +38,7 @@ def test_every_sample_of_the_grid_has_one_line(tmp_path):
     found = run(tmp_path, "--tasks", "lines,kl", "--methods", "full,h2o", "--budgets", "10%,32")
     keys = [runner.key(line) for line in found]
     points = [("full", None), ("h2o", "10%"), ("h2o", "32")]
-    assert keys == [(t, "128", i, *point) for t in ("lines", "kl") for point in points for i in range(3)]
+    assert keys == [(t, "128", i, *point) for point in points for t in ("lines", "kl") for i in range(3)]
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["arguments"]["methods"] == ["full", "h2o"]
     assert record["versions"]["kvjax"] == "0.1.0"
@@ -46,8 +48,8 @@ def test_every_sample_of_the_grid_has_one_line(tmp_path):
 def test_a_line_says_what_generation_says(tmp_path):
     (line, *_) = run(tmp_path, "--tasks", "lines", "--methods", "streaming_llm", "--budgets", "50%")
     model, recipe = kvjax.load(), methods.streaming_llm(budget="50%")
-    prompt = prompts_of("lines")[0]
-    out = kvjax.generate(model, [prompt], recipe, max_new_tokens=2)
+    sample = samples_of("lines", model)[0]
+    out = kvjax.generate(model, [sample.context + sample.question], recipe, max_new_tokens=2)
     (sequence,) = out.sequences
     assert line["prediction"] == sequence.text
     assert line["score"] == float(sequence.text == line["answers"][0])
@@ -57,21 +59,16 @@ def test_a_line_says_what_generation_says(tmp_path):
     assert line["timing"]["decoded"] == 2
 
 
-def prompts_of(task: str) -> list[str]:
-    samples = evaluate.make_task(task).samples(request(kvjax.load()))
-    return [sample.context + sample.question for sample in samples]
-
-
-def request(model):
-    encode = lambda text: model.tokenizer.encode(text, special=False)
-    return evaluate.Request(3, 0, (128,), "short", encode, 1, "", None)
+def samples_of(task: str, model: kvjax.Model):
+    request = runner.request(model, samples=3, lengths=(128,), form="short")
+    return evaluate.make_task(task).samples(request)
 
 
 def test_an_unseen_question_is_read_after_compression(tmp_path):
     flags = "--tasks", "lines", "--methods", "snapkv", "--budgets", "20%", "--set", "snapkv.window=4"
     found = run(tmp_path, *flags, "--question", "unseen")
     model, recipe = kvjax.load(), methods.snapkv(budget="20%", window=4)
-    samples = evaluate.make_task("lines").samples(request(model))
+    samples = samples_of("lines", model)
     out = kvjax.generate(
         model, [s.context for s in samples], recipe, questions=[s.question for s in samples], max_new_tokens=2
     )
@@ -84,7 +81,7 @@ def test_an_unseen_question_is_read_after_compression(tmp_path):
 def test_teacher_forced_tasks_measure_the_continuation(tmp_path):
     found = run(tmp_path, "--tasks", "perplexity,kl", "--methods", "full,tova", "--budgets", "25%")
     model, recipe = kvjax.load(), methods.tova(budget="25%")
-    samples = evaluate.make_task("kl").samples(request(model))
+    samples = samples_of("kl", model)
     texts = [s.context for s in samples], [s.question for s in samples]
     judged, _ = kvjax.log_likelihood(model, *texts, recipe)
     values, _ = kvjax.divergence(model, *texts, recipe, kvjax.references(model, *texts))
@@ -93,6 +90,32 @@ def test_teacher_forced_tasks_measure_the_continuation(tmp_path):
         assert by_task["perplexity"][i]["tokens"] == pytest.approx((-judged[i].logprobs[1:]).tolist(), rel=1e-3)
         assert by_task["kl"][i]["tokens"] == pytest.approx(values[i].tolist(), rel=1e-5, abs=1e-6)
     assert all(line["score"] == 0 for line in found if (line["task"], line["method"]) == ("kl", "full"))
+
+
+TEMPLATE = "{% for m in messages %}<s>[{{ m.role }}] {{ m.content | trim }}{% endfor %}</s>"
+
+
+@pytest.mark.parametrize("style", STYLES.values())
+def test_a_chat_template_surrounds_the_prompt(style, tmp_path):
+    tokenizer = write(style(), tmp_path, chat_template=TEMPLATE)
+    model = generation.Model(kvjax.load().decoder, tokenizer, (), "chat")
+    sample = Sample("", 0, "\nthe hello world\n", "who?\n", prefix=" it is")
+    context, rest = runner.encode(model, sample, chat=True)
+    assert context + rest == tokenizer.encode("<s>[user] the hello world\nwho?</s> it is", special=False)
+    assert tokenizer.decode(context).strip() == "[user] the hello world"
+    plain = runner.encode(model, sample._replace(chat=False), chat=True)
+    assert plain == runner.encode(model, sample, chat=False)
+    assert [*plain[0], *plain[1]] == tokenizer.encode("\nthe hello world\nwho?\n it is")
+    for chat, n in ((True, len(context + rest)), (False, len(plain[0] + plain[1]))):
+        request = runner.request(model, samples=1, lengths=(64,), form="natural", chat=chat)
+        assert n <= request.tokens(sample) <= n + 4  # the template strips some
+
+
+def test_a_template_that_rewrites_messages_is_refused(tmp_path):
+    tokenizer = write(byte_level(), tmp_path, chat_template="{{ messages[0].content | upper }}")
+    model = generation.Model(kvjax.load().decoder, tokenizer, (), "chat")
+    with pytest.raises(kvjax.InputError, match="give --no-chat"):
+        runner.encode(model, Sample("", 0, "hello"), chat=True)
 
 
 def test_a_new_method_appears_without_further_ado(tmp_path, monkeypatch):

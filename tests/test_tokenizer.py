@@ -102,6 +102,16 @@ def test_round_trip(tokenizer, text):
 
 
 @pytest.mark.parametrize("text", TEXTS)
+def test_split_parts_join_to_the_whole(tokenizer, text):
+    for cut in range(len(text) + 1):
+        before, after = tokenizer.split(text, cut)
+        assert before + after == tokenizer.encode(text)
+        assert len(tokenizer.decode(before)) <= cut
+    before, after = tokenizer.split("hello world", 5)
+    assert (tokenizer.decode(before), tokenizer.decode(after).strip()) == ("hello", "world")
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_stream_gives_whole_characters(tokenizer, text):
     ids = tokenizer.encode(text)
     pieces = streamed(tokenizer, ids)

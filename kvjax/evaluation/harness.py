@@ -25,7 +25,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 from kvjax import command, generation, likelihood
 from kvjax.errors import InputError
-from kvjax.evaluation.wish import Wish, cut_at, read_wish, whole_number
+from kvjax.evaluation.harness_arguments import GenerationArguments, cut_at, read_generation_arguments, whole_number
 from kvjax.generate import DTYPES
 from kvjax.methods import default_budget, make
 
@@ -43,7 +42,7 @@ PROG = "kvjax.evaluation.harness"
 Pair = tuple[list[int], list[int]]  # token ids of a context and of its continuation
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]  # with the texts, None = a window of a longer text
 
-log = logging.getLogger("kvjax")
+log = logging.getLogger("lm_eval.models.kvjax")  # shown as lm_eval is told to
 
 
 @register_model("kvjax")
@@ -59,7 +58,7 @@ class HarnessModel(TemplateLM):
       max_gen_toks: most tokens to generate where a task does not say.
       batch_size: sequences that are run together; the last batch is filled up with copies.
       prefix_token_id: the token before an empty context; None = what the tokenizer puts before a text, else EOS.
-      device: only the platform that JAX runs on anyway.
+      device: ignored, since lm_eval always gives one: JAX chooses (`JAX_PLATFORMS`).
       arguments: the method's own arguments, such as `window=16`.
 
     Attributes:
@@ -81,7 +80,6 @@ class HarnessModel(TemplateLM):
         **arguments: Any,
     ):
         super().__init__()
-        _check_platform(device)
         if dtype is not None and dtype not in DTYPES:
             raise InputError(f"dtype={dtype} is not one of {', '.join(DTYPES)}")
         self._recipe = make(method, budget, arguments)  # pyright: ignore[reportArgumentType]: a wrong budget raises
@@ -192,28 +190,28 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations, cut at the stop strings."""
-        groups: dict[Wish, list[int]] = {}
+        groups: dict[GenerationArguments, list[int]] = {}
         for i, request in enumerate(requests):
-            groups.setdefault(read_wish(request.arguments[1], self.max_gen_toks), []).append(i)
-        if (new := max((wish.new for wish in groups), default=0)) >= self.max_length:
+            groups.setdefault(read_generation_arguments(request.arguments[1], self.max_gen_toks), []).append(i)
+        if (new := max((asked.new for asked in groups), default=0)) >= self.max_length:
             raise InputError(f"max_gen_toks={new} leaves no room for a prompt in {self.max_length} tokens")
         prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         texts = [""] * len(requests)
-        for wish, group in groups.items():
-            cut = [prompts[i][-(self.max_length - wish.new) :] for i in group]
+        for asked, group in groups.items():
+            cut = [prompts[i][-(self.max_length - asked.new) :] for i in group]
             for batch in self._batches([(len(prompt),) for prompt in cut], "generate_until", disable_tqdm):
-                for i, text in zip(batch, self._generate([cut[i] for i in batch], wish), strict=True):
+                for i, text in zip(batch, self._generate([cut[i] for i in batch], asked), strict=True):
                     texts[group[i]] = text
                     self.cache_hook.add_partial("generate_until", requests[group[i]].args, text)
         self._log()
         return texts
 
-    def _generate(self, prompts: list[list[int]], wish: Wish) -> list[str]:
-        how = wish.how._replace(seed=wish.how.seed + self._draws)
+    def _generate(self, prompts: list[list[int]], asked: GenerationArguments) -> list[str]:
+        how = asked.how._replace(seed=asked.how.seed + self._draws)
         self._draws += how.mode != "greedy"
-        out = generation.generate(self._model, self._filled(prompts), self._recipe, max_new_tokens=wish.new, how=how)
+        out = generation.generate(self._model, self._filled(prompts), self._recipe, max_new_tokens=asked.new, how=how)
         self._count(out.bytes.total, out.full_bytes, len(prompts))
-        return [cut_at(sequence.text or "", wish.until) for sequence in out.sequences[: len(prompts)]]
+        return [cut_at(sequence.text or "", asked.until) for sequence in out.sequences[: len(prompts)]]
 
     def _batches(self, lengths: Sequence[tuple[int, ...]], name: str, quiet: bool) -> Iterator[list[int]]:
         """Indices in batches of similar lengths, longest first: few shapes, and what does not fit fails at once."""
@@ -235,12 +233,7 @@ class HarnessModel(TemplateLM):
     def _log(self) -> None:
         if self.full_bytes:
             share = self.cache_bytes / self.full_bytes
-            log.info("kvjax: caches of %.3g bytes, %.1f%% of full ones", self.cache_bytes, 100 * share)
-
-
-def _check_platform(device: str | None) -> None:
-    if device not in (None, jax.default_backend()):
-        raise InputError(f"device={device}: JAX runs on {jax.default_backend()}; set JAX_PLATFORMS to choose another")
+            log.info("caches of %.3g bytes, %.1f%% of full ones", self.cache_bytes, 100 * share)
 
 
 def main() -> None:

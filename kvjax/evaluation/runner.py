@@ -18,7 +18,7 @@ from kvjax import generation, likelihood
 from kvjax.cache.policy import Recipe
 from kvjax.cache.tier import Bytes
 from kvjax.errors import InputError
-from kvjax.evaluation.task import Sample, Task
+from kvjax.evaluation.task import Form, Request, Sample, Task
 from kvjax.generation import Model
 
 SAMPLES = "samples.jsonl"
@@ -129,20 +129,47 @@ class Evaluation:
         return _forced_lines("kl", values, prompts, reading, fed=0)
 
 
-def encode(model: Model, sample: Sample, *, chat: bool) -> tuple[list[int], list[int]]:
-    """Token ids of a sample's context, with what surrounds a prompt, and of the rest."""
-    tokenizer, context, question = model.tokenizer, sample.context, sample.question
-    if not isinstance(context, str) or not isinstance(question, str):
-        return generation.tokens(model, context), generation.continued(model, question)
+def request(
+    model: Model,
+    *,
+    samples: int,
+    lengths: tuple[int, ...],
+    form: Form,
+    chat: bool = False,
+    seed: int = 0,
+    text: str | None = None,
+    data: Path | None = None,
+) -> Request:
+    """What tasks need to know to write prompts for a model.
+
+    Args:
+      model: counts tokens.
+      samples, lengths, form, seed, data: as in `Request`.
+      chat: prompts are wrapped in the checkpoint's chat template.
+      text: for haystacks and perplexity; None = the shipped one.
+    """
+    tokenizer = model.tokenizer
     if tokenizer is None:
         raise InputError(f"{model.name} has no tokenizer.json: its prompts cannot be written")
-    if not (chat and sample.chat):
-        return generation.tokens(model, context), generation.continued(model, question + sample.prefix)
-    whole = tokenizer.render([{"role": "user", "content": context + question}])
-    cut = whole.find(context.strip()) + len(context.strip())  # templates may strip what they wrap
-    if cut < len(context.strip()):
-        raise InputError("the chat template changes its messages: give --no-chat")
-    return tokenizer.encode(whole[:cut], special=False), tokenizer.encode(whole[cut:] + sample.prefix, special=False)
+    plain = lambda words: tokenizer.encode(words, special=False)
+    # In a template texts may be split differently: one token more.
+    whole = len(tokenizer.chat([{"role": "user", "content": "x"}])) + 1 if chat else len(tokenizer.encode("x"))
+    text = Path(__file__).with_name("text.txt").read_text("utf-8") if text is None else text
+    return Request(samples, seed, lengths, form, plain, whole - len(plain("x")), text, data)
+
+
+def encode(model: Model, sample: Sample, *, chat: bool) -> tuple[list[int], list[int]]:
+    """Token ids of a sample's context, with what stands before it, and of what follows it."""
+    context, question, tokenizer = sample.context, sample.question, model.tokenizer
+    assert tokenizer is not None
+    whole, cut = context + question, len(context)
+    if chat and sample.chat:
+        whole = tokenizer.render([{"role": "user", "content": whole}])
+        stripped = context.strip()  # templates strip what they wrap
+        cut = whole.find(stripped) + len(stripped)
+        if stripped not in whole:
+            raise InputError("the chat template changes its messages: give --no-chat")
+    return tokenizer.split(whole + sample.prefix, cut, special=not (chat and sample.chat))
 
 
 def _head(task: Task, point: Point, sample: Sample) -> dict[str, Any]:

@@ -22,8 +22,8 @@ class Sample(NamedTuple):
 
     part: str  # of the task: a length, a data set; a task's score is the mean over its parts
     index: int  # within the part
-    context: str | tuple[int, ...]  # text, or token ids
-    question: str | tuple[int, ...] = ""  # a teacher-forced task's continuation
+    context: str
+    question: str = ""  # of a teacher-forced task: the continuation
     prefix: str = ""  # what the answer is made to begin with (after the chat template's turn)
     answers: tuple[str, ...] = ()
     new: int = 0  # most tokens to generate
@@ -49,9 +49,7 @@ class Request(NamedTuple):
 
     def tokens(self, sample: Sample) -> int:
         """Length of a sample with its answer [tokens]."""
-        parts = (sample.context, sample.question, sample.prefix)
-        count = lambda part: len(self.encode(part)) if isinstance(part, str) else len(part)
-        return self.frame + sum(map(count, parts)) + sample.new
+        return self.frame + len(self.encode(sample.context + sample.question + sample.prefix)) + sample.new
 
 
 class Task(NamedTuple):

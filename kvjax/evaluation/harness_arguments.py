@@ -11,15 +11,15 @@ NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_to
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
-class Wish(NamedTuple):
-    """What a request's generation arguments ask for; requests of equal wishes are run together."""
+class GenerationArguments(NamedTuple):
+    """What a request's generation arguments ask for; requests with equal ones are run together."""
 
     until: tuple[str, ...]  # stop strings
     new: int  # most tokens
     how: Sampling
 
 
-def read_wish(arguments: Mapping[str, Any], max_gen_toks: int) -> Wish:
+def read_generation_arguments(arguments: Mapping[str, Any], max_gen_toks: int) -> GenerationArguments:
     """A task's `generation_kwargs`.
 
     Args:
@@ -28,7 +28,7 @@ def read_wish(arguments: Mapping[str, Any], max_gen_toks: int) -> Wish:
 
     `do_sample: false` is greedy whatever the temperature; `do_sample: true` alone has temperature 1.
 
-    >>> read_wish({"until": "\\n", "do_sample": False, "temperature": 0.7}, 256)[:2]
+    >>> read_generation_arguments({"until": "\\n", "do_sample": False, "temperature": 0.7}, 256)[:2]
     (('\\n',), 256)
     """
     left = {key: value for key, value in arguments.items() if value is not None}
@@ -46,7 +46,8 @@ def read_wish(arguments: Mapping[str, Any], max_gen_toks: int) -> Wish:
     temperature = given.get("temperature", 1.0 if draw else 0.0)
     how = Sampling(**given | {"temperature": 0.0 if draw is False else temperature})  # pyright: ignore[reportArgumentType]
     how.check()
-    return Wish((until,) if isinstance(until, str) else tuple(until), whole_number("max_gen_toks", new), how)
+    until = (until,) if isinstance(until, str) else tuple(until)
+    return GenerationArguments(until, whole_number("max_gen_toks", new), how)
 
 
 def cut_at(text: str, until: Sequence[str]) -> str:
