@@ -76,6 +76,13 @@ def prefill_attention(
 
 def column_sums(prompt: Prompt) -> Float[Array, "B K T"]:
     """Attention that each prompt token received from all queries, averaged over the query heads of its group."""
+    sums = query_column_sums(prompt)
+    heads = prompt.k.shape[2]
+    return sums.reshape(sums.shape[0], heads, -1, sums.shape[-1]).mean(axis=2)
+
+
+def query_column_sums(prompt: Prompt) -> Float[Array, "B N T"]:
+    """Attention that each prompt token received from all queries of each query head."""
     scale = prompt.q.shape[-1] ** -0.5
     return prefill_scores.column_sums(prompt.q, prompt.k, prompt.lse, prompt.length, scale=scale, window=prompt.window)
 

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from kvjax import attention, sampling
 from kvjax.cache import pages
 from kvjax.cache import tier as tiers_
-from kvjax.cache.policy import Layers, Recipe, Tiers
+from kvjax.cache.budget import LARGEST
+from kvjax.cache.policy import Found, Layers, Recipe, Tiers
 from kvjax.cache.store import Store
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer
@@ -81,10 +82,10 @@ def prefill(
     """
     spec, groups = model.spec, layer_groups(model.spec, recipe)
     x = _embed(model, tokens)
-    filled, infos = list(cache), []
+    filled, allocation = list(cache), _Allocation(spec, recipe, groups, length)
     for index, layer in enumerate(model.layers):
         group, place = _place(groups, index)
-        x, filled[group], info = _prefill_layer(
+        x, filled[group], found = _prefill_layer(
             layer,
             recipe.fold.params(index, layer),
             x,
@@ -96,40 +97,66 @@ def prefill(
             recipe=recipe,
             window=spec.window(index),
         )
-        infos.append(info)
-        filled = _allocate(spec, recipe, groups, filled, infos, length)
+        filled = allocation.after(filled, found)
     return _last_logits(model, x, length), tuple(filled)
 
 
-def _allocate(
-    spec: ModelSpec, recipe: Recipe, groups: Sequence[Layers], cache: list[Tiers], infos: list[PyTree], length: Array
-) -> list[Tiers]:
-    """Redistribute the slots of the layers seen so far, when the budget wants that now."""
-    budget, done = recipe.budget, len(infos)
-    if budget is None or budget.allocate is None:
+class _Allocation:
+    """Distributes slots over layers while the layers of a prompt are run."""
+
+    def __init__(self, spec: ModelSpec, recipe: Recipe, groups: Sequence[Layers], length: Array):
+        self._layers, self._recipe, self._groups, self._length = spec.num_layers, recipe, groups, length
+        self._infos: list[PyTree] = []
+        self._waiting: dict[int, PyTree] = {}
+        self._held = jnp.full((spec.num_layers, length.shape[0], spec.num_kv_heads), LARGEST, jnp.int32)
+
+    def after(self, cache: list[Tiers], found: Found) -> list[Tiers]:
+        """The cache after one more layer: with the slots redistributed, when the budget wants that now."""
+        budget, done = self._recipe.budget, len(self._infos) + 1
+        if budget is None or budget.allocate is None:
+            return cache
+        self._infos.append(found.info)
+        self._waiting[done - 1] = found.waiting
+        if done < self._layers and (budget.every is None or done % budget.every):
+            return cache
+        # With zeros for the layers to come, all updates are one program.
+        unseen = [jax.tree.map(jnp.zeros_like, found.info)] * (self._layers - done)
+        seen = jnp.asarray(done, jnp.int32)
+        self._held = _run_allocate([*self._infos, *unseen], seen, self._length, self._held, recipe=self._recipe)
+        of = lambda group: self._held[jnp.asarray(group.index, jnp.int32)]
+        cache = [_trim(tiers, of(group)) for group, tiers in zip(self._groups, cache, strict=True)]
+        if self._recipe.policy.settle is not None:
+            for index, waiting in self._waiting.items():
+                group, place = _place(self._groups, index)
+                where = jnp.asarray(place, jnp.int32)
+                cache[group] = _settle(cache[group], waiting, where, self._held[index], recipe=self._recipe)
+        self._waiting.clear()
         return cache
-    if done < spec.num_layers and (budget.every is None or done % budget.every):
-        return cache
-    slots = _run_allocate(infos, length, recipe=recipe)
-    out = []
-    for group, tiers in zip(groups, cache, strict=True):
-        seen = sum(i < done for i in group.index)
-        out.append(_trim(tiers, slots[jnp.asarray(group.index[:seen], jnp.int32)]) if seen else tiers)
-    return out
 
 
 @functools.partial(jax.jit, static_argnames=("recipe",))
-def _run_allocate(infos: list[PyTree], length: Int[Array, " B"], *, recipe: Recipe) -> Int[Array, "l B K"]:
+def _run_allocate(
+    infos: list[PyTree], seen: Int[Array, ""], length: Int[Array, " B"], held: Int[Array, "L B K"], *, recipe: Recipe
+) -> Int[Array, "L B K"]:
     assert recipe.budget is not None and recipe.budget.allocate is not None
-    return recipe.budget.allocate(infos, length)
+    return recipe.budget.allocate(infos, seen, length, held)
 
 
 @functools.partial(jax.jit, donate_argnums=(0,))
 def _trim(tiers: Tiers, slots: Int[Array, "l B K"]) -> Tiers:
     """Trim the first tier's rows to their slots; other tiers hold what the first one gave up."""
     tier, *rest = tiers
-    n = tier.budget.at[: slots.shape[0]].set(slots)
-    return (tiers_.trim(tier._replace(budget=n), n), *rest)
+    budget = jnp.where(slots < LARGEST, slots, tier.budget)
+    return (tiers_.trim(tier._replace(budget=budget), slots), *rest)
+
+
+@functools.partial(jax.jit, static_argnames=("recipe",), donate_argnums=(0,))
+def _settle(tiers: Tiers, waiting: PyTree, place: Int[Array, ""], slots: Int[Array, "B K"], *, recipe: Recipe) -> Tiers:
+    """Fill a layer's rows with what has waited for their slots."""
+    assert recipe.policy.settle is not None
+    olds = tuple(tiers_.layer(t, place) for t in tiers)
+    views = recipe.policy.settle(olds, waiting, slots)
+    return tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
 
 
 @jax.jit
@@ -155,7 +182,7 @@ def _prefill_layer(
     spec: ModelSpec,
     recipe: Recipe,
     window: int | None,
-) -> tuple[Float[Array, "B T D"], Tiers, PyTree]:
+) -> tuple[Float[Array, "B T D"], Tiers, Found]:
     """One layer over the whole prompt: exact attention, then compression into the layer's rows."""
     q, raw, v = layer.project(x)
     pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
@@ -166,9 +193,9 @@ def _prefill_layer(
     value = recipe.fold.value(params, v)
     prompt = Prompt(q, k, v, key, value, lse, length, index, spec.num_layers, window)
     olds = tuple(tiers_.layer(t, place) for t in tiers)
-    views, info = recipe.policy.prefill(olds, prompt)
+    views, found = recipe.policy.prefill(olds, prompt)
     tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
-    return layer.finish(x, heads), tiers, info
+    return layer.finish(x, heads), tiers, found
 
 
 def _decode_layer(

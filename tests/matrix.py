@@ -20,7 +20,7 @@ from kvjax.spec import RopeSpec
 from tests import oracle
 
 STEPS, BUDGET, WINDOW = 6, 12, 4
-ARGUMENTS = {"snapkv": {"window": WINDOW}, "pyramidkv": {"window": WINDOW}}
+ARGUMENTS = {name: {"window": WINDOW} for name in ("snapkv", "pyramidkv", "adakv", "dynamickv")}
 LLAMA3 = RopeSpec(type="llama3", factor=8.0, original_max_position=32)
 MODELS = {
     "gqa": dict(num_layers=2, max_position=128),

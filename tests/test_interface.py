@@ -15,7 +15,8 @@ from kvjax.cache import budget as budgets
 from kvjax.cache import fold as folds
 from kvjax.cache import score, store
 from kvjax.cache import tier as tiers_
-from kvjax.cache.policy import CachePolicy, Recipe, retain
+from kvjax.cache.policy import CachePolicy, Found, Recipe
+from kvjax.cache.retain import retain
 from kvjax.cache.tier import Slots
 from kvjax.spec import Lengths
 from tests.oracle import Entry, Oracle, entries, random_model
@@ -121,9 +122,9 @@ def test_budgets_per_layer_are_decided_after_the_prompt_inside_jit(model):
     def prefill(tiers, prompt):
         tiers, _ = base.prefill(tiers, prompt)
         real = jnp.arange(prompt.lse.shape[-1]) < prompt.length[:, None, None]
-        return tiers, jnp.std(prompt.lse, axis=(1, 2), where=real)
+        return tiers, Found(jnp.std(prompt.lse, axis=(1, 2), where=real))
 
-    def allocate(infos, length):
+    def allocate(infos, seen, length, held):
         share = jax.nn.softmax(jnp.stack(infos), axis=0)  # L B
         slots = jnp.clip((share * 10 * len(infos)).astype(jnp.int32), 4, 24)
         return jnp.broadcast_to(slots[..., None], (*slots.shape, spec.num_kv_heads))
@@ -198,7 +199,7 @@ def test_rows_of_one_layer_grow_at_different_rates(model):
                 entry.key, entry.value = (old.key + entry.key) / 2, (old.value + entry.value) / 2
             row.append(entry)
 
-    policy = CachePolicy(init, lambda tiers, prompt: ((keep_all(tiers[0], prompt),), ()), insert)
+    policy = CachePolicy(init, lambda tiers, prompt: ((keep_all(tiers[0], prompt),), Found()), insert)
     got = run(model, Recipe("accumulate", policy, (store.dense(),)))
     (tier,) = got.cache[0]
     grown = np.asarray(tier.length) - np.asarray(PROMPTS)[:, None]
@@ -239,7 +240,7 @@ def test_a_victim_is_merged_into_another_slot_before_it_is_overwritten(model):
         at = start + jnp.broadcast_to(jnp.arange(keep), (*tier.length.shape, keep))
         k, v = (jnp.take_along_axis(jnp.moveaxis(x, 2, 1), at[..., None], axis=2) for x in (prompt.key, prompt.value))
         tier = tiers_.reserve(tier, jnp.full(tier.length.shape, keep), keep)
-        return (tiers_.put(tier, at - start, Slots(k, v, at), at < prompt.length[:, None, None]),), ()
+        return (tiers_.put(tier, at - start, Slots(k, v, at), at < prompt.length[:, None, None]),), Found()
 
     @counted
     def insert(tiers, token):
@@ -302,7 +303,7 @@ def test_a_second_tier_receives_what_the_first_gives_up(model):
         second = tiers_.reserve(second, jnp.broadcast_to(start[..., 0], second.length.shape), t)
         high = tiers_.put(high, jnp.maximum(pos - start, 0), exact, inside & (pos >= start))
         codes = Slots(low.encode(k, k.dtype), low.encode(v, v.dtype), pos)
-        return (high, tiers_.put(second, pos, codes, inside & (pos < start))), ()
+        return (high, tiers_.put(second, pos, codes, inside & (pos < start))), Found()
 
     def insert(tiers, token):
         where, new = one(token)

@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Int
 
 from kvjax.errors import InputError
-from kvjax.spec import PyTree
+from kvjax.spec import Prompt, PyTree
 
 LARGEST = 2**29  # slots; twice as many still fit 32 bits
 Keep = SupportsIndex | str | Fraction  # 512 [tokens], "20%" of the prompt, or that as a fraction
@@ -21,16 +21,30 @@ class Budget(NamedTuple):
     """How many slots a row may keep.
 
     Attributes:
-      slots: `(layer, num_layers, prompt length) -> slots` that a row may fill at prefill; on ints and arrays.
-      allocate: `(infos, prompt_length [B]) -> [l B K]` slots for the layers seen so far, from what `prefill` returned
-        for each; None = `slots` is final.
+      slots: `(layer, num_layers, prompt length) -> slots` of a row; on ints and arrays. Where rows differ, their mean:
+        the sum over layers and heads is what the pool is made for.
+      split: `(statistic [B K T], slots [B], length [B]) -> [B K]` distributes a layer's slots over its heads; None =
+        evenly.
+      allocate: `(infos, seen, length [B], held [L B K]) -> [L B K]` distributes the slots of all layers, from what
+        `prefill` returned for the `seen` first of them (zeros for the others); rows hold at most `held` by now. None =
+        `slots` is final.
+      measure: `(prompt, statistic [B K T]) -> info` for `allocate`; None = the statistic.
       every: call `allocate` after every so many layers, to bound the peak; None = once, after the last layer.
+      most: `(num_layers, prompt length) -> slots` that any row may be given; None = `slots`. On ints and arrays.
+      check: `(num_layers, prompt length)` raises `InputError` for a prompt that the budget cannot serve; on the host.
       ladder: rungs per power of two and smallest step of the cache's shapes (see `pages.ladder`).
+
+    A statistic that is handed to `split`, `allocate` and `measure` is -1 where a token is not to be chosen: protected
+    tokens and padding.
     """
 
     slots: Callable[..., Int[Array, "*b"]]
-    allocate: Callable[[list[PyTree], Int[Array, " B"]], Int[Array, "l B K"]] | None = None
+    split: Callable[[Array, Array, Array], Int[Array, "B K"]] | None = None
+    allocate: Callable[[list[PyTree], Array, Int[Array, " B"], Int[Array, "L B K"]], Int[Array, "L B K"]] | None = None
+    measure: Callable[[Prompt, Array], PyTree] | None = None
     every: int | None = None
+    most: Callable[..., Int[Array, "*b"]] | None = None
+    check: Callable[[int, int], None] = lambda num_layers, length: None
     ladder: tuple[int, int] = (32, 8)
 
 

@@ -53,8 +53,12 @@ def recency(sinks: int) -> Score:
     return Score(prompt, lambda pos, now, budget: pos < jnp.minimum(min(sinks, budgets.LARGEST), budget - 1))
 
 
-def accumulated(recent: float) -> Score:
-    """Attention that a token received from all queries so far; a share `recent` of the budget is for the newest.
+def accumulated(recent: float, sinks: int = 0) -> Score:
+    """Attention that a token received from all queries so far.
+
+    Args:
+      recent: share of the budget for the newest tokens.
+      sinks: first tokens that stay, where the rest of the budget has room for them.
 
     Source: H2O (arXiv 2306.14048), `h2o_hf/utils_real_drop/modify_llama.py`.
     Differs: one set of tokens per key/value head (the released code repeats keys per query head and keeps one set for
@@ -63,10 +67,17 @@ def accumulated(recent: float) -> Score:
     """
     if not 0 <= recent <= 1:
         raise InputError(f"recent={recent} is not a share between 0 and 1")
+    if not 0 <= sinks <= budgets.LARGEST:
+        raise InputError(f"sinks={sinks} is not between 0 and {budgets.LARGEST}")
     of = Fraction(recent).limit_denominator(1000)
+
+    def protect(pos: Array, now: Array, budget: Array) -> Bool[Array, "*b"]:
+        newest = budgets.share(budget, of)
+        return (pos >= now - newest) | (pos < jnp.minimum(sinks, budget - newest))
+
     return Score(
         prompt=attention.column_sums,
-        protect=lambda pos, now, budget: pos >= now - budgets.share(budget, of),
+        protect=protect,
         observe=lambda stat, probs: stat + probs.mean(axis=2),
     )
 

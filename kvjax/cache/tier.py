@@ -73,6 +73,7 @@ def init(
     batch: int,
     heads: int,
     row: int,
+    page: int | None = None,
     slots: int,
     widths: tuple[int, int],
     store: Store,
@@ -86,7 +87,8 @@ def init(
     Args:
       layers, batch, heads: L, B, K.
       row: most slots that any row may fill.
-      slots: slots of all rows together, each row rounded up to whole pages (see `pages.page_size(row)`).
+      page: slots of a page; None = `pages.page_size(row)`, for rows of equal lengths.
+      slots: slots of all rows together, each row rounded up to whole pages.
       widths: cached width of keys and of values.
       store: codec of both.
       dtype: the model's dtype.
@@ -94,7 +96,7 @@ def init(
       scores: store a statistic per slot.
       calib: constants per row, every leaf `[L B K ...]`.
     """
-    page = pages.page_size(row)
+    page = page or pages.page_size(row)
     size = -(-slots // page)
     width = pages.pages_for(row, page)
     # A donated buffer may appear once only: every leaf is an array of its own.
@@ -222,6 +224,11 @@ def remove(tier: Tier, slot: Int[Array, "B K"], where: Bool[Array, "B K"]) -> Ti
     )
 
 
+def keys(tier: Tier) -> PyTree:
+    """Key codes of every slot of a layer's view, `[B K S ...]`; empty slots hold anything."""
+    return jax.tree.map(lambda pool: _rows(tier, pool), tier.k)
+
+
 def positions(tier: Tier) -> Int[Array, "B K S"]:
     """Position of every slot of a layer's view, -1 where it is empty."""
     slot = jnp.arange(tier.capacity)
@@ -272,5 +279,5 @@ def _locate(tier: Tier, slot: Int[Array, "B K n"]) -> tuple[Int[Array, "B K n"],
 
 
 def _rows(tier: Tier, pool: Array) -> Array:
-    """A pool's leaf `[P page]` as rows `[B K S]`."""
-    return pool.at[tier.table].get(mode="clip").reshape(*tier.length.shape, tier.capacity)
+    """A pool's leaf `[P page ...]` as rows `[B K S ...]`."""
+    return pool.at[tier.table].get(mode="clip").reshape(*tier.length.shape, tier.capacity, *pool.shape[2:])

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from kvjax.arguments import read_argument
 from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
+from kvjax.methods.adakv import adakv
+from kvjax.methods.d2o import d2o
+from kvjax.methods.dynamickv import dynamickv
 from kvjax.methods.full import full
 from kvjax.methods.h2o import h2o
 from kvjax.methods.pyramidkv import pyramidkv
@@ -25,9 +28,24 @@ METHODS: dict[str, Callable[..., Recipe]] = {
     "tova": tova,
     "snapkv": snapkv,
     "pyramidkv": pyramidkv,
+    "adakv": adakv,
+    "dynamickv": dynamickv,
+    "d2o": d2o,
 }
 
-__all__ = ["METHODS", "full", "h2o", "make", "pyramidkv", "snapkv", "streaming_llm", "tova"]
+__all__ = [
+    "METHODS",
+    "adakv",
+    "d2o",
+    "dynamickv",
+    "full",
+    "h2o",
+    "make",
+    "pyramidkv",
+    "snapkv",
+    "streaming_llm",
+    "tova",
+]
 
 
 def make(name: str, budget: str | int | None = None, arguments: Mapping[str, object] | None = None) -> Recipe:

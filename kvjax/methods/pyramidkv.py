@@ -4,8 +4,10 @@ from typing import Literal
 
 from kvjax.cache import budget as budgets
 from kvjax.cache import score
+from kvjax.cache.allocation import ADA_FLOOR, per_head
 from kvjax.cache.budget import Keep
-from kvjax.cache.policy import Recipe, cached, retain
+from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.retain import retain
 from kvjax.cache.store import dense
 from kvjax.errors import InputError
 
@@ -18,6 +20,7 @@ def pyramidkv(
     kernel: int = 7,
     pooling: Literal["avg", "max"] = "max",
     beta: int = 20,
+    ada: bool = False,
 ) -> Recipe:
     """SnapKV's choice of tokens under a budget that falls linearly with depth; generated tokens are appended.
 
@@ -25,6 +28,7 @@ def pyramidkv(
       budget: prompt tokens kept per row, averaged over layers, the window included.
       window, kernel, pooling: as in `snapkv`.
       beta: the last layer keeps 1/beta of the average besides the window.
+      ada: distribute a layer's slots over its heads, as `adakv`.
 
     Source: Cai et al., 2024 (arXiv 2406.02069); KVCache-Factory `pyramidkv/pyramidkv_utils.py` and `run_longbench.py`.
     Differs: see `kvjax.cache.budget.pyramid` and `kvjax.cache.score.window`.
@@ -33,4 +37,6 @@ def pyramidkv(
     if not 1 <= beta <= budgets.LARGEST:
         raise InputError(f"beta={beta} is not between 1 and {budgets.LARGEST}")
     keep = budgets.pyramid(budget, window=window, beta=beta)
+    if ada:
+        keep = per_head(keep, ADA_FLOOR)
     return Recipe("pyramidkv", retain(score.window(window, kernel, pooling), keep, evict="never"), (dense(),), keep)

@@ -4,14 +4,21 @@ from typing import Literal
 
 from kvjax.cache import budget as budgets
 from kvjax.cache import score
+from kvjax.cache.allocation import ADA_FLOOR, per_head
 from kvjax.cache.budget import Keep
-from kvjax.cache.policy import Recipe, cached, retain
+from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.retain import retain
 from kvjax.cache.store import dense
 
 
 @cached
 def snapkv(
-    budget: Keep = "20%", *, window: int = 32, kernel: int = 5, pooling: Literal["avg", "max"] = "avg"
+    budget: Keep = "20%",
+    *,
+    window: int = 32,
+    kernel: int = 5,
+    pooling: Literal["avg", "max"] = "avg",
+    ada: bool = False,
 ) -> Recipe:
     """Keep the last `window` prompt tokens and those that they attend to most; generated tokens are appended.
 
@@ -20,10 +27,13 @@ def snapkv(
       window: queries at the end of the prompt that vote [tokens].
       kernel: neighbours over which votes are pooled, odd [tokens].
       pooling: "avg" (library default) or "max" (the paper's LongBench runs, with kernel 7).
+      ada: distribute a layer's slots over its heads, as `adakv`.
 
     Source: Li et al., NeurIPS 2024 (arXiv 2404.14469); `snapkv/monkeypatch/snapkv_utils.py`.
     Differs: see `kvjax.cache.score.window`.
     Cost: `window` rows of attention at prefill.
     """
     keep = budgets.uniform(budget)
+    if ada:
+        keep = per_head(keep, ADA_FLOOR)
     return Recipe("snapkv", retain(score.window(window, kernel, pooling), keep, evict="never"), (dense(),), keep)

@@ -9,7 +9,8 @@ from jaxtyping import Int
 from kvjax.cache import budget as budgets
 from kvjax.cache import score
 from kvjax.cache.budget import Keep
-from kvjax.cache.policy import Recipe, cached, retain
+from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.retain import retain
 from kvjax.cache.store import dense
 from kvjax.errors import InputError
 

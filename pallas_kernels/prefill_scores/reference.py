@@ -17,8 +17,8 @@ def column_sums(
     scale: float,
     window: int | None = None,
     block: int = 512,
-) -> Float[Array, "B K T"]:
-    """Attention that each token received from all queries, averaged over the query heads of its group.
+) -> Float[Array, "B N T"]:
+    """Attention that each token received from all queries of each query head.
 
     Args:
       q, k: rotated queries and keys, padded on the right.
@@ -37,7 +37,7 @@ def column_sums(
     k = jnp.moveaxis(k, 1, 2)
     lse = lse.reshape(b, heads, n // heads, t)
 
-    def column(j: Array) -> Float[Array, "B K block"]:
+    def column(j: Array) -> Float[Array, "B K G block"]:
         key = jax.lax.dynamic_slice_in_dim(k, j * block, block, axis=2)
         key_pos = j * block + jnp.arange(block)
 
@@ -49,10 +49,10 @@ def column_sums(
             seen = seen & (pos[:, None] < length[:, None, None])
             s = jnp.einsum("bkgqh,bksh->bkgqs", cut(q), key, preferred_element_type=jnp.float32) * scale
             p = jnp.where(seen[:, None, None], jnp.exp(s - cut(lse)[..., None]), 0.0)
-            return total + p.sum(axis=3).mean(axis=2)
+            return total + p.sum(axis=3)
 
         last = t // block if window is None else jnp.minimum(t // block, j + 2 + window // block)
-        return jax.lax.fori_loop(j, last, row, jnp.zeros((b, heads, block), jnp.float32))
+        return jax.lax.fori_loop(j, last, row, jnp.zeros((b, heads, n // heads, block), jnp.float32))
 
-    sums = jax.lax.map(column, jnp.arange(t // block))  # T/block B K block
-    return jnp.moveaxis(sums, 0, 2).reshape(b, heads, t)
+    sums = jax.lax.map(column, jnp.arange(t // block))  # T/block B K G block
+    return jnp.moveaxis(sums, 0, 3).reshape(b, n, t)

@@ -1,0 +1,220 @@
+"""The policy of every method that selects tokens: keep those with the best scores."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
+
+from kvjax.cache import pages
+from kvjax.cache import tier as tiers_
+from kvjax.cache.budget import Budget
+from kvjax.cache.fate import Fate, Losers, drop
+from kvjax.cache.policy import CachePolicy, Found, Layers, Tiers
+from kvjax.cache.score import Score
+from kvjax.cache.store import Store, dense
+from kvjax.cache.tier import Slots, Tier
+from kvjax.errors import InputError
+from kvjax.spec import Lengths, ModelSpec, Prompt, Token
+
+
+class Candidates(NamedTuple):
+    """Prompt tokens of a layer of which some will be kept."""
+
+    k: Float[Array, "B K n R"]
+    v: Float[Array, "B K n R"]
+    pos: Int[Array, "B K n"]
+    stat: Float[Array, "B K n"]
+    length: Int[Array, " B"]  # tokens of each prompt
+
+
+def retain(
+    score: Score,
+    budget: Budget,
+    *,
+    store: Store | None = None,
+    evict: Literal["never", "before", "after"],
+    fate: Fate = drop,
+) -> CachePolicy:
+    """Keep the tokens with the best scores.
+
+    Args:
+      score: which tokens matter.
+      budget: how many slots a row may keep.
+      store: number format.
+      evict: during decoding, evict the worst token of a full row `before` the new one is inserted, `after` attention
+        has seen the new one, or `never` (generated tokens are appended).
+      fate: what happens to tokens that are not kept.
+
+    With a budget that is allocated after several layers, a layer's best candidates wait: as many as a row may ever be
+    given, all of them where the fate needs what is not kept.
+
+    Cost: at prefill one top-k over T scores per row; per step 8 bytes per slot when a statistic is kept.
+    """
+    store = store or dense()
+    if fate.prompt is not None and budget.every is not None:
+        raise InputError("merging at prefill needs one decision after the last layer: give the budget every=0")
+
+    def room(slots: np.ndarray, length: np.ndarray | int, new: int) -> np.ndarray | np.integer:
+        """Slots that rows may fill: with generated tokens, or with the one that is seen before another is evicted."""
+        if evict == "never":
+            return np.minimum(slots, length) + new
+        return np.minimum(slots + (evict == "after"), length + new)
+
+    def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
+        prompt, heads = np.asarray(lengths.prompt), spec.num_kv_heads
+        for length in set(lengths.prompt):
+            budget.check(spec.num_layers, length)
+        with jax.ensure_compile_time_eval():  # so that `eval_shape` can plan a cache without allocating it
+            mean = np.stack([np.asarray(budget.slots(i, spec.num_layers, prompt)) for i in layers.index])  # L B
+            # Only the width of the tables depends on the longest row: no new shape for every prompt length.
+            most = None if budget.most is None else np.asarray(budget.most(spec.num_layers, lengths.padded))
+        rows = room(mean, prompt, lengths.new)
+        row = pages.ladder(int(rows.max() if most is None else room(most, lengths.padded, lengths.new)), *budget.ladder)
+        page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder))
+        # Rows that share slots may each have a page that holds one slot only.
+        held = heads * int(np.sum(-(-rows // page))) if most is None else int(heads * np.sum(rows + page - 1)) // page
+        tier = tiers_.init(
+            layers=len(layers.index),
+            batch=len(prompt),
+            heads=heads,
+            row=row,
+            page=page,
+            slots=pages.ladder(held * page, *budget.ladder),
+            widths=layers.widths,
+            store=store,
+            dtype=dtype,
+            positions=score.prompt is not None,
+            scores=score.observe is not None,
+            calib=fate.init((len(layers.index), len(prompt), heads)),
+        )
+        return (tier,)
+
+    def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:
+        slots = budget.slots(prompt.layer, prompt.num_layers, prompt.length)
+        if score.prompt is None:
+            return (_fill_in_order(tiers[0], prompt, slots, store),), Found()
+        stat = score.prompt(prompt)
+        open_ = _open(score, stat, prompt.length, slots)
+        if budget.allocate is None:
+            rows = jnp.broadcast_to(slots[:, None], stat.shape[:2])
+            if budget.split is not None:
+                rows = budget.split(open_, slots, prompt.length)
+            return settle(tiers, _candidates(prompt, stat), rows), Found()
+        info = open_ if budget.measure is None else budget.measure(prompt, open_)
+        found = _candidates(prompt, stat)
+        if fate.prompt is None and budget.most is not None:
+            with jax.ensure_compile_time_eval():
+                width = int(budget.most(prompt.num_layers, np.asarray(stat.shape[-1])))
+            found = _shortlist(score, found, budget.most(prompt.num_layers, prompt.length), width)
+        return tiers, Found(info, found)
+
+    def settle(tiers: Tiers, found: Candidates, rows: Int[Array, "B K"]) -> Tiers:
+        (tier,) = tiers
+        n = min(found.pos.shape[-1], tier.capacity)
+        best, filled = _best(score, found, rows, n)
+        k, v = found.k, found.v
+        kept = Slots(_pick(k, best), _pick(v, best), _pick(found.pos, best), _pick(found.stat, best))
+        calib = tier.calib
+        if fate.prompt is not None:
+            kept, calib = fate.prompt(Losers(k, v, best, filled, found.length), kept, calib)
+        kept = kept._replace(k=store.encode(kept.k, k.dtype), v=store.encode(kept.v, v.dtype))
+        slot = jnp.broadcast_to(jnp.arange(n), best.shape)
+        tier = tiers_.reserve(tier._replace(budget=rows, calib=calib), filled, n)
+        return (tiers_.put(tier, slot, kept, slot < filled[..., None]),)
+
+    def reserve(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
+        (tier,) = tiers
+        room = tier.length + 1 if evict != "before" else jnp.minimum(tier.length + 1, tier.budget)
+        return (tiers_.reserve(tier, jnp.where(active[:, None], room, 0), 1),)
+
+    def insert(tiers: Tiers, token: Token) -> Tiers:
+        (tier,) = tiers
+        active = jnp.broadcast_to(token.active[:, None], tier.length.shape)
+        slot = tier.length
+        if evict == "before":
+            full = active & (tier.length >= tier.budget)
+            victim = _worst(score, tier, token.pos)
+            (tier,) = fate.step((tier,), victim, full, store)
+            slot = jnp.where(full, victim, slot)
+        k, v = (store.encode(x[:, :, None], x.dtype) for x in (token.key, token.value))
+        pos = jnp.broadcast_to(token.pos[:, None, None], (*slot.shape, 1))
+        slots = Slots(k, v, pos, jnp.zeros(pos.shape, jnp.float32))
+        return (tiers_.put(tier, slot[..., None], slots, active[..., None]),)
+
+    def observe(tiers: Tiers, token: Token, probs: tuple[Array, ...]) -> Tiers:
+        assert score.observe is not None
+        (tier,) = tiers
+        active, stat = token.active[:, None], tiers_.scores(tier)
+        tier = tiers_.with_scores(tier, jnp.where(active[..., None], score.observe(stat, probs[0]), stat))
+        over = active & (tier.length > tier.budget)
+        victim = _worst(score, tier, token.pos + 1)
+        (tier,) = fate.step((tier,), victim, over, store)
+        return (tiers_.remove(tier, victim, over),)
+
+    return CachePolicy(
+        init,
+        prefill,
+        insert,
+        observe if score.observe is not None else None,
+        reserve,
+        settle if budget.allocate is not None else None,
+    )
+
+
+def _fill_in_order(tier: Tier, prompt: Prompt, slots: Int[Array, " B"], store: Store) -> Tier:
+    """The first tokens of the prompt, in order."""
+    rows = tier.length.shape
+    n = min(prompt.key.shape[1], tier.capacity)
+    slot = jnp.broadcast_to(jnp.arange(n), (*rows, n))
+    k, v = (store.encode(jnp.moveaxis(x[:, :n], 2, 1), x.dtype) for x in (prompt.key, prompt.value))
+    filled = jnp.broadcast_to(jnp.minimum(slots, prompt.length)[:, None], rows)
+    tier = tier._replace(budget=jnp.broadcast_to(slots[:, None], rows))
+    return tiers_.put(tiers_.reserve(tier, filled, n), slot, Slots(k, v), slot < filled[..., None])
+
+
+def _open(score: Score, stat: Float[Array, "B K T"], length: Int[Array, " B"], slots: Int[Array, " B"]) -> Array:
+    """The statistic of tokens that may be chosen or not; -1 for protected ones and padding."""
+    pos = jnp.arange(stat.shape[-1])
+    protected = score.protect(pos, length[:, None, None], slots[:, None, None])
+    return jnp.where((pos < length[:, None, None]) & ~protected, stat, -1.0)
+
+
+def _candidates(prompt: Prompt, stat: Float[Array, "B K T"]) -> Candidates:
+    """All tokens of a prompt."""
+    k, v = (jnp.moveaxis(x, 2, 1) for x in (prompt.key, prompt.value))
+    return Candidates(k, v, jnp.broadcast_to(jnp.arange(stat.shape[-1]), stat.shape), stat, prompt.length)
+
+
+def _shortlist(score: Score, found: Candidates, most: Int[Array, " B"], width: int) -> Candidates:
+    """The candidates that rows of up to `most` slots can keep, at most `width` of them."""
+    rows, (*_, tokens) = jnp.broadcast_to(most[:, None], found.stat.shape[:2]), found.stat.shape
+    best, _ = _best(score, found, rows, min(width, tokens))
+    pick = lambda x: _pick(x, best)
+    return found._replace(k=pick(found.k), v=pick(found.v), pos=pick(found.pos), stat=pick(found.stat))
+
+
+def _pick(x: Array, at: Int[Array, "B K n"]) -> Array:
+    return jnp.take_along_axis(x, at.reshape(at.shape + (1,) * (x.ndim - 3)), axis=2)
+
+
+def _best(
+    score: Score, found: Candidates, rows: Int[Array, "B K"], n: int
+) -> tuple[Int[Array, "B K n"], Int[Array, "B K"]]:
+    """Indices of the n best candidates, best first, and how many of them are kept; ties go to the first candidate."""
+    length = found.length[:, None, None]
+    protected = score.protect(found.pos, length, rows[..., None])
+    priority = jnp.where(protected, jnp.inf, found.stat)
+    _, best = jax.lax.top_k(jnp.where(found.pos < length, priority, -jnp.inf), n)
+    return best, jnp.minimum(rows, length[..., 0])
+
+
+def _worst(score: Score, tier: Tier, now: Int[Array, " B"]) -> Int[Array, "B K"]:
+    """The slot with the lowest score that is not protected; ties go to the lowest slot."""
+    pos = tiers_.positions(tier)
+    stat = pos.astype(jnp.float32) if score.observe is None else tiers_.scores(tier)
+    protected = score.protect(pos, now[:, None, None], tier.budget[..., None])
+    return jnp.argmin(jnp.where(protected | (pos < 0), jnp.inf, stat), axis=-1)

@@ -1,0 +1,35 @@
+"""Ada-KV: SnapKV with more slots for heads that look at more places."""
+
+from typing import Literal
+
+from kvjax.cache import budget as budgets
+from kvjax.cache import score
+from kvjax.cache.allocation import ADA_FLOOR, per_head
+from kvjax.cache.budget import Keep
+from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.retain import retain
+from kvjax.cache.store import dense
+
+
+@cached
+def adakv(
+    budget: Keep = "20%",
+    *,
+    window: int = 32,
+    kernel: int = 7,
+    pooling: Literal["avg", "max"] = "max",
+    floor: float = ADA_FLOOR,
+) -> Recipe:
+    """SnapKV's choice of tokens under one threshold for all heads of a layer; generated tokens are appended.
+
+    Args:
+      budget: prompt tokens kept per row, averaged over the heads of a layer, the window included.
+      window, kernel, pooling: as in `snapkv`.
+      floor: what part of the slots all heads share evenly, the safeguard.
+
+    Source: Feng et al., NeurIPS 2025 (arXiv 2407.11550); FFY0/AdaKV `adaptive_snapkv`.
+    Differs: see `kvjax.cache.allocation.per_head` and `kvjax.cache.score.window`.
+    Cost: `window` rows of attention at prefill.
+    """
+    keep = per_head(budgets.uniform(budget), floor)
+    return Recipe("adakv", retain(score.window(window, kernel, pooling), keep, evict="never"), (dense(),), keep)

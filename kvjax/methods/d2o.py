@@ -1,0 +1,47 @@
+"""D2O: layers with spread-out attention keep more; what is evicted is merged into what is kept."""
+
+from typing import Literal
+
+from kvjax.cache import score
+from kvjax.cache.allocation import from_variance
+from kvjax.cache.budget import Keep
+from kvjax.cache.fate import merge as merging
+from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.retain import retain
+from kvjax.cache.store import dense
+from kvjax.errors import InputError
+
+
+@cached
+def d2o(
+    budget: Keep = "20%",
+    *,
+    important: float = 0.75,
+    sinks: int = 4,
+    beta: float = 0.7,
+    merge: Literal["paper", "scatter_mean"] = "paper",
+    full_layers: str = "",
+) -> Recipe:
+    """Keep sinks, heavy hitters and recent tokens, more in layers of low attention variance; merge the evicted.
+
+    Args:
+      budget: slots per row, averaged over layers.
+      important: share of a row for sinks and heavy hitters, the rest is for the newest tokens; the paper's 3:1.
+      sinks: first tokens, always kept.
+      beta: how fast the threshold for merging follows.
+      merge: weights of merged tokens: the paper's, or those of the released code.
+      full_layers: layers that keep everything, such as "0,1,-1"; paid for by the other layers.
+
+    Source: Wan et al., ICLR 2025 (arXiv 2406.13035); AIoT-MLSys-Lab/D2O.
+    Differs: compresses at prefill; the sets are per key/value head, the thresholds per row and sequence; see
+      `kvjax.cache.allocation.from_variance` and `kvjax.cache.fate.merge`.
+    Cost: two more query-key passes over the prompt; all layers' keys and values wait for the last layer, so the peak at
+      prefill is the full cache; per step a pass over the row's keys; 8 bytes per slot.
+    """
+    try:
+        full = tuple(int(part) for part in full_layers.split(",") if part.strip())
+    except ValueError:
+        raise InputError(f"full_layers={full_layers!r} is not a list of layers such as 0,1,-1") from None
+    keep = from_variance(budget, least=sinks + 1, full_layers=full)
+    policy = retain(score.accumulated(1 - important, sinks), keep, evict="after", fate=merging(beta, merge))
+    return Recipe("d2o", policy, (dense(),), keep)

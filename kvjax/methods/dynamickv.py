@@ -1,0 +1,38 @@
+"""DynamicKV: slots go to the layers in which the end of the prompt looks back."""
+
+from typing import Literal
+
+from kvjax.cache import score
+from kvjax.cache.allocation import from_scores
+from kvjax.cache.budget import Keep
+from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.retain import retain
+from kvjax.cache.store import dense
+
+
+@cached
+def dynamickv(
+    budget: Keep = "20%",
+    *,
+    window: int = 8,
+    kernel: int = 7,
+    pooling: Literal["avg", "max"] = "avg",
+    r_max: float = 10.0,
+    every: int = 4,
+    regrow: bool = True,
+    floor: float = 0.0,
+    ada: bool = False,
+) -> Recipe:
+    """SnapKV's choice of tokens under one threshold for all layers; generated tokens are appended.
+
+    Args:
+      budget: prompt tokens kept per row, averaged over layers, the window included.
+      window, kernel, pooling: as in `snapkv`; "avg" for Llama-3, "max" for Mistral and Qwen2 in the released scripts.
+      r_max, every, regrow, floor, ada: as in `kvjax.cache.allocation.from_scores`.
+
+    Source: Zhou et al., EMNLP 2025 (arXiv 2412.14838); DreamMr/DynamicKV `methods/dynamic_v11.py`.
+    Differs: see `from_scores` and `kvjax.cache.score.window`.
+    Cost: `window` rows of attention at prefill; `every` layers hold up to `r_max` times their share until the update.
+    """
+    keep = from_scores(budget, r_max=r_max, every=every, regrow=regrow, floor=floor, ada=ada)
+    return Recipe("dynamickv", retain(score.window(window, kernel, pooling), keep, evict="never"), (dense(),), keep)
