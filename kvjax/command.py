@@ -49,6 +49,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
         flags = config_flags(args.config, config, parser, args)
         args = parser.parse_args([*flags, *(sys.argv[1:] if argv is None else argv)])
     args.arguments = arguments | read_settings(args.set)
+    if args.decode_budget is not None:
+        args.arguments["decode_budget"] = args.decode_budget
     return args
 
 

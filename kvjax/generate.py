@@ -38,6 +38,7 @@ def parser() -> command.Parser:
     p.add_argument("--chat", action="store_true", help="wrap each prompt in the checkpoint's chat template")
     p.add_argument("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: full)")
     p.add_argument("--budget", metavar="512|20%", help="slots per row, in tokens or as a share of the prompt")
+    p.add_argument("--decode-budget", metavar="512|20%", help="slots per row while decoding (default: by method)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the method")
     p.add_argument("--config", type=Path, metavar="FILE.toml", help="options from a file; flags take precedence")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help=f"(default: {NEW_TOKENS})")

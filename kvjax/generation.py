@@ -227,7 +227,8 @@ def _check_new(spec: ModelSpec, recipe: Recipe, prompt: int, question: int, new:
     length = prompt + question
     reach = length + new
     if recipe.positions is not None and recipe.budget is not None:  # places in the cache, not positions
-        reach = min(reach, int(recipe.budget.slots(0, spec.num_layers, prompt)))
+        extra = 0 if recipe.budget.room is None else int(recipe.budget.room(prompt))
+        reach = min(reach, int(recipe.budget.slots(0, spec.num_layers, prompt)) + extra)
     if reach > spec.max_position:
         raise InputError(
             f"prompt ({length} tokens) and max-new-tokens ({new}) pass the context limit"

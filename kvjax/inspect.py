@@ -38,6 +38,7 @@ def parser() -> command.Parser:
     p.add_argument("--chat", action="store_true", help="wrap the prompt in the checkpoint's chat template")
     p.add_argument("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: {showcase.METHOD})")
     p.add_argument("--budget", metavar="512|20%", help="slots per row, in tokens or as a share of the prompt")
+    p.add_argument("--decode-budget", metavar="512|20%", help="slots per row while decoding (default: by method)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the method")
     p.add_argument("--config", type=Path, metavar="FILE.toml", help="options from a file; flags take precedence")
     p.add_argument("--max-new-tokens", type=int, default=1, metavar="N", help="the last is not cached (default: 1)")

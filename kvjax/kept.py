@@ -170,7 +170,10 @@ def check_matplotlib() -> None:
 
 
 def picture(kept: Kept, title: str) -> Any:
-    """A matplotlib `Figure` with a row per layer and head and a column per position: dark = kept, light = evicted."""
+    """A matplotlib `Figure` with a row per layer and head and a column per position: dark = kept, light = evicted.
+
+    Bars beside it show how many slots each row holds.
+    """
     check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
     from matplotlib.colors import LinearSegmentedColormap  # pyright: ignore[reportMissingImports]
@@ -180,7 +183,7 @@ def picture(kept: Kept, title: str) -> Any:
     shades = LinearSegmentedColormap.from_list("kept", ["0.9", "0.0"])
     figure = Figure(figsize=(12, 1.6 + min(max(0.12 * kept.rows, 1.6), 16)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes, bars = figure.subplots(1, 2, sharey=True, width_ratios=(12, 1))
     extent = (-0.5, image.shape[1] * size - 0.5, kept.rows - 0.5, -0.5)
     axes.imshow(image, cmap=shades, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
     axes.set_xlim(-0.5, len(kept.tokens) - 0.5)
@@ -190,6 +193,7 @@ def picture(kept: Kept, title: str) -> Any:
     axes.set_xlabel(f"token position{binned}")
     _label_layers(axes, kept)
     _mark_generated(axes, kept)
+    _draw_slots(bars, kept)
     _add_legend(figure, shades)
     return figure
 
@@ -201,6 +205,17 @@ def _label_layers(axes: Any, kept: Kept) -> None:
     shown = range(0, len(kept.layers), -(-len(kept.layers) // 40))
     axes.set_yticks([layer * heads + (heads - 1) / 2 for layer in shown], [str(kept.layers[layer]) for layer in shown])
     axes.set_ylabel(f"layer (in each: heads {kept.heads[0]} to {last})" if heads > 1 else f"layer (head {last})")
+
+
+def _draw_slots(axes: Any, kept: Kept) -> None:
+    """A bar for each row's filled slots."""
+    axes.barh(range(kept.rows), kept.slots.reshape(-1), height=1, color="0.45", edgecolor="1.0", linewidth=0.3)
+    for layer in range(1, len(kept.layers)):
+        axes.axhline(layer * len(kept.heads) - 0.5, color="0.5", linewidth=0.6)
+    axes.set_xlabel("slots")
+    axes.tick_params(axis="y", left=False)
+    axes.locator_params(axis="x", nbins=2, integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _mark_generated(axes: Any, kept: Kept) -> None:

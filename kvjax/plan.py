@@ -69,11 +69,12 @@ def arguments(method: str, given: Mapping[str, object]) -> dict[str, object]:
     """All of a method's own arguments with the values in force.
 
     >>> arguments("snapkv", {"window": "16"})
-    {'window': 16, 'kernel': 5, 'pooling': 'avg'}
+    {'window': 16, 'kernel': 5, 'pooling': 'avg', 'ada': False, 'decode_budget': ''}
     """
     parameters = inspect.signature(METHODS[method]).parameters
     values = {name: parameter.default for name, parameter in parameters.items() if name != "budget"}
-    return values | {name: read_argument(f"method {method}", parameters[name], value) for name, value in given.items()}
+    read = lambda name, value: read_argument(f"method {method}", parameters[name], value)
+    return values | {name: value if name == "decode_budget" else read(name, value) for name, value in given.items()}
 
 
 def abstract_model(name: str | None, dtype: DTypeLike | None = None, ignore: Collection[str] = ()) -> Model:

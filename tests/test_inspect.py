@@ -237,7 +237,7 @@ def test_a_dry_run_plans_batches(model, capsys):
 
 def test_a_dry_run_says_what_is_in_force(capsys):
     planned = run_json(capsys, "--dry-run", "--method", "streaming_llm", "--set", "sinks=2", "--context", 100)
-    assert planned["arguments"] == {"sinks": 2, "positions": "cache"}
+    assert planned["arguments"] == {"sinks": 2, "positions": "cache", "decode_budget": ""}
     assert (planned["stores"], planned["fold"], planned["rotate"]) == (["dense"], "identity", "when read")
     assert planned["slots"] == [20] * 4
     out = run(capsys, "--dry-run", "--method", "pyramidkv", "--context", 100)

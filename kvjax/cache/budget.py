@@ -30,6 +30,8 @@ class Budget(NamedTuple):
         `slots` is final.
       measure: `(prompt, statistic [B K T]) -> info` for `allocate`; None = the statistic.
       every: call `allocate` after every so many layers, to bound the peak; None = once, after the last layer.
+      room: `prompt length -> slots` that each row may fill while decoding beyond what it was given, before tokens are
+        evicted; None = appended tokens are not counted, rows that evict may fill what they were given.
       most: `(num_layers, prompt length) -> slots` that any row may be given; None = `slots`. On ints and arrays.
       check: `(num_layers, prompt length)` raises `InputError` for a prompt that the budget cannot serve; on the host.
       ladder: rungs per power of two and smallest step of the cache's shapes (see `pages.ladder`).
@@ -43,6 +45,7 @@ class Budget(NamedTuple):
     allocate: Callable[[list[PyTree], Array, Int[Array, " B"], Int[Array, "L B K"]], Int[Array, "L B K"]] | None = None
     measure: Callable[[Prompt, Array], PyTree] | None = None
     every: int | None = None
+    room: Callable[..., Int[Array, "*b"]] | None = None
     most: Callable[..., Int[Array, "*b"]] | None = None
     check: Callable[[int, int], None] = lambda num_layers, length: None
     ladder: tuple[int, int] = (32, 8)
@@ -103,6 +106,22 @@ def share(n, of: Fraction):
     299970
     """
     return n // of.denominator * of.numerator + n % of.denominator * of.numerator // of.denominator
+
+
+def while_decoding(budget: Budget, keep: Keep, decoding: Keep) -> Budget:
+    """A budget that also bounds what a row holds during decoding.
+
+    Args:
+      budget: of the prompt.
+      keep: what it was made from.
+      decoding: slots per row while decoding, as a mean over rows, at least `keep`; "" = no bound.
+    """
+    if decoding == "":
+        return budget
+    first, later = parse_keep(keep), parse_keep(decoding)
+    if isinstance(first, int) == isinstance(later, int) and later < first:
+        raise InputError(f"decode_budget {_show(later)} is less than the budget {_show(first)}: give at least as much")
+    return budget._replace(room=lambda length: jnp.maximum(tokens_of(later, length) - tokens_of(first, length), 0))
 
 
 def everything() -> Budget:

@@ -101,8 +101,9 @@ def cached(factory: Callable[..., Recipe]) -> Callable[..., Recipe]:
     def make(*args: object, **kwargs: object) -> Recipe:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
-        if "budget" in given.arguments:
-            given.arguments["budget"] = parse_keep(given.arguments["budget"])
+        for name in ("budget", "decode_budget"):
+            if given.arguments.get(name, "") != "":
+                given.arguments[name] = parse_keep(given.arguments[name])
         return remembered(**given.arguments)
 
     return make

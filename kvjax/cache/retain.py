@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from kvjax.cache import pages
@@ -49,6 +49,8 @@ def retain(
         has seen the new one, or `never` (generated tokens are appended).
       fate: what happens to tokens that are not kept.
 
+    With a budget that has `room`, tokens are evicted while decoding too: `evict="never"` then means `after`.
+
     With a budget that is allocated after several layers, a layer's best candidates wait: as many as a row may ever be
     given, all of them where the fate needs what is not kept.
 
@@ -58,22 +60,29 @@ def retain(
     if fate.prompt is not None and budget.every is not None:
         raise InputError("merging at prefill needs one decision after the last layer: give the budget every=0")
 
-    def room(slots: np.ndarray, length: np.ndarray | int, new: int) -> np.ndarray | np.integer:
+    if budget.room is not None and evict == "never":
+        evict = "after"
+    if evict == "after" and score.observe is None:
+        raise InputError("this score does not learn from attention: it cannot evict while decoding")
+    beyond, spare = budget.room or jnp.zeros_like, int(evict == "after")
+
+    def room(slots: ArrayLike, length: ArrayLike, new: int) -> np.ndarray:
         """Slots that rows may fill: with generated tokens, or with the one that is seen before another is evicted."""
         if evict == "never":
-            return np.minimum(slots, length) + new
-        return np.minimum(slots + (evict == "after"), length + new)
+            return np.asarray(np.add(np.minimum(slots, length), new))
+        return np.asarray(np.minimum(np.add(slots, spare), np.add(length, new)))
 
     def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
-        prompt, heads = np.asarray(lengths.prompt), spec.num_kv_heads
+        prompt, heads, padded = np.asarray(lengths.prompt), spec.num_kv_heads, lengths.padded
         for length in set(lengths.prompt):
             budget.check(spec.num_layers, length)
         with jax.ensure_compile_time_eval():  # so that `eval_shape` can plan a cache without allocating it
-            mean = np.stack([np.asarray(budget.slots(i, spec.num_layers, prompt)) for i in layers.index])  # L B
+            extra = np.asarray(beyond(prompt))
+            mean = [np.asarray(budget.slots(i, spec.num_layers, prompt)) + extra for i in layers.index]
             # Only the width of the tables depends on the longest row: no new shape for every prompt length.
-            most = None if budget.most is None else np.asarray(budget.most(spec.num_layers, lengths.padded))
-        rows = room(mean, prompt, lengths.new)
-        row = pages.ladder(int(rows.max() if most is None else room(most, lengths.padded, lengths.new)), *budget.ladder)
+            most = None if budget.most is None else np.asarray(budget.most(spec.num_layers, padded)) + extra.max()
+        rows = room(np.stack(mean), prompt, lengths.new)  # L B
+        row = pages.ladder(int(rows.max() if most is None else room(most, padded, lengths.new)), *budget.ladder)
         page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder))
         # Rows that share slots may each have a page that holds one slot only.
         held = heads * int(np.sum(-(-rows // page))) if most is None else int(heads * np.sum(rows + page - 1)) // page
@@ -123,7 +132,7 @@ def retain(
             kept, calib = fate.prompt(Losers(k, v, best, filled, found.length), kept, calib)
         kept = kept._replace(k=store.encode(kept.k, k.dtype), v=store.encode(kept.v, v.dtype))
         slot = jnp.broadcast_to(jnp.arange(n), best.shape)
-        tier = tiers_.reserve(tier._replace(budget=rows, calib=calib), filled, n)
+        tier = tiers_.reserve(tier._replace(budget=rows + beyond(found.length)[:, None], calib=calib), filled, n)
         return (tiers_.put(tier, slot, kept, slot < filled[..., None]),)
 
     def reserve(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:

@@ -99,13 +99,16 @@ def last_row() -> Score:
     return Score(prompt, lambda pos, now, budget: jnp.zeros_like(pos, bool), observe)
 
 
-def window(size: int, kernel: int, pooling: Literal["avg", "max"]) -> Score:
+def window(size: int, kernel: int, pooling: Literal["avg", "max"], *, decoding: bool = False) -> Score:
     """Attention from the last `size` prompt tokens, smoothed over `kernel` neighbours; the window itself is kept.
+
+    With `decoding` the newest `size` tokens go on voting: every step adds its attention to what is left of the
+    statistic, `1 - 1 / size` of it, without smoothing over neighbours. The papers do not evict while decoding.
 
     Source: SnapKV (arXiv 2404.14469), `snapkv/monkeypatch/snapkv_utils.py`.
     Differs: one set of tokens per key/value head, from the mean over its query heads; a budget smaller than the window
       keeps the newest part of it (the released code fails).
-    Cost: `size` rows of attention at prefill, nothing afterwards.
+    Cost: `size` rows of attention at prefill, nothing afterwards unless `decoding`: then one addition per slot.
     """
     if not 1 <= size <= budgets.LARGEST:
         raise InputError(f"window={size} is not between 1 and {budgets.LARGEST} tokens")
@@ -119,7 +122,11 @@ def window(size: int, kernel: int, pooling: Literal["avg", "max"]) -> Score:
         before = jnp.arange(sums.shape[-1]) < (prompt.length - size)[:, None, None]
         return _pool(jnp.where(before, sums, 0.0), kernel, pooling)
 
-    return Score(prompt, lambda pos, now, budget: pos >= now - jnp.minimum(size, budget))
+    def observe(stat: Float[Array, "B K S"], probs: Float[Array, "B K G S"]) -> Float[Array, "B K S"]:
+        return stat * (1 - 1 / size) + probs.mean(axis=2)
+
+    protect = lambda pos, now, budget: pos >= now - jnp.minimum(size, budget)
+    return Score(prompt, protect, observe if decoding else None)
 
 
 def _pool(x: Float[Array, "B K T"], kernel: int, pooling: Literal["avg", "max"]) -> Float[Array, "B K T"]:

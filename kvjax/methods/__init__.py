@@ -73,7 +73,7 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
     for key, value in given.items():
         if key not in parameters:
             raise InputError(f"method {name} has no argument {key!r}: it takes {', '.join(accepted) or 'none'}")
-        if key != "budget":
+        if key not in ("budget", "decode_budget"):  # parsed by the factory
             given[key] = read_argument(f"method {name}", parameters[key], value)
     return METHODS[name](**given)
 

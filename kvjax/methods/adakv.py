@@ -19,6 +19,7 @@ def adakv(
     kernel: int = 7,
     pooling: Literal["avg", "max"] = "max",
     floor: float = ADA_FLOOR,
+    decode_budget: Keep = "",
 ) -> Recipe:
     """SnapKV's choice of tokens under one threshold for all heads of a layer; generated tokens are appended.
 
@@ -26,10 +27,13 @@ def adakv(
       budget: prompt tokens kept per row, averaged over the heads of a layer, the window included.
       window, kernel, pooling: as in `snapkv`.
       floor: what part of the slots all heads share evenly, the safeguard.
+      decode_budget: slots per row while decoding, as a mean over rows; "" = unbounded.
 
     Source: Feng et al., NeurIPS 2025 (arXiv 2407.11550); FFY0/AdaKV `adaptive_snapkv`.
     Differs: see `kvjax.cache.allocation.per_head` and `kvjax.cache.score.window`.
     Cost: `window` rows of attention at prefill.
     """
     keep = per_head(budgets.uniform(budget), floor)
-    return Recipe("adakv", retain(score.window(window, kernel, pooling), keep, evict="never"), (dense(),), keep)
+    keep = budgets.while_decoding(keep, budget, decode_budget)
+    votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
+    return Recipe("adakv", retain(votes, keep, evict="never"), (dense(),), keep)

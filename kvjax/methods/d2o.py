@@ -4,7 +4,7 @@ from typing import Literal
 
 from kvjax.cache import score
 from kvjax.cache.allocation import from_variance
-from kvjax.cache.budget import Keep
+from kvjax.cache.budget import Keep, while_decoding
 from kvjax.cache.fate import merge as merging
 from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.retain import retain
@@ -21,6 +21,7 @@ def d2o(
     beta: float = 0.7,
     merge: Literal["paper", "scatter_mean"] = "paper",
     full_layers: str = "",
+    decode_budget: Keep = "",
 ) -> Recipe:
     """Keep sinks, heavy hitters and recent tokens, more in layers of low attention variance; merge the evicted.
 
@@ -31,6 +32,7 @@ def d2o(
       beta: how fast the threshold for merging follows.
       merge: weights of merged tokens: the paper's, or those of the released code.
       full_layers: layers that keep everything, such as "0,1,-1"; paid for by the other layers.
+      decode_budget: slots per row while decoding, as a mean over rows; "" = the budget.
 
     Source: Wan et al., ICLR 2025 (arXiv 2406.13035); AIoT-MLSys-Lab/D2O.
     Differs: compresses at prefill; the sets are per key/value head, the thresholds per row and sequence; see
@@ -43,5 +45,6 @@ def d2o(
     except ValueError:
         raise InputError(f"full_layers={full_layers!r} is not a list of layers such as 0,1,-1") from None
     keep = from_variance(budget, least=sinks + 1, full_layers=full)
+    keep = while_decoding(keep, budget, decode_budget)
     policy = retain(score.accumulated(1 - important, sinks), keep, evict="after", fate=merging(beta, merge))
     return Recipe("d2o", policy, (dense(),), keep)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from kvjax.cache import score
 from kvjax.cache.allocation import from_scores
-from kvjax.cache.budget import Keep
+from kvjax.cache.budget import Keep, while_decoding
 from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.retain import retain
 from kvjax.cache.store import dense
@@ -22,6 +22,7 @@ def dynamickv(
     regrow: bool = True,
     floor: float = 0.0,
     ada: bool = False,
+    decode_budget: Keep = "",
 ) -> Recipe:
     """SnapKV's choice of tokens under one threshold for all layers; generated tokens are appended.
 
@@ -29,10 +30,13 @@ def dynamickv(
       budget: prompt tokens kept per row, averaged over layers, the window included.
       window, kernel, pooling: as in `snapkv`; "avg" for Llama-3, "max" for Mistral and Qwen2 in the released scripts.
       r_max, every, regrow, floor, ada: as in `kvjax.cache.allocation.from_scores`.
+      decode_budget: slots per row while decoding, as a mean over rows; "" = unbounded.
 
     Source: Zhou et al., EMNLP 2025 (arXiv 2412.14838); DreamMr/DynamicKV `methods/dynamic_v11.py`.
     Differs: see `from_scores` and `kvjax.cache.score.window`.
     Cost: `window` rows of attention at prefill; `every` layers hold up to `r_max` times their share until the update.
     """
     keep = from_scores(budget, r_max=r_max, every=every, regrow=regrow, floor=floor, ada=ada)
-    return Recipe("dynamickv", retain(score.window(window, kernel, pooling), keep, evict="never"), (dense(),), keep)
+    keep = while_decoding(keep, budget, decode_budget)
+    votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
+    return Recipe("dynamickv", retain(votes, keep, evict="never"), (dense(),), keep)

@@ -21,6 +21,7 @@ def pyramidkv(
     pooling: Literal["avg", "max"] = "max",
     beta: int = 20,
     ada: bool = False,
+    decode_budget: Keep = "",
 ) -> Recipe:
     """SnapKV's choice of tokens under a budget that falls linearly with depth; generated tokens are appended.
 
@@ -29,6 +30,7 @@ def pyramidkv(
       window, kernel, pooling: as in `snapkv`.
       beta: the last layer keeps 1/beta of the average besides the window.
       ada: distribute a layer's slots over its heads, as `adakv`.
+      decode_budget: slots per row while decoding, as a mean over rows; "" = unbounded.
 
     Source: Cai et al., 2024 (arXiv 2406.02069); KVCache-Factory `pyramidkv/pyramidkv_utils.py` and `run_longbench.py`.
     Differs: see `kvjax.cache.budget.pyramid` and `kvjax.cache.score.window`.
@@ -39,4 +41,6 @@ def pyramidkv(
     keep = budgets.pyramid(budget, window=window, beta=beta)
     if ada:
         keep = per_head(keep, ADA_FLOOR)
-    return Recipe("pyramidkv", retain(score.window(window, kernel, pooling), keep, evict="never"), (dense(),), keep)
+    keep = budgets.while_decoding(keep, budget, decode_budget)
+    votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
+    return Recipe("pyramidkv", retain(votes, keep, evict="never"), (dense(),), keep)

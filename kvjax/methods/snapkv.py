@@ -19,6 +19,7 @@ def snapkv(
     kernel: int = 5,
     pooling: Literal["avg", "max"] = "avg",
     ada: bool = False,
+    decode_budget: Keep = "",
 ) -> Recipe:
     """Keep the last `window` prompt tokens and those that they attend to most; generated tokens are appended.
 
@@ -28,6 +29,7 @@ def snapkv(
       kernel: neighbours over which votes are pooled, odd [tokens].
       pooling: "avg" (library default) or "max" (the paper's LongBench runs, with kernel 7).
       ada: distribute a layer's slots over its heads, as `adakv`.
+      decode_budget: slots per row while decoding, as a mean over rows; "" = unbounded.
 
     Source: Li et al., NeurIPS 2024 (arXiv 2404.14469); `snapkv/monkeypatch/snapkv_utils.py`.
     Differs: see `kvjax.cache.score.window`.
@@ -36,4 +38,6 @@ def snapkv(
     keep = budgets.uniform(budget)
     if ada:
         keep = per_head(keep, ADA_FLOOR)
-    return Recipe("snapkv", retain(score.window(window, kernel, pooling), keep, evict="never"), (dense(),), keep)
+    keep = budgets.while_decoding(keep, budget, decode_budget)
+    votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
+    return Recipe("snapkv", retain(votes, keep, evict="never"), (dense(),), keep)

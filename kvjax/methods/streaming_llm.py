@@ -16,7 +16,13 @@ from kvjax.errors import InputError
 
 
 @cached
-def streaming_llm(budget: Keep = "20%", *, sinks: int = 4, positions: Literal["cache", "absolute"] = "cache") -> Recipe:
+def streaming_llm(
+    budget: Keep = "20%",
+    *,
+    sinks: int = 4,
+    positions: Literal["cache", "absolute"] = "cache",
+    decode_budget: Keep = "",
+) -> Recipe:
     """Keep the first `sinks` tokens and the newest ones.
 
     Args:
@@ -25,6 +31,7 @@ def streaming_llm(budget: Keep = "20%", *, sinks: int = 4, positions: Literal["c
       positions: "cache" stores keys unrotated and rotates them by their place in the cache, so that a text may be
         longer than the context limit; "absolute" keeps the tokens' own positions. With a sliding window, sinks stay in
         it by their place in the cache, and leave it by their own positions.
+      decode_budget: slots per row while decoding, as a mean over rows; "" = the budget.
 
     Source: Xiao et al., ICLR 2024 (arXiv 2309.17453); `streaming_llm/kv_cache.py`, `pos_shift/modify_llama.py`.
     Differs: the prompt is read with exact attention at its own positions; places in the cache count from the first
@@ -38,7 +45,7 @@ def streaming_llm(budget: Keep = "20%", *, sinks: int = 4, positions: Literal["c
         newest = length[..., None] - 1 - (now[:, None, None] - pos)
         return jnp.where(pos < sinks, jnp.minimum(pos, jnp.maximum(length[..., None] - 1, 0)), newest)
 
-    keep = budgets.uniform(budget)
+    keep = budgets.while_decoding(budgets.uniform(budget), budget, decode_budget)
     policy = retain(score.recency(sinks), keep, evict="before")
     if positions == "absolute":
         return Recipe("streaming_llm", policy, (dense(),), keep)

@@ -1,0 +1,166 @@
+"""Budgets that hold while decoding, compositions of budgets with other choices, and what rows that share slots cost."""
+
+import jax
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax import InputError, methods
+from kvjax.cache import budget as budgets
+from kvjax.cache import fate, score
+from kvjax.cache.allocation import from_scores, from_variance, per_head
+from kvjax.cache.policy import Recipe
+from kvjax.cache.retain import retain
+from kvjax.cache.store import dense
+from kvjax.generation import Model, cached_positions
+from tests import brute, oracle
+from tests.matrix import WINDOW, WITH_BUDGET, text
+from tests.test_budget_methods import assert_same, model_of, run, texts
+from tests.test_loop import traced_functions
+from tests.test_methods import best
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+SMALL = {name: {"window": WINDOW} for name in ("snapkv", "pyramidkv", "adakv", "dynamickv")}
+UNEVEN = ("adakv", "dynamickv", "d2o")
+
+
+def generate(method: str, new: int, **arguments):
+    model = Model(model_of("gqa"), None, (), "random")
+    recipe = methods.make(method, 12, SMALL.get(method, {}) | arguments)
+    return kvjax.generate(model, [text(40, 0), text(25, 0)], recipe, max_new_tokens=new)
+
+
+@pytest.mark.parametrize("method", WITH_BUDGET)
+def test_a_long_generation_stays_inside_the_decode_budget(method):
+    short, long = (generate(method, new, decode_budget=16) for new in (24, 8 * 12))
+    assert long.bytes.total == short.bytes.total  # a cache of constant size
+    most = 16 if method != "pyramidkv" else 17  # its schedule overspends
+    assert all(np.mean(slots) <= most for slots in long.slots)
+    for row in cached_positions(Model(model_of("gqa"), None, (), ""), long).reshape(-1, long.cache[0][0].capacity):
+        kept = row[row >= 0]
+        assert len(set(kept.tolist())) == len(kept)
+        if method in SMALL:  # the newest tokens are there: the last one was chosen and not read
+            assert {40 + 96 - 2, 25 + 96 - 2} & set(kept.tolist())
+
+
+@pytest.mark.parametrize("method", SMALL)
+def test_without_a_decode_budget_tokens_are_appended(method):
+    short, long = (generate(method, new) for new in (24, 96))
+    assert long.bytes.total > 2 * short.bytes.total
+
+
+def snapkv(spec, n: int, most: int, room: int, window: int, kernel: int) -> brute.Method:
+    """SnapKV whose votes go on while decoding: of a full row the token with the fewest votes leaves."""
+
+    def compress(prompts):
+        layers = []
+        for prompt in prompts:
+            rows = []
+            group = prompt.probs.shape[0] // spec.num_kv_heads
+            for k in range(spec.num_kv_heads):
+                votes = prompt.probs[k * group : (k + 1) * group, n - window :].sum(axis=1).mean(axis=0)
+                votes[n - window :] = 0
+                padded = np.pad(votes, kernel // 2)
+                stat = [padded[p : p + kernel].sum() / kernel for p in range(n)]
+                row = oracle.entries(prompt, k, range(n))
+                for entry, value in zip(row, stat, strict=True):
+                    entry.stat = float(value)
+                past = [row[i] for i in sorted(best(np.array(stat[: n - window]), most - window))]
+                rows.append(past + row[n - window :])
+            layers.append(rows)
+        return layers
+
+    def observe(layer, rows, probs):
+        for row, prob in zip(rows, probs, strict=True):
+            for entry, p in zip(row, prob.mean(axis=0), strict=True):
+                entry.stat = entry.stat * (1 - 1 / window) + float(p)
+            if len(row) > most + room:
+                row.remove(min(sorted(row, key=lambda e: e.pos)[:-window], key=lambda e: e.stat))
+
+    return brute.Method(compress, observe)
+
+
+def test_votes_go_on_while_decoding():
+    model, (prompts, teacher) = model_of("gqa"), texts((60, 33))
+    recipe = methods.snapkv(budget=20, window=4, kernel=3, decode_budget=23)
+    for step, (logits, cache) in enumerate(run(model, recipe, prompts, teacher, 10)):
+        for b in range(2):
+            reference = snapkv(model.spec, len(prompts[b]), 20, 3, 4, 3)
+            *_, last = brute.follow(oracle.Oracle(model), prompts[b], teacher[b][:step], reference)
+            assert_same(logits, cache, b, last, f"step {step}")
+
+
+def test_a_decode_budget_below_the_budget_is_refused():
+    with pytest.raises(InputError, match="decode_budget 16 tokens is less than the budget 20 tokens"):
+        methods.snapkv(budget=20, decode_budget=16)
+    with pytest.raises(InputError, match="method full has no argument 'decode_budget'"):
+        methods.make("full", None, {"decode_budget": "16"})
+
+
+VOTES = score.window(4, 3, "max")
+HEAVY = score.accumulated(0.25, 4)
+MERGE = fate.merge(0.7, "paper")
+COMPOSED = {
+    "dynamickv's budgets, h2o's eviction": (score.accumulated(0.5), from_scores(12, every=0), fate.drop),
+    "ada budgets, h2o's eviction": (score.accumulated(0.5), per_head(budgets.uniform(12), 0.2), fate.drop),
+    "d2o's merge under dynamickv's budgets": (HEAVY, from_scores(12, every=0), MERGE),
+    "d2o's merge under ada budgets": (HEAVY, per_head(budgets.uniform(12), 0.2), MERGE),
+    "d2o's budgets, tova's choice": (score.last_row(), from_variance(12, least=5), fate.drop),
+    "dynamickv's budgets per head, tova's choice": (score.last_row(), from_scores(12, every=2, ada=True), fate.drop),
+    "merging h2o": (score.accumulated(0.5, 4), budgets.uniform(12), fate.merge(0.7, "scatter_mean")),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_scores_budgets_and_fates_compose(name):
+    """Rows share no more than they were given, and every row has the pages that it needs."""
+    votes, keep, end = COMPOSED[name]
+    recipe = Recipe(name, retain(votes, keep, evict="after", fate=end), (dense(),), keep)
+    model = Model(model_of("gqa"), None, (), "random")
+    out = kvjax.generate(model, [text(60, 0), text(41, 0)], recipe, max_new_tokens=10)
+    assert all(np.mean(slots) == 12 for slots in out.slots)
+    assert np.isfinite(out.logits).all()
+    (tier,) = out.cache[0]
+    owned = np.asarray(tier.table) < tier.free.shape[0]
+    assert (owned.sum(axis=-1) * tier.page >= np.asarray(tier.length)).all()
+
+
+def test_merging_needs_one_decision():
+    with pytest.raises(InputError, match="give the budget every=0"):
+        retain(HEAVY, from_scores(12, every=2), evict="after", fate=MERGE)
+
+
+def uneven_model() -> Model:
+    """Four layers of four heads: some attend to a few tokens, some to all."""
+    network = oracle.random_model(3, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32, max_position=8192)
+    for index, layer in enumerate(network.layers):
+        strength = np.repeat([6.0, 0.2, 1.0, 0.1], 32) * (1.0, 0.3, 2.0, 0.6)[index]
+        layer.attention.q.kernel[...] = layer.attention.q.kernel[...] * strength.astype(np.float32)
+    return Model(network, None, (), "random")
+
+
+@pytest.mark.parametrize("method", UNEVEN)
+def test_rows_of_different_lengths_are_really_shorter(method):
+    """A quarter of 4,096 tokens is a quarter of the bytes. Masking evicted tokens, as is usual, would save nothing."""
+    arguments = {"ada": True} if method == "dynamickv" else {}
+    out = kvjax.generate(uneven_model(), [text(4096, 0)], methods.make(method, "25%", arguments), max_new_tokens=4)
+    assert out.bytes.total - out.bytes.statistics <= 0.27 * out.full_bytes
+    assert out.bytes.total == sum(x.nbytes for x in jax.tree.leaves(out.cache))
+    rows = np.asarray(out.cache[0][0].length)
+    assert rows.sum() <= (1024 + 4) * rows.size
+    if method != "d2o":  # its shares lie within a factor e
+        assert rows.max() > 4 * rows.min()
+
+
+@pytest.mark.parametrize("method", UNEVEN)
+def test_one_compilation_serves_every_split(method):
+    model, splits = Model(model_of("deep"), None, (), "random"), set()
+    recipe = methods.make(method, 30, SMALL.get(method))
+    with traced_functions() as names:
+        for seed in range(5):
+            out = kvjax.generate(model, [text(100 - seed, seed)], recipe, max_new_tokens=3)
+            splits.add(np.asarray(out.cache[0][0].budget).tobytes())
+    assert len(splits) == 5
+    for name in ("_prefill_layer", "_run_allocate", "_trim", "_settle", "decode_loop"):
+        assert names.count(name) <= 1, name
+    assert names.count("decode_loop") == 1
