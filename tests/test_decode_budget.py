@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import InputError, methods
+from kvjax import InputError, decode, methods
 from kvjax.cache import budget as budgets
 from kvjax.cache import fate, score
 from kvjax.cache.allocation import from_scores, from_variance, per_head
@@ -164,3 +164,20 @@ def test_one_compilation_serves_every_split(method):
     for name in ("_prefill_layer", "_run_allocate", "_trim", "_settle", "decode_loop"):
         assert names.count(name) <= 1, name
     assert names.count("decode_loop") == 1
+
+
+def test_dynamickv_holds_few_layers_beside_the_pool(monkeypatch):
+    """At most `every` layers wait, with at most `r_max` times the mean budget, beside a pool for the budgets' sum."""
+    waiting, after = [], decode._Allocation.after
+
+    def watched(self, cache, found):
+        waiting.append([w.pos.shape[-1] for w in (*self._waiting.values(), found.waiting)])
+        return after(self, cache, found)
+
+    monkeypatch.setattr(decode._Allocation, "after", watched)
+    recipe = methods.dynamickv(budget=20, r_max=3.0, every=2, **SMALL["dynamickv"])
+    out = kvjax.generate(Model(model_of("deep"), None, (), "random"), [text(100, 0)], recipe, max_new_tokens=2)
+    assert waiting == [[60], [60, 60]] * 3
+    (tier,) = out.cache[0]
+    rows = 6 * 2  # layers x heads
+    assert tier.free.shape[0] * tier.page <= rows * (20 + 2 + tier.page)

@@ -7,14 +7,16 @@ import scipy.special
 import scipy.stats
 
 import kvjax
-from kvjax import generation, methods
+from kvjax import METHODS, generation, methods
 from kvjax.errors import InputError
 from tests import oracle
-from tests.matrix import BATCH, BUDGET, assert_close, decoder, every_method, every_model, recipe_of, reference, text
+from tests.matrix import BATCH, BUDGET, MODELS, assert_close, decoder, every_method, recipe_of, reference, text
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 AFTER = (text(5, 2), text(3, 3), text(1, 4))  # what follows each prompt
 LONGEST = 5
+CASES = [("gqa", method) for method in METHODS] + [(model, "h2o") for model in MODELS if model != "gqa"]
+every_case = pytest.mark.parametrize(("model", "method"), CASES)
 
 
 def wrapped(name: str) -> generation.Model:
@@ -29,8 +31,7 @@ def by_hand(name: str, method: str) -> np.ndarray:
     return oracle.run(decoder(name), recipe_of(method, BUDGET), BATCH, teacher)[0]
 
 
-@every_model
-@every_method
+@every_case
 def test_a_question_is_read_through_the_compressed_cache(model, method):
     out = generation.generate(
         wrapped(model), BATCH, recipe_of(method, BUDGET), questions=[*AFTER[:2], []], max_new_tokens=2
@@ -42,8 +43,7 @@ def test_a_question_is_read_through_the_compressed_cache(model, method):
     assert [s.tokens[0] for s in out.sequences] == expected.argmax(axis=-1).tolist()
 
 
-@every_model
-@every_method
+@every_case
 def test_log_likelihood_is_that_of_the_steps(model, method):
     judged, _ = kvjax.log_likelihood(wrapped(model), BATCH, AFTER, recipe_of(method, BUDGET))
     steps = scipy.special.log_softmax(by_hand(model, method).astype(np.float64), axis=-1)
