@@ -7,6 +7,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import jax
 import jax.numpy as jnp
@@ -83,24 +84,31 @@ def main(argv: list[str] | None = None) -> None:
     )
     samples = {task.name: task.samples(request) for task in tasks}
     batch = args.batch or max(1, BATCH_TOKENS // max(lengths))
-    manifest.write(args.out, [PROG, *argv], {
+    arguments = {
         "model": model.name, "tasks": list(samples), "methods": list(dict.fromkeys(point.method for point in grid)),
         "budgets": args.budgets and _split(args.budgets), "samples": args.samples, "seed": args.seed,
         "lengths": lengths, "form": form, "question": args.question, "chat": chat, "batch": batch,
-        "settings": settings, "data": args.data and str(args.data), "text": args.text and str(args.text),
-        "dtype": jnp.dtype(model.decoder.dtype).name,
-    })  # fmt: skip
-    evaluation = Evaluation(model, batch=batch, unseen=args.question == "unseen", chat=chat)
-    run(evaluation, tasks, samples, grid, args.out)
+        "settings": settings, "data": args.data and str(args.data), "text": manifest.digest(request.text),
+        "dtype": jnp.dtype(model.decoder.dtype).name, "ignore_config": args.ignore_config,
+    }  # fmt: skip
+    with runner.results(args.out) as (done, file):
+        manifest.write(args.out, [PROG, *argv], arguments, fresh=not done)
+        evaluation = Evaluation(model, batch=batch, unseen=args.question == "unseen", chat=chat)
+        run(evaluation, tasks, samples, grid, done, file)
     console.print(f"python -m kvjax.evaluate report {shlex.quote(str(args.out))}", highlight=False)
 
 
 def run(
-    evaluation: Evaluation, tasks: list[Task], samples: dict[str, list[Sample]], grid: list[Point], out: Path
+    evaluation: Evaluation,
+    tasks: list[Task],
+    samples: dict[str, list[Sample]],
+    grid: list[Point],
+    done: set[runner.Key],
+    file: TextIO,
 ) -> None:
     """Run what has no result yet, and write every batch's results as soon as they are there."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with runner.results(out) as (done, file), Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=len(grid) * sum(map(len, samples.values())))
         for point in grid:
             for task in tasks:
@@ -142,8 +150,8 @@ def _settings(pairs: list[str]) -> dict[str, dict[str, str]]:
 
 def _check(args: argparse.Namespace, tasks: set[str], methods: set[str], settings: dict[str, dict[str, str]]) -> None:
     """Raise `InputError` for flags that cannot be followed, before anything is loaded."""
-    if not tasks:
-        raise InputError("--tasks names no task")
+    if not tasks or not methods:
+        raise InputError(f"--{'methods' if tasks else 'tasks'} names none")
     for name in settings:
         if name not in tasks | methods:
             raise InputError(f"--set {name}: no such task or method in this run")

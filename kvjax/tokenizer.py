@@ -96,7 +96,6 @@ class Tokenizer:
             )  # fmt: skip
         except Exception as error:  # a template is a program
             raise InputError(f"the chat template refuses these messages: {' '.join(str(error).split())}") from error
-        return self.encode(text, special=False)
 
     def name(self, token: int) -> str:
         """How the vocabulary spells a token; "" for an id that it does not have."""

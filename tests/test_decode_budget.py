@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import InputError, decode, methods
+from kvjax import InputError, decode, methods, plan
 from kvjax.cache import budget as budgets
 from kvjax.cache import fate, score
 from kvjax.cache.allocation import from_scores, from_variance, per_head
@@ -181,3 +181,49 @@ def test_dynamickv_holds_few_layers_beside_the_pool(monkeypatch):
     (tier,) = out.cache[0]
     rows = 6 * 2  # layers x heads
     assert tier.free.shape[0] * tier.page <= rows * (20 + 2 + tier.page)
+
+
+def test_one_token_is_not_the_whole_prompt():
+    assert methods.snapkv(budget=1) is not methods.snapkv(budget="100%")
+    assert methods.snapkv(budget="100%") is methods.snapkv(budget="100.0%")
+
+
+@pytest.mark.parametrize("method", [*UNEVEN, "snapkv"])
+def test_with_room_for_everything_a_decode_budget_changes_nothing(method):
+    model = Model(model_of("gqa"), None, (), "random")
+    arguments = SMALL.get(method, {}) | {"decode_budget": 64} | ({"ada": True} if method == "snapkv" else {})
+    full = kvjax.generate(model, [text(30, 0), [5]], max_new_tokens=20)
+    out = kvjax.generate(model, [text(30, 0), [5]], methods.make(method, 64, arguments), max_new_tokens=20)
+    assert [s.tokens for s in out.sequences] == [s.tokens for s in full.sequences]
+    assert out.slots == full.slots
+
+
+def test_counts_stay_exact_beyond_the_square_root_of_32_bits():
+    """Half of 131,072 tokens in each of four layers: the counts of a plain sort."""
+    rng, tokens = np.random.default_rng(0), 131072
+    stats = [rng.random((1, 1, tokens)).astype(np.float32) ** power for power in (1, 2, 3, 9)]
+    budget = from_scores("50%", every=0)
+    held = jax.numpy.full((4, 1, 1), budgets.LARGEST)
+    rows = budget.allocate([*map(jax.numpy.asarray, stats)], jax.numpy.asarray(4), jax.numpy.asarray([tokens]), held)
+    best_of_all = np.argsort(-np.concatenate([s.ravel() for s in stats]), kind="stable")[: 2 * tokens]
+    assert np.asarray(rows)[:, 0, 0].tolist() == np.bincount(best_of_all // tokens, minlength=4).tolist()
+
+
+def test_shares_of_a_million_tokens_add_up():
+    budget = from_variance(20000, least=5)
+    infos = [jax.numpy.asarray([x], jax.numpy.float32) for x in np.linspace(0, 1, 8)]
+    held = jax.numpy.full((8, 1, 1), budgets.LARGEST)
+    rows = budget.allocate(infos, jax.numpy.asarray(8), jax.numpy.asarray([1 << 20]), held)
+    assert int(rows.sum()) == 8 * 20000 and len(set(np.asarray(rows).ravel().tolist())) == 8
+
+
+def test_a_decode_budget_of_another_unit_is_checked_for_every_prompt():
+    recipe = methods.snapkv(budget=100, decode_budget="10%", window=4)
+    with pytest.raises(InputError, match="is less than the budget 100 tokens"):
+        kvjax.generate(Model(model_of("gqa"), None, (), "random"), [text(120, 0)], recipe, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("method", WITH_BUDGET)
+def test_every_cache_can_be_planned(method):
+    planned = plan.plan(plan.abstract_model(None), methods.make(method, "20%"), context=200, new=4)
+    assert planned.bytes["total"] < planned.full_bytes

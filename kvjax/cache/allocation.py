@@ -37,9 +37,14 @@ def per_head(budget: Budget, floor: float) -> Budget:
         counts = count_best(jnp.moveaxis(stat, 1, 0), base * heads)
         wanted = base * even.numerator + counts * (even.denominator - even.numerator)
         rows = hand_out(wanted, even.denominator, base * heads, jnp.zeros_like(counts), available)
-        return jnp.moveaxis(rows, 0, 1) + jnp.minimum(slots, length - available)[:, None]
+        rows = jnp.moveaxis(rows, 0, 1) + jnp.minimum(slots, length - available)[:, None]
+        return _or_all(rows, slots[:, None], length[:, None])
 
-    return budget._replace(split=split, most=lambda num_layers, length: jnp.asarray(length, jnp.int32))
+    def most(num_layers: int, num_heads: int, length) -> Int[Array, "*b"]:
+        slots = jnp.max(jnp.stack([budget.slots(i, num_layers, length) for i in range(num_layers)]), axis=0)
+        return jnp.maximum(jnp.minimum(_times(slots, Fraction(num_heads)), length), slots)
+
+    return budget._replace(split=split, most=most)
 
 
 def from_scores(
@@ -91,18 +96,18 @@ def from_scores(
             counts, known, at_most = add(counts), known[::heads], at_most[::heads]
             unit = seen * heads
         fair = _times(base, least_of)
-        wanted = fair * unit + _scaled(counts * layers, base - fair, base)
+        wanted = fair * unit + share(counts * layers, 1 - least_of)
         at_most = jnp.where(known, at_most, 0)
         if regrow:
             got = hand_out(wanted, unit, base * layers * (heads if ada else 1), jnp.zeros_like(wanted), at_most)
         else:
             got = jnp.minimum(wanted // unit, at_most)
-        got = jnp.where(known, got + protected, LARGEST)
+        got = jnp.where(known, _or_all(got + protected, slots, length), LARGEST)
         if ada:
             return jnp.moveaxis(got.reshape(layers, heads, -1), 1, 2)
         return jnp.broadcast_to(got[..., None], (*got.shape, heads))
 
-    def most(num_layers: int, length) -> Int[Array, "*b"]:
+    def most(num_layers: int, num_heads: int, length) -> Int[Array, "*b"]:
         length = jnp.asarray(length, jnp.int32)
         return jnp.minimum(jnp.maximum(tokens_of(amount, length), _times(tokens_of(amount, length), most_of)), length)
 
@@ -120,7 +125,7 @@ def from_variance(keep: Keep, *, least: int, full_layers: tuple[int, ...] = ()) 
     Args:
       keep: slots per row, as a mean over all layers.
       least: slots that every row gets, or a hundredth of the prompt, or the mean budget if that is less.
-      full_layers: layers that keep everything, -1 the last one; the other layers pay for them.
+      full_layers: layers that keep the whole prompt, -1 the last one; the other layers pay for them.
 
     A layer's statistic is the variance over keys of the attention that they received, per query head, scaled to 0 to 1
     over the heads and averaged over them. Slots are shared in proportion to its softmax with the sign reversed.
@@ -146,6 +151,13 @@ def from_variance(keep: Keep, *, least: int, full_layers: tuple[int, ...] = ()) 
     def slots(layer, num_layers: int, length) -> Int[Array, "*b"]:
         return tokens_of(amount, length)
 
+    def most(num_layers: int, num_heads: int, length) -> Int[Array, "*b"]:
+        slots = tokens_of(amount, length)
+        if full_layers:
+            return jnp.maximum(length, slots)
+        # Shares come from statistics between 0 and 1: none is more than e times another.
+        return jnp.maximum(jnp.minimum(length, 3 * jnp.minimum(slots, length) + bottom(length)), slots)
+
     def check(num_layers: int, length: int) -> None:
         full = len(places(num_layers))
         total = num_layers * int(mean(length))
@@ -164,13 +176,13 @@ def from_variance(keep: Keep, *, least: int, full_layers: tuple[int, ...] = ()) 
         full = jnp.zeros((layers, 1), bool).at[jnp.asarray(places(layers), jnp.int32)].set(True)
         rest = mean(length) * layers - length * full.sum()
         shares = jax.nn.softmax(jnp.where(full, -jnp.inf, -jnp.stack(infos)), axis=0)
-        unit = jnp.clip(2**30 // jnp.maximum(rest, 1), 1, 4096)  # fractions of a slot decide who gets what is left
+        unit = jnp.clip(
+            2**30 // jnp.maximum(rest, length + 1), 1, 4096
+        )  # fractions of a slot decide who gets what is left
         wanted = jnp.floor(shares * (rest * unit).astype(jnp.float32)).astype(jnp.int32)
         low, high = (jnp.where(full, 0, bound(length)) for bound in (bottom, lambda n: n))
         rows = jnp.where(full, length, hand_out(wanted, unit, rest, low, high))
-        slots = tokens_of(amount, length)
-        rows = jnp.where(slots < length, rows, slots)  # everything fits: rows fill up while decoding
-        return jnp.broadcast_to(rows[..., None], held.shape)
+        return jnp.broadcast_to(_or_all(rows, tokens_of(amount, length), length)[..., None], held.shape)
 
     def measure(prompt: Prompt, stat: Array) -> Float[Array, " B"]:
         del stat
@@ -180,7 +192,7 @@ def from_variance(keep: Keep, *, least: int, full_layers: tuple[int, ...] = ()) 
         slots=slots,
         allocate=allocate,
         measure=measure,
-        most=lambda num_layers, length: jnp.maximum(length, tokens_of(amount, length)),
+        most=most,
         check=check,
     )
 
@@ -207,13 +219,12 @@ def _room(stat: Float[Array, "B T"], slots: Int[Array, " B"], length: Int[Array,
     return jnp.clip(slots - (length - available), 0, available), available
 
 
+def _or_all(rows: Int[Array, "*b"], slots: Int[Array, "*#b"], length: Int[Array, "*#b"]) -> Int[Array, "*b"]:
+    """The rows, or `slots` each where the whole prompt fits: what is free then fills up while decoding."""
+    return jnp.where(slots < length, rows, slots)
+
+
 def _times(n: Int[Array, "*b"], of: Fraction) -> Int[Array, "*b"]:
     """`n * of` rounded down, at most `LARGEST`."""
     most = min(LARGEST * of.denominator // max(of.numerator, 1), LARGEST)
     return jnp.where(n >= most, LARGEST, share(jnp.minimum(n, most), of))
-
-
-def _scaled(x: Int[Array, "R B"], numerator: Int[Array, " B"], denominator: Int[Array, " B"]) -> Int[Array, "R B"]:
-    """`x * numerator / denominator` rounded down, without passing 32 bits on the way."""
-    denominator = jnp.maximum(denominator, 1)
-    return x // denominator * numerator + x % denominator * numerator // denominator

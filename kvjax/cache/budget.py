@@ -32,7 +32,7 @@ class Budget(NamedTuple):
       every: call `allocate` after every so many layers, to bound the peak; None = once, after the last layer.
       room: `prompt length -> slots` that each row may fill while decoding beyond what it was given, before tokens are
         evicted; None = appended tokens are not counted, rows that evict may fill what they were given.
-      most: `(num_layers, prompt length) -> slots` that any row may be given; None = `slots`. On ints and arrays.
+      most: `(num_layers, K, prompt length) -> slots` that any row may be given; None = `slots`. On ints and arrays.
       check: `(num_layers, prompt length)` raises `InputError` for a prompt that the budget cannot serve; on the host.
       ladder: rungs per power of two and smallest step of the cache's shapes (see `pages.ladder`).
 
@@ -119,9 +119,17 @@ def while_decoding(budget: Budget, keep: Keep, decoding: Keep) -> Budget:
     if decoding == "":
         return budget
     first, later = parse_keep(keep), parse_keep(decoding)
+    less = InputError(f"decode_budget {_show(later)} is less than the budget {_show(first)}: give at least as much")
     if isinstance(first, int) == isinstance(later, int) and later < first:
-        raise InputError(f"decode_budget {_show(later)} is less than the budget {_show(first)}: give at least as much")
-    return budget._replace(room=lambda length: jnp.maximum(tokens_of(later, length) - tokens_of(first, length), 0))
+        raise less
+    room = lambda length: tokens_of(later, length) - tokens_of(first, length)
+
+    def check(num_layers: int, length: int) -> None:
+        budget.check(num_layers, length)
+        if int(room(length)) < 0:
+            raise less
+
+    return budget._replace(room=room, check=check)
 
 
 def everything() -> Budget:

@@ -74,15 +74,19 @@ def retain(
 
     def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
         prompt, heads, padded = np.asarray(lengths.prompt), spec.num_kv_heads, lengths.padded
-        for length in set(lengths.prompt):
-            budget.check(spec.num_layers, length)
         with jax.ensure_compile_time_eval():  # so that `eval_shape` can plan a cache without allocating it
+            for length in set(lengths.prompt):
+                budget.check(spec.num_layers, length)
             extra = np.asarray(beyond(prompt))
             mean = [np.asarray(budget.slots(i, spec.num_layers, prompt)) + extra for i in layers.index]
             # Only the width of the tables depends on the longest row: no new shape for every prompt length.
-            most = None if budget.most is None else np.asarray(budget.most(spec.num_layers, padded)) + extra.max()
+            most = (
+                None if budget.most is None else np.asarray(budget.most(spec.num_layers, heads, padded)) + extra.max()
+            )
         rows = room(np.stack(mean), prompt, lengths.new)  # L B
-        row = pages.ladder(int(rows.max() if most is None else room(most, padded, lengths.new)), *budget.ladder)
+        row = pages.ladder(
+            int(rows.max() if most is None else room(most + extra.max(), padded, lengths.new)), *budget.ladder
+        )
         page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder))
         # Rows that share slots may each have a page that holds one slot only.
         held = heads * int(np.sum(-(-rows // page))) if most is None else int(heads * np.sum(rows + page - 1)) // page
@@ -117,8 +121,8 @@ def retain(
         found = _candidates(prompt, stat)
         if fate.prompt is None and budget.most is not None:
             with jax.ensure_compile_time_eval():
-                width = int(budget.most(prompt.num_layers, np.asarray(stat.shape[-1])))
-            found = _shortlist(score, found, budget.most(prompt.num_layers, prompt.length), width)
+                width = int(budget.most(prompt.num_layers, stat.shape[1], np.asarray(stat.shape[-1])))
+            found = _shortlist(score, found, budget.most(prompt.num_layers, stat.shape[1], prompt.length), width)
         return tiers, Found(info, found)
 
     def settle(tiers: Tiers, found: Candidates, rows: Int[Array, "B K"]) -> Tiers:

@@ -1,5 +1,6 @@
 """What a run was: `run.json`, and the guard that one folder holds one run."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,30 +19,29 @@ PACKAGES = ("kvjax", "jax", "jaxlib", "flax", "numpy", "tokenizers")
 MAY_CHANGE = ("tasks", "methods", "budgets", "samples")  # of a run that is continued: each result names its own
 
 
-def write(directory: Path, command: Sequence[str], arguments: Mapping[str, object]) -> None:
-    """Write `run.json` with arguments, versions, commit and device.
+def write(directory: Path, command: Sequence[str], arguments: Mapping[str, object], *, fresh: bool) -> None:
+    """Write `run.json` with arguments, versions, commit and device; of a run that is continued, those of every call.
 
     Args:
-      directory: of the run; made if there is none.
+      directory: of the run.
       command: module and flags.
       arguments: JSON values that determine the results.
+      fresh: there are no results yet.
 
     Raises:
       InputError: the folder holds the results of a run with other arguments, or cannot be written.
     """
     arguments = json.loads(json.dumps(arguments))  # as they will be read
-    found = {
+    call = {
         "command": shlex.join(["python", "-m", *command]),
-        "arguments": arguments,
         "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in PACKAGES}},
         "commit": commit(),
         "device": jax.devices()[0].device_kind,
     }
     path = directory / NAME
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _compare(path, arguments)
+        calls = [] if fresh else _earlier(path, arguments)
+        found = {**call, "arguments": arguments, "calls": [*calls, call]}
         temporary = path.with_suffix(".new")
         temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)
@@ -49,15 +49,23 @@ def write(directory: Path, command: Sequence[str], arguments: Mapping[str, objec
         raise InputError(f"cannot write {directory}: {error.strerror}") from None
 
 
-def _compare(path: Path, arguments: Mapping[str, object]) -> None:
+def digest(text: str) -> str:
+    """A short name of a text's contents."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _earlier(path: Path, arguments: Mapping[str, object]) -> list[dict[str, object]]:
+    """The calls that have made the results so far; they must have had the same arguments."""
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+        run = json.loads(path.read_text(encoding="utf-8"))
+        before, calls = run["arguments"], run["calls"]
         changed = [name for name in arguments if name not in MAY_CHANGE and before.get(name) != arguments[name]]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} does not describe a run: choose another --out") from None
     for name in changed:
         was, now = (json.dumps(value) for value in (before.get(name), arguments[name]))
         raise InputError(f"{path.parent} holds a run with {name} {was}, not {now}: choose another --out")
+    return calls
 
 
 def commit() -> str | None:

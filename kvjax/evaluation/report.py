@@ -47,8 +47,10 @@ def header(run: dict[str, Any]) -> str:
     """What was run, in one line."""
     given = run.get("arguments") or {}
     facts = {"model": given.get("model"), "form": given.get("form"), "question": given.get("question")}
-    facts |= {"samples per part": given.get("samples"), "seed": given.get("seed"), "commit": run.get("commit")}
-    facts |= {key: run.get(key) for key in ("device", "dtype")} | (run.get("versions") or {})
+    commits = dict.fromkeys(str(call.get("commit")) for call in run.get("calls") or [run])
+    facts |= {"samples per part": given.get("samples"), "seed": given.get("seed"), "commit": " and ".join(commits)}
+    facts |= {"batch": given.get("batch"), "device": run.get("device"), "dtype": given.get("dtype")}
+    facts |= {"settings": given.get("settings") or None} | (run.get("versions") or {})
     return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
 
 

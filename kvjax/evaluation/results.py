@@ -171,7 +171,7 @@ def estimate(group: Sequence[Line]) -> tuple[float, float, float]:
         values, weights = zip(*((np.mean(line["tokens"]), len(line["tokens"])) for line in group), strict=True)
         with np.errstate(over="ignore"):
             mean, low, high = np.exp(student(values, weights)).tolist()
-        return mean, low, high
+        return mean, max(low, 1.0), high  # no perplexity is less
     sizes = Counter(line["part"] for line in group)
     values, weights = [line["score"] for line in group], [1 / sizes[line["part"]] for line in group]
     if metric == "kl":

@@ -84,7 +84,7 @@ class Evaluation:
 
     def _prompts(self, samples: Sequence[Sample], task: Task) -> Prompts:
         forced = not callable(task.metric)
-        pairs = [encode(self._model, sample, chat=self._chat) for sample in samples]
+        pairs = [encode(self._model, sample, chat=self._chat, unseen=self._unseen) for sample in samples]
         if forced or self._unseen:
             return Prompts([context for context, _ in pairs], [rest for _, rest in pairs])
         return Prompts([context + rest for context, rest in pairs], [[] for _ in pairs])
@@ -158,7 +158,7 @@ def request(
     return Request(samples, seed, lengths, form, plain, whole - len(plain("x")), text, data)
 
 
-def encode(model: Model, sample: Sample, *, chat: bool) -> tuple[list[int], list[int]]:
+def encode(model: Model, sample: Sample, *, chat: bool, unseen: bool = False) -> tuple[list[int], list[int]]:
     """Token ids of a sample's context, with what stands before it, and of what follows it."""
     context, question, tokenizer = sample.context, sample.question, model.tokenizer
     assert tokenizer is not None
@@ -169,6 +169,8 @@ def encode(model: Model, sample: Sample, *, chat: bool) -> tuple[list[int], list
         cut = whole.find(stripped) + len(stripped)
         if stripped not in whole:
             raise InputError("the chat template changes its messages: give --no-chat")
+    if unseen and not context.strip():
+        raise InputError(f"sample {sample.part} {sample.index} has nothing before its question: give --question seen")
     return tokenizer.split(whole + sample.prefix, cut, special=not (chat and sample.chat))
 
 
@@ -214,7 +216,12 @@ def results(directory: Path) -> Iterator[tuple[set[Key], TextIO]]:
     A line that was being written when a run was killed is cut off.
     """
     path = directory / SAMPLES
-    with path.open("a+", encoding="utf-8") as file:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {directory}: {error.strerror}") from None
+    with opened as file:
         _lock(file, path)
         file.seek(0)
         done, end = set(), 0

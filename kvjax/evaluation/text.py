@@ -66,7 +66,7 @@ def _lines(request: Request, task: str, length: int, tokens: int, index: int) ->
         asked = _longest(rows[count:-1], tokens, request)  # the last one ends the document
         return Sample(str(length), index, "".join(rows[:count]), asked, chat=False)
 
-    return fit(request, task, length, build, 1, document.v.NUM_KEYS)
+    return _checked(request, task, tokens, fit(request, task, length, build, 1, document.v.NUM_KEYS))
 
 
 def _stretch(request: Request, task: str, length: int, tokens: int, index: int) -> Sample:
@@ -80,9 +80,16 @@ def _stretch(request: Request, task: str, length: int, tokens: int, index: int) 
         end = _longest(words[count:], tokens, request)
         return Sample(str(length), index, "".join(words[:count]), end, chat=False)
 
-    sample = fit(request, task, length, build, 1, span - 1)
-    if not sample.question or request.tokens(sample) < length // 2:
+    sample = _checked(request, task, tokens, fit(request, task, length, build, 1, span - 1))
+    if request.tokens(sample) < length // 2:
         raise InputError(f"task {task} needs a text of more than {length} tokens: give a longer --text FILE")
+    return sample
+
+
+def _checked(request: Request, task: str, tokens: int, sample: Sample) -> Sample:
+    """A sample whose end has a token to be judged besides its first."""
+    if len(request.encode(sample.question)) < 2:
+        raise InputError(f"task {task}: tokens={tokens} is too small for an end of two tokens: give more")
     return sample
 
 

@@ -31,7 +31,7 @@ def d2o(
       sinks: first tokens, always kept.
       beta: how fast the threshold for merging follows.
       merge: weights of merged tokens: the paper's, or those of the released code.
-      full_layers: layers that keep everything, such as "0,1,-1"; paid for by the other layers.
+      full_layers: layers that keep the whole prompt, such as "0,1,-1"; paid for by the other layers.
       decode_budget: slots per row while decoding, as a mean over rows; "" = the budget.
 
     Source: Wan et al., ICLR 2025 (arXiv 2406.13035); AIoT-MLSys-Lab/D2O.
