@@ -79,15 +79,12 @@ def retain(
                 budget.check(spec.num_layers, length)
             extra = np.asarray(beyond(prompt))
             mean = [np.asarray(budget.slots(i, spec.num_layers, prompt)) + extra for i in layers.index]
-            # Only the width of the tables depends on the longest row: no new shape for every prompt length.
-            most = (
-                None if budget.most is None else np.asarray(budget.most(spec.num_layers, heads, padded)) + extra.max()
-            )
+            most = None if budget.most is None else np.asarray(budget.most(spec.num_layers, heads, padded))
         rows = room(np.stack(mean), prompt, lengths.new)  # L B
-        row = pages.ladder(
-            int(rows.max() if most is None else room(most + extra.max(), padded, lengths.new)), *budget.ladder
-        )
         page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder))
+        # Only the width of the tables depends on the longest row: no new shape for every prompt length.
+        longest = rows if most is None else room(most + extra.max(), padded, lengths.new)
+        row = pages.ladder(int(longest.max()), *budget.ladder)
         # Rows that share slots may each have a page that holds one slot only.
         held = heads * int(np.sum(-(-rows // page))) if most is None else int(heads * np.sum(rows + page - 1)) // page
         tier = tiers_.init(
