@@ -1,0 +1,62 @@
+"""What a run leaves on disk: its arguments, its log, its checkpoints and the trained model."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from kvjax.demo import export as first
+from kvjax.demo.curriculum import tokens
+from kvjax.errors import InputError
+from kvjax.models.decoder import Decoder
+
+State = TypeVar("State", bound=tuple)
+MAY_CHANGE = ("out", "minutes", "workers", "checkpoint_every")  # of a run that is continued
+
+
+def check(args: argparse.Namespace, fingerprint: str) -> None:
+    """Write `run.json`, or refuse to continue a run with other arguments or on another interpreter's text."""
+    given = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE} | {"corpus": fingerprint}
+    path = args.out / "run.json"
+    args.out.mkdir(parents=True, exist_ok=True)
+    if path.exists() and (known := json.loads(path.read_text())) != given:
+        changed = [key for key in given if given[key] != known.get(key)]
+        raise InputError(f"{path} is of a run with another {', '.join(changed)}: choose another --out")
+    path.write_text(json.dumps(given, indent=2) + "\n")
+
+
+def manager(out: Path, every: int) -> ocp.CheckpointManager:
+    """Checkpoints of a run: the newest two, at multiples of `every` steps."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=every)
+    return ocp.CheckpointManager((out / "checkpoints").absolute(), options=options)
+
+
+def resume(manager: ocp.CheckpointManager, state: State, log: Path) -> tuple[State, int]:
+    """The newest checkpoint and the steps it has done; the log is cut to them."""
+    done = manager.latest_step() or 0
+    if done:
+        found = manager.restore(done, args=ocp.args.StandardRestore(tuple(state)))
+        state = type(state)(*found)  # pyright: ignore[reportCallIssue]
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done))
+    return state, done
+
+
+def append(log: Path, entry: dict[str, Any]) -> None:
+    """One more line of the log."""
+    with log.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def export(model: Decoder, out: Path) -> None:
+    """Write the Hugging Face checkpoint, with weights in bfloat16 and this vocabulary."""
+    graph, params = nnx.split(model)
+    first.write(nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)), out)
+    config = json.loads((out / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokens.tokenizer().save(str(out / "tokenizer.json"))

@@ -1,0 +1,109 @@
+"""The decoder as it is trained: its size, its first weights, its loss on long documents."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Float, Int
+
+from kvjax.demo import train as first
+from kvjax.demo.curriculum import data, tokens
+from kvjax.demo.lines import ANSWER
+from kvjax.models import rope
+from kvjax.models.decoder import Decoder
+from kvjax.spec import ModelSpec, RopeSpec
+
+Attend = Literal["blocks", "cudnn"]
+CONTEXT = 4096
+EMBEDDING = 0.1  # standard deviation of the token vectors
+
+
+def make_spec(
+    layers: int, width: int, heads: int, kv_heads: int, head_dim: int, mlp: int, theta: float, tie: bool
+) -> ModelSpec:
+    """The architecture: Llama with grouped queries."""
+    return ModelSpec(
+        vocab_size=tokens.SIZE,
+        embed_dim=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp_dim=mlp,
+        max_position=CONTEXT,
+        rope=RopeSpec(theta=theta),
+        norm_eps=1e-5,
+        tie_embeddings=tie,
+    )
+
+
+def initial(spec: ModelSpec, seed: int) -> Decoder:
+    """The random decoder of `kvjax.demo.train`, whose first head attends to the previous token.
+
+    With tied embeddings the token vectors are smaller, and so is what layers add to them: otherwise a token's own
+    logit would be large in its own place, and the weights that turn vectors into logits slow to learn.
+    """
+    model = first.initial(spec, seed)
+    if spec.tie_embeddings:
+        shrink = EMBEDDING / 0.5
+        model.embedding[...] = model.embedding[...] * shrink
+        for layer in model.layers:
+            for out in (layer.attention.o, layer.mlp.down):
+                out.kernel[...] = out.kernel[...] * shrink
+    return model
+
+
+def attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], how: Attend
+) -> Float[Array, "B T N H"]:
+    """Causal attention that keeps no matrix of `T x T` for the gradient.
+
+    `blocks`: at most 256 queries with the keys up to their end, computed again for the gradient: a little over half of
+    the products of the full matrix. `cudnn`: the fused kernel of NVIDIA GPUs, for bfloat16 only.
+    """
+    if how == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    b, t, n, h = q.shape
+    heads, size = k.shape[2], min(256, max(128, t // 8))
+    q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+
+    @jax.checkpoint
+    def block(q: Array, k: Array, v: Array) -> Array:
+        rows, seen = q.shape[3], k.shape[2]
+        score = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * h**-0.5
+        visible = jnp.arange(seen) <= jnp.arange(seen - rows, seen)[:, None]
+        prob = jax.nn.softmax(jnp.where(visible, score, -jnp.inf), axis=-1).astype(v.dtype)
+        return jnp.einsum("bkgts,bksh->bkgth", prob, v)
+
+    starts = range(0, t, size)
+    out = [block(q[..., s : s + size, :], k[:, :, : s + size], v[:, :, : s + size]) for s in starts]
+    return jnp.moveaxis(jnp.concatenate(out, axis=3), 3, 1).reshape(b, t, n, h)
+
+
+def forward(model: Decoder, ids: Int[Array, "B T"], how: Attend = "blocks") -> Float[Array, "B T V"]:
+    """Logits at every position: `kvjax.models.decoder.forward` with less memory."""
+    spec = model.spec
+    cos, sin = rope.angles(spec.rope, spec.head_dim, jnp.arange(ids.shape[1]), jnp.asarray(ids.shape[1]))
+    cos, sin = cos[:, None], sin[:, None]
+    x = model.embed(ids)
+    for layer in model.layers:
+        q, k, v = layer.project(x)
+        x = layer.finish(x, attention(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, how))
+    return model.logits(x)
+
+
+def loss(model: Decoder, batch: data.Batch, how: Attend = "blocks") -> tuple[Float[Array, ""], Float[Array, "kinds 4"]]:
+    """Weighted cross-entropy [nats] of the next tokens, and sums for each kind of document.
+
+    The sums: tokens asked for, those of them that are exact, weighted cross-entropy, weight.
+    """
+    logits, target, weight = forward(model, jnp.asarray(batch.ids[:, :-1]), how), batch.ids[:, 1:], batch.weight[:, 1:]
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, target) * weight
+    asked = weight == ANSWER
+    exact = asked & (jnp.argmax(logits, axis=-1) == target)
+    rows = [jnp.sum(x.astype(jnp.float32), axis=1) for x in (asked, exact, entropy, weight)]
+    sums = jnp.zeros((len(data.KINDS), 4)).at[batch.kind].add(jnp.stack(rows, axis=1))
+    return jnp.sum(entropy) / jnp.sum(weight), sums
