@@ -27,7 +27,7 @@ from kvjax.report import list_factories
 
 PROG = "kvjax.evaluate"
 BATCH_TOKENS = 8192  # tokens of the prompts that are run together
-LENGTHS = {"short": (256, 512, 1024), "natural": (1024, 2048, 4096)}
+LENGTHS = {"short": (512, 1024), "natural": (2048, 4096)}
 
 
 def parser() -> command.Parser:
