@@ -132,7 +132,7 @@ def dynamickv_budgets(
             share = {(j,): Fraction(int(counts[j].sum()), heads) for j in range(seen)}
             total = base * layers
         most = [rows.get(unit, stored) for unit in share]
-        want = [fixed + (s * (base - fixed) * layers / (base * seen) if base else 0) for s in share.values()]
+        want = [fixed + s * (1 - exact(floor)) * layers / seen for s in share.values()]
         given = hand_out(want, most, total if regrow else 0)
         rows.update(zip(share, given, strict=True))
         history.append(np.array([[rows[(j, h) if ada else (j,)] for h in range(heads)] for j in range(seen)]))

@@ -43,7 +43,7 @@ def streaming_llm(
 
     def place(pos: Int[Array, "B K s"], now: Int[Array, " B"], length: Int[Array, "B K"]) -> Int[Array, "B K s"]:
         newest = length[..., None] - 1 - (now[:, None, None] - pos)
-        return jnp.where(pos < sinks, jnp.minimum(pos, jnp.maximum(newest, 0)), newest)
+        return jnp.where(pos < sinks, jnp.minimum(pos, jnp.maximum(length[..., None] - 1, 0)), newest)
 
     keep = budgets.while_decoding(budgets.uniform(budget), budget, decode_budget)
     policy = retain(score.recency(sinks), keep, evict="before")
