@@ -31,16 +31,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 def parser() -> command.Parser:
     """The command line's flags."""
     p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", metavar="M", help="Hugging Face directory, hub id or Orbax directory (default: demo)")
-    p.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable; - reads standard input")
-    p.add_argument("--prompt-file", action="append", metavar="FILE", help="a prompt from a file; repeatable")
-    p.add_argument("--prompt-tokens", action="append", metavar="1,2,3", help="a prompt as token ids; repeatable")
-    p.add_argument("--chat", action="store_true", help="wrap each prompt in the checkpoint's chat template")
-    p.add_argument("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: full)")
-    p.add_argument("--budget", metavar="512|20%", help="slots per row, in tokens or as a share of the prompt")
-    p.add_argument("--decode-budget", metavar="512|20%", help="slots per row while decoding (default: by method)")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the method")
-    p.add_argument("--config", type=Path, metavar="FILE.toml", help="options from a file; flags take precedence")
+    add_shared_flags(p, method="full", many="repeatable; ")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help=f"(default: {NEW_TOKENS})")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     p.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")
@@ -48,15 +39,35 @@ def parser() -> command.Parser:
     p.add_argument("--min-p", type=float, default=0.0, help="(default: 0)")
     p.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off (default: 1)")
     p.add_argument("--seed", type=int, default=0, help="same seed, same text (default: 0)")
-    p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
-    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
     p.add_argument(
         "--no-stream", action="store_true", help="print the text when it is complete (so are several prompts)"
     )
-    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--dump-cache", type=Path, metavar="FILE.npz", help="write kept positions and prompt logits")
     p.add_argument("--list-methods", action="store_true", help="show all methods and their arguments")
     return p
+
+
+def add_shared_flags(p: argparse.ArgumentParser, *, method: str, many: str = "") -> None:
+    """Flags that mean the same in every command that runs prompts through a method.
+
+    Args:
+      p: the command's parser.
+      method: the default one, for its help.
+      many: what the help of a prompt begins with.
+    """
+    p.add_argument("--model", metavar="M", help="Hugging Face directory, hub id or Orbax directory (default: demo)")
+    p.add_argument("--prompt", action="append", metavar="TEXT", help=f"{many}- reads standard input")
+    p.add_argument("--prompt-file", action="append", metavar="FILE", help=f"{many}a prompt from a file")
+    p.add_argument("--prompt-tokens", action="append", metavar="1,2,3", help=f"{many}a prompt as token ids")
+    p.add_argument("--chat", action="store_true", help="wrap a prompt in the checkpoint's chat template")
+    p.add_argument("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: {method})")
+    p.add_argument("--budget", metavar="512|20%", help="slots per row, in tokens or as a share of the prompt")
+    p.add_argument("--decode-budget", metavar="512|20%", help="slots per row while decoding (default: by method)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the method")
+    p.add_argument("--config", type=Path, metavar="FILE.toml", help="options from a file; flags take precedence")
+    p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
+    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
 def read_texts(args: argparse.Namespace) -> list[str]:

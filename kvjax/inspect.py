@@ -19,10 +19,10 @@ from kvjax import command, generation, kept, plan, showcase
 from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
-from kvjax.generate import DTYPES, encode, read_ids, read_texts
+from kvjax.generate import DTYPES, add_shared_flags, encode, read_ids, read_texts
 from kvjax.generation import Generation, Model
 from kvjax.kept import Kept
-from kvjax.methods import METHODS, default_budget, make
+from kvjax.methods import default_budget, make
 
 PROG = "kvjax.inspect"
 CONTEXT = 4096  # tokens of a dry run without a prompt
@@ -31,22 +31,10 @@ CONTEXT = 4096  # tokens of a dry run without a prompt
 def parser() -> command.Parser:
     """The command line's flags; those that `kvjax.generate` has too mean the same."""
     p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", metavar="M", help="Hugging Face directory, hub id or Orbax directory (default: demo)")
-    p.add_argument("--prompt", action="append", metavar="TEXT", help="- reads standard input")
-    p.add_argument("--prompt-file", action="append", metavar="FILE", help="the prompt from a file")
-    p.add_argument("--prompt-tokens", action="append", metavar="1,2,3", help="the prompt as token ids")
-    p.add_argument("--chat", action="store_true", help="wrap the prompt in the checkpoint's chat template")
-    p.add_argument("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: {showcase.METHOD})")
-    p.add_argument("--budget", metavar="512|20%", help="slots per row, in tokens or as a share of the prompt")
-    p.add_argument("--decode-budget", metavar="512|20%", help="slots per row while decoding (default: by method)")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the method")
-    p.add_argument("--config", type=Path, metavar="FILE.toml", help="options from a file; flags take precedence")
+    add_shared_flags(p, method=showcase.METHOD)
     p.add_argument("--max-new-tokens", type=int, default=1, metavar="N", help="the last is not cached (default: 1)")
-    p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
-    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
     p.add_argument("--layer", type=int, metavar="L", help="show this layer only, counted from 0")
     p.add_argument("--head", type=int, metavar="H", help="show this key/value head only, counted from 0")
-    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument(
         "--out", type=Path, nargs="?", const=Path("kept.png"), metavar="FILE.png", help="draw it (default: kept.png)"
     )
