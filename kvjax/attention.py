@@ -87,6 +87,23 @@ def query_column_sums(prompt: Prompt) -> Float[Array, "B N T"]:
     return prefill_scores.column_sums(prompt.q, prompt.k, prompt.lse, prompt.length, scale=scale, window=prompt.window)
 
 
+def channel_balance(prompt: Prompt) -> Float[Array, "B K R"]:
+    """What keys are multiplied by, and queries divided by, so that a channel's largest of both are equal.
+
+        sqrt(max |q| / max |k|)
+
+    over a prompt's tokens and the query heads of the group; 1 where a channel is zero, between 1e-4 and 1e4.
+
+    Source: MiKV (arXiv 2402.18096), the channel balancer; SmoothQuant's (arXiv 2211.10438) with alpha = 1/2.
+    """
+    b, t, heads, h = prompt.k.shape
+    real = (jnp.arange(t) < prompt.length[:, None])[..., None, None]
+    largest = lambda x: jnp.where(real, jnp.abs(x.astype(jnp.float32)), 0.0).max(axis=1)
+    q, k = largest(prompt.q).reshape(b, heads, -1, h).max(axis=2), largest(prompt.k)
+    known = (q > 0) & (k > 0)
+    return jnp.where(known, jnp.clip(jnp.sqrt(jnp.where(known, q / jnp.where(known, k, 1), 1)), 1e-4, 1e4), 1.0)
+
+
 def window_sums(prompt: Prompt, size: int) -> Float[Array, "B K T"]:
     """Attention that each prompt token received from the last `size` queries, averaged over its group's query heads."""
     b, t, n, h = prompt.q.shape
@@ -118,19 +135,24 @@ def decode(
     *,
     visible: Callable[[Int[Array, "B K s"]], Bool[Array, "B K s"]] | None,
     with_probabilities: bool,
+    select: Callable[[tuple[Float[Array, "B K G S"], ...]], tuple[Bool[Array, "B K S"], ...]] | None = None,
 ) -> tuple[Float[Array, "B K G R"], tuple[Float[Array, "B K G S"], ...]]:
     """One query per row over all tiers, merged exactly.
 
     Args:
       q: rotated queries.
       tiers: one layer's views.
-      readers: for each tier, `(read_key, read_value)` as in `pallas_kernels.decode_attention`.
+      readers: for each tier `(read_query, read_key, read_value)`: what the query becomes for it, the others as in
+        `pallas_kernels.decode_attention`.
       visible: which of the slots at these positions the query sees; None = all.
       with_probabilities: also return every slot's attention weight.
+      select: which slots are attended, from the attention weights over all of them; None = all.
     """
-    parts = [
-        kernel.decode_attention(
-            q,
+
+    def part(tier: Tier, reader: tuple, slots: Bool[Array, "B K S"] | None, logits: bool) -> kernel.Partial:
+        read_query, read_key, read_value = reader
+        return kernel.decode_attention(
+            read_query(q),
             tier.k,
             tier.v,
             tier.table,
@@ -138,12 +160,19 @@ def decode(
             None if isinstance(tier.pos, tuple) else tier.pos,
             scale=q.shape[-1] ** -0.5,
             visible=visible,
+            slots=slots,
             read_key=read_key,
             read_value=read_value,
-            with_logits=with_probabilities,
+            with_logits=logits,
         )
-        for tier, (read_key, read_value) in zip(tiers, readers, strict=True)
-    ]
-    whole = kernel.merge(parts)
-    probs = tuple(kernel.probabilities(part, whole) for part in parts) if with_probabilities else ()
+
+    def attend(chosen: Sequence[Bool[Array, "B K S"] | None], logits: bool) -> tuple[kernel.Partial, tuple[Array, ...]]:
+        parts = [part(*each, logits) for each in zip(tiers, readers, chosen, strict=True)]
+        whole = kernel.merge(parts)
+        return whole, tuple(kernel.probabilities(p, whole) for p in parts) if logits else ()
+
+    chosen = [None] * len(tiers)
+    if select is not None:
+        chosen = select(attend(chosen, logits=True)[1])
+    whole, probs = attend(chosen, with_probabilities)
     return whole.o / whole.l[..., None], probs

@@ -6,6 +6,7 @@ All contestants take turns in one process, so that a noisy machine is noisy for 
 import argparse
 import importlib.util
 import json
+import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from kvjax import command, decode, generation, sampling
 from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
 from kvjax.generation import Model
-from kvjax.methods import make
+from kvjax.methods import label_of, make, read_entry
 from kvjax.models.decoder import Decoder
 from kvjax.spec import Lengths, ModelSpec
 
@@ -200,7 +201,13 @@ def parser() -> command.Parser:
     """The command line's flags."""
     p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", metavar="M", help="a checkpoint (default: a random Llama with 88M parameters)")
-    p.add_argument("--methods", default="full,snapkv:10%", metavar="A,B:20%", help="with a budget after the colon")
+    p.add_argument(
+        "--methods",
+        default="full,snapkv:10%",
+        metavar="A,B:20%",
+        help="such as h2o+store=int4:20%%: arguments and a budget",
+    )
+    command.add_store_flags(p)
     p.add_argument("--contexts", default="4096,16384", metavar="N,M", help="prompt tokens")
     p.add_argument("--batch", type=int, default=1)
     p.add_argument("--steps", type=int, default=16, help="tokens per turn (default: 16)")
@@ -210,6 +217,13 @@ def parser() -> command.Parser:
     p.add_argument("--compile", type=int, metavar="LAYERS", help="only time the compilation of so many tiny layers")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return p
+
+
+def read_recipe(entry: str, stores: dict[str, str]) -> Recipe:
+    """A recipe from `method+key=value:budget`."""
+    method, budget = re.fullmatch(r"(.*?)(?::(\d+|[\d.]+%))?", entry).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    name, arguments = read_entry(method)
+    return make(name, budget, stores | arguments)
 
 
 def load(args: argparse.Namespace) -> Model:
@@ -226,11 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if min(args.batch, args.steps, args.rounds) < 1:
         raise InputError("--batch, --steps and --rounds are at least 1")
-    recipes = {
-        entry: make(name, budget or None)
-        for entry in args.methods.split(",")
-        for name, _, budget in [entry.partition(":")]
-    }
+    recipes = {entry: read_recipe(entry, command.stores(args)) for entry in args.methods.split(",")}
     try:
         contexts = [int(n) for n in args.contexts.split(",")]
     except ValueError:
@@ -253,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"--contexts {context}: give 1 to {model.spec.max_position - new} tokens")
         contestants = [transformers_contestant(model, args.batch, context)] if args.transformers else []
         contestants += [
-            kvjax_contestant(model, f"kvjax {label}", recipe, args.batch, context, new)
+            kvjax_contestant(model, f"kvjax {label_of(label)}", recipe, args.batch, context, new)
             for label, recipe in recipes.items()
         ]
         measured = measure(contestants, args.rounds, args.steps)

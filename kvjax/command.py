@@ -51,7 +51,26 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     args.arguments = arguments | read_settings(args.set)
     if args.decode_budget is not None:
         args.arguments["decode_budget"] = args.decode_budget
+    args.arguments |= stores(args)
     return args
+
+
+def add_store_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags for number formats."""
+    name = "dense, int8, int4, int3, int2, fp8, kivi4, kivi2"
+    parser.add_argument("--store", metavar="NAME", help=f"number format of the cache: {name} (default: dense)")
+    parser.add_argument("--key-store", metavar="NAME", help="of keys (default: --store)")
+    parser.add_argument("--value-store", metavar="NAME", help="of values (default: --store)")
+    parser.add_argument("--low-store", metavar="NAME", help="of mikv's unimportant tokens (default: int2)")
+
+
+def stores(args: argparse.Namespace) -> dict[str, str]:
+    """The flags for number formats as arguments of a method."""
+    found = {} if args.store is None else {"store": args.store}
+    if args.key_store is not None or args.value_store is not None:
+        both = args.store or "dense"
+        found["store"] = f"{args.key_store or both}/{args.value_store or both}"
+    return found if args.low_store is None else found | {"low_store": args.low_store}
 
 
 def read_config(path: Path) -> dict[str, Any]:

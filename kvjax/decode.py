@@ -14,7 +14,8 @@ from kvjax.cache import pages
 from kvjax.cache import tier as tiers_
 from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Found, Layers, Recipe, Tiers
-from kvjax.cache.store import Store
+from kvjax.cache.store import KVStore
+from kvjax.cache.tier import Tier
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer
 from kvjax.spec import Lengths, ModelSpec, Prompt, PyTree, Token
@@ -224,17 +225,21 @@ def _decode_layer(
     place = lambda at: at if recipe.positions is None else recipe.positions(at, pos, length)
     turn = _rotation(spec, recipe, sum(tier.capacity for tier in tiers), pos, length)
 
-    def read_key(codes: PyTree, at: Int[Array, "B K s"], store: Store) -> Float[Array, "B K s H"]:
-        keys = fold.expand_key(params, store.decode(codes))
-        return keys if recipe.rotate == "write" else turn(keys, place(at))
+    def reader(tier: Tier, store: KVStore) -> tuple[Callable, Callable, Callable]:
+        def read_key(codes: PyTree, at: Int[Array, "B K s"]) -> Float[Array, "B K s H"]:
+            keys = fold.expand_key(params, store.key.decode(codes, x.dtype))
+            return keys if recipe.rotate == "write" else turn(keys, place(at))
+
+        return lambda q: store.query(q, tier.calib), read_key, lambda codes: store.value.decode(codes, x.dtype)
 
     query_place, window = place(jnp.broadcast_to(here, (*k.shape[:2], 1))), spec.window(index)
     heads, probs = attention.decode(
         turn(q, query_place),
         tiers,
-        [(functools.partial(read_key, store=store), store.decode) for store in recipe.stores],
+        [reader(*each) for each in zip(tiers, recipe.stores, strict=True)],
         visible=None if window is None else lambda at: place(at) > query_place - window,
         with_probabilities=policy.observe is not None,
+        select=None if recipe.select is None else functools.partial(recipe.select, pos=pos),
     )
     if policy.observe is not None:
         tiers = policy.observe(tiers, token, probs)

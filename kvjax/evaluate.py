@@ -22,7 +22,7 @@ from kvjax.evaluation.task import Sample, Task
 from kvjax.evaluation.tasks import TASKS, make_task
 from kvjax.generate import DTYPES
 from kvjax.generation import Model
-from kvjax.methods import METHODS, default_budget, make
+from kvjax.methods import METHODS, accepted_arguments, default_budget, make, read_entry
 from kvjax.report import list_factories
 
 PROG = "kvjax.evaluate"
@@ -35,7 +35,9 @@ def parser() -> command.Parser:
     p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", metavar="M", help="Hugging Face directory, hub id or Orbax directory (default: demo)")
     p.add_argument("--tasks", metavar="T,...", help=f"of {', '.join(TASKS)}")
-    p.add_argument("--methods", default="all", metavar="M,...", help="names, or all (default: all)")
+    p.add_argument(
+        "--methods", default="all", metavar="M,...", help="names such as h2o or mikv+low_store=int4 (default: all)"
+    )
     p.add_argument("--budgets", metavar="B,...", help="such as 10%%,20%%,512 (default: each method's own)")
     p.add_argument("--samples", type=int, default=50, metavar="N", help="per task and length or data set (default: 50)")
     p.add_argument("--out", type=Path, metavar="DIR", help="where results go; an earlier run's folder continues it")
@@ -45,6 +47,7 @@ def parser() -> command.Parser:
         "--question", choices=("seen", "unseen"), default="seen",
         help="unseen: the context is compressed before the question is read (default: seen)",
     )  # fmt: skip
+    command.add_store_flags(p)
     p.add_argument("--set", action="append", default=[], metavar="NAME.KEY=VALUE", help="a task's or method's argument")
     p.add_argument("--data", type=Path, metavar="DIR", help="folder of the official files of longbench and gsm8k")
     p.add_argument("--text", type=Path, metavar="FILE", help="for haystacks and perplexity (default: shipped)")
@@ -71,8 +74,9 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("give --tasks and --out, or: report DIR")
     settings = _settings(args.set)
     tasks = [make_task(name, settings.get(name)) for name in _split(args.tasks)]
-    grid = points(_split(args.methods), args.budgets and _split(args.budgets), settings)
-    _check(args, {task.name for task in tasks}, {point.method for point in grid}, settings)
+    stores = command.stores(args)
+    grid = points(_split(args.methods), args.budgets and _split(args.budgets), settings, stores)
+    _check(args, {task.name for task in tasks}, {read_entry(point.method)[0] for point in grid}, settings)
     text = _read_text(args.text)
     command.use_compilation_cache()
     model = generation.load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
@@ -88,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         "model": model.name, "tasks": list(samples), "methods": list(dict.fromkeys(point.method for point in grid)),
         "budgets": args.budgets and _split(args.budgets), "samples": args.samples, "seed": args.seed,
         "lengths": lengths, "form": form, "question": args.question, "chat": chat, "batch": batch,
-        "settings": settings, "data": args.data and str(args.data), "text": manifest.digest(request.text),
+        "settings": settings, "stores": stores, "data": args.data and str(args.data),
+        "text": manifest.digest(request.text),
         "dtype": jnp.dtype(model.decoder.dtype).name, "ignore_config": args.ignore_config,
     }  # fmt: skip
     with runner.results(args.out) as (done, file):
@@ -122,14 +127,26 @@ def run(
 
 
 def points(
-    methods: list[str], budgets: list[str] | None, settings: dict[str, dict[str, str]] | None = None
+    methods: list[str],
+    budgets: list[str] | None,
+    settings: dict[str, dict[str, str]] | None = None,
+    stores: dict[str, str] | None = None,
 ) -> list[Point]:
-    """The grid's methods with their budgets; a method that takes no budget appears once."""
-    grid = []
-    for name in METHODS if methods == ["all"] else methods:
-        takes = default_budget(name)
+    """The grid's methods with their budgets; a method that takes no budget appears once.
+
+    `stores` are arguments of all methods, as far as they have them; `settings` those of the methods that they name.
+    """
+    grid, left = [], set(stores or {})
+    for entry in METHODS if methods == ["all"] else methods:
+        name, arguments = read_entry(entry)
+        takes, accepted = default_budget(name), accepted_arguments(name)
+        given = {key: value for key, value in (stores or {}).items() if key in accepted}
+        left -= given.keys()
+        given |= (settings or {}).get(name, {}) | arguments
         for budget in [takes] if takes is None or not budgets else budgets:
-            grid.append(Point(name, budget, make(name, budget, (settings or {}).get(name))))
+            grid.append(Point(entry, budget, make(name, budget, given)))
+    if left:
+        raise InputError(f"no method of this run takes {', '.join(sorted(left))}")
     return list({(point.method, str(point.budget)): point for point in grid}.values())
 
 

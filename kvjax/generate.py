@@ -19,7 +19,7 @@ from kvjax import command, generation, showcase
 from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
 from kvjax.generation import Generation, Model
-from kvjax.methods import METHODS, default_budget, make
+from kvjax.methods import METHODS, default_budget, label_of, make
 from kvjax.report import describe, list_factories, summary
 from kvjax.sampling import Sampling
 
@@ -63,6 +63,7 @@ def add_shared_flags(p: argparse.ArgumentParser, *, method: str, many: str = "")
     p.add_argument("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: {method})")
     p.add_argument("--budget", metavar="512|20%", help="slots per row, in tokens or as a share of the prompt")
     p.add_argument("--decode-budget", metavar="512|20%", help="slots per row while decoding (default: by method)")
+    command.add_store_flags(p)
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the method")
     p.add_argument("--config", type=Path, metavar="FILE.toml", help="options from a file; flags take precedence")
     p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         print(json.dumps(describe(model, out, budget)))
     else:
-        console.print(summary([out], [f"{recipe.name} {budget or ''}".strip()]))
+        console.print(summary([out], [f"{label_of(recipe.name)} {budget or ''}".strip()]))
 
 
 def _check(args: argparse.Namespace, prompted: bool) -> None:

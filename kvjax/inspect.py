@@ -22,7 +22,7 @@ from kvjax.errors import InputError
 from kvjax.generate import DTYPES, add_shared_flags, encode, read_ids, read_texts
 from kvjax.generation import Generation, Model
 from kvjax.kept import Kept
-from kvjax.methods import default_budget, make
+from kvjax.methods import default_budget, label_of, make
 
 PROG = "kvjax.inspect"
 CONTEXT = 4096  # tokens of a dry run without a prompt
@@ -168,7 +168,7 @@ def _named(args: argparse.Namespace, model: Model) -> dict[str, Any]:
 
 
 def _title(report: Mapping[str, Any]) -> str:
-    return " ".join(str(report[name]) for name in ("method", "budget") if report[name] is not None)
+    return label_of(report["method"]) + (f" {report['budget']}" if report["budget"] is not None else "")
 
 
 def _kept(shown: Kept) -> str:
@@ -245,7 +245,7 @@ def _print_plan(console: Console, report: Mapping[str, Any]) -> None:
         "lengths": f"{report['batch']} x ({report['context']:,} prompt + {report['max_new_tokens']:,} new tokens)",
         "budget [slots per row]": "any" if slots is None else _by_layer(slots),
         "budget decided": report["decided"],
-        "stores": ", ".join(report["stores"]),
+        "stores": "; ".join(report["stores"]),
         "fold": report["fold"],
         "keys rotated": report["rotate"],
     }

@@ -57,7 +57,7 @@ def plan(model: Model, recipe: Recipe, context: int, new: int, batch: int = 1) -
         if budget is None
         else [int(budget.slots(i, spec.num_layers, context)) for i in range(spec.num_layers)],
         decided="before the prompt" if budget is None or budget.allocate is None else "after the prompt",
-        stores=[_factory(store.encode) for store in recipe.stores],
+        stores=[store.name for store in recipe.stores],
         fold=_factory(recipe.fold.key),
         rotate=f"when {'written' if recipe.rotate == 'write' else 'read'}",
         bytes=_bytes(model, recipe, Lengths((context,) * batch, new, decode.padded_length(context))),
@@ -121,5 +121,5 @@ def _bytes(model: Model, recipe: Recipe, lengths: Lengths) -> dict[str, int]:
 
 
 def _factory(function: Callable[..., Any]) -> str:
-    """The name of the factory that made a function of a store or a fold."""
+    """The name of the factory that made a function of a fold."""
     return function.__qualname__.split(".")[0]

@@ -9,7 +9,7 @@ from rich.text import Text
 from kvjax.cache.policy import Recipe
 from kvjax.demo import lines
 from kvjax.generation import Generation, Model, generate
-from kvjax.methods import full
+from kvjax.methods import full, label_of
 from kvjax.report import summary
 from kvjax.sampling import Sampling
 
@@ -40,7 +40,7 @@ def run(console: Console, model: Model, recipe: Recipe, budget: str | int | None
     console.print(f"A list of {len(rows)} lines, and questions about it:\n", highlight=False)
     console.print("\n".join(["    " + row for row in [*rows[:3], "...", *rows[-2:]]]) + "\n", highlight=False)
     outs = [generate(model, shown.texts, each, max_new_tokens=new, how=how) for each in (full(), recipe)]
-    names = ["full", f"{recipe.name} {budget or ''}".strip()]
+    names = ["full", f"{label_of(recipe.name)} {budget or ''}".strip()]
     console.print(_answers(shown, outs, names))
     console.print(summary(outs, names))
 

@@ -14,13 +14,26 @@ import kvjax
 from kvjax import METHODS, decode, demo, methods
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import Recipe
-from kvjax.cache.store import dense
 from kvjax.models.decoder import Decoder, forward
 from kvjax.spec import RopeSpec
 from tests import oracle
 
 STEPS, BUDGET, WINDOW = 6, 12, 4
 ARGUMENTS = {name: {"window": WINDOW} for name in ("snapkv", "pyramidkv", "adakv", "dynamickv")}
+# Besides each method as it comes: number formats. The first word is the method.
+VARIANTS = {name: ARGUMENTS.get(name, {}) for name in METHODS} | {
+    "full int8": {"store": "int8"},
+    "full fp8": {"store": "fp8"},
+    "full kivi2": {"store": "kivi2:8:16"},
+    "h2o int4": {"store": "int4"},
+    "tova int8/int3": {"store": "int8/int3"},
+    "streaming_llm int4": {"store": "int4:symmetric"},
+    "adakv int2": {"store": "int2", "window": WINDOW},
+    "dynamickv int8": {"store": "int8", "window": WINDOW},
+    "d2o int4": {"store": "int4"},
+    "mikv int8": {"store": "int8", "low_store": "int4/int2"},
+    "mikv dynamickv": {"importance": "window", "allocate": "from_scores", "window": WINDOW},
+}
 LLAMA3 = RopeSpec(type="llama3", factor=8.0, original_max_position=32)
 MODELS = {
     "gqa": dict(num_layers=2, max_position=128),
@@ -29,8 +42,11 @@ MODELS = {
     "windowed": dict(num_layers=1, num_kv_heads=4, windows=(12,), qkv_bias=True, rope=LLAMA3),
     **({"demo": None} if (Path(demo.directory()) / "model.safetensors").exists() else {}),
 }
-WITH_BUDGET = [name for name, factory in METHODS.items() if "budget" in inspect.signature(factory).parameters]
-every_method = pytest.mark.parametrize("method", METHODS)
+WITH_BUDGET = [name for name in VARIANTS if "budget" in inspect.signature(METHODS[name.split()[0]]).parameters]
+EVICTING = [name for name in WITH_BUDGET if name.split()[0] not in ("mikv", "oracle")]  # what is not kept is gone
+every_method = pytest.mark.parametrize("method", VARIANTS)
+CASES = [(model, name) for name in VARIANTS for model in MODELS if name in METHODS or model.startswith("gqa")]
+every_case = pytest.mark.parametrize(("model", "method"), CASES)
 every_model = pytest.mark.parametrize("model", MODELS)
 
 
@@ -41,12 +57,7 @@ def decoder(name: str) -> Decoder:
 
 
 def recipe_of(method: str, budget: int | str) -> Recipe:
-    return methods.make(method, budget if method in WITH_BUDGET else None, ARGUMENTS.get(method))
-
-
-def is_exact(recipe: Recipe) -> bool:
-    """Whether what is kept is kept as it is."""
-    return recipe.fold is Recipe._field_defaults["fold"] and all(s.init is dense().init for s in recipe.stores)
+    return methods.make(method.split()[0], budget if method in WITH_BUDGET else None, VARIANTS[method])
 
 
 @functools.cache

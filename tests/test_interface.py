@@ -13,10 +13,11 @@ import pytest
 from kvjax import decode, sampling
 from kvjax.cache import budget as budgets
 from kvjax.cache import fold as folds
-from kvjax.cache import score, store
+from kvjax.cache import score
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import CachePolicy, Found, Recipe
 from kvjax.cache.retain import retain
+from kvjax.cache.store import KVStore, Store
 from kvjax.cache.tier import Slots
 from kvjax.spec import Lengths
 from tests.oracle import Entry, Oracle, entries, random_model
@@ -88,7 +89,7 @@ class Counted:
         return counted
 
 
-def uniform_tier(spec, layers, lengths, dtype, *, row: int, codec: store.Store, scores: bool = False) -> tiers_.Tier:
+def uniform_tier(spec, layers, lengths, dtype, *, row: int, codec: KVStore, scores: bool = False) -> tiers_.Tier:
     """A tier with room for `row` slots in every row."""
     rows = len(layers.index) * len(lengths.prompt) * spec.num_kv_heads
     return tiers_.init(
@@ -131,7 +132,7 @@ def test_budgets_per_layer_are_decided_after_the_prompt_inside_jit(model):
 
     budget = budgets.Budget(slots=budgets.uniform(24).slots, allocate=allocate)
     policy = base._replace(prefill=prefill, insert=counted(base.insert))
-    recipe = Recipe("budgets", policy, (store.dense(),), budget)
+    recipe = Recipe("budgets", policy, (KVStore(),), budget)
     splits = set()
     for seed in range(3):
         got = run(model, recipe, seed)
@@ -180,7 +181,7 @@ def test_rows_of_one_layer_grow_at_different_rates(model):
 
     def init(spec, layers, lengths, dtype):
         row = max(lengths.prompt) + lengths.new
-        return (uniform_tier(spec, layers, lengths, dtype, row=row, codec=store.dense()),)
+        return (uniform_tier(spec, layers, lengths, dtype, row=row, codec=KVStore()),)
 
     @counted
     def insert(tiers, token):
@@ -200,7 +201,7 @@ def test_rows_of_one_layer_grow_at_different_rates(model):
             row.append(entry)
 
     policy = CachePolicy(init, lambda tiers, prompt: ((keep_all(tiers[0], prompt),), Found()), insert)
-    got = run(model, Recipe("accumulate", policy, (store.dense(),)))
+    got = run(model, Recipe("accumulate", policy, (KVStore(),)))
     (tier,) = got.cache[0]
     grown = np.asarray(tier.length) - np.asarray(PROMPTS)[:, None]
     assert len(np.unique(grown)) > 3 and grown.max() < NEW  # rows differ, within a layer too
@@ -232,7 +233,7 @@ def test_a_victim_is_merged_into_another_slot_before_it_is_overwritten(model):
     counted, spec, keep = Counted(), model.spec, 24
 
     def init(spec, layers, lengths, dtype):
-        return (uniform_tier(spec, layers, lengths, dtype, row=keep, codec=store.dense()),)
+        return (uniform_tier(spec, layers, lengths, dtype, row=keep, codec=KVStore()),)
 
     def prefill(tiers, prompt):
         (tier,) = tiers
@@ -269,7 +270,7 @@ def test_a_victim_is_merged_into_another_slot_before_it_is_overwritten(model):
         t = prompt.key.shape[0]
         return [entries(prompt, k, range(t - keep, t)) for k in range(prompt.key.shape[1])]
 
-    got = run(model, Recipe("merge", CachePolicy(init, prefill, insert), (store.dense(),)))
+    got = run(model, Recipe("merge", CachePolicy(init, prefill, insert), (KVStore(),)))
     (tier,) = got.cache[0]
     assert (np.asarray(tier.length) == keep).all()
     check = lambda oracle, layer, b, k: check_row(tier, layer, b, k, oracle.rows[layer][k])
@@ -280,15 +281,17 @@ def test_a_victim_is_merged_into_another_slot_before_it_is_overwritten(model):
 def test_a_second_tier_receives_what_the_first_gives_up(model):
     """MiKV: when the exact tier is full, the token with the least attention moves to the bfloat16 tier."""
     counted, spec, keep = Counted(), model.spec, 24
-    low = store.Store(
+    rounding = Store(
         init=lambda pages, page, width, dtype: jnp.zeros((pages, page, width), jnp.bfloat16),
-        encode=lambda x, dtype: x.astype(jnp.bfloat16),
-        decode=lambda codes: codes.astype(jnp.float32),
+        encode=lambda x: x.astype(jnp.bfloat16),
+        decode=lambda codes, dtype: codes.astype(dtype),
+        name="bfloat16",
     )
+    low = KVStore(rounding, rounding)
 
     def init(spec, layers, lengths, dtype):
         row = max(lengths.prompt) + lengths.new
-        high = uniform_tier(spec, layers, lengths, dtype, row=keep + 1, codec=store.dense(), scores=True)
+        high = uniform_tier(spec, layers, lengths, dtype, row=keep + 1, codec=KVStore(), scores=True)
         return high, uniform_tier(spec, layers, lengths, dtype, row=row, codec=low)
 
     def prefill(tiers, prompt):
@@ -302,7 +305,7 @@ def test_a_second_tier_receives_what_the_first_gives_up(model):
         high = tiers_.reserve(high, jnp.full(high.length.shape, keep), keep)
         second = tiers_.reserve(second, jnp.broadcast_to(start[..., 0], second.length.shape), t)
         high = tiers_.put(high, jnp.maximum(pos - start, 0), exact, inside & (pos >= start))
-        codes = Slots(low.encode(k, k.dtype), low.encode(v, v.dtype), pos)
+        codes = Slots(*low.encode(k, v, ()), pos)
         return (high, tiers_.put(second, pos, codes, inside & (pos < start))), Found()
 
     def insert(tiers, token):
@@ -317,9 +320,9 @@ def test_a_second_tier_receives_what_the_first_gives_up(model):
         over = token.active[:, None] & (high.length > keep)
         victim = jnp.argmin(jnp.where(tiers_.positions(high) < 0, jnp.inf, stat), axis=-1)
         moved = tiers_.take(high, victim[..., None])
-        codes = Slots(low.encode(moved.k, moved.k.dtype), low.encode(moved.v, moved.v.dtype), moved.pos)
+        codes = Slots(*low.encode(moved.k, moved.v, ()), moved.pos)
         second = tiers_.put(second, second.length[..., None], codes, over[..., None])
-        return tiers_.remove(high, victim, over), second
+        return tiers_.remove(high, victim, over)[0], second
 
     rounded = lambda x: np.asarray(jnp.asarray(x, jnp.float32).astype(jnp.bfloat16).astype(jnp.float32), np.float64)
 
@@ -340,7 +343,7 @@ def test_a_second_tier_receives_what_the_first_gives_up(model):
                 row[worst] = demote(row[worst])
 
     policy = CachePolicy(init, prefill, insert, observe)
-    got = run(model, Recipe("demote", policy, (store.dense(), low)))
+    got = run(model, Recipe("demote", policy, (KVStore(), low)))
     high, second = got.cache[0]
     seen = np.asarray(PROMPTS)[:, None] + NEW - 1
     assert (np.asarray(high.length) + np.asarray(second.length) == seen).all()
@@ -372,7 +375,7 @@ def test_a_cached_vector_is_narrower_than_the_head_with_its_own_width_per_layer(
     keep = budgets.everything()
     base = retain(score.arrival(), keep, evict="never")
     policy = base._replace(insert=counted(base.insert))
-    got = run(model, Recipe("narrow", policy, (store.dense(),), keep, fold=narrow, rotate="read"))
+    got = run(model, Recipe("narrow", policy, (KVStore(),), keep, fold=narrow, rotate="read"))
     widths = sorted((tier.k.shape[-1], tier.v.shape[-1], tier.length.shape[0]) for (tier,) in got.cache)
     assert widths == [(4, 6, 2), (6, 4, 1)]  # a pool per pair of widths
 
@@ -396,7 +399,7 @@ def test_a_cached_vector_is_narrower_than_the_head_with_its_own_width_per_layer(
         latent = np.asarray(tiers_.take(view, slot).k)[b, k]
         np.testing.assert_allclose(latent @ bases[layer][0].T, np.stack([e.raw for e in row]), atol=2e-4)
 
-    groups = decode.layer_groups(spec, Recipe("narrow", policy, (store.dense(),), keep, fold=narrow, rotate="read"))
+    groups = decode.layer_groups(spec, Recipe("narrow", policy, (KVStore(),), keep, fold=narrow, rotate="read"))
     _compare(model, got, insert, check, select=select)
     assert counted.calls == spec.num_layers
 

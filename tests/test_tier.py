@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvjax.cache import tier as tiers_
-from kvjax.cache.store import dense
+from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots, Tier
 
 B, K, ROW, WIDTH, LAYERS = 2, 2, 32, 3, 2
@@ -28,7 +28,7 @@ def contents(tags: np.ndarray) -> Slots:
 
 def empty(pool: int) -> Tier:
     """A tier of `pool` pages of 8 slots."""
-    widths, store = (WIDTH, WIDTH), dense()
+    widths, store = (WIDTH, WIDTH), KVStore()
     shape = dict(layers=LAYERS, batch=B, heads=K, row=ROW, slots=pool * 8)
     return tiers_.init(**shape, widths=widths, store=store, dtype=jnp.float32, scores=True)
 
@@ -55,7 +55,7 @@ def trim(tier: Tier, n) -> Tier:
 @functools.partial(jax.jit, donate_argnums=0)
 def remove(tier: Tier, slot, where) -> Tier:
     old = tiers_.layer(tier, 1)
-    return tiers_.with_layer(tier, 1, old, tiers_.remove(old, slot, where))
+    return tiers_.with_layer(tier, 1, old, tiers_.remove(old, slot, where)[0])
 
 
 @jax.jit
@@ -181,7 +181,7 @@ def test_append_past_the_row_is_dropped():
 
 def test_tier_without_positions_counts_slots():
     tier = tiers_.init(
-        layers=1, batch=1, heads=1, row=8, slots=8, widths=(2, 2), store=dense(), dtype=jnp.float32, positions=False
+        layers=1, batch=1, heads=1, row=8, slots=8, widths=(2, 2), store=KVStore(), dtype=jnp.float32, positions=False
     )
     view = tiers_.reserve(tiers_.layer(tier, 0), jnp.full((1, 1), 3), 3)
     zeros = jnp.zeros((1, 1, 3, 2))

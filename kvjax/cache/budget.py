@@ -1,5 +1,6 @@
 """Budgets: how many slots a row may keep."""
 
+import functools
 import operator
 import re
 from collections.abc import Callable
@@ -32,6 +33,7 @@ class Budget(NamedTuple):
       every: call `allocate` after every so many layers, to bound the peak; None = once, after the last layer.
       room: `prompt length -> slots` that each row may fill while decoding beyond what it was given, before tokens are
         evicted; None = appended tokens are not counted, rows that evict may fill what they were given.
+      grow: `tokens seen -> slots` of a row while decoding, where that is more than it was given; None = it stays.
       most: `(num_layers, K, prompt length) -> slots` that any row may be given; None = `slots`. On ints and arrays.
       check: `(num_layers, prompt length)` raises `InputError` for a prompt that the budget cannot serve; on the host.
       ladder: rungs per power of two and smallest step of the cache's shapes (see `pages.ladder`).
@@ -46,6 +48,7 @@ class Budget(NamedTuple):
     measure: Callable[[Prompt, Array], PyTree] | None = None
     every: int | None = None
     room: Callable[..., Int[Array, "*b"]] | None = None
+    grow: Callable[..., Int[Array, "*b"]] | None = None
     most: Callable[..., Int[Array, "*b"]] | None = None
     check: Callable[[int, int], None] = lambda num_layers, length: None
     ladder: tuple[int, int] = (32, 8)
@@ -137,10 +140,11 @@ def everything() -> Budget:
     return Budget(slots=lambda layer, num_layers, length: jnp.asarray(length, jnp.int32), ladder=(8, 64))
 
 
-def uniform(keep: Keep) -> Budget:
-    """The same number of slots in every layer and head."""
+def uniform(keep: Keep, *, growing: bool = False) -> Budget:
+    """The same number of slots in every layer and head; `growing`: a share is one of all tokens so far."""
     amount = parse_keep(keep)
-    return Budget(slots=lambda layer, num_layers, length: tokens_of(amount, length))
+    slots = lambda layer, num_layers, length: tokens_of(amount, length)
+    return Budget(slots, grow=functools.partial(tokens_of, amount) if growing else None)
 
 
 def pyramid(keep: Keep, *, window: int, beta: int = 20) -> Budget:

@@ -9,47 +9,81 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kvjax.cache import tier as tiers_
-from kvjax.cache.store import Store
+from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots, Tier
 from kvjax.errors import InputError
 from kvjax.spec import PyTree
 
-BLOCK = 512  # evicted tokens that are compared with the kept ones at once
+BLOCK = 512  # tokens that are compared with others at once
+
+Tiers = tuple[Tier, ...]
+Stores = tuple[KVStore, ...]
 
 
 class Losers(NamedTuple):
     """The tokens of a prompt that are kept, and all the others."""
 
-    k: Float[Array, "B K T R"]  # of all candidates
+    k: Float[Array, "B K T R"]  # of all tokens
     v: Float[Array, "B K T R"]
-    best: Int[Array, "B K n"]  # candidates in the order of their slots
+    best: Int[Array, "B K n"]  # tokens in the order of their slots
     filled: Int[Array, "B K"]  # slots that are filled
     length: Int[Array, " B"]
+
+    @property
+    def gone(self) -> Bool[Array, "B K T"]:
+        """Which tokens are not kept."""
+        filled = jnp.arange(self.best.shape[-1]) < self.filled[..., None]
+        stays = jnp.zeros(self.k.shape[:3], bool).at[(*_row(self.filled), self.best)].set(filled)
+        return ~stays & (jnp.arange(self.k.shape[2]) < self.length[:, None, None])
 
 
 class Fate(NamedTuple):
     """What happens to tokens that are not kept.
 
     Attributes:
-      step: `((tier,), victim slot of each row, rows that lose one, store) -> (tier,)`; the caller reuses the slot.
-      prompt: `(Losers, kept slots before encoding, calib) -> (kept slots, calib)` at prefill; None = they are dropped.
+      step: `(tiers, lost slot [B K 1], rows that lose one, stores) -> tiers`, after the slot was removed from the first
+        tier; None = it is forgotten.
+      prompt: `(Losers, kept slots before encoding, tiers, stores) -> (kept slots, tiers)` at prefill; None = they are
+        dropped.
       init: `(L, B, K) -> calib`, what the fate remembers of each row.
+      low: number format of a second tier, which takes what leaves the first; None = there is none.
     """
 
-    step: Callable[[tuple[Tier, ...], Int[Array, "B K"], Bool[Array, "B K"], Store], tuple[Tier, ...]]
-    prompt: Callable[[Losers, Slots, PyTree], tuple[Slots, PyTree]] | None = None
-    init: Callable[[tuple[int, int, int]], PyTree] = lambda rows: ()
+    step: Callable[[Tiers, Slots, Bool[Array, "B K"], Stores], Tiers] | None = None
+    prompt: Callable[[Losers, Slots, Tiers, Stores], tuple[Slots, Tiers]] | None = None
+    init: Callable[[tuple[int, int, int]], dict[str, PyTree]] = lambda rows: {}
+    low: KVStore | None = None
 
 
-def _forget(
-    tiers: tuple[Tier, ...], victim: Int[Array, "B K"], where: Bool[Array, "B K"], store: Store
-) -> tuple[Tier, ...]:
-    del victim, where, store
-    return tiers
+drop = Fate()
+"""What leaves is forgotten. Cost: nothing."""
 
 
-drop = Fate(_forget)
-"""The victim is forgotten. Cost: nothing."""
+def demote(low: KVStore) -> Fate:
+    """A victim moves to a second tier in fewer bits; it is never lost and never returns.
+
+    Source: MiKV (arXiv 2402.18096).
+    Differs: nothing known.
+    Cost: at prefill all tokens wait for their slots, in full; per step one slot is decoded, encoded and written.
+    """
+
+    def prompt(found: Losers, kept: Slots, tiers: Tiers, stores: Stores) -> tuple[Slots, Tiers]:
+        high, tier = tiers
+        gone = found.gone
+        slot = jnp.maximum(jnp.cumsum(gone, axis=-1, dtype=jnp.int32) - 1, 0)  # in the order of their positions
+        k, v = low.encode(found.k, found.v, tier.calib)
+        pos = jnp.broadcast_to(jnp.arange(gone.shape[-1]), gone.shape)
+        tier = tiers_.reserve(tier, jnp.sum(gone, axis=-1, dtype=jnp.int32), gone.shape[-1])
+        return kept, (high, tiers_.put(tier, slot, Slots(k, v, pos), gone))
+
+    def step(tiers: Tiers, lost: Slots, where: Bool[Array, "B K"], stores: Stores) -> Tiers:
+        high, tier = tiers
+        balanced = stores[0].balanced and low.balanced  # by the same constants: keys stay as they are
+        source, target = (s._replace(balanced=s.balanced and not balanced) for s in (stores[0], low))
+        k, v = target.encode(*source.decode(lost.k, lost.v, high.calib), tier.calib)
+        return high, tiers_.put(tier, tier.length[..., None], Slots(k, v, lost.pos), where[..., None])
+
+    return Fate(step, prompt, low=low)
 
 
 def merge(beta: float, weights: Literal["paper", "scatter_mean"]) -> Fate:
@@ -74,13 +108,10 @@ def merge(beta: float, weights: Literal["paper", "scatter_mean"]) -> Fate:
         total = own + weight if weights == "paper" else own + count
         return ((own * kept.astype(jnp.float32) + added) / total[..., None]).astype(kept.dtype)
 
-    def prompt(found: Losers, kept: Slots, calib: PyTree) -> tuple[Slots, PyTree]:
-        n, tokens = found.best.shape[-1], found.k.shape[2]
-        slot, row = jnp.arange(n), _row(found.filled)
-        filled = slot < found.filled[..., None]
-        stays = jnp.zeros(found.k.shape[:3], bool).at[(*row, found.best)].set(filled)
-        gone = ~stays & (jnp.arange(tokens) < found.length[:, None, None])
-        similarity, target = _nearest(found.k, kept.k, filled)
+    def prompt(found: Losers, kept: Slots, tiers: Tiers, stores: Stores) -> tuple[Slots, Tiers]:
+        (tier,) = tiers
+        gone, row = found.gone, _row(found.filled)
+        similarity, target = _nearest(found.k, kept.k, jnp.arange(found.best.shape[-1]) < found.filled[..., None])
         threshold = jnp.mean(similarity, axis=-1, where=gone)  # nan where nothing is evicted
         merged = gone & (similarity >= threshold[..., None])
         weight = jnp.where(merged, weigh(similarity), 0.0)
@@ -88,30 +119,40 @@ def merge(beta: float, weights: Literal["paper", "scatter_mean"]) -> Fate:
         k, v = (gather(weight[..., None] * x.astype(jnp.float32)) for x in (found.k, found.v))
         weight, count = gather(weight), gather(merged.astype(jnp.float32))
         kept = kept._replace(k=mean(kept.k, k, weight, count), v=mean(kept.v, v, weight, count))
-        return kept, {"threshold": threshold}
+        return kept, (tier._replace(calib=tier.calib | {"threshold": threshold}),)
 
-    def step(
-        tiers: tuple[Tier, ...], victim: Int[Array, "B K"], where: Bool[Array, "B K"], store: Store
-    ) -> tuple[Tier, ...]:
-        (tier,) = tiers
-        one, before = tiers_.take(tier, victim[..., None]), tier.calib["threshold"]
-        lost_k, lost_v = store.decode(one.k), store.decode(one.v)
-        slot = jnp.arange(tier.capacity)
-        others = (slot < tier.length[..., None]) & (slot != victim[..., None])
-        similarity, target = _nearest(lost_k, store.decode(tiers_.keys(tier)), others)
+    def step(tiers: Tiers, lost: Slots, where: Bool[Array, "B K"], stores: Stores) -> Tiers:
+        ((tier,), (store,)) = tiers, stores
+        before, (lost_k, lost_v) = tier.calib["threshold"], store.decode(lost.k, lost.v, tier.calib)
+        similarity, target = _nearest_slot(lost_k, tier, store)
         threshold = jnp.where(jnp.isnan(before), similarity[..., 0], beta * similarity[..., 0] + (1 - beta) * before)
         merged = where & (similarity[..., 0] >= threshold)
         weight, count = weigh(similarity), jnp.ones_like(similarity)
         into = tiers_.take(tier, target)
-        k, v = (
-            mean(store.decode(kept), weight[..., None] * lost.astype(jnp.float32), weight, count)
-            for kept, lost in ((into.k, lost_k), (into.v, lost_v))
-        )
-        into = into._replace(k=store.encode(k, k.dtype), v=store.encode(v, v.dtype))
-        tier = tiers_.put(tier, target, into, merged[..., None])
-        return (tier._replace(calib={"threshold": jnp.where(where, threshold, before)}),)
+        kept = store.decode(into.k, into.v, tier.calib)
+        k, v = (mean(x, weight[..., None] * y, weight, count) for x, y in zip(kept, (lost_k, lost_v), strict=True))
+        k, v = store.encode(k, v, tier.calib)
+        tier = tiers_.put(tier, target, into._replace(k=k, v=v), merged[..., None])
+        return (tier._replace(calib=tier.calib | {"threshold": jnp.where(where, threshold, before)}),)
 
     return Fate(step, prompt, lambda rows: {"threshold": jnp.full(rows, jnp.nan, jnp.float32)})
+
+
+def _nearest_slot(
+    x: Float[Array, "B K one R"], tier: Tier, store: KVStore
+) -> tuple[Float[Array, "B K one"], Int[Array, "B K one"]]:
+    """The largest cosine with a cached key, and its slot; a block of pages at a time, since keys have to be decoded."""
+    per_block = max(1, BLOCK // tier.page)
+    size = per_block * tier.page
+
+    def block(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        filled = i * size + jnp.arange(size) < tier.length[..., None]
+        cosine, at = _nearest(x, store.key.decode(tiers_.keys(tier, i, per_block), jnp.float32), filled)
+        better = cosine > best[0]
+        return jnp.where(better, cosine, best[0]), jnp.where(better, i * size + at, best[1])
+
+    nothing = (jnp.full(x.shape[:3], -2.0), jnp.zeros(x.shape[:3], jnp.int32))
+    return jax.lax.fori_loop(0, (jnp.max(tier.length) + size - 1) // size, block, nothing)
 
 
 def _row(rows: Array) -> tuple[Array, Array]:

@@ -23,12 +23,13 @@ from jaxtyping import Bool, Float, Int
 from kvjax.cache import tier as tiers_
 from kvjax.cache.budget import Budget, parse_keep
 from kvjax.cache.fold import Fold, identity
-from kvjax.cache.store import Store
+from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Tier
 from kvjax.spec import Lengths, ModelSpec, Prompt, PyTree, Token
 
 Tiers = tuple[Tier, ...]  # one per number format
 Positions = Callable[[Int[Array, "B K S"], Int[Array, " B"], Int[Array, "B K"]], Int[Array, "B K S"]]
+Select = Callable[..., tuple[Bool[Array, "B K S"], ...]]
 
 
 class Layers(NamedTuple):
@@ -81,16 +82,19 @@ class Recipe(NamedTuple):
       budget: slots per row; its `allocate` redistributes them after the prompt.
       fold: which vector is cached per token.
       rotate: cached keys are rotated when written, or when read.
+      select: `(attention weights of each tier [B K G S], pos [B]) -> slots of each tier [B K S]`, those that a step
+        attends to; None = all. It frees nothing.
       positions: with `rotate="read"`: `(pos, now, length) -> pos`, where a slot stands; None = at its own position.
     """
 
     name: str
     policy: CachePolicy
-    stores: tuple[Store, ...]
+    stores: tuple[KVStore, ...]
     budget: Budget | None = None
     fold: Fold = identity()
     rotate: Literal["write", "read"] = "write"
     positions: Positions | None = None
+    select: Select | None = None
 
 
 def cached(factory: Callable[..., Recipe]) -> Callable[..., Recipe]:

@@ -1,5 +1,6 @@
 """The policy of every method that selects tokens: keep those with the best scores."""
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -9,16 +10,19 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
+from kvjax import attention
 from kvjax.cache import pages
 from kvjax.cache import tier as tiers_
 from kvjax.cache.budget import Budget
 from kvjax.cache.fate import Fate, Losers, drop
-from kvjax.cache.policy import CachePolicy, Found, Layers, Tiers
+from kvjax.cache.policy import CachePolicy, Found, Layers, Tiers, append_room
 from kvjax.cache.score import Score
-from kvjax.cache.store import Store, dense
+from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots, Tier
 from kvjax.errors import InputError
 from kvjax.spec import Lengths, ModelSpec, Prompt, Token
+
+DENSE = KVStore()
 
 
 class Candidates(NamedTuple):
@@ -35,7 +39,7 @@ def retain(
     score: Score,
     budget: Budget,
     *,
-    store: Store | None = None,
+    store: KVStore = DENSE,
     evict: Literal["never", "before", "after"],
     fate: Fate = drop,
 ) -> CachePolicy:
@@ -44,22 +48,26 @@ def retain(
     Args:
       score: which tokens matter.
       budget: how many slots a row may keep.
-      store: number format.
+      store: number format of what is kept.
       evict: during decoding, evict the worst token of a full row `before` the new one is inserted, `after` attention
         has seen the new one, or `never` (generated tokens are appended).
       fate: what happens to tokens that are not kept.
 
-    With a budget that has `room`, tokens are evicted while decoding too: `evict="never"` then means `after`.
+    With a budget that has `room`, tokens are evicted while decoding too: `evict="never"` then means `after`. Where the
+    budget grows with the sequence, so do the rows.
 
     With a budget that is allocated after several layers, a layer's best candidates wait: as many as a row may ever be
     given, all of them where the fate needs what is not kept.
 
     Cost: at prefill one top-k over T scores per row; per step 8 bytes per slot when a statistic is kept.
     """
-    store = store or dense()
+    if store.key.run > 1:
+        raise InputError("kivi quantises keys that follow each other: it needs a method that keeps all tokens (full)")
     if fate.prompt is not None and budget.every is not None:
-        raise InputError("merging at prefill needs one decision after the last layer: give the budget every=0")
-
+        raise InputError("merging and demoting need one decision after the last layer: give the budget every=0")
+    if evict == "before" and fate.step is not None:
+        raise InputError("a token that leaves before attention is forgotten: merge or demote after it")
+    stores = (store,) if fate.low is None else (store, fate.low)
     if budget.room is not None and evict == "never":
         evict = "after"
     if evict == "after" and score.observe is None:
@@ -78,32 +86,48 @@ def retain(
             for length in set(lengths.prompt):
                 budget.check(spec.num_layers, length)
             extra = np.asarray(beyond(prompt))
-            mean = [np.asarray(budget.slots(i, spec.num_layers, prompt)) + extra for i in layers.index]
+            given = np.stack([np.asarray(budget.slots(i, spec.num_layers, prompt)) for i in layers.index])  # L B
+            grown = 0 if budget.grow is None else np.asarray(budget.grow(prompt + lengths.new))
             most = None if budget.most is None else np.asarray(budget.most(spec.num_layers, heads, padded))
-        rows = room(np.stack(mean), prompt, lengths.new)  # L B
+        rows = room(np.maximum(given + extra, grown), prompt, lengths.new)
         page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder))
         # Only the width of the tables depends on the longest row: no new shape for every prompt length.
         longest = rows if most is None else room(most + extra.max(), padded, lengths.new)
         row = pages.ladder(int(longest.max()), *budget.ladder)
-        # Rows that share slots may each have a page that holds one slot only.
-        held = heads * int(np.sum(-(-rows // page))) if most is None else int(heads * np.sum(rows + page - 1)) // page
-        tier = tiers_.init(
-            layers=len(layers.index),
-            batch=len(prompt),
-            heads=heads,
+
+        def pool(rows: np.ndarray, page: int) -> int:
+            """Slots for all rows; rows that share theirs may each have a page that holds one slot only."""
+            even, uneven = heads * np.sum(-(-rows // page)), heads * np.sum(rows + page - 1) // page
+            return pages.ladder(int(even if most is None else uneven) * page, *budget.ladder)
+
+        shape = (len(layers.index), len(prompt), heads)
+        balance = lambda store: {"balance": jnp.ones((*shape, layers.widths[0]))} if store.balanced else {}
+        sized = functools.partial(
+            tiers_.init, layers=shape[0], batch=shape[1], heads=heads, widths=layers.widths, dtype=dtype
+        )
+        tier = sized(
             row=row,
             page=page,
-            slots=pages.ladder(held * page, *budget.ladder),
-            widths=layers.widths,
+            slots=pool(rows, page),
             store=store,
-            dtype=dtype,
             positions=score.prompt is not None,
             scores=score.observe is not None,
-            calib=fate.init((len(layers.index), len(prompt), heads)),
+            calib=fate.init(shape) | balance(store),
         )
-        return (tier,)
+        if fate.low is None:
+            return (tier,)
+        left = np.maximum(prompt + lengths.new - given, 1)  # of a row, as a mean over layers and heads
+        row = pages.ladder(max(lengths.prompt) + lengths.new, *budget.ladder)
+        page = pages.page_size(pages.ladder(int(left.max()), *budget.ladder))
+        return tier, sized(row=row, page=page, slots=pool(left, page), store=fate.low, calib=balance(fate.low))
 
     def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:
+        if any(store.balanced for store in stores):
+            balance = attention.channel_balance(prompt)
+            tiers = tuple(
+                tier._replace(calib=tier.calib | {"balance": balance}) if store.balanced else tier
+                for tier, store in zip(tiers, stores, strict=True)
+            )
         slots = budget.slots(prompt.layer, prompt.num_layers, prompt.length)
         if score.prompt is None:
             return (_fill_in_order(tiers[0], prompt, slots, store),), Found()
@@ -123,47 +147,51 @@ def retain(
         return tiers, Found(info, found)
 
     def settle(tiers: Tiers, found: Candidates, rows: Int[Array, "B K"]) -> Tiers:
-        (tier,) = tiers
+        (tier, *_) = tiers
         n = min(found.pos.shape[-1], tier.capacity)
         best, filled = _best(score, found, rows, n)
         k, v = found.k, found.v
         kept = Slots(_pick(k, best), _pick(v, best), _pick(found.pos, best), _pick(found.stat, best))
-        calib = tier.calib
         if fate.prompt is not None:
-            kept, calib = fate.prompt(Losers(k, v, best, filled, found.length), kept, calib)
-        kept = kept._replace(k=store.encode(kept.k, k.dtype), v=store.encode(kept.v, v.dtype))
+            kept, tiers = fate.prompt(Losers(k, v, best, filled, found.length), kept, tiers, stores)
+        (tier, *rest) = tiers
+        k, v = store.encode(kept.k, kept.v, tier.calib)
+        kept = kept._replace(k=k, v=v)
         slot = jnp.broadcast_to(jnp.arange(n), best.shape)
-        tier = tiers_.reserve(tier._replace(budget=rows + beyond(found.length)[:, None], calib=calib), filled, n)
-        return (tiers_.put(tier, slot, kept, slot < filled[..., None]),)
+        tier = tiers_.reserve(tier._replace(budget=rows + beyond(found.length)[:, None]), filled, n)
+        return (tiers_.put(tier, slot, kept, slot < filled[..., None]), *rest)
 
     def reserve(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
-        (tier,) = tiers
+        (tier, *rest) = tiers
         room = tier.length + 1 if evict != "before" else jnp.minimum(tier.length + 1, tier.budget)
-        return (tiers_.reserve(tier, jnp.where(active[:, None], room, 0), 1),)
+        return (tiers_.reserve(tier, jnp.where(active[:, None], room, 0), 1), *append_room(tuple(rest), active))
 
     def insert(tiers: Tiers, token: Token) -> Tiers:
-        (tier,) = tiers
+        (tier, *_) = tiers
         active = jnp.broadcast_to(token.active[:, None], tier.length.shape)
         slot = tier.length
         if evict == "before":
             full = active & (tier.length >= tier.budget)
             victim = _worst(score, tier, token.pos)
-            (tier,) = fate.step((tier,), victim, full, store)
             slot = jnp.where(full, victim, slot)
-        k, v = (store.encode(x[:, :, None], x.dtype) for x in (token.key, token.value))
+        (tier, *rest) = tiers
+        k, v = store.encode(token.key[:, :, None], token.value[:, :, None], tier.calib)
         pos = jnp.broadcast_to(token.pos[:, None, None], (*slot.shape, 1))
         slots = Slots(k, v, pos, jnp.zeros(pos.shape, jnp.float32))
-        return (tiers_.put(tier, slot[..., None], slots, active[..., None]),)
+        return (tiers_.put(tier, slot[..., None], slots, active[..., None]), *rest)
 
     def observe(tiers: Tiers, token: Token, probs: tuple[Array, ...]) -> Tiers:
         assert score.observe is not None
-        (tier,) = tiers
+        (tier, *rest) = tiers
         active, stat = token.active[:, None], tiers_.scores(tier)
         tier = tiers_.with_scores(tier, jnp.where(active[..., None], score.observe(stat, probs[0]), stat))
+        if budget.grow is not None:
+            grown = jnp.maximum(tier.budget, budget.grow(token.pos + 1)[:, None])
+            tier = tier._replace(budget=jnp.where(active, grown, tier.budget))
         over = active & (tier.length > tier.budget)
         victim = _worst(score, tier, token.pos + 1)
-        (tier,) = fate.step((tier,), victim, over, store)
-        return (tiers_.remove(tier, victim, over),)
+        tier, lost = tiers_.remove(tier, victim, over)
+        return (tier, *rest) if fate.step is None else fate.step((tier, *rest), lost, over, stores)
 
     return CachePolicy(
         init,
@@ -175,12 +203,13 @@ def retain(
     )
 
 
-def _fill_in_order(tier: Tier, prompt: Prompt, slots: Int[Array, " B"], store: Store) -> Tier:
+def _fill_in_order(tier: Tier, prompt: Prompt, slots: Int[Array, " B"], store: KVStore) -> Tier:
     """The first tokens of the prompt, in order."""
     rows = tier.length.shape
     n = min(prompt.key.shape[1], tier.capacity)
     slot = jnp.broadcast_to(jnp.arange(n), (*rows, n))
-    k, v = (store.encode(jnp.moveaxis(x[:, :n], 2, 1), x.dtype) for x in (prompt.key, prompt.value))
+    k, v = (jnp.moveaxis(x[:, :n], 2, 1) for x in (prompt.key, prompt.value))
+    k, v = store.encode(k, v, tier.calib)
     filled = jnp.broadcast_to(jnp.minimum(slots, prompt.length)[:, None], rows)
     tier = tier._replace(budget=jnp.broadcast_to(slots[:, None], rows))
     return tiers_.put(tiers_.reserve(tier, filled, n), slot, Slots(k, v), slot < filled[..., None])

@@ -8,27 +8,37 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from kvjax.spec import PyTree
 
 
 class Store(NamedTuple):
-    """A per-slot codec.
+    """A codec of vectors.
 
     Attributes:
-      init: `(pages, page, width, dtype) -> codes`, zeroed pages `[P page ...]` for vectors of `width` numbers.
-      encode: `(x [... width], dtype) -> codes [... ...]`.
-      decode: `codes -> x [... width]`.
+      init: `(pages, page, width, dtype) -> codes`, zeroed pages `[P page ...]` for vectors of `width` numbers; with the
+        model's dtype.
+      encode: `x [... width] -> codes [... ...]`.
+      decode: `(codes, dtype) -> x [... width]`.
+      name: for people.
+      run: slots that are encoded and decoded together; 1 = each for itself.
     """
 
     init: Callable[[int, int, int, DTypeLike], PyTree]
-    encode: Callable[..., PyTree]
-    decode: Callable[[PyTree], PyTree]
+    encode: Callable[[Array], PyTree]
+    decode: Callable[[PyTree, DTypeLike], Array]
+    name: str
+    run: int = 1
 
 
 def _dense_init(pages: int, page: int, width: int, dtype: DTypeLike) -> PyTree:
     return jnp.zeros((pages, page, width), dtype)
+
+
+_DENSE = Store(_dense_init, lambda x: x, lambda codes, dtype: codes.astype(dtype), "dense")
 
 
 def dense() -> Store:
@@ -36,4 +46,45 @@ def dense() -> Store:
 
     Cost: width x itemsize bytes per vector, no arithmetic.
     """
-    return Store(init=_dense_init, encode=lambda x, dtype: x.astype(dtype), decode=lambda codes: codes)
+    return _DENSE
+
+
+class KVStore(NamedTuple):
+    """The stores of a tier.
+
+    Attributes:
+      key, value: codecs of keys and of values.
+      balanced: keys are multiplied by `calib["balance"]` before they are encoded, queries divided by it.
+      residual: newest tokens that are kept as they are, for stores whose key codec has runs.
+    """
+
+    key: Store = _DENSE
+    value: Store = _DENSE
+    balanced: bool = False
+    residual: int = 0
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        both = self.key.name if self.key == self.value else f"{self.key.name} keys, {self.value.name} values"
+        return f"balanced {both}" if self.balanced else both
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether numbers are kept as they are."""
+        return self.key == self.value == _DENSE
+
+    def encode(self, k: Float[Array, "B K n R"], v: Float[Array, "B K n V"], calib: PyTree) -> tuple[PyTree, PyTree]:
+        """Codes of keys and values."""
+        if self.balanced:
+            k = k.astype(jnp.float32) * calib["balance"][:, :, None]
+        return self.key.encode(k), self.value.encode(v)
+
+    def decode(self, k: PyTree, v: PyTree, calib: PyTree) -> tuple[Float[Array, "B K n R"], Float[Array, "B K n V"]]:
+        """Keys and values in float32."""
+        keys, values = self.key.decode(k, jnp.float32), self.value.decode(v, jnp.float32)
+        return keys / calib["balance"][:, :, None] if self.balanced else keys, values
+
+    def query(self, q: Float[Array, "B K G H"], calib: PyTree) -> Float[Array, "B K G H"]:
+        """What a query becomes before it meets encoded keys."""
+        return (q.astype(jnp.float32) / calib["balance"][:, :, None]).astype(q.dtype) if self.balanced else q

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from kvjax.cache import pages
-from kvjax.cache.store import Store
+from kvjax.cache.store import KVStore
 from kvjax.spec import PyTree
 
 
@@ -76,7 +76,7 @@ def init(
     page: int | None = None,
     slots: int,
     widths: tuple[int, int],
-    store: Store,
+    store: KVStore,
     dtype: DTypeLike,
     positions: bool = True,
     scores: bool = False,
@@ -90,7 +90,7 @@ def init(
       page: slots of a page; None = `pages.page_size(row)`, for rows of equal lengths.
       slots: slots of all rows together, each row rounded up to whole pages.
       widths: cached width of keys and of values.
-      store: codec of both.
+      store: codecs of both.
       dtype: the model's dtype.
       positions: store each slot's position; without, slot s holds position s.
       scores: store a statistic per slot.
@@ -101,8 +101,8 @@ def init(
     width = pages.pages_for(row, page)
     # A donated buffer may appear once only: every leaf is an array of its own.
     return Tier(
-        k=store.init(size, page, widths[0], dtype),
-        v=store.init(size, page, widths[1], dtype),
+        k=store.key.init(size, page, widths[0], dtype),
+        v=store.value.init(size, page, widths[1], dtype),
         pos=jnp.full((size, page), -1, jnp.int32) if positions else (),
         score=jnp.zeros((size, page), jnp.float32) if scores else (),
         table=jnp.full((layers, batch, heads, width), size, jnp.int32),
@@ -175,13 +175,13 @@ def put(tier: Tier, slot: Int[Array, "B K n"], slots: Slots, where: Bool[Array, 
       tier: a layer's view.
       slot: where to write: a filled slot, or appending in order from `length`, in pages that `reserve` took. During
         decoding one slot per row is reserved (see `CachePolicy.reserve`).
-      slots: what to write, as codes; `pos` and `score` are ignored where the tier keeps none.
+      slots: what to write, as codes, dense ones in any dtype; `pos` and `score` are ignored where the tier keeps none.
       where: False drops the write.
     """
     page, offset = _locate(tier, slot)
     page = jnp.where(where, page, tier.free.shape[0])
     written = page < tier.free.shape[0]
-    write = lambda x, y: x.at[page, offset].set(y, mode="drop")
+    write = lambda x, y: x.at[page, offset].set(y.astype(x.dtype), mode="drop")
     return tier._replace(
         k=jax.tree.map(write, tier.k, slots.k),
         v=jax.tree.map(write, tier.v, slots.v),
@@ -205,28 +205,24 @@ def trim(tier: Tier, n: Int[Array, "*L B K"]) -> Tier:
     return tier._replace(table=table.reshape(tier.table.shape), free=free, num_free=num_free, length=length)
 
 
-def remove(tier: Tier, slot: Int[Array, "B K"], where: Bool[Array, "B K"]) -> Tier:
-    """Remove one slot of each row: the row's last slot takes its place. The row keeps its pages."""
+def remove(tier: Tier, slot: Int[Array, "B K"], where: Bool[Array, "B K"]) -> tuple[Tier, Slots]:
+    """Remove one slot of each row, and return it: the row's last slot takes its place. The row keeps its pages."""
     last = jnp.maximum(tier.length - 1, 0)
-    page, offset = _locate(tier, jnp.stack([slot, last], axis=-1))
-    target = jnp.where(where, page[..., 0], tier.free.shape[0])
-
-    def move(x: Array) -> Array:
-        moved = x.at[page[..., 1], offset[..., 1]].get(mode="clip")
-        return x.at[target, offset[..., 0]].set(moved, mode="drop")
-
-    return tier._replace(
-        k=jax.tree.map(move, tier.k),
-        v=jax.tree.map(move, tier.v),
-        pos=tier.pos if isinstance(tier.pos, tuple) else move(tier.pos),
-        score=tier.score if isinstance(tier.score, tuple) else move(tier.score),
-        length=jnp.where(where, last, tier.length),
-    )
+    # Read together: a pool that is read once more after it is written would be copied.
+    both = take(tier, jnp.stack([slot, last], axis=-1))
+    lost, moved = (jax.tree.map(lambda x, i=i: x[:, :, i : i + 1], both) for i in (0, 1))
+    return put(tier, slot[..., None], moved, where[..., None])._replace(
+        length=jnp.where(where, last, tier.length)
+    ), lost
 
 
-def keys(tier: Tier) -> PyTree:
-    """Key codes of every slot of a layer's view, `[B K S ...]`; empty slots hold anything."""
-    return jax.tree.map(lambda pool: _rows(tier, pool), tier.k)
+def keys(tier: Tier, block: int | Int[Array, ""], per_block: int) -> PyTree:
+    """Key codes of one block of `per_block` pages of a layer's view, `[B K n ...]`; empty slots hold anything."""
+    pad = ((0, 0), (0, 0), (0, -tier.table.shape[-1] % per_block))
+    table = jnp.pad(tier.table, pad, constant_values=tier.free.shape[0])
+    at = jax.lax.dynamic_slice_in_dim(table, block * per_block, per_block, axis=2)
+    shape = (*tier.length.shape, per_block * tier.page)
+    return jax.tree.map(lambda pool: pool.at[at].get(mode="clip").reshape(*shape, *pool.shape[2:]), tier.k)
 
 
 def positions(tier: Tier) -> Int[Array, "B K S"]:

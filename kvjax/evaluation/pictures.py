@@ -14,6 +14,7 @@ import numpy as np
 
 from kvjax.errors import InputError
 from kvjax.evaluation.results import Line, Row, by_task
+from kvjax.methods import label_of
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -71,7 +72,7 @@ def frontier(rows: Sequence[Row], title: str) -> "matplotlib.figure.Figure":
         axes.set_title(plain(task), fontsize=11)
         panel(axes, members, styles)
     looks = {"full cache": FULL} if any(row.method == "full" for row in rows) else {}
-    looks |= {plain(method): look for method, look in styles.items()}
+    looks |= {plain(label_of(method)): look for method, look in styles.items()}
     if any(row.n < row.largest for row in rows):
         looks["fewer samples than others"] = {"color": "0.4", "marker": "o", **PARTIAL}
     legend(figure, looks, 2 * width)

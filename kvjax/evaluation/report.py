@@ -16,6 +16,7 @@ from rich.text import Text
 from kvjax.errors import InputError
 from kvjax.evaluation import pictures
 from kvjax.evaluation.results import Row, aggregate, by_task, read, read_run
+from kvjax.methods import label_of
 
 LABELS = {"score": "score", "perplexity": "perplexity", "kl": "KL [nats]"}
 NOTES = {
@@ -50,7 +51,9 @@ def header(run: dict[str, Any]) -> str:
     commits = dict.fromkeys(str(call.get("commit")) for call in run.get("calls") or [run])
     facts |= {"samples per part": given.get("samples"), "seed": given.get("seed"), "commit": " and ".join(commits)}
     facts |= {"batch": given.get("batch"), "device": run.get("device"), "dtype": given.get("dtype")}
-    facts |= {"settings": given.get("settings") or None} | (run.get("versions") or {})
+    facts |= {"settings": given.get("settings") or None, "stores": given.get("stores") or None} | (
+        run.get("versions") or {}
+    )
     return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
 
 
@@ -73,7 +76,7 @@ def cells(row: Row) -> list[str]:
     interval = "–" if math.isnan(row.low) else f"{show(row.low)}–{show(row.high)}"
     percent = lambda x: f"{x:.1%}" if x < 0.0995 else f"{x:.0%}"
     return [
-        row.method,
+        label_of(row.method),
         row.budget or "–",
         show(row.value),
         interval,

@@ -16,6 +16,8 @@ from kvjax.methods.d2o import d2o
 from kvjax.methods.dynamickv import dynamickv
 from kvjax.methods.full import full
 from kvjax.methods.h2o import h2o
+from kvjax.methods.mikv import mikv
+from kvjax.methods.oracle import oracle
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.snapkv import snapkv
 from kvjax.methods.streaming_llm import streaming_llm
@@ -31,6 +33,8 @@ METHODS: dict[str, Callable[..., Recipe]] = {
     "adakv": adakv,
     "dynamickv": dynamickv,
     "d2o": d2o,
+    "mikv": mikv,
+    "oracle": oracle,
 }
 
 __all__ = [
@@ -41,6 +45,8 @@ __all__ = [
     "full",
     "h2o",
     "make",
+    "mikv",
+    "oracle",
     "pyramidkv",
     "snapkv",
     "streaming_llm",
@@ -69,13 +75,40 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
         if "budget" not in parameters:
             raise InputError(f"method {name} keeps everything and takes no budget")
         given["budget"] = budget
-    accepted = [key for key in parameters if key != "budget"]
     for key, value in given.items():
         if key not in parameters:
-            raise InputError(f"method {name} has no argument {key!r}: it takes {', '.join(accepted) or 'none'}")
+            raise InputError(f"method {name} has no argument {key!r}: it takes {', '.join(accepted_arguments(name))}")
         if key not in ("budget", "decode_budget"):  # parsed by the factory
             given[key] = read_argument(f"method {name}", parameters[key], value)
     return METHODS[name](**given)
+
+
+def accepted_arguments(name: str) -> list[str]:
+    """The names of a method's own arguments."""
+    return [key for key in inspect.signature(METHODS[name]).parameters if key != "budget"]
+
+
+def read_entry(text: str) -> tuple[str, dict[str, str]]:
+    """A method and its arguments, as a command line lists several.
+
+    >>> read_entry("mikv+low_store=int4+recent=0.25")
+    ('mikv', {'low_store': 'int4', 'recent': '0.25'})
+    """
+    name, *settings = text.split("+")
+    pairs = [setting.partition("=") for setting in settings]
+    for setting, (key, equals, value) in zip(settings, pairs, strict=True):
+        if not key or not equals or not value:
+            raise InputError(f"method {text!r}: {setting!r} is not key=value, as in mikv+low_store=int4")
+    return name, {key: value for key, _, value in pairs}
+
+
+def label_of(entry: str) -> str:
+    """A method in a table: with a warning where its budget saves nothing.
+
+    >>> label_of("oracle"), label_of("h2o+store=int4")
+    ('oracle (frees nothing)', 'h2o+store=int4')
+    """
+    return f"{entry} (frees nothing)" if entry.split("+")[0] == "oracle" else entry
 
 
 def default_budget(name: str) -> str | int | None:

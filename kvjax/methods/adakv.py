@@ -7,8 +7,8 @@ from kvjax.cache import score
 from kvjax.cache.allocation import ADA_FLOOR, per_head
 from kvjax.cache.budget import Keep
 from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.quantize import named
 from kvjax.cache.retain import retain
-from kvjax.cache.store import dense
 
 
 @cached
@@ -20,6 +20,7 @@ def adakv(
     pooling: Literal["avg", "max"] = "max",
     floor: float = ADA_FLOOR,
     decode_budget: Keep = "",
+    store: str = "dense",
 ) -> Recipe:
     """SnapKV's choice of tokens under one threshold for all heads of a layer; generated tokens are appended.
 
@@ -28,6 +29,7 @@ def adakv(
       window, kernel, pooling: as in `snapkv`.
       floor: what part of the slots all heads share evenly, the safeguard.
       decode_budget: slots per row while decoding, as a mean over rows; "" = unbounded.
+      store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: Feng et al., NeurIPS 2025 (arXiv 2407.11550); FFY0/AdaKV `adaptive_snapkv`.
     Differs: see `kvjax.cache.allocation.per_head` and `kvjax.cache.score.window`.
@@ -36,4 +38,5 @@ def adakv(
     keep = per_head(budgets.uniform(budget), floor)
     keep = budgets.while_decoding(keep, budget, decode_budget)
     votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
-    return Recipe("adakv", retain(votes, keep, evict="never"), (dense(),), keep)
+    stored = named(store)
+    return Recipe("adakv", retain(votes, keep, store=stored, evict="never"), (stored,), keep)

@@ -7,8 +7,8 @@ from kvjax.cache.allocation import from_variance
 from kvjax.cache.budget import Keep, while_decoding
 from kvjax.cache.fate import merge as merging
 from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.quantize import named
 from kvjax.cache.retain import retain
-from kvjax.cache.store import dense
 from kvjax.errors import InputError
 
 
@@ -22,6 +22,7 @@ def d2o(
     merge: Literal["paper", "scatter_mean"] = "paper",
     full_layers: str = "",
     decode_budget: Keep = "",
+    store: str = "dense",
 ) -> Recipe:
     """Keep sinks, heavy hitters and recent tokens, more in layers of low attention variance; merge the evicted.
 
@@ -33,6 +34,7 @@ def d2o(
       merge: weights of merged tokens: the paper's, or those of the released code.
       full_layers: layers that keep the whole prompt, such as "0,1,-1"; paid for by the other layers.
       decode_budget: slots per row while decoding, as a mean over rows; "" = the budget.
+      store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: Wan et al., ICLR 2025 (arXiv 2406.13035); AIoT-MLSys-Lab/D2O.
     Differs: compresses at prefill; the sets are per key/value head, the thresholds per row and sequence; see
@@ -46,5 +48,8 @@ def d2o(
         raise InputError(f"full_layers={full_layers!r} is not a list of layers such as 0,1,-1") from None
     keep = from_variance(budget, least=sinks + 1, full_layers=full)
     keep = while_decoding(keep, budget, decode_budget)
-    policy = retain(score.accumulated(1 - important, sinks), keep, evict="after", fate=merging(beta, merge))
-    return Recipe("d2o", policy, (dense(),), keep)
+    stored = named(store)
+    policy = retain(
+        score.accumulated(1 - important, sinks), keep, store=stored, evict="after", fate=merging(beta, merge)
+    )
+    return Recipe("d2o", policy, (stored,), keep)

@@ -6,8 +6,8 @@ from kvjax.cache import score
 from kvjax.cache.allocation import from_scores
 from kvjax.cache.budget import Keep, while_decoding
 from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.quantize import named
 from kvjax.cache.retain import retain
-from kvjax.cache.store import dense
 
 
 @cached
@@ -23,6 +23,7 @@ def dynamickv(
     floor: float = 0.0,
     ada: bool = False,
     decode_budget: Keep = "",
+    store: str = "dense",
 ) -> Recipe:
     """SnapKV's choice of tokens under one threshold for all layers; generated tokens are appended.
 
@@ -31,6 +32,7 @@ def dynamickv(
       window, kernel, pooling: as in `snapkv`; "avg" for Llama-3, "max" for Mistral and Qwen2 in the released scripts.
       r_max, every, regrow, floor, ada: as in `kvjax.cache.allocation.from_scores`.
       decode_budget: slots per row while decoding, as a mean over rows; "" = unbounded.
+      store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: Zhou et al., EMNLP 2025 (arXiv 2412.14838); DreamMr/DynamicKV `methods/dynamic_v11.py`.
     Differs: see `from_scores` and `kvjax.cache.score.window`.
@@ -39,4 +41,5 @@ def dynamickv(
     keep = from_scores(budget, r_max=r_max, every=every, regrow=regrow, floor=floor, ada=ada)
     keep = while_decoding(keep, budget, decode_budget)
     votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
-    return Recipe("dynamickv", retain(votes, keep, evict="never"), (dense(),), keep)
+    stored = named(store)
+    return Recipe("dynamickv", retain(votes, keep, store=stored, evict="never"), (stored,), keep)

@@ -3,16 +3,24 @@
 from kvjax.cache import budget as budgets
 from kvjax.cache import score
 from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.quantize import named
+from kvjax.cache.residual import residual
 from kvjax.cache.retain import retain
-from kvjax.cache.store import dense
+from kvjax.cache.store import KVStore
 
 
 @cached
-def full() -> Recipe:
-    """Keep every token.
+def full(*, store: str = "dense") -> Recipe:
+    """Keep every token, in any number format: uniform quantisation and KIVI too.
 
-    Source: the definition of attention with a cache; nothing differs.
+    Args:
+      store: number format of slots, a name of `kvjax.cache.quantize.named`.
+
+    Source: the definition of attention with a cache; see the stores for theirs.
+    Differs: nothing known.
     Cost: the whole cache is read at every step.
     """
-    keep = budgets.everything()
-    return Recipe("full", retain(score.arrival(), keep, evict="never"), (dense(),), keep)
+    keep, stored = budgets.everything(), named(store)
+    if stored.residual:
+        return Recipe("full", residual(stored), (stored, KVStore()), keep)
+    return Recipe("full", retain(score.arrival(), keep, store=stored, evict="never"), (stored,), keep)

@@ -4,22 +4,24 @@ from kvjax.cache import budget as budgets
 from kvjax.cache import score
 from kvjax.cache.budget import Keep
 from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.quantize import named
 from kvjax.cache.retain import retain
-from kvjax.cache.store import dense
 
 
 @cached
-def h2o(budget: Keep = "20%", *, recent: float = 0.5, decode_budget: Keep = "") -> Recipe:
+def h2o(budget: Keep = "20%", *, recent: float = 0.5, decode_budget: Keep = "", store: str = "dense") -> Recipe:
     """Keep the newest tokens and those that received the most attention so far; evict one per decoded token.
 
     Args:
       budget: slots per row, heavy hitters and recent tokens together.
       recent: share of the budget for the newest tokens.
       decode_budget: slots per row while decoding, as a mean over rows; "" = the budget.
+      store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: Zhang et al., NeurIPS 2023 (arXiv 2306.14048); `h2o_hf/utils_real_drop/modify_llama.py`.
     Differs: see `kvjax.cache.score.accumulated`.
     Cost: one more query-key pass over the prompt; 8 bytes per slot.
     """
     keep = budgets.while_decoding(budgets.uniform(budget), budget, decode_budget)
-    return Recipe("h2o", retain(score.accumulated(recent), keep, evict="after"), (dense(),), keep)
+    stored = named(store)
+    return Recipe("h2o", retain(score.accumulated(recent), keep, store=stored, evict="after"), (stored,), keep)

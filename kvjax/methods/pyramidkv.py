@@ -7,8 +7,8 @@ from kvjax.cache import score
 from kvjax.cache.allocation import ADA_FLOOR, per_head
 from kvjax.cache.budget import Keep
 from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.quantize import named
 from kvjax.cache.retain import retain
-from kvjax.cache.store import dense
 from kvjax.errors import InputError
 
 
@@ -22,6 +22,7 @@ def pyramidkv(
     beta: int = 20,
     ada: bool = False,
     decode_budget: Keep = "",
+    store: str = "dense",
 ) -> Recipe:
     """SnapKV's choice of tokens under a budget that falls linearly with depth; generated tokens are appended.
 
@@ -31,6 +32,7 @@ def pyramidkv(
       beta: the last layer keeps 1/beta of the average besides the window.
       ada: distribute a layer's slots over its heads, as `adakv`.
       decode_budget: slots per row while decoding, as a mean over rows; "" = unbounded.
+      store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: Cai et al., 2024 (arXiv 2406.02069); KVCache-Factory `pyramidkv/pyramidkv_utils.py` and `run_longbench.py`.
     Differs: see `kvjax.cache.budget.pyramid` and `kvjax.cache.score.window`.
@@ -43,4 +45,5 @@ def pyramidkv(
         keep = per_head(keep, ADA_FLOOR)
     keep = budgets.while_decoding(keep, budget, decode_budget)
     votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
-    return Recipe("pyramidkv", retain(votes, keep, evict="never"), (dense(),), keep)
+    stored = named(store)
+    return Recipe("pyramidkv", retain(votes, keep, store=stored, evict="never"), (stored,), keep)

@@ -7,8 +7,8 @@ from kvjax.cache import score
 from kvjax.cache.allocation import ADA_FLOOR, per_head
 from kvjax.cache.budget import Keep
 from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.quantize import named
 from kvjax.cache.retain import retain
-from kvjax.cache.store import dense
 
 
 @cached
@@ -20,6 +20,7 @@ def snapkv(
     pooling: Literal["avg", "max"] = "avg",
     ada: bool = False,
     decode_budget: Keep = "",
+    store: str = "dense",
 ) -> Recipe:
     """Keep the last `window` prompt tokens and those that they attend to most; generated tokens are appended.
 
@@ -30,6 +31,7 @@ def snapkv(
       pooling: "avg" (library default) or "max" (the paper's LongBench runs, with kernel 7).
       ada: distribute a layer's slots over its heads, as `adakv`.
       decode_budget: slots per row while decoding, as a mean over rows; "" = unbounded.
+      store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: Li et al., NeurIPS 2024 (arXiv 2404.14469); `snapkv/monkeypatch/snapkv_utils.py`.
     Differs: see `kvjax.cache.score.window`.
@@ -40,4 +42,5 @@ def snapkv(
         keep = per_head(keep, ADA_FLOOR)
     keep = budgets.while_decoding(keep, budget, decode_budget)
     votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
-    return Recipe("snapkv", retain(votes, keep, evict="never"), (dense(),), keep)
+    stored = named(store)
+    return Recipe("snapkv", retain(votes, keep, store=stored, evict="never"), (stored,), keep)

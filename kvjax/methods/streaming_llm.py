@@ -10,8 +10,8 @@ from kvjax.cache import budget as budgets
 from kvjax.cache import score
 from kvjax.cache.budget import Keep
 from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.quantize import named
 from kvjax.cache.retain import retain
-from kvjax.cache.store import dense
 from kvjax.errors import InputError
 
 
@@ -22,6 +22,7 @@ def streaming_llm(
     sinks: int = 4,
     positions: Literal["cache", "absolute"] = "cache",
     decode_budget: Keep = "",
+    store: str = "dense",
 ) -> Recipe:
     """Keep the first `sinks` tokens and the newest ones.
 
@@ -32,6 +33,7 @@ def streaming_llm(
         longer than the context limit; "absolute" keeps the tokens' own positions. With a sliding window, sinks stay in
         it by their place in the cache, and leave it by their own positions.
       decode_budget: slots per row while decoding, as a mean over rows; "" = the budget.
+      store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: Xiao et al., ICLR 2024 (arXiv 2309.17453); `streaming_llm/kv_cache.py`, `pos_shift/modify_llama.py`.
     Differs: the prompt is read with exact attention at its own positions; places in the cache count from the first
@@ -46,7 +48,8 @@ def streaming_llm(
         return jnp.where(pos < sinks, jnp.minimum(pos, jnp.maximum(length[..., None] - 1, 0)), newest)
 
     keep = budgets.while_decoding(budgets.uniform(budget), budget, decode_budget)
-    policy = retain(score.recency(sinks), keep, evict="before")
+    stored = named(store)
+    policy = retain(score.recency(sinks), keep, store=stored, evict="before")
     if positions == "absolute":
-        return Recipe("streaming_llm", policy, (dense(),), keep)
-    return Recipe("streaming_llm", policy, (dense(),), keep, rotate="read", positions=place)
+        return Recipe("streaming_llm", policy, (stored,), keep)
+    return Recipe("streaming_llm", policy, (stored,), keep, rotate="read", positions=place)

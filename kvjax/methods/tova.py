@@ -4,21 +4,23 @@ from kvjax.cache import budget as budgets
 from kvjax.cache import score
 from kvjax.cache.budget import Keep
 from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.quantize import named
 from kvjax.cache.retain import retain
-from kvjax.cache.store import dense
 
 
 @cached
-def tova(budget: Keep = "20%", *, decode_budget: Keep = "") -> Recipe:
+def tova(budget: Keep = "20%", *, decode_budget: Keep = "", store: str = "dense") -> Recipe:
     """Evict the token that the newest query attends to least, the same in all heads of a layer.
 
     Args:
       budget: slots per row.
       decode_budget: slots per row while decoding, as a mean over rows; "" = the budget.
+      store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: Oren et al., EMNLP 2024 (arXiv 2401.06104); `src/tova_cache.py`. The newest token itself may be evicted.
     Differs: nothing known.
     Cost: 8 bytes per slot.
     """
     keep = budgets.while_decoding(budgets.uniform(budget), budget, decode_budget)
-    return Recipe("tova", retain(score.last_row(), keep, evict="after"), (dense(),), keep)
+    stored = named(store)
+    return Recipe("tova", retain(score.last_row(), keep, store=stored, evict="after"), (stored,), keep)

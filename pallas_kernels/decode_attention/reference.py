@@ -35,6 +35,7 @@ def decode_attention(
     *,
     scale: float,
     visible: Callable[[Int[Array, "B K s"]], Bool[Array, "B K s"]] | None = None,
+    slots: Bool[Array, "B K S"] | None = None,
     read_key: Callable[[Any, Int[Array, "B K s"]], Float[Array, "B K s H"]] = lambda codes, pos: codes,
     read_value: Callable[[Any], Float[Array, "B K s R"]] = lambda codes: codes,
     block: int = 512,
@@ -50,6 +51,7 @@ def decode_attention(
       pos: position of each slot; None = slot s holds position s.
       scale: factor on the logits, usually H ** -0.5.
       visible: which of the slots at these positions are attended (a sliding window); None = all.
+      slots: which slots are attended; None = all.
       read_key: turns codes and positions of a block of slots into keys: dequantise, expand, rotate.
       read_value: turns codes of a block of slots into values.
       block: slots per step, rounded to whole pages.
@@ -62,12 +64,14 @@ def decode_attention(
     """
     page = jax.tree.leaves(k)[0].shape[1]
     size = jax.tree.leaves(k)[0].shape[0]
-    slots = table.shape[-1] * page
+    capacity = table.shape[-1] * page
     per_step = max(1, min(block // page, table.shape[-1]))
     steps = -(-table.shape[-1] // per_step)
     width = per_step * page
     table = jnp.pad(table, ((0, 0), (0, 0), (0, steps * per_step - table.shape[-1])))
     table = jnp.clip(table, 0, size - 1)
+    if slots is not None:
+        slots = jnp.pad(slots, ((0, 0), (0, 0), (0, steps * width - capacity)))
     rows = table.shape[:2]
     read = lambda x, at: x.at[at].get(mode="promise_in_bounds").reshape(*rows, width, *x.shape[2:])
 
@@ -80,6 +84,8 @@ def decode_attention(
         seen = slot < length[..., None]
         if visible is not None:
             seen &= visible(where)
+        if slots is not None:
+            seen &= jax.lax.dynamic_slice_in_dim(slots, i * width, width, axis=2)
         s = jnp.einsum("bkgh,bksh->bkgs", q, key, preferred_element_type=jnp.float32) * scale
         s = jnp.where(seen[:, :, None], s, EMPTY)
         m = jnp.maximum(carry.m, s.max(axis=-1))
@@ -102,7 +108,7 @@ def decode_attention(
         jnp.full((*heads, steps * width), EMPTY, jnp.float32) if with_logits else None,
     )
     out = jax.lax.fori_loop(0, (jnp.max(length) + width - 1) // width, step, first)
-    return out._replace(logits=None if out.logits is None else out.logits[..., :slots])
+    return out._replace(logits=None if out.logits is None else out.logits[..., :capacity])
 
 
 def merge(parts: Sequence[Partial]) -> Partial:

@@ -30,11 +30,11 @@ class Kind(NamedTuple):
 
 
 KINDS: dict[str, Kind] = {
-    "lines": Kind(documents.lines, 0.20, looks_up=True),
+    "lines": Kind(documents.lines, 0.16, looks_up=True),
     "needle": Kind(documents.retrieve, 0.14, looks_up=True),
     "multi_value": Kind(documents.multi_value, 0.09, looks_up=True),
     "multi_query": Kind(documents.multi_query, 0.09, looks_up=True),
-    "chains": Kind(documents.chains, 0.14),
+    "chains": Kind(documents.chains, 0.18, looks_up=True),
     "common": Kind(documents.common, 0.05),
     "frequent": Kind(documents.frequent, 0.04),
     "copy": Kind(documents.copy, 0.05),

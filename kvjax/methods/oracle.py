@@ -1,0 +1,37 @@
+"""The oracle: what a method could reach that knew which tokens the next query will look at."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from kvjax.cache import budget as budgets
+from kvjax.cache import score
+from kvjax.cache.budget import Keep
+from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.quantize import named
+from kvjax.cache.retain import retain
+
+
+@cached
+def oracle(budget: Keep = "20%", *, store: str = "dense") -> Recipe:
+    """Keep every token, but let each step attend only to those that full attention weighs most: it frees nothing.
+
+    Args:
+      budget: tokens that a step attends to in each row; a share is one of all tokens so far.
+      store: number format of slots, a name of `kvjax.cache.quantize.named`.
+
+    Source: the upper bound of MiKV (arXiv 2402.18096).
+    Differs: one set of tokens per key/value head, from the mean over its query heads.
+    Cost: attention twice, and a sort of the row per step.
+    """
+    amount, keep, stored = budgets.parse_keep(budget), budgets.everything(), named(store)
+
+    def select(probs: tuple[Float[Array, "B K G S"], ...], pos: Int[Array, " B"]) -> tuple[Bool[Array, "B K S"], ...]:
+        weight = probs[0].mean(axis=2)
+        order = jnp.argsort(-weight, axis=-1)
+        chosen = jnp.arange(weight.shape[-1]) < budgets.tokens_of(amount, pos + 1)[:, None, None]
+        slots = jnp.broadcast_to(chosen, weight.shape)
+        return (jnp.put_along_axis(jnp.zeros(weight.shape, bool), order, slots, axis=-1, inplace=False),)
+
+    policy = retain(score.arrival(), keep, store=stored, evict="never")
+    return Recipe("oracle", policy, (stored,), keep, select=select)
