@@ -192,12 +192,19 @@ def full_bytes(model: Model, lengths: Sequence[int]) -> int:
     return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * itemsize * sum(lengths)
 
 
-def cached_positions(model: Model, generation: Generation) -> np.ndarray:
-    """Positions of the kept tokens, `[B L K S]`, -1 = empty; the slots of several tiers stand side by side."""
+def cached_positions(model: Model, generation: Generation, tier: int | None = None) -> np.ndarray:
+    """Positions of the kept tokens, `[B L K S]`, -1 = empty; the slots of several tiers stand side by side.
+
+    Args:
+      model: what generated.
+      generation: whose cache it is.
+      tier: one tier only, an index into the recipe's `stores`.
+    """
     layers: list[np.ndarray] = [np.zeros(0)] * model.spec.num_layers
     for group, tiers in zip(decode.layer_groups(model.spec, generation.recipe), generation.cache, strict=True):
         for place, layer in enumerate(group.index):
-            rows = [tiers_.positions(tiers_.layer(tier, place)) for tier in tiers]
+            chosen = tiers if tier is None else tiers[tier : tier + 1]
+            rows = [tiers_.positions(tiers_.layer(each, place)) for each in chosen]
             layers[layer] = np.concatenate([np.asarray(row) for row in rows], axis=-1)
     widest = max(layer.shape[-1] for layer in layers)
     padded = [np.pad(x, ((0, 0), (0, 0), (0, widest - x.shape[-1])), constant_values=-1) for x in layers]

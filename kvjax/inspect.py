@@ -127,7 +127,8 @@ def describe(args: argparse.Namespace, model: Model, out: Generation, shown: Kep
         "tokens": shown.tokens,
         "layers": shown.layers,
         "heads": shown.heads,
-        "positions": [[np.flatnonzero(row).tolist() for row in layer] for layer in shown.held],
+        "positions": _positions(shown.held | shown.low),
+        "tiers": {name: _positions(held) for name, held in zip(shown.stores, (shown.held, shown.low), strict=False)},
         "slots": shown.slots.tolist(),
         "cache": {"bytes": out.bytes._asdict(), "full_bytes": out.full_bytes},
     }
@@ -167,6 +168,10 @@ def _named(args: argparse.Namespace, model: Model) -> dict[str, Any]:
     }
 
 
+def _positions(held: np.ndarray) -> list[list[list[int]]]:
+    return [[np.flatnonzero(row).tolist() for row in layer] for layer in held]
+
+
 def _title(report: Mapping[str, Any]) -> str:
     return label_of(report["method"]) + (f" {report['budget']}" if report["budget"] is not None else "")
 
@@ -174,7 +179,10 @@ def _title(report: Mapping[str, Any]) -> str:
 def _kept(shown: Kept) -> str:
     generated = len(shown.tokens) - shown.prompt
     tokens = f"{shown.prompt:,} + {generated:,} generated" if generated else f"{shown.prompt:,}"
-    return f"{shown.held.mean():.1%} of {tokens} tokens kept"
+    best, rest = kept.how_kept(shown)
+    return f"{shown.held.mean():.1%} of {tokens} tokens {best}" + (
+        f", {shown.low.mean():.1%} {rest}" if shown.low.any() else ""
+    )
 
 
 def _draw(path: Path, shown: Kept, report: Mapping[str, Any]) -> None:
@@ -215,7 +223,12 @@ def _print_text(console: Console, pieces: list[str], levels: list[int]) -> None:
 def _slots(shown: Kept) -> Table:
     """Budget and kept slots of each layer."""
     numbers = [Column(name, justify="right") for name in ("budget", "kept: mean", "min", "max")]
-    table = Table("layer", *numbers, title="slots, over heads", title_justify="left")
+    table = Table(
+        "layer",
+        *numbers,
+        title="slots, over heads" if len(shown.stores) == 1 else f"{shown.stores[0]} slots, over heads",
+        title_justify="left",
+    )
     for layer, budget, slots in zip(shown.layers, shown.budget, shown.slots, strict=True):
         table.add_row(
             str(layer), f"{budget.mean():,.10g}", f"{slots.mean():,.10g}", f"{slots.min():,}", f"{slots.max():,}"

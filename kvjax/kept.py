@@ -16,13 +16,16 @@ from kvjax.tokenizer import Tokenizer
 # How many rows kept a token: no row, fewer than half, half or more, every row.
 STYLES = ("dim", "", "bold", "bold underline")
 MARKS = " .+#"
+LOW = 0.4  # shade of a token in another than the best tier
 COLUMNS = 1500  # of a picture; longer sequences put several positions into one
 
 
 class Kept(NamedTuple):
     """The tokens that the rows of one sequence's cache hold."""
 
-    held: Bool[np.ndarray, "L K T"]  # whether a row holds the token at a position
+    held: Bool[np.ndarray, "L K T"]  # whether a row holds the token at a position, in its best tier
+    low: Bool[np.ndarray, "L K T"]  # whether it holds it in another tier
+    stores: tuple[str, ...]  # number formats of both; one where there is no other tier
     budget: Int[np.ndarray, "L K"]  # slots that a row may keep
     layers: tuple[int, ...]  # which the first axis stands for
     heads: tuple[int, ...]  # which the second axis stands for
@@ -31,7 +34,7 @@ class Kept(NamedTuple):
 
     @property
     def slots(self) -> Int[np.ndarray, "L K"]:
-        """Tokens that each row holds."""
+        """Tokens that each row holds in its best tier."""
         return self.held.sum(axis=-1)
 
     @property
@@ -40,7 +43,7 @@ class Kept(NamedTuple):
         return self.held.shape[0] * self.held.shape[1]
 
     def levels(self) -> list[int]:
-        """By position: in how many rows the token was kept, as an index into `STYLES` and `MARKS`."""
+        """By position: in the best tier of how many rows the token is, as an index into `STYLES` and `MARKS`."""
         count = self.held.sum(axis=(0, 1))
         return np.sum([count > 0, 2 * count >= self.rows, count == self.rows], axis=0).tolist()
 
@@ -54,15 +57,20 @@ def read(model: Model, out: Generation, prompt: Sequence[int]) -> Kept:
     >>> read(model, out, prompt).held[0, 0].nonzero()[0].tolist()
     [0, 1, 2, 3, 18, 19]
     """
-    (positions,), (sequence,) = generation.cached_positions(model, out), out.sequences
+    (sequence,), stores = out.sequences, out.recipe.stores
     tokens = [*prompt, *sequence.tokens[:-1]]
-    layers, heads, _ = positions.shape
-    held = np.zeros((layers, heads, len(tokens) + 1), bool)
-    np.put_along_axis(held, positions, True, axis=-1)  # empty slots, -1, mark the spare last column
+    layers, heads = model.spec.num_layers, model.spec.num_kv_heads
+    order = sorted(range(len(stores)), key=lambda tier: not stores[tier].is_dense)  # a dense tier is the best
+    held = np.zeros((2, layers, heads, len(tokens) + 1), bool)
+    for place, tier in enumerate(order):
+        (positions,) = generation.cached_positions(model, out, tier)
+        np.put_along_axis(held[place], positions, True, axis=-1)  # empty slots, -1, mark the spare last column
     budget = np.zeros((layers, heads), int)
     for group, (tier, *_) in zip(decode.layer_groups(model.spec, out.recipe), out.cache, strict=True):
         budget[list(group.index)] = np.asarray(tier.budget)[:, 0]
-    return Kept(held[..., :-1], budget, tuple(range(layers)), tuple(range(heads)), tokens, len(prompt))
+    best, low = held[..., :-1]
+    names = tuple(stores[tier].name for tier in order)
+    return Kept(best, low, names, budget, tuple(range(layers)), tuple(range(heads)), tokens, len(prompt))
 
 
 def only(kept: Kept, layer: int | None, head: int | None) -> Kept:
@@ -71,6 +79,7 @@ def only(kept: Kept, layer: int | None, head: int | None) -> Kept:
     heads = slice(None) if head is None else slice(head, head + 1)
     return kept._replace(
         held=kept.held[layers, heads],
+        low=kept.low[layers, heads],
         budget=kept.budget[layers, heads],
         layers=kept.layers[layers],
         heads=kept.heads[heads],
@@ -127,12 +136,18 @@ def marked(texts: Sequence[str], levels: Sequence[int], width: int) -> Iterator[
 
 def legend(kept: Kept, marks: bool) -> Text:
     """What the styles, or the marks, say."""
+    best, gone = how_kept(kept)
     names = {3: f"all {kept.rows} rows (layer x head)", 2: "half or more", 1: "fewer", 0: "none"}
     if kept.rows == 1:
-        names = {3: f"kept by layer {kept.layers[0]}, head {kept.heads[0]}", 0: "evicted"}
+        names = {3: f"{best} by layer {kept.layers[0]}, head {kept.heads[0]}", 0: gone}
     sign = lambda level: f"{MARKS[level]} " if MARKS[level].strip() else "no mark: "
     entries = [Text(sign(i) + name) if marks else Text(name, STYLES[i]) for i, name in names.items()]
-    return Text("" if kept.rows == 1 else "kept in  ") + Text("   ").join(entries)
+    return Text("" if kept.rows == 1 else f"{best} in  ") + Text("   ").join(entries)
+
+
+def how_kept(kept: Kept) -> tuple[str, str]:
+    """What is said of tokens in the best tier, and of the others."""
+    return ("kept", "evicted") if len(kept.stores) == 1 else (f"kept {kept.stores[0]}", f"kept {kept.stores[1]}")
 
 
 def _spans(texts: Sequence[str], levels: Sequence[int]) -> Iterator[tuple[str, int]]:
@@ -153,11 +168,15 @@ def _visible(text: str) -> str:
 
 
 def heat(kept: Kept, columns: int = COLUMNS) -> tuple[Float[np.ndarray, "rows bins"], int]:
-    """The kept fraction by row and bin of positions, and the positions of a bin: 1 if `columns` suffice."""
+    """The kept fraction by row and bin of positions, and the positions of a bin: 1 if `columns` suffice.
+
+    A token in another than the best tier counts as `LOW`.
+    """
     length = kept.held.shape[-1]
     size = -(-length // columns)
     starts = np.arange(0, length, size)
-    count = np.add.reduceat(kept.held.reshape(kept.rows, length), starts, axis=-1, dtype=np.int32)
+    shade = np.where(kept.held, 1.0, LOW * kept.low)
+    count = np.add.reduceat(shade.reshape(kept.rows, length), starts, axis=-1)
     return count / np.diff(starts, append=length), size
 
 
@@ -172,7 +191,7 @@ def check_matplotlib() -> None:
 def picture(kept: Kept, title: str) -> Any:
     """A matplotlib `Figure` with a row per layer and head and a column per position: dark = kept, light = evicted.
 
-    Bars beside it show how many slots each row holds.
+    With two tiers, dark is the best one and grey the other. Bars beside it show how many slots each row holds.
     """
     check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
@@ -194,7 +213,7 @@ def picture(kept: Kept, title: str) -> Any:
     _label_layers(axes, kept)
     _mark_generated(axes, kept)
     _draw_slots(bars, kept)
-    _add_legend(figure, shades)
+    _add_legend(figure, shades, how_kept(kept))
     return figure
 
 
@@ -232,8 +251,9 @@ def _mark_generated(axes: Any, kept: Kept) -> None:
         axes.annotate(f"generated: {generated:,}", (1, 1), (0, 7), fontsize=9, **where)
 
 
-def _add_legend(figure: Any, shades: Any) -> None:
+def _add_legend(figure: Any, shades: Any, names: tuple[str, str]) -> None:
     from matplotlib.patches import Patch  # pyright: ignore[reportMissingImports]
 
-    patches = [Patch(facecolor=shades(x), edgecolor="0.5", label=name) for x, name in ((1.0, "kept"), (0.0, "evicted"))]
+    looks = zip((1.0, 0.0 if names[1] == "evicted" else LOW), names, strict=True)
+    patches = [Patch(facecolor=shades(x), edgecolor="0.5", label=name) for x, name in looks]
     figure.legend(handles=patches, loc="outside lower right", ncols=2, frameon=False, fontsize=9)

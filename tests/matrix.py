@@ -70,6 +70,11 @@ BATCH = (text(40, 0), text(30, 0), text(24, 0))
 MATES = (text(25, 1), text(30, 1), text(40, 0))
 
 
+def teacher() -> np.ndarray:
+    """Given continuations of `BATCH`."""
+    return np.random.default_rng(9).integers(0, 97, (len(BATCH), STEPS))
+
+
 class Greedy(NamedTuple):
     """A greedy continuation of a batch, step by step."""
 

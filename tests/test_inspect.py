@@ -56,7 +56,16 @@ def run_json(capsys, *argv) -> dict:
 def sample(held: np.ndarray, prompt: int) -> Kept:
     layers, heads, length = held.shape
     budget = np.full((layers, heads), 3)
-    return Kept(held, budget, tuple(range(layers)), tuple(range(heads)), list(range(length)), prompt)
+    return Kept(
+        held,
+        np.zeros_like(held),
+        ("dense",),
+        budget,
+        tuple(range(layers)),
+        tuple(range(heads)),
+        list(range(length)),
+        prompt,
+    )
 
 
 def random_sample(layers=3, heads=2, length=50, prompt=40) -> Kept:
@@ -80,6 +89,25 @@ def test_full_keeps_everything(capsys):
     seen = len(out["tokens"])
     assert seen > out["prompt_tokens"] and out["budget"] is None
     assert out["positions"] == [[list(range(seen))] * 2] * 4
+
+
+@needs_matplotlib
+def test_a_second_tier_is_shown_apart(model, capsys, tmp_path):
+    """Every token is kept; a fifth as it is, the others in few bits."""
+    path = tmp_path / "kept.png"
+    flags = ["--method", "mikv", "--budget", "20%", "--max-new-tokens", 3, "--prompt", TEXT * 2]
+    shown = run_json(capsys, *flags, "--out", path)
+    everything, (dense, low) = list(range(len(shown["tokens"]))), shown["tiers"].values()
+    assert list(shown["tiers"]) == ["dense", "balanced int2"] and path.stat().st_size > 0
+    for layer, one, other in zip(shown["positions"], dense, low, strict=True):
+        for head, mine, rest in zip(layer, one, other, strict=True):
+            assert head == everything == sorted(mine + rest)
+            assert len(mine) == len(everything) // 5
+    out = kvjax.generate(model, [TEXT * 2], kvjax.METHODS["mikv"](), max_new_tokens=3)
+    (positions,) = generation.cached_positions(model, out, tier=0)
+    assert [[sorted(row[row >= 0].tolist()) for row in layer] for layer in positions] == dense
+    said = run(capsys, *flags)
+    assert "tokens kept dense" in said and "kept balanced int2" in said
 
 
 @pytest.mark.parametrize("method", ["h2o", "pyramidkv"])

@@ -32,6 +32,7 @@ from tests.matrix import (
     greedy,
     recipe_of,
     small_budget,
+    teacher,
     tiers_of,
 )
 
@@ -41,10 +42,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @functools.cache
 def full_cache(model: str, store: str = "dense"):
     return oracle.run(decoder(model), methods.full(store=store), BATCH, teacher())
-
-
-def teacher() -> np.ndarray:
-    return np.random.default_rng(9).integers(0, 97, (len(BATCH), STEPS))
 
 
 def contents(cache: decode.Cache, b: int) -> list[np.ndarray]:

@@ -1,8 +1,8 @@
 """Low-bit stores: a few bits per number, with a scale for each group of numbers; and stores by their names.
 
-Scales and zero points are bfloat16: 16 bits like the papers' float16, with the range of float32, so that no key is too
-large and no group too small. They are rounded so that the largest and the smallest number of a group stay within the
-codes: the round trip is never off by more than half a stored step.
+Scales and zero points are bfloat16: 16 bits like the papers' float16, with a range that keys and values do not leave
+(1e-30 to 1e30 is tested). They are rounded so that a group's largest and smallest number stay within the codes: the
+round trip is never off by more than half a stored step.
 """
 
 import functools
@@ -43,7 +43,7 @@ def rtn(bits: int, group: int | None = None, *, symmetric: bool = False) -> Stor
     if bits not in PLANES:
         raise InputError(f"bits={bits} is not one of {', '.join(map(str, sorted(PLANES, reverse=True)))}")
     if group is not None and group < 1:
-        raise InputError(f"group={group} is not at least 1 channel")
+        raise InputError(f"group={group} is not at least 1")
     top = 2 ** (bits - 1) - 1  # of symmetric codes
 
     def init(pages: int, page: int, width: int, dtype: DTypeLike) -> PyTree:
@@ -53,7 +53,8 @@ def rtn(bits: int, group: int | None = None, *, symmetric: bool = False) -> Stor
         return codes if symmetric else codes | {"zero": zeros(groups, SCALE)}
 
     def encode(x: Float[Array, "*b R"]) -> PyTree:
-        grouped = _check(x).reshape(*x.shape[:-1], -1, _group(x.shape[-1], bits, group))
+        size = _group(x.shape[-1], bits, group)
+        grouped = _check(x).reshape(*x.shape[:-1], x.shape[-1] // size, size)
         if symmetric:
             scale = _rounded(jnp.abs(grouped).max(axis=-1) / top, jnp.inf)
             codes = jnp.clip(jnp.round(grouped / _divisor(scale)[..., None]), -top, top) + top
@@ -113,6 +114,8 @@ def per_channel(bits: int, group: int) -> Store:
     """
     if bits not in PLANES:
         raise InputError(f"bits={bits} is not one of {', '.join(map(str, sorted(PLANES, reverse=True)))}")
+    if group < 1:
+        raise InputError(f"group={group} is not at least 1")
 
     def init(pages: int, page: int, width: int, dtype: DTypeLike) -> PyTree:
         _group(width, bits, width)
@@ -121,7 +124,7 @@ def per_channel(bits: int, group: int) -> Store:
         return {"codes": codes, "scale": scale(), "zero": scale()}
 
     def encode(x: Float[Array, "*b n R"]) -> PyTree:
-        runs = _check(x).reshape(*x.shape[:-2], -1, group, x.shape[-1])
+        runs = _check(x).reshape(*x.shape[:-2], x.shape[-2] // group, group, x.shape[-1])
         zero, scale = _affine(runs.min(axis=-2), runs.max(axis=-2), bits)
         codes = _affine_codes(runs, zero[..., None, :], scale[..., None, :], bits).reshape(x.shape)
         return {"codes": pack(codes, bits), "scale": spread(_upper(scale)), "zero": spread(_upper(zero))}
@@ -191,7 +194,7 @@ def _codec(text: str) -> Store:
             raise InputError(f"store {text!r}: {name} has no options")
         return codecs[name]()
     groups = [int(option) for option in options if option.isdecimal()]
-    if len(groups) + options.count("symmetric") != len(options) or len(options) > 2 or len(groups) > 1:
+    if len(groups) + ("symmetric" in options) != len(options) or len(groups) > 1:
         raise InputError(f"store {text!r}: its options are a group and symmetric, such as {name}:32:symmetric")
     return codecs[name](*groups, symmetric=True) if "symmetric" in options else codecs[name](*groups)
 
@@ -210,7 +213,7 @@ def _check(x: Array) -> Float[Array, "..."]:
     """Numbers in float32; raises for NaN and infinity, which inside `jit` make their whole group NaN."""
     if not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all()):
         raise ValueError("only finite numbers can be quantised")
-    return x.astype(jnp.float32)
+    return jnp.where(jnp.isfinite(x), x.astype(jnp.float32), jnp.nan)
 
 
 def _affine(least: Array, most: Array, bits: int) -> tuple[Array, Array]:

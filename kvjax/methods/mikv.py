@@ -10,6 +10,7 @@ from kvjax.cache.fate import demote
 from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.quantize import named
 from kvjax.cache.retain import retain
+from kvjax.cache.store import dense
 from kvjax.errors import InputError
 
 
@@ -54,7 +55,7 @@ def mikv(
         raise InputError(f"mikv: allocate={allocate!r} is not 'uniform', 'from_scores' or 'per_head'")
     if allocate == "from_scores" and importance != "window":
         raise InputError("mikv: allocate='from_scores' compares layers by window scores: set importance='window'")
-    high, low = (s._replace(balanced=balance and not s.is_dense) for s in (high, low))
+    high, low = (s._replace(balanced=balance and s.key != dense()) for s in (high, low))
     keep = {
         "uniform": lambda: budgets.uniform(budget, growing=True),
         "from_scores": lambda: from_scores(budget, every=0),
