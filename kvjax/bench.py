@@ -6,7 +6,6 @@ All contestants take turns in one process, so that a noisy machine is noisy for 
 import argparse
 import importlib.util
 import json
-import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from kvjax import command, decode, generation, sampling
 from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
 from kvjax.generation import Model
-from kvjax.methods import label_of, make, read_entry
+from kvjax.methods import label_of, make, read_entry, taken
 from kvjax.models.decoder import Decoder
 from kvjax.spec import Lengths, ModelSpec
 
@@ -66,7 +65,9 @@ def kvjax_contestant(model: Model, label: str, recipe: Recipe, batch: int, conte
         jax.block_until_ready(out)
         return time.perf_counter() - start
 
-    return Contestant(label, turn, _weight_bytes(model.decoder) + size.payload + size.statistics, size.total)
+    return Contestant(
+        label, turn, _weight_bytes(model.decoder) + size.payload + size.scales + size.statistics, size.total
+    )
 
 
 def _weight_bytes(model: Decoder) -> int:
@@ -220,10 +221,11 @@ def parser() -> command.Parser:
 
 
 def read_recipe(entry: str, stores: dict[str, str]) -> Recipe:
-    """A recipe from `method+key=value:budget`."""
-    method, budget = re.fullmatch(r"(.*?)(?::(\d+|[\d.]+%))?", entry).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    name, arguments = read_entry(method)
-    return make(name, budget, stores | arguments)
+    """A recipe from `method:budget+key=value`."""
+    head, plus, rest = entry.partition("+")
+    method, _, budget = head.partition(":")
+    name, arguments = read_entry(method + plus + rest)
+    return make(name, budget or None, taken(name, stores) | arguments)
 
 
 def load(args: argparse.Namespace) -> Model:

@@ -42,23 +42,28 @@ class Parser(argparse.ArgumentParser):
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Flags, with the options of the `--config` file before them; `arguments` are the method's own, from both."""
     args = parser.parse_args(argv)
-    arguments: dict[str, Any] = {}
+    settings, arguments = read_settings(args.set), {}
+    for key in flag_arguments(args).keys() & settings.keys():
+        raise InputError(f"{key} is given twice: as a flag and as --set {key}={settings[key]}")
     if args.config is not None:
         config = read_config(args.config)
         arguments = config.pop("arguments", {})
         flags = config_flags(args.config, config, parser, args)
         args = parser.parse_args([*flags, *(sys.argv[1:] if argv is None else argv)])
-    args.arguments = arguments | read_settings(args.set)
-    if args.decode_budget is not None:
-        args.arguments["decode_budget"] = args.decode_budget
-    args.arguments |= stores(args)
+    args.arguments = arguments | flag_arguments(args) | settings
     return args
+
+
+def flag_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that are arguments of a method."""
+    decoding = {} if args.decode_budget is None else {"decode_budget": args.decode_budget}
+    return decoding | stores(args)
 
 
 def add_store_flags(parser: argparse.ArgumentParser) -> None:
     """Flags for number formats."""
-    name = "dense, int8, int4, int3, int2, fp8, kivi4, kivi2"
-    parser.add_argument("--store", metavar="NAME", help=f"number format of the cache: {name} (default: dense)")
+    names = "dense, int8, int4, int3, int2, fp8, kivi4, kivi2"
+    parser.add_argument("--store", metavar="NAME", help=f"number format of the cache: {names} (default: dense)")
     parser.add_argument("--key-store", metavar="NAME", help="of keys (default: --store)")
     parser.add_argument("--value-store", metavar="NAME", help="of values (default: --store)")
     parser.add_argument("--low-store", metavar="NAME", help="of mikv's unimportant tokens (default: int2)")
@@ -69,6 +74,8 @@ def stores(args: argparse.Namespace) -> dict[str, str]:
     found = {} if args.store is None else {"store": args.store}
     if args.key_store is not None or args.value_store is not None:
         both = args.store or "dense"
+        if "/" in both or both.startswith("kivi"):
+            raise InputError(f"--store {both} says what keys and values are: leave --key-store and --value-store out")
         found["store"] = f"{args.key_store or both}/{args.value_store or both}"
     return found if args.low_store is None else found | {"low_store": args.low_store}
 

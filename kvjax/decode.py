@@ -16,6 +16,7 @@ from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Found, Layers, Recipe, Tiers
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Tier
+from kvjax.errors import InputError
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer
 from kvjax.spec import Lengths, ModelSpec, Prompt, PyTree, Token
@@ -46,6 +47,8 @@ def init_cache(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
       recipe: the method.
       lengths: tokens of each prompt, and how many may be generated.
     """
+    if recipe.rotate == "read" and any(store.balanced for store in recipe.stores):
+        raise InputError("balanced keys are undone in the query: they must be rotated when they are written")
     groups = layer_groups(model.spec, recipe)
     return tuple(recipe.policy.init(model.spec, group, lengths, model.dtype) for group in groups)
 

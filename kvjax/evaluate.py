@@ -22,7 +22,7 @@ from kvjax.evaluation.task import Sample, Task
 from kvjax.evaluation.tasks import TASKS, make_task
 from kvjax.generate import DTYPES
 from kvjax.generation import Model
-from kvjax.methods import METHODS, accepted_arguments, default_budget, make, read_entry
+from kvjax.methods import METHODS, default_budget, make, read_entry, taken
 from kvjax.report import list_factories
 
 PROG = "kvjax.evaluate"
@@ -74,12 +74,13 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("give --tasks and --out, or: report DIR")
     settings = _settings(args.set)
     tasks = [make_task(name, settings.get(name)) for name in _split(args.tasks)]
-    stores = command.stores(args)
-    grid = points(_split(args.methods), args.budgets and _split(args.budgets), settings, stores)
+    grid = points(_split(args.methods), args.budgets and _split(args.budgets), settings, command.stores(args))
     _check(args, {task.name for task in tasks}, {read_entry(point.method)[0] for point in grid}, settings)
     text = _read_text(args.text)
     command.use_compilation_cache()
     model = generation.load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
+    for point in grid:
+        generation.check_recipe(model, point.recipe)
     form = args.form or ("short" if args.model is None else "natural")
     chat = form == "natural" and not args.no_chat and model.tokenizer is not None and model.tokenizer.has_template
     lengths = _lengths(args.lengths, model, form)
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         "model": model.name, "tasks": list(samples), "methods": list(dict.fromkeys(point.method for point in grid)),
         "budgets": args.budgets and _split(args.budgets), "samples": args.samples, "seed": args.seed,
         "lengths": lengths, "form": form, "question": args.question, "chat": chat, "batch": batch,
-        "settings": settings, "stores": stores, "data": args.data and str(args.data),
+        "settings": settings, "data": args.data and str(args.data),
         "text": manifest.digest(request.text),
         "dtype": jnp.dtype(model.decoder.dtype).name, "ignore_config": args.ignore_config,
     }  # fmt: skip
@@ -134,17 +135,18 @@ def points(
 ) -> list[Point]:
     """The grid's methods with their budgets; a method that takes no budget appears once.
 
-    `stores` are arguments of all methods, as far as they have them; `settings` those of the methods that they name.
+    `settings` are arguments of the methods that they name, `stores` of all that have them: these become part of the
+    method's name.
     """
     grid, left = [], set(stores or {})
     for entry in METHODS if methods == ["all"] else methods:
         name, arguments = read_entry(entry)
-        takes, accepted = default_budget(name), accepted_arguments(name)
-        given = {key: value for key, value in (stores or {}).items() if key in accepted}
-        left -= given.keys()
-        given |= (settings or {}).get(name, {}) | arguments
+        takes, common = default_budget(name), taken(name, stores or {})
+        left -= common.keys()
+        full_name = entry + "".join(f"+{key}={value}" for key, value in common.items() if key not in arguments)
+        given = common | (settings or {}).get(name, {}) | arguments
         for budget in [takes] if takes is None or not budgets else budgets:
-            grid.append(Point(entry, budget, make(name, budget, given)))
+            grid.append(Point(full_name, budget, make(name, budget, given)))
     if left:
         raise InputError(f"no method of this run takes {', '.join(sorted(left))}")
     return list({(point.method, str(point.budget)): point for point in grid}.values())

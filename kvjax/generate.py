@@ -19,8 +19,8 @@ from kvjax import command, generation, showcase
 from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
 from kvjax.generation import Generation, Model
-from kvjax.methods import METHODS, default_budget, label_of, make
-from kvjax.report import describe, list_factories, summary
+from kvjax.methods import METHODS, default_budget, make
+from kvjax.report import describe, heading, list_factories, summary
 from kvjax.sampling import Sampling
 
 PROG = "kvjax.generate"
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         print(json.dumps(describe(model, out, budget)))
     else:
-        console.print(summary([out], [f"{label_of(recipe.name)} {budget or ''}".strip()]))
+        console.print(summary([out], [heading(recipe, budget)]))
 
 
 def _check(args: argparse.Namespace, prompted: bool) -> None:

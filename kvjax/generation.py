@@ -211,6 +211,11 @@ def cached_positions(model: Model, generation: Generation, tier: int | None = No
     return np.stack(padded, axis=1)
 
 
+def check_recipe(model: Model, recipe: Recipe) -> None:
+    """Raise `InputError` for a recipe that cannot keep this model's vectors, without allocating anything."""
+    jax.eval_shape(lambda: decode.init_cache(model.decoder, recipe, Lengths((1,), 1, 64)))
+
+
 def check(spec: ModelSpec, ids: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> None:
     """Raise `InputError` for prompts, and what follows them, that cannot be read."""
     if not ids:

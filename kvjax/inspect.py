@@ -120,7 +120,10 @@ def _check_range(name: str, value: int | None, size: int) -> None:
 
 
 def describe(args: argparse.Namespace, model: Model, out: Generation, shown: Kept) -> dict[str, Any]:
-    """What was kept, as plain data; `positions` and `slots` are lists over `layers` of lists over `heads`."""
+    """What was kept, as plain data; `positions` and `slots` are lists over `layers` of lists over `heads`.
+
+    `positions` are those of all tiers, `tiers` of each, the best one first; `slots` are those of the best one.
+    """
     return {
         **_named(args, model),
         "prompt_tokens": shown.prompt,
@@ -128,7 +131,10 @@ def describe(args: argparse.Namespace, model: Model, out: Generation, shown: Kep
         "layers": shown.layers,
         "heads": shown.heads,
         "positions": _positions(shown.held | shown.low),
-        "tiers": {name: _positions(held) for name, held in zip(shown.stores, (shown.held, shown.low), strict=False)},
+        "tiers": [
+            {"store": name, "positions": _positions(held)}
+            for name, held in zip(shown.stores, (shown.held, shown.low), strict=False)
+        ],
         "slots": shown.slots.tolist(),
         "cache": {"bytes": out.bytes._asdict(), "full_bytes": out.full_bytes},
     }

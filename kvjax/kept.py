@@ -66,8 +66,8 @@ def read(model: Model, out: Generation, prompt: Sequence[int]) -> Kept:
         (positions,) = generation.cached_positions(model, out, tier)
         np.put_along_axis(held[place], positions, True, axis=-1)  # empty slots, -1, mark the spare last column
     budget = np.zeros((layers, heads), int)
-    for group, (tier, *_) in zip(decode.layer_groups(model.spec, out.recipe), out.cache, strict=True):
-        budget[list(group.index)] = np.asarray(tier.budget)[:, 0]
+    for group, tiers in zip(decode.layer_groups(model.spec, out.recipe), out.cache, strict=True):
+        budget[list(group.index)] = np.asarray(tiers[order[0]].budget)[:, 0]
     best, low = held[..., :-1]
     names = tuple(stores[tier].name for tier in order)
     return Kept(best, low, names, budget, tuple(range(layers)), tuple(range(heads)), tokens, len(prompt))
@@ -213,7 +213,7 @@ def picture(kept: Kept, title: str) -> Any:
     _label_layers(axes, kept)
     _mark_generated(axes, kept)
     _draw_slots(bars, kept)
-    _add_legend(figure, shades, how_kept(kept))
+    _add_legend(figure, shades, how_kept(kept), LOW if len(kept.stores) > 1 else 0.0)
     return figure
 
 
@@ -251,9 +251,9 @@ def _mark_generated(axes: Any, kept: Kept) -> None:
         axes.annotate(f"generated: {generated:,}", (1, 1), (0, 7), fontsize=9, **where)
 
 
-def _add_legend(figure: Any, shades: Any, names: tuple[str, str]) -> None:
+def _add_legend(figure: Any, shades: Any, names: tuple[str, str], other: float) -> None:
     from matplotlib.patches import Patch  # pyright: ignore[reportMissingImports]
 
-    looks = zip((1.0, 0.0 if names[1] == "evicted" else LOW), names, strict=True)
+    looks = zip((1.0, other), names, strict=True)
     patches = [Patch(facecolor=shades(x), edgecolor="0.5", label=name) for x, name in looks]
     figure.legend(handles=patches, loc="outside lower right", ncols=2, frameon=False, fontsize=9)

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Column, Table
 
+from kvjax.cache.policy import Recipe
 from kvjax.generation import Generation, Model
+from kvjax.methods import label_of
 
 
 def describe(model: Model, out: Generation, budget: str | int | None) -> dict[str, Any]:
     """Everything about a generation as plain data."""
     return {
         "method": out.recipe.name,
+        "stores": [store.name for store in out.recipe.stores],
         "sequences": [sequence._asdict() for sequence in out.sequences],
         "cache": {"bytes": out.bytes._asdict(), "full_bytes": out.full_bytes, "slots": out.slots},
         "timing": out.timing._asdict(),
@@ -22,6 +25,13 @@ def describe(model: Model, out: Generation, budget: str | int | None) -> dict[st
         "dtype": jnp.dtype(model.decoder.dtype).name,
         "budget": int(budget) if isinstance(budget, str) and budget.isdecimal() else budget,
     }
+
+
+def heading(recipe: Recipe, budget: str | int | None) -> str:
+    """A generation's name in a table: method, budget, and the stores that are not dense."""
+    stores = [store.name for store in recipe.stores]
+    parts = [label_of(recipe.name), budget, f"({'; '.join(stores)})" if set(stores) != {"dense"} else None]
+    return " ".join(str(part) for part in parts if part is not None)
 
 
 def summary(outs: Sequence[Generation], names: Sequence[str]) -> Table:

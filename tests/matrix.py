@@ -32,6 +32,7 @@ VARIANTS = {name: ARGUMENTS.get(name, {}) for name in METHODS} | {
     "dynamickv int8": {"store": "int8", "window": WINDOW},
     "d2o int4": {"store": "int4"},
     "mikv int8": {"store": "int8", "low_store": "int4/int2"},
+    "mikv adakv": {"importance": "window", "allocate": "per_head", "window": WINDOW},
     "mikv dynamickv": {"importance": "window", "allocate": "from_scores", "window": WINDOW},
 }
 LLAMA3 = RopeSpec(type="llama3", factor=8.0, original_max_position=32)

@@ -97,8 +97,8 @@ def test_a_second_tier_is_shown_apart(model, capsys, tmp_path):
     path = tmp_path / "kept.png"
     flags = ["--method", "mikv", "--budget", "20%", "--max-new-tokens", 3, "--prompt", TEXT * 2]
     shown = run_json(capsys, *flags, "--out", path)
-    everything, (dense, low) = list(range(len(shown["tokens"]))), shown["tiers"].values()
-    assert list(shown["tiers"]) == ["dense", "balanced int2"] and path.stat().st_size > 0
+    everything, (dense, low) = list(range(len(shown["tokens"]))), [tier["positions"] for tier in shown["tiers"]]
+    assert [tier["store"] for tier in shown["tiers"]] == ["dense", "balanced int2"] and path.stat().st_size > 0
     for layer, one, other in zip(shown["positions"], dense, low, strict=True):
         for head, mine, rest in zip(layer, one, other, strict=True):
             assert head == everything == sorted(mine + rest)

@@ -332,7 +332,7 @@ def test_names_are_stores():
             assert cost(named(name).key, 128) == 16 * bits + per_scale and named(name) == named(name)
     assert named("dense") == KVStore() and named("dense").is_dense and not named("dense/int4").is_dense
     assert named("fp8") == KVStore(fp8(), fp8()) and named("fp8").name == "fp8"
-    assert named("int8/int4:32") == KVStore(rtn(8), rtn(4, 32)) and named("int8/int4").name == "int8 keys, int4 values"
+    assert named("int8/int4:32") == KVStore(rtn(8), rtn(4, 32)) and named("int8/int4").name == "int8/int4"
     assert named("int2")._replace(balanced=True).name == "balanced int2"
     for name, bits, group, residual in (("kivi2", 2, 32, 128), ("kivi4:64", 4, 64, 128), ("kivi2:16:48", 2, 16, 48)):
         assert named(name) == KVStore(per_channel(bits, group), rtn(bits, group), residual=residual)

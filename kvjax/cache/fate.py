@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kvjax.cache import tier as tiers_
+from kvjax.cache.policy import Tiers
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots, Tier
 from kvjax.errors import InputError
@@ -16,7 +17,6 @@ from kvjax.spec import PyTree
 
 BLOCK = 512  # tokens that are compared with others at once
 
-Tiers = tuple[Tier, ...]
 Stores = tuple[KVStore, ...]
 
 
@@ -66,6 +66,8 @@ def demote(low: KVStore) -> Fate:
     Differs: nothing known.
     Cost: at prefill all tokens wait for their slots, in full; per step one slot is decoded, encoded and written.
     """
+    if low.key.run > 1:
+        raise InputError("tokens are demoted one by one: a store of runs, such as kivi, cannot take them")
 
     def prompt(found: Losers, kept: Slots, tiers: Tiers, stores: Stores) -> tuple[Slots, Tiers]:
         high, tier = tiers

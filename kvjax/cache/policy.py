@@ -77,14 +77,14 @@ class Recipe(NamedTuple):
 
     Attributes:
       name: the method's name.
-      policy: its four functions.
+      policy: its functions.
       stores: number format of each tier.
       budget: slots per row; its `allocate` redistributes them after the prompt.
       fold: which vector is cached per token.
       rotate: cached keys are rotated when written, or when read.
+      positions: with `rotate="read"`: `(pos, now, length) -> pos`, where a slot stands; None = at its own position.
       select: `(attention weights of each tier [B K G S], pos [B]) -> slots of each tier [B K S]`, those that a step
         attends to; None = all. It frees nothing.
-      positions: with `rotate="read"`: `(pos, now, length) -> pos`, where a slot stands; None = at its own position.
     """
 
     name: str

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Float, UInt16
 
+from kvjax.cache.budget import LARGEST
 from kvjax.cache.store import KVStore, Store, dense
 from kvjax.errors import InputError
 from kvjax.spec import PyTree
@@ -73,7 +74,8 @@ def rtn(bits: int, group: int | None = None, *, symmetric: bool = False) -> Stor
             x = grouped * scale + _whole(codes["zero"])[..., None]
         return x.reshape(number.shape).astype(dtype)
 
-    return Store(init, encode, decode, f"int{bits}")
+    name = f"int{bits}{'' if group is None else f':{group}'}{':symmetric' * symmetric}"
+    return Store(init, encode, decode, name)
 
 
 @functools.cache
@@ -144,7 +146,7 @@ def per_channel(bits: int, group: int) -> Store:
         x = runs * gather(codes["scale"], number.shape[-1]) + gather(codes["zero"], number.shape[-1])
         return x.reshape(number.shape).astype(dtype)
 
-    return Store(init, encode, decode, f"int{bits} per channel", run=group)
+    return Store(init, encode, decode, f"kivi{bits}:{group}", run=group)
 
 
 def kivi(bits: int, group: int = 32, residual: int = 128) -> KVStore:
@@ -156,8 +158,8 @@ def kivi(bits: int, group: int = 32, residual: int = 128) -> KVStore:
     """
     if group not in (8, 16, 32, 64, 128):
         raise InputError(f"kivi: group={group} is not 8, 16, 32, 64 or 128")
-    if residual < group or residual % group:
-        raise InputError(f"kivi: residual={residual} is not a multiple of group={group}")
+    if not group <= residual <= LARGEST or residual % group:
+        raise InputError(f"kivi: residual={residual} is not a multiple of group={group}, at most {LARGEST}")
     return KVStore(per_channel(bits, group), rtn(bits, group), residual=residual)
 
 
@@ -168,7 +170,7 @@ def named(text: str) -> KVStore:
     `kivi2`, after a colon the group and after another the residual.
 
     >>> named("int4:32").name, named("int8/int4").name
-    ('int4', 'int8 keys, int4 values')
+    ('int4:32', 'int8/int4')
     """
     parts = text.split("/")
     if len(parts) > 2 or not all(parts):

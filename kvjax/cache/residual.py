@@ -47,9 +47,10 @@ def residual(store: KVStore) -> CachePolicy:
         held = shape["layers"] * shape["heads"] * int(np.sum(-(-rows // page)))
         sized = functools.partial(tiers_.init, **shape, widths=layers.widths, dtype=dtype)
         low = sized(row=row, page=page, slots=pages.ladder(held * page, *LADDER), store=store, positions=False)
-        page = pages.page_size(ring_size)
-        slots = math.prod(shape.values()) * -(-ring_size // page) * page
-        return low, sized(row=ring_size, page=page, slots=slots, store=KVStore())
+        row = min(ring_size, row)
+        page = pages.page_size(row)
+        slots = math.prod(shape.values()) * -(-row // page) * page
+        return low, sized(row=row, page=page, slots=slots, store=KVStore())
 
     def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:
         low, ring = tiers
@@ -57,7 +58,7 @@ def residual(store: KVStore) -> CachePolicy:
         pad = ((0, 0), (0, 0), (0, -prompt.key.shape[1] % group), (0, 0))
         k, v = (jnp.pad(jnp.moveaxis(x, 2, 1), pad) for x in (prompt.key, prompt.value))
         codes = store.encode(k, v, low.calib)
-        encoded = jnp.broadcast_to(length - length % size, rows)
+        encoded = jnp.broadcast_to(jnp.maximum(length - 1, 0) // size * size, rows)  # `reserve` does what is just due
         slot = jnp.broadcast_to(jnp.arange(k.shape[2]), (*rows, k.shape[2]))
         low = tiers_.put(
             tiers_.reserve(low, encoded, k.shape[2]), slot, Slots(codes[0], codes[1]), slot < encoded[..., None]

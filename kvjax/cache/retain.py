@@ -67,6 +67,10 @@ def retain(
         raise InputError("merging and demoting need one decision after the last layer: give the budget every=0")
     if evict == "before" and fate.step is not None:
         raise InputError("a token that leaves before attention is forgotten: merge or demote after it")
+    if fate.prompt is not None and score.prompt is None:
+        raise InputError("a score that selects nothing leaves nothing to merge or demote")
+    if fate.prompt is not None and fate.low is None and store.balanced:
+        raise InputError("keys are merged as they are: the store must not be balanced")
     stores = (store,) if fate.low is None else (store, fate.low)
     if budget.room is not None and evict == "never":
         evict = "after"
@@ -116,9 +120,11 @@ def retain(
         )
         if fate.low is None:
             return (tier,)
-        left = np.maximum(prompt + lengths.new - given, 1)  # of a row, as a mean over layers and heads
-        row = pages.ladder(max(lengths.prompt) + lengths.new, *budget.ladder)
+        # Of a row, as a mean over layers and heads; where rows share, one may be given nothing that others want.
+        left = np.maximum(prompt + lengths.new - np.maximum(given, grown), 1)
         page = pages.page_size(pages.ladder(int(left.max()), *budget.ladder))
+        row = int(left.max()) if most is None else max(lengths.prompt) + lengths.new
+        row = pages.ladder(row, *budget.ladder)
         return tier, sized(row=row, page=page, slots=pool(left, page), store=fate.low, calib=balance(fate.low))
 
     def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:

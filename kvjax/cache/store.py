@@ -65,8 +65,10 @@ class KVStore(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For people."""
-        both = self.key.name if self.key == self.value else f"{self.key.name} keys, {self.value.name} values"
+        """For people; a name of `kvjax.cache.quantize.named`, but for the balance."""
+        if self.residual:
+            return f"{self.key.name}:{self.residual}"
+        both = self.key.name if self.key == self.value else f"{self.key.name}/{self.value.name}"
         return f"balanced {both}" if self.balanced else both
 
     @property
@@ -81,7 +83,7 @@ class KVStore(NamedTuple):
         return self.key.encode(k), self.value.encode(v)
 
     def decode(self, k: PyTree, v: PyTree, calib: PyTree) -> tuple[Float[Array, "B K n R"], Float[Array, "B K n V"]]:
-        """Keys and values in float32."""
+        """Keys and values in float32, without the balance; `key.decode` alone leaves it in."""
         keys, values = self.key.decode(k, jnp.float32), self.value.decode(v, jnp.float32)
         return keys / calib["balance"][:, :, None] if self.balanced else keys, values
 

@@ -51,9 +51,7 @@ def header(run: dict[str, Any]) -> str:
     commits = dict.fromkeys(str(call.get("commit")) for call in run.get("calls") or [run])
     facts |= {"samples per part": given.get("samples"), "seed": given.get("seed"), "commit": " and ".join(commits)}
     facts |= {"batch": given.get("batch"), "device": run.get("device"), "dtype": given.get("dtype")}
-    facts |= {"settings": given.get("settings") or None, "stores": given.get("stores") or None} | (
-        run.get("versions") or {}
-    )
+    facts |= {"settings": given.get("settings") or None} | (run.get("versions") or {})
     return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
 
 

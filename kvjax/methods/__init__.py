@@ -6,6 +6,7 @@
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 
 from kvjax.arguments import read_argument
@@ -85,6 +86,8 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
 
 def accepted_arguments(name: str) -> list[str]:
     """The names of a method's own arguments."""
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     return [key for key in inspect.signature(METHODS[name]).parameters if key != "budget"]
 
 
@@ -95,11 +98,18 @@ def read_entry(text: str) -> tuple[str, dict[str, str]]:
     ('mikv', {'low_store': 'int4', 'recent': '0.25'})
     """
     name, *settings = text.split("+")
-    pairs = [setting.partition("=") for setting in settings]
-    for setting, (key, equals, value) in zip(settings, pairs, strict=True):
-        if not key or not equals or not value:
-            raise InputError(f"method {text!r}: {setting!r} is not key=value, as in mikv+low_store=int4")
-    return name, {key: value for key, _, value in pairs}
+    found: dict[str, str] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if not key or not value or key in found:
+            raise InputError(f"method {text!r}: {setting!r} is not one key=value, as in mikv+low_store=int4")
+        found[key] = value
+    return name, found
+
+
+def taken(name: str, arguments: Mapping[str, str]) -> dict[str, str]:
+    """Those of the arguments that a method has."""
+    return {key: value for key, value in arguments.items() if key in accepted_arguments(name)}
 
 
 def label_of(entry: str) -> str:
@@ -108,7 +118,7 @@ def label_of(entry: str) -> str:
     >>> label_of("oracle"), label_of("h2o+store=int4")
     ('oracle (frees nothing)', 'h2o+store=int4')
     """
-    return f"{entry} (frees nothing)" if entry.split("+")[0] == "oracle" else entry
+    return f"{entry} (frees nothing)" if re.match(r"oracle\b", entry) else entry
 
 
 def default_budget(name: str) -> str | int | None:

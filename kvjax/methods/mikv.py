@@ -42,13 +42,13 @@ def mikv(
       store: number format of the important tokens, likewise.
 
     Source: Yang et al., 2024 (arXiv 2402.18096).
-    Differs: one set of tokens per key/value head, its balance from the largest query of the group; "from_scores" and
-      "per_head" keep DynamicKV's and Ada-KV's tokens and demote those that they evict.
+    Differs: one set of tokens per key/value head, its balance from the largest query of the group; with "window",
+      "from_scores" and "per_head" keep DynamicKV's and Ada-KV's tokens and demote those that they evict.
     Cost: see `kvjax.cache.fate.demote`; 8 bytes per important token and 4 per other one beside their codes.
     """
     high, low = named(store), named(low_store)
-    if low.is_dense or low.key.run > 1:
-        raise InputError(f"mikv: low_store={low_store!r} must have few bits per token, such as int2")
+    if low.is_dense:
+        raise InputError(f"mikv: low_store={low_store!r} must have few bits, such as int2")
     if importance not in ("accumulated", "window"):
         raise InputError(f"mikv: importance={importance!r} is not 'accumulated' or 'window'")
     if allocate not in ("uniform", "from_scores", "per_head"):
