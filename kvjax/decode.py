@@ -82,7 +82,7 @@ def prefill(
     >>> cache = kvjax.init_cache(model, recipe, kvjax.Lengths(prompt=(20,), new=4, padded=prompt.shape[1]))
     >>> logits, cache = kvjax.prefill(model, recipe, prompt, jnp.asarray([20], jnp.int32), cache)
     >>> logits.shape, cache[0][0].length.tolist()
-    ((1, 1172), [[[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]]])
+    ((1, 3072), [[[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]]])
     """
     spec, groups = model.spec, layer_groups(model.spec, recipe)
     x = _embed(model, tokens)

@@ -43,7 +43,7 @@ def plan(model: Model, recipe: Recipe, context: int, new: int, batch: int = 1) -
     >>> from kvjax import methods
     >>> model = abstract_model(None)
     >>> plan(model, methods.snapkv(budget=128), context=1000, new=1).budget
-    [128, 128, 128, 128]
+    [128, 128, 128, 128, 128, 128]
     """
     spec, budget = model.spec, recipe.budget
     if context > spec.max_position:
@@ -69,7 +69,7 @@ def arguments(method: str, given: Mapping[str, object]) -> dict[str, object]:
     """All of a method's own arguments with the values in force.
 
     >>> arguments("snapkv", {"window": "16"})
-    {'window': 16, 'kernel': 5, 'pooling': 'avg', 'ada': False, 'decode_budget': ''}
+    {'window': 16, 'kernel': 5, 'pooling': 'avg', 'ada': False, 'decode_budget': '', 'store': 'dense'}
     """
     parameters = inspect.signature(METHODS[method]).parameters
     values = {name: parameter.default for name, parameter in parameters.items() if name != "budget"}

@@ -1,6 +1,7 @@
 """Shapes are checked where beartype is installed, dtypes never promote silently, random tests repeat their examples."""
 
 import importlib.util
+import itertools
 
 import hypothesis
 import jax
@@ -14,6 +15,7 @@ if importlib.util.find_spec("beartype"):
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+_TESTS = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +31,11 @@ def forget_programs():
     """Thousands of compiled programs in one process are more than the system maps into memory."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def forget_programs_of_long_modules():
+    """Some modules alone have that many."""
+    yield
+    if next(_TESTS) % 40 == 0:
+        jax.clear_caches()

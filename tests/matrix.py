@@ -43,10 +43,18 @@ MODELS = {
     "windowed": dict(num_layers=1, num_kv_heads=4, windows=(12,), qkv_bias=True, rope=LLAMA3),
     **({"demo": None} if (Path(demo.directory()) / "model.safetensors").exists() else {}),
 }
+BFLOAT16 = ("full int8", "full kivi2", "h2o int4", "d2o int4", "mikv int8")  # variants that are tried in it, too
 WITH_BUDGET = [name for name in VARIANTS if "budget" in inspect.signature(METHODS[name.split()[0]]).parameters]
 EVICTING = [name for name in WITH_BUDGET if name.split()[0] not in ("mikv", "oracle")]  # what is not kept is gone
-every_method = pytest.mark.parametrize("method", VARIANTS)
-CASES = [(model, name) for name in VARIANTS for model in MODELS if name in METHODS or model.startswith("gqa")]
+every_method = pytest.mark.parametrize("method", [*METHODS, "full kivi2", "h2o int4", "mikv dynamickv"])
+CASES = [
+    pytest.param(
+        model, name, marks=[pytest.mark.slow] if model == "demo" and name not in ("full", "h2o", "mikv") else []
+    )
+    for name in VARIANTS
+    for model in MODELS
+    if name in METHODS or model == "gqa" or (model == "gqa-bf16" and name in BFLOAT16)
+]
 every_case = pytest.mark.parametrize(("model", "method"), CASES)
 every_model = pytest.mark.parametrize("model", MODELS)
 

@@ -186,7 +186,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_results(tmp_path):
         (["--tasks", "lines,sudoku"], "unknown task 'sudoku': choose from lines, needle"),
         (["--tasks", "lines", "--methods", "h2p"], "unknown method 'h2p': choose from full"),
         (["--tasks", "lines", "--budgets", "120%"], "120%"),
-        (["--tasks", "lines", "--lengths", "4096"], "lengths are 1 to 2048, the model's context limit"),
+        (["--tasks", "lines", "--lengths", "4097"], "lengths are 1 to 4096, the model's context limit"),
         (["--tasks", "lines", "--lengths", "8"], "task lines does not fit into 8 tokens"),
         (["--tasks", "lines", "--lengths", "a"], "is not a list of lengths"),
         (["--tasks", "longbench"], "--data"),

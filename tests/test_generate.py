@@ -79,7 +79,7 @@ def test_an_orbax_checkpoint_generates_the_same(directory, tmp_path, capsys):
 def test_json_says_what_was_run(directory, capsys):
     flags = ["--model", directory, "--method", "h2o", "--budget", "25%", "--max-new-tokens", 5]
     out = run_json(capsys, *flags, "--prompt-tokens", ids(range(40)), "--prompt-tokens", ids(range(20)))
-    assert set(out) == {"method", "sequences", "cache", "timing", "model", "dtype", "budget"}
+    assert set(out) == {"method", "stores", "sequences", "cache", "timing", "model", "dtype", "budget"}
     assert (out["method"], out["budget"], out["dtype"]) == ("h2o", "25%", "float32")
     assert [s["prompt_tokens"] for s in out["sequences"]] == [40, 20]
     assert set(out["sequences"][0]) == {"prompt_tokens", "tokens", "text", "finish_reason"}

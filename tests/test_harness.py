@@ -301,7 +301,7 @@ def test_generation_arguments_that_cannot_be_met(arguments, message):
         ({"method": "snapkv", "windw": 4}, "method snapkv has no argument 'windw': it takes"),
         ({"budget": "20%"}, "method full keeps everything and takes no budget"),
         ({"batch_size": "auto"}, "batch_size=auto is not a whole number"),
-        ({"max_length": 4096}, "max_length=4096 is not a whole number from 1 to 2048"),
+        ({"max_length": 4097}, "max_length=4097 is not a whole number from 1 to 4096"),
         ({"dtype": "int4"}, "dtype=int4 is not one of float32, bfloat16"),
     ],
 )

@@ -75,12 +75,12 @@ def random_sample(layers=3, heads=2, length=50, prompt=40) -> Kept:
 def test_streaming_llm_keeps_sinks_and_the_newest_tokens(capsys):
     out = run_json(capsys, "--prompt-tokens", ",".join(map(str, range(2, 32))), *STREAMING, "--max-new-tokens", 6)
     assert (out["prompt_tokens"], out["tokens"][:30], len(out["tokens"])) == (30, list(range(2, 32)), 35)
-    assert out["positions"] == [[[0, 1, 2, 3, *range(30, 35)]] * 2] * 4
-    assert out["slots"] == [[9, 9]] * 4
+    assert out["positions"] == [[[0, 1, 2, 3, *range(30, 35)]] * 2] * 6
+    assert out["slots"] == [[9, 9]] * 6
     assert (out["method"], out["budget"], out["model"], out["dtype"]) == ("streaming_llm", 9, "demo", "float32")
     assert set(out) == {
         *("method", "budget", "model", "dtype", "prompt_tokens", "tokens", "layers", "heads"),
-        *("positions", "slots", "cache"),
+        *("positions", "tiers", "slots", "cache"),
     }
 
 
@@ -88,7 +88,7 @@ def test_full_keeps_everything(capsys):
     out = run_json(capsys, "--method", "full", "--prompt", TEXT * 3, "--max-new-tokens", 5)
     seen = len(out["tokens"])
     assert seen > out["prompt_tokens"] and out["budget"] is None
-    assert out["positions"] == [[list(range(seen))] * 2] * 4
+    assert out["positions"] == [[list(range(seen))] * 2] * 6
 
 
 @needs_matplotlib
@@ -127,19 +127,19 @@ def test_what_is_shown_is_what_the_cache_holds(method, model, capsys):
     one = run_json(capsys, *flags, "--layer", 2, "--head", 1)
     assert (one["layers"], one["heads"], one["positions"]) == ([2], [1], [[want[2][1]]])
     head = run_json(capsys, *flags, "--head", 1)
-    assert (head["layers"], head["positions"]) == ([0, 1, 2, 3], [[layer[1]] for layer in want])
+    assert (head["layers"], head["positions"]) == ([0, 1, 2, 3, 4, 5], [[layer[1]] for layer in want])
 
     mine = kept.read(model, out, model.tokenizer.encode(TEXT))
-    assert mine.budget.shape == mine.slots.shape == (4, 2)
+    assert mine.budget.shape == mine.slots.shape == (6, 2)
     if method == "pyramidkv":  # of the prompt; the generated tokens that were read come on top
         read = len(mine.tokens) - mine.prompt
         assert (mine.slots == mine.budget + read).all() and len(set(mine.budget[:, 0].tolist())) > 1
 
 
-def test_without_a_prompt_the_demo_model_reads_its_list(capsys):
+def test_without_a_prompt_the_demo_model_reads_its_scene(capsys):
     out = run_json(capsys, "--budget", 40)
     assert out["method"] == "snapkv" and out["prompt_tokens"] == len(out["tokens"]) > 900
-    assert out["slots"] == [[40, 40]] * 4
+    assert out["slots"] == [[40, 40]] * 6
 
 
 @pytest.mark.parametrize("text", [TEXT, "clay: 475\n\n\n! clay:", " snow", "naïve 日本語 🙂‍↕️ x", "\t\x1b[31m"])
@@ -260,14 +260,14 @@ def test_a_dry_run_plans_batches(model, capsys):
     planned = run_json(capsys, "--dry-run", *flags)
     assert planned["cache"]["bytes"]["total"] == out.bytes.total
     assert planned["cache"]["full_bytes"] == out.full_bytes
-    assert planned["slots"] == [int(recipe.budget.slots(i, 4, 70)) for i in range(4)]
+    assert planned["slots"] == [int(recipe.budget.slots(i, 6, 70)) for i in range(6)]
 
 
 def test_a_dry_run_says_what_is_in_force(capsys):
     planned = run_json(capsys, "--dry-run", "--method", "streaming_llm", "--set", "sinks=2", "--context", 100)
-    assert planned["arguments"] == {"sinks": 2, "positions": "cache", "decode_budget": ""}
+    assert planned["arguments"] == {"sinks": 2, "positions": "cache", "decode_budget": "", "store": "dense"}
     assert (planned["stores"], planned["fold"], planned["rotate"]) == (["dense"], "identity", "when read")
-    assert planned["slots"] == [20] * 4
+    assert planned["slots"] == [20] * 6
     out = run(capsys, "--dry-run", "--method", "pyramidkv", "--context", 100)
     for words in ("--set beta", "identity", "dense", "100 prompt", "payload and slack", "when written"):
         assert words in out
@@ -333,7 +333,7 @@ BAD = {
     "the prompt has 129 tokens, the context limit is 128 ": [MODEL, "--dry-run", "--context", "129"],
     "pass the context limit (128)": [MODEL, "--dry-run", "--context", "128"],
     "token id 97 is not in": [MODEL, "--prompt-tokens", "1,97", "--dry-run"],
-    "--layer 4 is out of range: this model has layers 0 to 3": ["--layer", "4", "--prompt", "x"],
+    "--layer 6 is out of range: this model has layers 0 to 5": ["--layer", "6", "--prompt", "x"],
     "--layer -1 is out of range": ["--layer", "-1", "--prompt", "x"],
     "--head 2 is out of range: this model has heads 0 to 1": ["--head", "2", "--prompt", "x"],
     "max-new-tokens 0": ["--max-new-tokens", "0", "--prompt", "x"],
@@ -365,7 +365,7 @@ def test_without_matplotlib_a_picture_is_refused_and_the_rest_works(monkeypatch,
     flags = ["--prompt", TEXT, *STREAMING]
     with pytest.raises(kvjax.InputError, match=r"pip install 'kvjax\[eval\]'"):
         main([*flags, "--out", str(tmp_path / "x.png")])
-    assert run_json(capsys, *flags)["slots"] == [[9, 9]] * 4
+    assert run_json(capsys, *flags)["slots"] == [[9, 9]] * 6
 
 
 def test_a_cache_with_too_many_pages_is_refused():

@@ -9,13 +9,13 @@ PROGRAM = """
 import resource, sys
 import numpy as np
 import kvjax
-from kvjax.demo.train import demo_spec
-import dataclasses
 from flax import nnx
 from kvjax.generation import Model
 from kvjax.models.decoder import Decoder
+from kvjax.spec import ModelSpec
 
-spec = dataclasses.replace(demo_spec(4, 128), max_position=32768)
+small = {"vocab_size": 1172, "embed_dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+spec = ModelSpec(**small, mlp_dim=352, max_position=32768)
 model = Model(Decoder(spec, rngs=nnx.Rngs(0)), None, (), "random")
 prompt = np.random.default_rng(0).integers(0, spec.vocab_size, 16384).tolist()
 out = kvjax.generate(model, [prompt], kvjax.methods.h2o("20%"), max_new_tokens=4)

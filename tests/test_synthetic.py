@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax import demo
+from kvjax.demo import data, vocabulary
 from kvjax.demo import lines as demo_lines
-from kvjax.demo import vocabulary
 from kvjax.errors import InputError
 from kvjax.evaluation import aggregation, needles, retrieval, synthetic, words
 from kvjax.evaluation.task import Form, Request, Sample, Task
@@ -373,8 +373,13 @@ def test_samples_depend_on_seed_and_index_only(form: Form) -> None:
 def test_no_seed_is_shared_with_the_demo_model() -> None:
     request = Request(1, 0, (128,), "short", of_demo, 1, TEXT, None)
     entropy = lambda rng: rng.bit_generator.seed_seq.entropy[0]
-    seeds = [request.rng("lines", "128", 0), demo_lines.training_rng(0, 0), demo_lines.scoring_rng(0, 128)]
-    assert len({entropy(rng) for rng in seeds}) == 3
+    seeds = [
+        request.rng("lines", "128", 0),
+        data.training_rng(0, 0),
+        data.held_out_rng(0, 0),
+        demo_lines.scoring_rng(0),
+    ]
+    assert len({entropy(rng) for rng in seeds}) == 4
 
 
 # Scores

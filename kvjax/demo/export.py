@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from kvjax.demo import vocabulary
+from kvjax.demo import tokens, vocabulary
 from kvjax.models.decoder import Decoder, Linear
 from kvjax.spec import ModelSpec
 
@@ -48,7 +50,7 @@ def config(spec: ModelSpec) -> dict:
         "tie_word_embeddings": spec.tie_embeddings,
         "bos_token_id": vocabulary.BOS,
         "eos_token_id": vocabulary.EOS,
-        "torch_dtype": "float32",
+        "torch_dtype": "bfloat16",
     }
 
 
@@ -67,8 +69,10 @@ def tokenizer_config(spec: ModelSpec) -> dict:
 
 
 def write(model: Decoder, out: Path) -> None:
-    """Write `config.json`, `model.safetensors` and the tokenizer's files to the folder `out`."""
+    """Write `config.json`, `model.safetensors` in bfloat16 and the tokenizer's files to the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
+    graph, params = nnx.split(model)
+    model = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
     save_file(tensors(model), out / "model.safetensors", metadata={"format": "pt"})
     generation = {"bos_token_id": vocabulary.BOS, "eos_token_id": vocabulary.EOS, "do_sample": False}
     files = {
@@ -78,4 +82,4 @@ def write(model: Decoder, out: Path) -> None:
     }
     for name, content in files.items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
-    vocabulary.tokenizer().save(str(out / "tokenizer.json"))
+    tokens.tokenizer().save(str(out / "tokenizer.json"))

@@ -1,15 +1,17 @@
 """Train the demo model: `python -m kvjax.demo.train --out DIR`.
 
-The data of a step is a function of the seed and the step alone, and a checkpoint holds the weights, the optimiser's
-state and the step: a run that was killed and started again with the same command ends with the same weights, bit for
+The data of a step is a function of the seed, the step and the stage. After every block of steps the accuracies are
+written to `DIR/log.jsonl` and decide the stage, and now and then a checkpoint is written: weights, the optimiser's
+state and the stage. A run that was killed and started again with the same command ends with the same weights, bit for
 bit on the same machine.
 """
 
 import argparse
-import json
-import sys
+import concurrent.futures
+import multiprocessing
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,39 +21,28 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jaxtyping import Array, Float, Int
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from jax import Array
 
-from kvjax.demo import export, lines, vocabulary
-from kvjax.models import rope
-from kvjax.models.decoder import Decoder, forward
-from kvjax.spec import ModelSpec
+from kvjax import command
+from kvjax.demo import checkpoint, corpus, course, data, export, model
+from kvjax.models.decoder import Decoder
 
-
-class Stage(NamedTuple):
-    """A part of the training."""
-
-    end: float  # share of the steps at which it ends
-    lengths: tuple[int, ...]  # drawn from [tokens]
-    share: float  # of the lines that fit, the rest of a document being questions
-
-
-# Retrieval is learned on short documents with few lines and many questions; longer documents then only stretch it.
-CURRICULUM = (
-    Stage(0.12, (64,), 0.3),
-    Stage(0.20, (64,), 1.0),
-    Stage(0.30, (64, 128), 1.0),
-    Stage(0.45, (128, 256, 256), 1.0),
-    Stage(0.68, (128, 256, 512, 512), 1.0),
-    Stage(1.00, (256, 512, 1024, 1024), 1.0),
-)
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    "gpu": {
+        "layers": 8, "width": 256, "heads": 8, "kv_heads": 4, "mlp": 704, "tokens_per_batch": 65536, "steps": 6000,
+        "learning_rate": 2e-3, "block": 100, "checkpoint_every": 500, "dtype": "bfloat16", "attention": "cudnn",
+        "workers": 14,
+    },
+}  # fmt: skip
 
 
 class State(NamedTuple):
-    """Everything that a step changes."""
+    """Everything that a step or a block changes."""
 
     params: Any  # the decoder's weights as nested dicts
     opt: optax.OptState
+    stage: np.ndarray  # []
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -59,152 +50,166 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kvjax.demo.train", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for checkpoints, log.jsonl and the trained model (hf/)")
-    add("--steps", type=int, default=2000)
+    add("--preset", choices=PRESETS, default="cpu", help="defaults of the other flags")
+    add("--steps", type=int, default=4000)
     add("--seed", type=int, default=0)
     add("--tokens-per-batch", type=int, default=4096, help="rows of a batch times their length")
-    add("--max-length", type=int, default=1024, help="longer lengths of the curriculum are cut to this [tokens]")
-    add("--learning-rate", type=float, default=2e-3, help="peak, after 100 steps of warm-up; decays as a cosine")
-    add("--layers", type=int, default=4)
-    add("--width", type=int, default=128, help="hidden size; heads of 32, two query heads per key/value head")
-    add("--checkpoint-every", type=int, default=200, help="steps between checkpoints")
-    add("--log-every", type=int, default=25, help="steps between lines of log.jsonl")
+    add("--max-length", type=int, default=model.CONTEXT, help="longer lengths of the course are cut to this [tokens]")
+    add("--learning-rate", type=float, default=2e-3, help="after a warm-up of 200 steps")
+    add("--decay", type=float, default=0.3, help="share of the steps, at the end, over which the rate falls to a 20th")
+    add("--layers", type=int, default=6)
+    add("--width", type=int, default=192)
+    add("--heads", type=int, default=4, help="query heads of a layer")
+    add("--kv-heads", type=int, default=2, help="key/value heads of a layer")
+    add("--head-dim", type=int, default=32)
+    add("--mlp", type=int, default=512, help="width of the feed-forward network")
+    add("--theta", type=float, default=10000.0, help="base of the rotary embedding")
+    add("--tie", action=argparse.BooleanOptionalAction, default=True, help="one matrix for token vectors and logits")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
+    add("--attention", choices=("blocks", "cudnn"), default="blocks")
+    add("--block", type=int, default=25, help="steps between lines of log.jsonl, and decisions about the stage")
+    add("--checkpoint-every", type=int, default=200, help="steps between checkpoints: a multiple of --block")
+    add("--workers", type=int, default=0, help="processes that write documents; 0 = this one")
+    add("--minutes", type=float, default=float("inf"), help="stop after about so long; start again to go on")
+    known, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**PRESETS[known.preset])
     args = parser.parse_args(argv)
-    if args.width % 64:
-        parser.error(f"--width must be a multiple of 64, got {args.width}")
+    if args.checkpoint_every % args.block:
+        parser.error(f"--checkpoint-every {args.checkpoint_every} must be a multiple of --block {args.block}")
+    if args.heads % args.kv_heads:
+        parser.error(f"--heads {args.heads} must be a multiple of --kv-heads {args.kv_heads}")
     return args
 
 
-def demo_spec(layers: int, width: int) -> ModelSpec:
-    """The architecture: Llama with heads of 32 and two query heads per key/value head."""
-    return ModelSpec(
-        vocab_size=vocabulary.SIZE,
-        embed_dim=width,
-        num_layers=layers,
-        num_heads=width // 32,
-        num_kv_heads=width // 64,
-        head_dim=32,
-        mlp_dim=width * 11 // 4,
-        max_position=2048,
-        norm_eps=1e-5,
-    )
-
-
-def shape(args: argparse.Namespace, step: int) -> tuple[int, int, float]:
-    """Documents of a step, their length [tokens] and their share of lines."""
-    stage = next(stage for stage in CURRICULUM if step < stage.end * args.steps)
-    choice = np.random.default_rng([lines.TRAINING, args.seed, step, 1]).integers(len(stage.lengths))
-    length = min(stage.lengths[choice], args.max_length)
-    return max(1, args.tokens_per_batch // length), length, stage.share
-
-
-def optimizer(peak: float, steps: int) -> optax.GradientTransformation:
-    """AdamW with clipping, warm-up and cosine decay."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, peak, min(100, steps // 2), steps, peak / 20)
+def optimizer(peak: float, steps: int, decay: float) -> optax.GradientTransformation:
+    """AdamW with clipping and a constant rate between warm-up and decay, so that the course may take its time."""
+    warm, end = min(200, steps // 4), max(1, int(decay * steps))
+    parts = [
+        optax.linear_schedule(0.0, peak, warm),
+        optax.constant_schedule(peak),
+        optax.linear_schedule(peak, peak / 20, end),
+    ]
+    rate = optax.join_schedules(parts, [warm, max(warm, steps - end)])
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.02))
 
 
-def initial(spec: ModelSpec, seed: int) -> Decoder:
-    """A random decoder whose first head attends to the previous token.
+def make_step(graph: nnx.GraphDef, optimize: optax.GradientTransformation, args: argparse.Namespace) -> Callable:
+    """The jitted update: `(params, opt, sums, batch) -> (params, opt, sums)`; compiled once per length."""
 
-    Looking up what followed an earlier token takes such a head and, above it, one that compares; learning both at
-    once is a long plateau. With the first in place the second is learned at once.
-    """
-    model = Decoder(spec, rngs=nnx.Rngs(seed))
-    tokens = model.embedding[...] * 25  # standard deviation 0.5: tokens stay recognisable beside what layers add
-    model.embedding[...] = tokens.at[:, 0].set(2.0)
-    for layer in model.layers:
-        for out in (layer.attention.o, layer.mlp.down):
-            out.kernel[...] = out.kernel[...] * (2 * spec.num_layers) ** -0.5
-    # In dimension 0, which is the same for all tokens, queries have phase 0 in each of the faster pairs of rotated
-    # dimensions, and keys the phase of one token: they agree at a distance of one token.
-    h, fast = spec.head_dim, spec.head_dim // 4
-    phase = rope.frequencies(spec.rope, h, jnp.asarray(0))[:fast]
-    cos, sin = jnp.zeros(h // 2).at[:fast].set(jnp.cos(phase)), jnp.zeros(h // 2).at[:fast].set(jnp.sin(phase))
-    ones = jnp.zeros(h).at[:fast].set(1.0)
-    attention = model.layers[0].attention
-    for linear, row in ((attention.q, ones), (attention.k, jnp.concatenate([cos, sin]))):
-        linear.kernel[...] = linear.kernel[...].at[:, :h].set(0.0).at[0, :h].set(1.7 * row)
-    return model
-
-
-def loss(
-    model: Decoder, ids: Int[Array, "B S"], weight: Float[Array, "B S"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted cross-entropy [nats] of the next tokens, and the share of exact answers."""
-    logits, target, weight = forward(model, ids[:, :-1]), ids[:, 1:], weight[:, 1:]
-    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-    asked = (weight == lines.ANSWER).astype(jnp.float32)
-    exact = (jnp.argmax(logits, axis=-1) == target).astype(jnp.float32)
-    return jnp.sum(entropy * weight) / jnp.sum(weight), jnp.sum(exact * asked) / jnp.sum(asked)
-
-
-def make_step(graph: nnx.GraphDef, optimize: optax.GradientTransformation) -> Callable:
-    """The jitted update: `(state, ids, weight) -> (state, loss, accuracy)`; compiled once per length."""
-
-    def step(state: State, ids: Array, weight: Array) -> tuple[State, Array, Array]:
+    def step(params: Any, opt: Any, sums: Array, batch: data.Batch) -> tuple[Any, Any, Array]:
         def of_params(params: Any) -> tuple[Array, Array]:
-            return loss(nnx.merge(graph, params), ids, weight)
+            narrow = jax.tree.map(lambda x: x.astype(args.dtype), params)
+            return model.loss(nnx.merge(graph, narrow), batch, args.attention)
 
-        (value, accuracy), grads = jax.value_and_grad(of_params, has_aux=True)(state.params)
+        (_, more), grads = jax.value_and_grad(of_params, has_aux=True)(params)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-            updates, opt = optimize.update(grads, state.opt, state.params)
-        return State(optax.apply_updates(state.params, updates), opt), value, accuracy
+            updates, opt = optimize.update(grads, opt, params)
+        return optax.apply_updates(params, updates), opt, sums + more
 
     return jax.jit(step)
 
 
-def resume(manager: ocp.CheckpointManager, state: State, log: Path) -> tuple[State, int]:
-    """The newest checkpoint and the steps it has done; the log is cut to them."""
-    done = manager.latest_step() or 0
-    if done:
-        state = State(*manager.restore(done, args=ocp.args.StandardRestore(tuple(state))))  # pyright: ignore[reportArgumentType]
-    kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= done] if log.exists() else []
-    log.write_text("".join(line + "\n" for line in kept))
-    return state, done
+class Programs:
+    """The compiled update for each length; with several processes all lengths are compiled at once, beforehand."""
+
+    def __init__(self, step: Callable, args: argparse.Namespace):
+        self._step, self._args = step, args
+        self._pool = concurrent.futures.ThreadPoolExecutor(8 if args.workers else 1)
+        self._found: dict[int, concurrent.futures.Future] = {}
+
+    def prepare(self, state: State, lengths: Iterable[int]) -> None:
+        """Begin to compile for these lengths."""
+        for length in {min(length, self._args.max_length) for length in lengths} - self._found.keys():
+            self._found[length] = self._pool.submit(self._compile, state, length)
+
+    def _compile(self, state: State, length: int) -> Callable:
+        shape = lambda *sizes, dtype: jax.ShapeDtypeStruct(sizes, dtype)
+        rows = max(1, self._args.tokens_per_batch // length)
+        ids, weight = (shape(rows, length + 1, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
+        batch = data.Batch(ids, weight, shape(rows, dtype=jnp.int32))  # pyright: ignore[reportArgumentType]
+        sums = shape(len(data.KINDS), 4, dtype=jnp.float32)
+        params, opt = jax.tree.map(jax.typeof, (state.params, state.opt))
+        return self._step.lower(params, opt, sums, batch).compile()
+
+    def __call__(self, params: Any, opt: Any, sums: Array, batch: data.Batch) -> tuple[Any, Any, Array]:
+        """The update for a batch."""
+        return self._found[batch.ids.shape[1] - 1].result()(params, opt, sums, batch)
 
 
-def progress() -> Progress:
-    """A progress bar on stderr with the newest loss and accuracy."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        transient=not sys.stderr.isatty(),
-    )
+def make_batch(seed: int, step: int, stage: int, tokens: int, longest: int) -> data.Batch:
+    """The documents of a step."""
+    rows, length = course.shape(seed, step, stage, tokens, longest)
+    return data.batch(data.training_rng(seed, step), rows, length, course.COURSE[stage].share)
+
+
+class Writers:
+    """Writes batches, in other processes where there are any."""
+
+    def __init__(self, args: argparse.Namespace):
+        self._args, self._pool = args, None
+        if args.workers:
+            context = multiprocessing.get_context("spawn")  # this process has threads
+            os.environ["JAX_PLATFORMS"] = "cpu"  # for them: this process has read it
+            self._pool = concurrent.futures.ProcessPoolExecutor(args.workers, context)
+
+    def batches(self, steps: range, stage: int) -> Iterator[data.Batch]:
+        """The batches of a block."""
+        each = [(self._args.seed, step, stage, self._args.tokens_per_batch, self._args.max_length) for step in steps]
+        yield from (self._pool.map if self._pool else map)(make_batch, *zip(*each, strict=True))
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def entry(sums: np.ndarray) -> dict[str, Any]:
+    """What is logged of a block: its loss, and accuracies and losses of the kinds of documents that were in it."""
+    asked, exact, entropy, weight = sums.T
+    names = list(data.KINDS)
+    accuracy = {names[i]: round(float(exact[i] / asked[i]), 4) for i in np.flatnonzero(asked)}
+    losses = {names[i]: round(float(entropy[i] / weight[i]), 4) for i in np.flatnonzero(weight)}
+    whole = round(float(entropy.sum() / weight.sum()), 4)
+    return {"looked_up": course.looked_up(accuracy), "loss": whole, "accuracy": accuracy, "losses": losses}
 
 
 def train(args: argparse.Namespace) -> Decoder:
     """Train to the last step, from the newest checkpoint in `args.out` if there is one."""
-    graph, params = nnx.split(initial(demo_spec(args.layers, args.width), args.seed))
+    spec = model.make_spec(
+        args.layers, args.width, args.heads, args.kv_heads, args.head_dim, args.mlp, args.theta, args.tie
+    )
+    graph, params = nnx.split(model.initial(spec, args.seed))
     params = nnx.to_pure_dict(params)
-    optimize = optimizer(args.learning_rate, args.steps)
-    step = make_step(graph, optimize)
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = args.out / "log.jsonl"
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=args.checkpoint_every)
-    with ocp.CheckpointManager((args.out / "checkpoints").absolute(), options=options) as manager, progress() as bar:
-        state, done = resume(manager, State(params, optimize.init(params)), log)
-        task = bar.add_task("training", total=args.steps, completed=done)
-        start, tokens = time.monotonic(), sum(np.prod(shape(args, index)[:2]) for index in range(done))
-        for index in range(done, args.steps):
-            rows, length, share = shape(args, index)
-            ids, weight = lines.batch(lines.training_rng(args.seed, index), rows, length, share)
-            state, value, accuracy = step(state, ids, weight)
-            tokens += rows * length
-            if (index + 1) % args.log_every == 0 or index + 1 == args.steps:
-                entry = {"step": index + 1, "length": length, "loss": float(value), "accuracy": float(accuracy)}
-                entry |= {"tokens": int(tokens), "seconds": round(time.monotonic() - start, 1)}
-                with log.open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
-                bar.update(task, completed=index + 1, description=f"loss {value:.3f} accuracy {accuracy:.1%}")
-            manager.save(index + 1, args=ocp.args.StandardSave(tuple(state)), force=index + 1 == args.steps)
+    optimize = optimizer(args.learning_rate, args.steps, args.decay)
+    step, start = Programs(make_step(graph, optimize, args), args), time.monotonic()
+    log, writers = args.out / "log.jsonl", Writers(args)
+    with checkpoint.manager(args.out, args.checkpoint_every) as manager:
+        state = State(params, optimize.init(params), np.asarray(0))
+        state, done = checkpoint.resume(manager, state, log)
+        lengths = [length for stage in course.COURSE for length in stage.lengths]
+        over = done == args.steps
+        while not over:  # at least one block
+            block, stage = range(done, min(done + args.block, args.steps)), int(state.stage)
+            step.prepare(state, lengths if args.workers else course.COURSE[stage].lengths)
+            params, opt, sums, read = state.params, state.opt, jnp.zeros((len(data.KINDS), 4)), 0
+            for batch in writers.batches(block, stage):
+                params, opt, sums = step(params, opt, sums, batch)
+                read += batch.ids.size
+            done, found = block.stop, entry(np.asarray(sums))
+            state = State(params, opt, np.asarray(course.advance(stage, found["looked_up"], done / args.steps)))
+            line = {"step": done, "stage": stage, "tokens": read, **found}
+            checkpoint.append(log, line | {"seconds": round(time.monotonic() - start, 1)})
+            over = done == args.steps or time.monotonic() - start >= 60 * args.minutes
+            manager.save(done, args=ocp.args.StandardSave(tuple(state)), force=over)
+    writers.close()
     return nnx.merge(graph, state.params)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train and write the Hugging Face checkpoint."""
     args = parse(argv)
+    command.use_compilation_cache()
+    checkpoint.check(args, corpus.fingerprint())
     export.write(train(args), args.out / "hf")
 
 

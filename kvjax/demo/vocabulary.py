@@ -1,14 +1,10 @@
-"""The demo model's vocabulary: special tokens, bytes, two question marks, keys and numbers.
+"""The part of the demo model's vocabulary that its tasks are written in: special tokens, bytes, marks, keys, numbers.
 
-Every part of the task (`kvjax.demo.lines`) is one token; any other text falls back to one token per byte, so that
-every text survives encoding and decoding. Token ids are arithmetic: training needs no tokenizer.
+Each of them is one token, and their ids are arithmetic. `kvjax.demo.tokens` adds the pieces of other text.
 """
 
 import functools
 from importlib import resources
-
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
 
 BOS, EOS = 0, 1
 SPECIAL = ("<|begin|>", "<|end|>")
@@ -21,10 +17,6 @@ NUMBER = KEY + NUM_KEYS  # id of the first number
 FIRST_NUMBER, NUM_NUMBERS = 100, 400  # " 100" .. " 499"
 SIZE = NUMBER + NUM_NUMBERS
 NEWLINE = BYTE + ord("\n")
-
-# One piece each: a question mark with its space, a number with its space, letters with their colon, a newline. What
-# lies between the matches is a piece, too. No piece crosses a line's end, hence lines are tokenised independently.
-PIECES = r"[?!] | ?\d+|\p{L}+:?|\n"
 
 
 @functools.cache
@@ -52,17 +44,3 @@ def vocabulary() -> dict[str, int]:
     texts = ["? ", "! ", *keys(), *(number(n) for n in range(NUM_NUMBERS))]
     spelled = ["".join(letters[b] for b in text.encode()) for text in texts]
     return {token: index for index, token in enumerate([*SPECIAL, *letters, *spelled])}
-
-
-def tokenizer() -> tokenizers.Tokenizer:
-    """Byte-level BPE without merges: a piece that is in the vocabulary is one token, any other is its bytes."""
-    tok = tokenizers.Tokenizer(models.BPE(vocab=vocabulary(), merges=[], ignore_merges=True))
-    split = pre_tokenizers.Split(tokenizers.Regex(PIECES), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tok.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tok.decoder = decoders.ByteLevel()
-    tok.add_special_tokens(list(SPECIAL))
-    tok.post_processor = processors.TemplateProcessing(
-        single=f"{SPECIAL[0]} $A", pair=f"{SPECIAL[0]} $A $B", special_tokens=[(SPECIAL[0], BOS)]
-    )
-    return tok

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvjax.demo.curriculum import data
+from kvjax.demo import data
 
 
 class Stage(NamedTuple):
@@ -28,8 +28,8 @@ COURSE = (
     Stage((64, 128, 256), 0.95, 0.85, 0.40),
     Stage((64, 128, 256, 512, 512), 0.95, 0.88, 0.52),
     Stage((64, 128, 256, 512, 1024, 1024), 0.95, 0.90, 0.66),
-    Stage((64, 128, 256, 512, 1024, 2048), 0.95, 0.90, 0.76),
-    Stage((64, 128, 256, 512, 1024, 2048, 4096), 0.95, 2.0, 1.0),
+    Stage((64, 128, 256, 512, 1024, 2048), 0.95, 0.90, 0.70),
+    Stage((64, 128, 256, 512, 1024, 2048, 4096, 4096), 0.95, 2.0, 1.0),
 )
 
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvjax.demo import corpus, documents, tokens
 from kvjax.demo import lines as demo_lines
 from kvjax.demo import vocabulary as v
-from kvjax.demo.curriculum import corpus, documents, tokens
-from kvjax.demo.curriculum.documents import Part, Source
+from kvjax.demo.documents import Part, Source
 from kvjax.demo.lines import ANSWER, NOISE, STRUCTURE
 
 TRAINING, HELD_OUT = 0x63757272, 0x68656C64  # entropy

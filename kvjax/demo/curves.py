@@ -1,4 +1,4 @@
-"""Draw how a run learned: `python -m kvjax.demo.curriculum.curves DIR`, which writes `DIR/curves.png`.
+"""Draw how a run learned: `python -m kvjax.demo.curves DIR`, which writes `DIR/curves.png`.
 
 Accuracies and losses of the training documents, over the tokens that were read, with the stages of the course.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvjax.demo.curriculum import course, data
+from kvjax.demo import course, data
 from kvjax.evaluation.pictures import COLOURS, DASHES
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _stages(axes: "matplotlib.axes.Axes", read: np.ndarray, stages: Sequence[int
 
 def main(argv: list[str] | None = None) -> None:
     """Draw the curves of a run."""
-    parser = argparse.ArgumentParser(prog="python -m kvjax.demo.curriculum.curves", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kvjax.demo.curves", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run: --out of the training")
     run = parser.parse_args(argv).run
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Score a model on held-out documents: `python -m kvjax.demo.curriculum.score DIR/hf`.
+"""Score a model on held-out documents: `python -m kvjax.demo.score DIR/hf`.
 
 Answers are judged token by token, each after the right ones, and where they are asked for the first time; whole
 answers are judged by `python -m kvjax.evaluate --checkpoint DIR/hf`. Text is compared with what counting predicts.
@@ -15,8 +15,8 @@ from flax import nnx
 
 from kvjax import command
 from kvjax.checkpoint import hf
+from kvjax.demo import data, model, tokens
 from kvjax.demo import vocabulary as v
-from kvjax.demo.curriculum import data, model, tokens
 from kvjax.models.decoder import Decoder
 
 
@@ -74,7 +74,7 @@ def accuracy(decoder: Decoder, kind: str, size: int, rows: int, seed: int = 0) -
 
 def main(argv: list[str] | None = None) -> None:
     """Print the accuracies and losses."""
-    parser = argparse.ArgumentParser(prog="python -m kvjax.demo.curriculum.score", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kvjax.demo.score", description=__doc__)
     parser.add_argument("model", type=Path, help="a trained model: DIR/hf")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 2048, 4096], help="of documents [tokens]")
     parser.add_argument("--rows", type=int, default=20, help="documents of each kind and length")

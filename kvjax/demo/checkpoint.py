@@ -5,15 +5,9 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from flax import nnx
 
-from kvjax.demo import export as first
-from kvjax.demo.curriculum import tokens
 from kvjax.errors import InputError
-from kvjax.models.decoder import Decoder
 
 State = TypeVar("State", bound=tuple)
 MAY_CHANGE = ("out", "minutes", "workers", "checkpoint_every")  # of a run that is continued
@@ -51,12 +45,3 @@ def append(log: Path, entry: dict[str, Any]) -> None:
     """One more line of the log."""
     with log.open("a") as file:
         file.write(json.dumps(entry) + "\n")
-
-
-def export(model: Decoder, out: Path) -> None:
-    """Write the Hugging Face checkpoint, with weights in bfloat16 and this vocabulary."""
-    graph, params = nnx.split(model)
-    first.write(nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)), out)
-    config = json.loads((out / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokens.tokenizer().save(str(out / "tokenizer.json"))

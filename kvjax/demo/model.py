@@ -5,11 +5,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from kvjax.demo import train as first
-from kvjax.demo.curriculum import data, tokens
+from kvjax.demo import data, tokens
 from kvjax.demo.lines import ANSWER
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder
@@ -17,7 +17,7 @@ from kvjax.spec import ModelSpec, RopeSpec
 
 Attend = Literal["blocks", "cudnn"]
 CONTEXT = 4096
-EMBEDDING = 0.1  # standard deviation of the token vectors
+RECOGNISABLE, TIED = 0.5, 0.1  # standard deviation of the token vectors: beside what layers add, and if they are tied
 
 
 def make_spec(
@@ -40,18 +40,30 @@ def make_spec(
 
 
 def initial(spec: ModelSpec, seed: int) -> Decoder:
-    """The random decoder of `kvjax.demo.train`, whose first head attends to the previous token.
+    """A random decoder whose first head attends to the previous token.
+
+    Looking up what followed an earlier token takes such a head and, above it, one that compares; learning both at
+    once is a long plateau. With the first in place the second is learned at once.
 
     With tied embeddings the token vectors are smaller, and so is what layers add to them: otherwise a token's own
     logit would be large in its own place, and the weights that turn vectors into logits slow to learn.
     """
-    model = first.initial(spec, seed)
-    if spec.tie_embeddings:
-        shrink = EMBEDDING / 0.5
-        model.embedding[...] = model.embedding[...] * shrink
-        for layer in model.layers:
-            for out in (layer.attention.o, layer.mlp.down):
-                out.kernel[...] = out.kernel[...] * shrink
+    model = Decoder(spec, rngs=nnx.Rngs(seed))
+    tokens = model.embedding[...] * (RECOGNISABLE / 0.02)
+    tokens, small = tokens.at[:, 0].set(4 * RECOGNISABLE), (TIED / RECOGNISABLE if spec.tie_embeddings else 1.0)
+    model.embedding[...] = tokens * small
+    for layer in model.layers:
+        for out in (layer.attention.o, layer.mlp.down):
+            out.kernel[...] = out.kernel[...] * (2 * spec.num_layers) ** -0.5 * small
+    # In dimension 0, which is the same for all tokens, queries have phase 0 in each of the faster pairs of rotated
+    # dimensions, and keys the phase of one token: they agree at a distance of one token.
+    h, fast = spec.head_dim, spec.head_dim // 4
+    phase = rope.frequencies(spec.rope, h, jnp.asarray(0))[:fast]
+    cos, sin = jnp.zeros(h // 2).at[:fast].set(jnp.cos(phase)), jnp.zeros(h // 2).at[:fast].set(jnp.sin(phase))
+    ones = jnp.zeros(h).at[:fast].set(1.0)
+    attention = model.layers[0].attention
+    for linear, row in ((attention.q, ones), (attention.k, jnp.concatenate([cos, sin]))):
+        linear.kernel[...] = linear.kernel[...].at[:, :h].set(0.0).at[0, :h].set(1.7 * row)
     return model
 
 

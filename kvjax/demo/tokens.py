@@ -1,9 +1,9 @@
-"""The vocabulary: that of `kvjax.demo.vocabulary`, whose ids it keeps, and pieces of English and Python.
+"""The whole vocabulary: that of `kvjax.demo.vocabulary`, whose ids it keeps, and pieces of English and Python.
 
 The short forms' keys, numbers, marks and newlines stay single tokens. Everything else is byte-level BPE, learned once
 from `corpus` and shipped as `merges.txt`, so that it does not depend on the interpreter that trains.
 
-    python -m kvjax.demo.curriculum.tokens      # learn the merges again
+    python -m kvjax.demo.tokens      # learn the merges again
 """
 
 import functools
@@ -17,8 +17,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from kvjax.demo import corpus
 from kvjax.demo import vocabulary as v
-from kvjax.demo.curriculum import corpus
 
 SIZE = 3072
 CODE = 8  # one module's source of so many: English matters more than Python
@@ -60,7 +60,7 @@ def learn(texts: Iterable[str], size: int = SIZE) -> list[tuple[str, str]]:
 @functools.cache
 def merges() -> tuple[tuple[str, str], ...]:
     """The shipped merges."""
-    lines = resources.files("kvjax.demo.curriculum").joinpath("merges.txt").read_text("utf-8").splitlines()
+    lines = resources.files("kvjax.demo").joinpath("merges.txt").read_text("utf-8").splitlines()
     return tuple((left, right) for left, _, right in (line.partition(" ") for line in lines))
 
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvjax.demo import corpus, tokens
 from kvjax.demo import lines as demo_lines
 from kvjax.demo import vocabulary as v
-from kvjax.demo.curriculum import corpus, tokens
 from kvjax.evaluation import aggregation, needles, retrieval, synthetic
 from kvjax.evaluation.synthetic import LAST
 

@@ -1,4 +1,4 @@
-"""The next demo model's training: its course, its decoder, and runs that are stopped and killed."""
+"""The demo model's training: its course, its decoder, and runs that are stopped and killed."""
 
 import itertools
 import json
@@ -17,8 +17,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from kvjax.checkpoint import hf
+from kvjax.demo import course, curves, data, documents, model, score, tokens, train
 from kvjax.demo import lines as demo_lines
-from kvjax.demo.curriculum import course, curves, data, documents, model, score, tokens, train
 from kvjax.errors import InputError
 from kvjax.models import decoder
 
@@ -122,7 +122,7 @@ def test_killed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     flags = [*TINY, "--steps", "40", "--checkpoint-every", "2"]
-    command = lambda out: [sys.executable, "-m", "kvjax.demo.curriculum.train", "--out", str(out), *flags]
+    command = lambda out: [sys.executable, "-m", "kvjax.demo.train", "--out", str(out), *flags]
     subprocess.run(command(whole), env=environment, check=True, capture_output=True)
     log = killed / "log.jsonl"
     for steps in np.sort(np.random.default_rng(0).choice(np.arange(2, 38), 5, replace=False)).tolist():
