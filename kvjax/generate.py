@@ -1,7 +1,7 @@
 """Generate text with a compressed key/value cache.
 
-Without a prompt, the demo model answers questions about notes in a scene of a play, once with the full cache and once
-with a compressed one.
+Without a prompt, the demo model answers questions about a long list, once with the full cache and once with a
+compressed one.
 """
 
 import argparse

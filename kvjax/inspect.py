@@ -1,6 +1,6 @@
 """Show which tokens of a prompt each layer and head keeps, or what a cache would cost without running anything.
 
-Without a prompt, the demo model reads a scene of a play and a question about a note in it.
+Without a prompt, the demo model reads a long list and a question about it.
 """
 
 import argparse

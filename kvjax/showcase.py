@@ -1,6 +1,5 @@
-"""What `python -m kvjax.generate` shows without arguments: one scene, several questions, two caches side by side."""
+"""What `python -m kvjax.generate` shows without arguments: one list, several questions, two caches side by side."""
 
-from importlib import resources
 from typing import NamedTuple
 
 from rich.console import Console
@@ -9,15 +8,13 @@ from rich.text import Text
 
 from kvjax.cache.policy import Recipe
 from kvjax.demo import lines
-from kvjax.evaluation import needles, synthetic
 from kvjax.generation import Generation, Model, generate
 from kvjax.methods import full
 from kvjax.report import heading, summary
 from kvjax.sampling import Sampling
 
 METHOD = "snapkv"
-SEED, ROWS, NOTES, QUESTIONS, NEW_TOKENS = 7, 90, 12, 6, 6
-SHOWN = 12  # rows
+TOKENS, QUESTIONS, NEW_TOKENS = 1000, 6, lines.ANSWER_TOKENS
 
 
 class Showcase(NamedTuple):
@@ -28,23 +25,20 @@ class Showcase(NamedTuple):
 
 
 def prompts() -> Showcase:
-    """A scene of a play with notes between its lines, and several questions about them, each a prompt of its own."""
-    rng, text = lines.scoring_rng(SEED), resources.files("kvjax.evaluation").joinpath("text.txt").read_text("utf-8")
-    scene = synthetic.essay(rng, "short", text, ROWS)
-    notes, depths = needles.draw_needles(rng, "short", "words", "numbers", NOTES), needles.draw_depths(rng, NOTES)
-    asked = rng.permutation(NOTES)[:QUESTIONS].tolist()
-    each = [needles.write_needles("short", notes._replace(asked=[i]), "numbers", scene, depths) for i in asked]
-    return Showcase([f"{one.context}{one.question}" for one in each], [one.answers[0].strip() for one in each])
+    """One long list and several questions about it, each a prompt of its own."""
+    doc = lines.draw(lines.scoring_rng(seed=1), lines.fitting_lines(TOKENS, 1, ending=0), QUESTIONS)
+    each = [doc._replace(asked=doc.asked[i : i + 1]) for i in range(QUESTIONS)]
+    answers = [lines.answers(one)[0] for one in each]
+    texts = [lines.text(one).removesuffix(answer + "\n") for one, answer in zip(each, answers, strict=True)]
+    return Showcase(texts, [answer.strip() for answer in answers])
 
 
 def run(console: Console, model: Model, recipe: Recipe, budget: str | int | None, new: int, how: Sampling) -> None:
     """Answer the questions with the full cache and with `recipe`, and print both."""
     shown = prompts()
     rows = shown.texts[0].splitlines()[:-1]
-    console.print(
-        f"A scene of {len(rows)} lines with {NOTES} notes hidden in it, and questions about them:\n", highlight=False
-    )
-    console.print("\n".join(["    " + row for row in [*rows[:SHOWN], "..."]]) + "\n", highlight=False, markup=False)
+    console.print(f"A list of {len(rows)} lines, and questions about it:\n", highlight=False)
+    console.print("\n".join(["    " + row for row in [*rows[:3], "...", *rows[-2:]]]) + "\n", highlight=False)
     outs = [generate(model, shown.texts, each, max_new_tokens=new, how=how) for each in (full(), recipe)]
     names = ["full", heading(recipe, budget)]
     console.print(_answers(shown, outs, names))

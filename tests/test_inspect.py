@@ -136,7 +136,7 @@ def test_what_is_shown_is_what_the_cache_holds(method, model, capsys):
         assert (mine.slots == mine.budget + read).all() and len(set(mine.budget[:, 0].tolist())) > 1
 
 
-def test_without_a_prompt_the_demo_model_reads_its_scene(capsys):
+def test_without_a_prompt_the_demo_model_reads_its_list(capsys):
     out = run_json(capsys, "--budget", 40)
     assert out["method"] == "snapkv" and out["prompt_tokens"] == len(out["tokens"]) > 900
     assert out["slots"] == [[40, 40]] * 6
