@@ -206,7 +206,7 @@ def parser() -> command.Parser:
         "--methods",
         default="full,snapkv:10%",
         metavar="A,B:20%",
-        help="such as h2o+store=int4:20%%: arguments and a budget",
+        help="such as h2o:20%%+store=int4: a budget and arguments",
     )
     command.add_store_flags(p)
     p.add_argument("--contexts", default="4096,16384", metavar="N,M", help="prompt tokens")

@@ -82,6 +82,12 @@ def test_contradictions_raise_with_a_reason(arguments, message):
         methods.make("mikv", None, arguments)
 
 
+def abstract(dtype, **heads: int) -> Decoder:
+    """A decoder without weights for long prompts."""
+    spec = ModelSpec(vocab_size=97, embed_dim=64, mlp_dim=64, max_position=40_000, **heads)
+    return nnx.eval_shape(lambda: Decoder(spec, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
 def bits_per_number(store: str, width: int) -> float:
     """From the arrays of one page."""
     stored = named(store)
@@ -97,17 +103,8 @@ def test_a_cache_costs_what_the_paper_prints(high, low, printed):
     """MiKV at 20% of the tokens, heads of 128, in percent of 16 bits: by the formula, and in an allocated cache."""
     share = (0.2 * bits_per_number(high, 128) + 0.8 * bits_per_number(low, 128)) / 16
     assert round(100 * share, 1) == pytest.approx(printed, abs=0.051)
-    spec = ModelSpec(
-        vocab_size=97,
-        embed_dim=64,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=128,
-        mlp_dim=32,
-        max_position=40_000,
-    )
-    model = nnx.eval_shape(lambda: Decoder(spec, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    model = abstract(jnp.bfloat16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=128)
+    spec = model.spec
     lengths = Lengths((10_000,), 16, 10_240)
     tiers = jax.eval_shape(lambda: decode.init_cache(model, methods.mikv(store=high, low_store=low), lengths))[0]
     codes = sum(x.size * x.dtype.itemsize for tier in tiers for x in jax.tree.leaves((tier.k, tier.v)))
@@ -136,17 +133,7 @@ def test_a_step_makes_no_dense_copy_of_a_row(name):
     """At 32,768 tokens the temporary memory of the compiled step is less than a tenth of the codes."""
     method, *store = name.split()
     recipe = methods.make(method, None, {"store": store[0]} if store else {})
-    spec = ModelSpec(
-        vocab_size=97,
-        embed_dim=64,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=64,
-        mlp_dim=64,
-        max_position=40_000,
-    )
-    model = nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0)))
+    model = abstract(jnp.float32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64)
     cache = jax.eval_shape(lambda: decode.init_cache(model, recipe, Lengths((32_768,), 16, 32_768)))
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
     step = jax.jit(decode.decode_step, static_argnames=("recipe",), donate_argnames=("cache",))

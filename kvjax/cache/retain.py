@@ -173,14 +173,13 @@ def retain(
         return (tiers_.reserve(tier, jnp.where(active[:, None], room, 0), 1), *append_room(tuple(rest), active))
 
     def insert(tiers: Tiers, token: Token) -> Tiers:
-        (tier, *_) = tiers
+        (tier, *rest) = tiers
         active = jnp.broadcast_to(token.active[:, None], tier.length.shape)
         slot = tier.length
         if evict == "before":
             full = active & (tier.length >= tier.budget)
             victim = _worst(score, tier, token.pos)
             slot = jnp.where(full, victim, slot)
-        (tier, *rest) = tiers
         k, v = store.encode(token.key[:, :, None], token.value[:, :, None], tier.calib)
         pos = jnp.broadcast_to(token.pos[:, None, None], (*slot.shape, 1))
         slots = Slots(k, v, pos, jnp.zeros(pos.shape, jnp.float32))

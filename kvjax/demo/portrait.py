@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvjax import generation
+from kvjax import command, generation
 from kvjax.demo import lines
 from kvjax.errors import InputError
 from kvjax.evaluation import runner
@@ -49,10 +49,8 @@ def attention(model: Decoder, ids: Int[Array, " T"]) -> Float[Array, "L N T T"]:
     x, found = model.embed(ids), []
     for layer in model.layers:
         q, k, v = layer.project(x)
-        q, k, v = (
-            rope.rotate(q, cos, sin),
-            *(jnp.repeat(y, spec.group_size, axis=1) for y in (rope.rotate(k, cos, sin), v)),
-        )
+        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        k, v = (jnp.repeat(y, spec.group_size, axis=1) for y in (k, v))
         logits = jnp.einsum("tnh,snh->nts", q, k, preferred_element_type=jnp.float32) * spec.head_dim**-0.5
         probs = jax.nn.softmax(jnp.where(pos <= pos[:, None], logits, -jnp.inf), axis=-1)
         found.append(probs)
@@ -61,7 +59,7 @@ def attention(model: Decoder, ids: Int[Array, " T"]) -> Float[Array, "L N T T"]:
 
 
 def heads(model: Model, size: int, documents: int = 4, seed: int = 0) -> Heads:
-    """What the heads do on lists of lines of `size` tokens with a question for each of the last 16 tokens or so."""
+    """What the heads do on lists of lines of `size` tokens that end in 16 questions and their answers."""
     found = []
     for index in range(documents):
         doc = lines.draw(lines.scoring_rng(seed, index), lines.fitting_lines(size, 16, ending=0), 16)
@@ -130,4 +128,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run("kvjax.demo.portrait", main)

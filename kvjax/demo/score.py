@@ -1,7 +1,7 @@
 """Score a model on held-out documents: `python -m kvjax.demo.score DIR/hf`.
 
 Answers are judged token by token, each after the right ones, and where they are asked for the first time; whole
-answers are judged by `python -m kvjax.evaluate --checkpoint DIR/hf`. Text is compared with what counting predicts.
+answers are judged by `python -m kvjax.evaluate --model DIR/hf`. Text is compared with what counting predicts.
 """
 
 import argparse
