@@ -1,12 +1,16 @@
 """Attention: over a prompt, over the cache, and the scores that methods learn from it."""
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Tier
 from kvjax.models import rope
 from kvjax.spec import ModelSpec, Prompt
@@ -14,6 +18,7 @@ from pallas_kernels import decode_attention as kernel
 from pallas_kernels import prefill_scores
 from pallas_kernels.blocks import divisor
 from pallas_kernels.decode_attention import EMPTY
+from pallas_kernels.implementation import Implementation
 
 
 def prefill_attention(
@@ -128,51 +133,82 @@ def rotate_at(
     return rope.rotate(x, *rope.angles(spec.rope, spec.head_dim, pos, jnp.broadcast_to(seq_len, shape)))
 
 
+class Read(NamedTuple):
+    """How attention reads a layer's tiers; the functions are those of `pallas_kernels.decode_attention`.
+
+    Attributes:
+      after: of a sliding window.
+      place: of slots.
+      expand_key: of cached keys.
+      select: which slots are attended, from the attention weights over all of them; None = all.
+      kernels: which implementation; None = the platform's.
+    """
+
+    after: Int[Array, "B K"] | None = None
+    place: Callable[[Int[Array, "B K s"]], Int[Array, "B K s"]] | None = None
+    expand_key: Callable[[Float[Array, "B K s R"], Int[Array, "B K s"]], Float[Array, "B K s H"]] | None = None
+    select: Callable[[tuple[Float[Array, "B K G S"], ...]], tuple[Bool[Array, "B K S"], ...]] | None = None
+    kernels: Implementation | None = None
+
+
 def decode(
     q: Float[Array, "B K G H"],
     tiers: Sequence[Tier],
-    readers: Sequence[tuple],
+    stores: Sequence[KVStore],
+    read: Read,
     *,
-    visible: Callable[[Int[Array, "B K s"]], Bool[Array, "B K s"]] | None,
     with_probabilities: bool,
-    select: Callable[[tuple[Float[Array, "B K G S"], ...]], tuple[Bool[Array, "B K S"], ...]] | None = None,
 ) -> tuple[Float[Array, "B K G R"], tuple[Float[Array, "B K G S"], ...]]:
     """One query per row over all tiers, merged exactly.
 
     Args:
       q: rotated queries.
       tiers: one layer's views.
-      readers: for each tier `(read_query, read_key, read_value)`: what the query becomes for it, the others as in
-        `pallas_kernels.decode_attention`.
-      visible: which of the slots at these positions the query sees; None = all.
+      stores: the number format of each.
+      read: how they are read.
       with_probabilities: also return every slot's attention weight.
-      select: which slots are attended, from the attention weights over all of them; None = all.
     """
 
-    def part(tier: Tier, reader: tuple, slots: Bool[Array, "B K S"] | None, logits: bool) -> kernel.Partial:
-        read_query, read_key, read_value = reader
-        return kernel.decode_attention(
-            read_query(q),
+    def part(tier: Tier, store: KVStore, slots: Bool[Array, "B K S"] | None, logits: bool) -> kernel.Partial:
+        return _decode_attention(
+            store.query(q, tier.calib),
             tier.k,
             tier.v,
             tier.table,
             tier.length,
             None if isinstance(tier.pos, tuple) else tier.pos,
             scale=q.shape[-1] ** -0.5,
-            visible=visible,
+            after=read.after,
+            decode_key=store.key.decode,
+            decode_value=store.value.decode,
+            place=read.place,
+            expand_key=read.expand_key,
             slots=slots,
-            read_key=read_key,
-            read_value=read_value,
             with_logits=logits,
+            implementation=read.kernels,
         )
 
     def attend(chosen: Sequence[Bool[Array, "B K S"] | None], logits: bool) -> tuple[kernel.Partial, tuple[Array, ...]]:
-        parts = [part(*each, logits) for each in zip(tiers, readers, chosen, strict=True)]
+        parts = [part(*each, logits) for each in zip(tiers, stores, chosen, strict=True)]
         whole = kernel.merge(parts)
         return whole, tuple(kernel.probabilities(p, whole) for p in parts) if logits else ()
 
     chosen = [None] * len(tiers)
-    if select is not None:
-        chosen = select(attend(chosen, logits=True)[1])
+    if read.select is not None:
+        chosen = read.select(attend(chosen, logits=True)[1])
     whole, probs = attend(chosen, with_probabilities)
     return whole.o / whole.l[..., None], probs
+
+
+def _decode_attention(*args: Any, implementation: Implementation | None, **kwargs: Any) -> kernel.Partial:
+    """The kernel, or plain XLA with a line that says why."""
+    try:
+        return kernel.decode_attention(*args, implementation=implementation, **kwargs)
+    except NotImplementedError as error:
+        _say_once(f"decode attention runs on XLA, not in a kernel: {error}")
+        return kernel.decode_attention(*args, implementation="xla", **kwargs)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)

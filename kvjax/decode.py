@@ -14,8 +14,6 @@ from kvjax.cache import pages
 from kvjax.cache import tier as tiers_
 from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Found, Layers, Recipe, Tiers
-from kvjax.cache.store import KVStore
-from kvjax.cache.tier import Tier
 from kvjax.errors import InputError
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer
@@ -226,23 +224,27 @@ def _decode_layer(
     length = functools.reduce(jnp.add, (tier.length for tier in tiers))
 
     place = lambda at: at if recipe.positions is None else recipe.positions(at, pos, length)
+    query_place = place(jnp.broadcast_to(here, (*k.shape[:2], 1)))
     turn = _rotation(spec, recipe, sum(tier.capacity for tier in tiers), pos, length)
 
-    def reader(tier: Tier, store: KVStore) -> tuple[Callable, Callable, Callable]:
-        def read_key(codes: PyTree, at: Int[Array, "B K s"]) -> Float[Array, "B K s H"]:
-            keys = fold.expand_key(params, store.key.decode(codes, x.dtype))
-            return keys if recipe.rotate == "write" else turn(keys, place(at))
+    window = spec.window(index)
 
-        return lambda q: store.query(q, tier.calib), read_key, lambda codes: store.value.decode(codes, x.dtype)
+    def expand_key(keys: Float[Array, "B K s R"], at: Int[Array, "B K s"]) -> Float[Array, "B K s H"]:
+        keys = keys if fold.expand_key is None else fold.expand_key(params, keys)
+        return keys if recipe.rotate == "write" else turn(keys, at)
 
-    query_place, window = place(jnp.broadcast_to(here, (*k.shape[:2], 1))), spec.window(index)
     heads, probs = attention.decode(
         turn(q, query_place),
         tiers,
-        [reader(*each) for each in zip(tiers, recipe.stores, strict=True)],
-        visible=None if window is None else lambda at: place(at) > query_place - window,
+        recipe.stores,
+        attention.Read(
+            after=None if window is None else jnp.broadcast_to(query_place[..., 0] - window, k.shape[:2]),
+            place=None if recipe.positions is None else place,
+            expand_key=None if fold.expand_key is None and recipe.rotate == "write" else expand_key,
+            select=None if recipe.select is None else functools.partial(recipe.select, pos=pos),
+            kernels=recipe.kernels,
+        ),
         with_probabilities=policy.observe is not None,
-        select=None if recipe.select is None else functools.partial(recipe.select, pos=pos),
     )
     if policy.observe is not None:
         tiers = policy.observe(tiers, token, probs)

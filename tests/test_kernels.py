@@ -45,7 +45,7 @@ def test_decode_attention_is_dense_attention(paged, block, after):
     o, total, weights = dense(paged, after)
     part = decode_attention(
         *map(jnp.asarray, paged), scale=H**-0.5, block=block, with_logits=True,
-        visible=None if after is None else lambda at: at > jnp.asarray(after)[:, None, None],
+        after=None if after is None else jnp.broadcast_to(jnp.asarray(after)[:, None], (B, K)),
     )  # fmt: skip
     back = np.exp(np.asarray(part.m, np.float64))
     np.testing.assert_allclose(part.o * back[..., None], o, rtol=1e-4, atol=1e-5)

@@ -18,7 +18,8 @@ class Fold(NamedTuple):
       params: `(layer index, weights of the layer) -> pytree` that the other functions take first.
       key: `(params, k [... K H]) -> [... K R]`, what is cached for a key.
       value: `(params, v [... K H]) -> [... K R]`.
-      expand_key: `(params, cached [B K s R]) -> [B K s H]`, at read, before rotation if that is at read.
+      expand_key: `(params, cached [B K s R]) -> [B K s H]`, at read, before rotation if that is at read; None = what is
+        cached is the key.
       expand_value: `(params, o [B K G R]) -> [B K G H]`, once per step on the attention's output.
     """
 
@@ -26,7 +27,7 @@ class Fold(NamedTuple):
     params: Callable[[int, Layer], PyTree]
     key: Callable[[PyTree, Float[Array, "*b K H"]], Float[Array, "*b K R"]]
     value: Callable[[PyTree, Float[Array, "*b K H"]], Float[Array, "*b K R"]]
-    expand_key: Callable[[PyTree, Float[Array, "B K s R"]], Float[Array, "B K s H"]]
+    expand_key: Callable[[PyTree, Float[Array, "B K s R"]], Float[Array, "B K s H"]] | None
     expand_value: Callable[[PyTree, Float[Array, "B K G R"]], Float[Array, "B K G H"]]
 
 
@@ -36,4 +37,4 @@ def identity() -> Fold:
     Cost: nothing.
     """
     same = lambda params, x: x
-    return Fold(lambda spec, layer: (spec.head_dim, spec.head_dim), lambda layer, weights: (), same, same, same, same)
+    return Fold(lambda spec, layer: (spec.head_dim, spec.head_dim), lambda layer, weights: (), same, same, None, same)

@@ -26,6 +26,7 @@ from kvjax.cache.fold import Fold, identity
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Tier
 from kvjax.spec import Lengths, ModelSpec, Prompt, PyTree, Token
+from pallas_kernels.implementation import Implementation
 
 Tiers = tuple[Tier, ...]  # one per number format
 Positions = Callable[[Int[Array, "B K S"], Int[Array, " B"], Int[Array, "B K"]], Int[Array, "B K S"]]
@@ -85,6 +86,7 @@ class Recipe(NamedTuple):
       positions: with `rotate="read"`: `(pos, now, length) -> pos`, where a slot stands; None = at its own position.
       select: `(attention weights of each tier [B K G S], pos [B]) -> slots of each tier [B K S]`, those that a step
         attends to; None = all. It frees nothing.
+      kernels: which implementation of `pallas_kernels` reads the cache; None = the platform's.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Recipe(NamedTuple):
     rotate: Literal["write", "read"] = "write"
     positions: Positions | None = None
     select: Select | None = None
+    kernels: Implementation | None = "xla"
 
 
 def cached(factory: Callable[..., Recipe]) -> Callable[..., Recipe]:

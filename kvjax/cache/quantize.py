@@ -18,7 +18,8 @@ from kvjax.cache.budget import LARGEST
 from kvjax.cache.store import KVStore, Store, dense
 from kvjax.errors import InputError
 from kvjax.spec import PyTree
-from pallas_kernels.packing import PLANES, pack, packed_bytes, unpack
+from pallas_kernels.codes import Affine, Float8, PerChannel
+from pallas_kernels.packing import PLANES, pack, packed_bytes
 
 SCALE = jnp.uint16  # the bits of a bfloat16: some platforms would convert whole pools of those to write one
 
@@ -45,7 +46,7 @@ def rtn(bits: int, group: int | None = None, *, symmetric: bool = False) -> Stor
         raise InputError(f"bits={bits} is not one of {', '.join(map(str, sorted(PLANES, reverse=True)))}")
     if group is not None and group < 1:
         raise InputError(f"group={group} is not at least 1")
-    top = 2 ** (bits - 1) - 1  # of symmetric codes
+    top = Affine(bits).middle  # of symmetric codes
 
     def init(pages: int, page: int, width: int, dtype: DTypeLike) -> PyTree:
         groups = width // _group(width, bits, group)
@@ -64,18 +65,8 @@ def rtn(bits: int, group: int | None = None, *, symmetric: bool = False) -> Stor
         codes = _affine_codes(grouped, zero[..., None], scale[..., None], bits)
         return {"codes": pack(codes.reshape(x.shape), bits), "scale": _upper(scale), "zero": _upper(zero)}
 
-    def decode(codes: PyTree, dtype: DTypeLike) -> Float[Array, "*b R"]:
-        scale = _whole(codes["scale"])[..., None]
-        number = unpack(codes["codes"], bits).astype(jnp.float32)
-        grouped = number.reshape(*scale.shape[:-1], number.shape[-1] // scale.shape[-2])
-        if symmetric:
-            x = (grouped - top) * scale
-        else:
-            x = grouped * scale + _whole(codes["zero"])[..., None]
-        return x.reshape(number.shape).astype(dtype)
-
     name = f"int{bits}{'' if group is None else f':{group}'}{':symmetric' * symmetric}"
-    return Store(init, encode, decode, name)
+    return Store(init, encode, Affine(bits, symmetric), name)
 
 
 @functools.cache
@@ -96,11 +87,7 @@ def fp8() -> Store:
         codes = jnp.clip(codes, -largest, largest).astype(jnp.float8_e4m3fn)
         return {"codes": jax.lax.bitcast_convert_type(codes, jnp.uint8), "scale": _upper(scale)}
 
-    def decode(codes: PyTree, dtype: DTypeLike) -> Float[Array, "*b R"]:
-        number = jax.lax.bitcast_convert_type(codes["codes"], jnp.float8_e4m3fn)
-        return (number.astype(jnp.float32) * _whole(codes["scale"])).astype(dtype)
-
-    return Store(init, encode, decode, "fp8")
+    return Store(init, encode, Float8(), "fp8")
 
 
 @functools.cache
@@ -136,17 +123,7 @@ def per_channel(bits: int, group: int) -> Store:
         padded = jnp.pad(scale, [(0, 0)] * (scale.ndim - 1) + [(0, each * group - scale.shape[-1])])
         return padded.reshape(*scale.shape[:-2], scale.shape[-2] * group, each)
 
-    def gather(scale: UInt16[Array, "*b n each"], width: int) -> Float[Array, "*b runs 1 R"]:
-        runs = scale.reshape(*scale.shape[:-2], scale.shape[-2] // group, 1, -1)
-        return _whole(runs[..., :width])
-
-    def decode(codes: PyTree, dtype: DTypeLike) -> Float[Array, "*b n R"]:
-        number = unpack(codes["codes"], bits)
-        runs = number.astype(jnp.float32).reshape(*number.shape[:-2], -1, group, number.shape[-1])
-        x = runs * gather(codes["scale"], number.shape[-1]) + gather(codes["zero"], number.shape[-1])
-        return x.reshape(number.shape).astype(dtype)
-
-    return Store(init, encode, decode, f"kivi{bits}:{group}", run=group)
+    return Store(init, encode, PerChannel(bits, group), f"kivi{bits}:{group}", run=group)
 
 
 def kivi(bits: int, group: int = 32, residual: int = 128) -> KVStore:
@@ -244,10 +221,5 @@ def _rounded(x: Array, toward: float) -> Array:
 
 
 def _upper(x: Array) -> Array:
-    """A float32 that bfloat16 can hold, as that one's bits."""
+    """A float32 that bfloat16 can hold, as that one's bits; `pallas_kernels.codes.whole` is the inverse."""
     return (jax.lax.bitcast_convert_type(x, jnp.uint32) >> jnp.uint32(16)).astype(SCALE)
-
-
-def _whole(bits: Array) -> Array:
-    """The float32 of `_upper`."""
-    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << jnp.uint32(16), jnp.float32)

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from kvjax.spec import PyTree
+from pallas_kernels.codes import DENSE
 
 
 class Store(NamedTuple):
@@ -22,7 +23,7 @@ class Store(NamedTuple):
       init: `(pages, page, width, dtype) -> codes`, zeroed pages `[P page ...]` for vectors of `width` numbers; with the
         model's dtype.
       encode: `x [... width] -> codes [... ...]`.
-      decode: `(codes, dtype) -> x [... width]`.
+      decode: `(codes, dtype) -> x [... width]`; one of `pallas_kernels.codes` if kernels are to read it.
       name: for people.
       run: slots that are encoded and decoded together; 1 = each for itself.
     """
@@ -38,7 +39,7 @@ def _dense_init(pages: int, page: int, width: int, dtype: DTypeLike) -> PyTree:
     return jnp.zeros((pages, page, width), dtype)
 
 
-_DENSE = Store(_dense_init, lambda x: x, lambda codes, dtype: codes.astype(dtype), "dense")
+_DENSE = Store(_dense_init, lambda x: x, DENSE, "dense")
 
 
 def dense() -> Store:

@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
+
+from pallas_kernels.codes import DENSE
 
 EMPTY = -1e30  # the logit of a slot that is not there; finite, so that differences of two of them are not NaN
 
@@ -34,10 +37,13 @@ def decode_attention(
     pos: Int[Array, "P page"] | None = None,
     *,
     scale: float,
-    visible: Callable[[Int[Array, "B K s"]], Bool[Array, "B K s"]] | None = None,
+    after: Int[Array, "B K"] | None = None,
+    cap: float | None = None,
+    decode_key: Callable[[Any, DTypeLike], Float[Array, "B K s R"]] = DENSE,
+    decode_value: Callable[[Any, DTypeLike], Float[Array, "B K s R"]] = DENSE,
+    place: Callable[[Int[Array, "B K s"]], Int[Array, "B K s"]] | None = None,
+    expand_key: Callable[[Float[Array, "B K s R"], Int[Array, "B K s"]], Float[Array, "B K s H"]] | None = None,
     slots: Bool[Array, "B K S"] | None = None,
-    read_key: Callable[[Any, Int[Array, "B K s"]], Float[Array, "B K s H"]] = lambda codes, pos: codes,
-    read_value: Callable[[Any], Float[Array, "B K s R"]] = lambda codes: codes,
     block: int = 512,
     with_logits: bool = False,
 ) -> Partial:
@@ -50,10 +56,12 @@ def decode_attention(
       length: filled slots of each row.
       pos: position of each slot; None = slot s holds position s.
       scale: factor on the logits, usually H ** -0.5.
-      visible: which of the slots at these positions are attended (a sliding window); None = all.
+      after: slots at positions up to this one are not attended (a sliding window); None = all are.
+      cap: logits become `cap tanh(logit / cap)` (Gemma 2); None = they stay.
+      decode_key, decode_value: turn codes into numbers of the query's dtype; see `pallas_kernels.codes`.
+      place: what positions become before `after` and `expand_key` see them; None = they stay.
+      expand_key: turns cached keys and their places into keys: expand latents, rotate; None = cached keys are keys.
       slots: which slots are attended; None = all.
-      read_key: turns codes and positions of a block of slots into keys: dequantise, expand, rotate.
-      read_value: turns codes of a block of slots into values.
       block: slots per step, rounded to whole pages.
       with_logits: also return every slot's logit, for methods that learn from attention.
 
@@ -79,14 +87,17 @@ def decode_attention(
         at = jax.lax.dynamic_slice_in_dim(table, i * per_step, per_step, axis=2)
         slot = i * width + jnp.arange(width)
         where = jnp.broadcast_to(slot, (*rows, width)) if pos is None else read(pos, at)
-        key = read_key(jax.tree.map(lambda x: read(x, at), k), where)
-        value = read_value(jax.tree.map(lambda x: read(x, at), v))
+        where = where if place is None else place(where)
+        key = decode_key(jax.tree.map(lambda x: read(x, at), k), q.dtype)
+        key = key if expand_key is None else expand_key(key, where)
+        value = decode_value(jax.tree.map(lambda x: read(x, at), v), q.dtype)
         seen = slot < length[..., None]
-        if visible is not None:
-            seen &= visible(where)
+        if after is not None:
+            seen &= where > after[..., None]
         if slots is not None:
             seen &= jax.lax.dynamic_slice_in_dim(slots, i * width, width, axis=2)
         s = jnp.einsum("bkgh,bksh->bkgs", q, key, preferred_element_type=jnp.float32) * scale
+        s = s if cap is None else cap * jnp.tanh(s / cap)
         s = jnp.where(seen[:, :, None], s, EMPTY)
         m = jnp.maximum(carry.m, s.max(axis=-1))
         e = jnp.where(seen[:, :, None], jnp.exp(s - m[..., None]), 0.0)
@@ -98,9 +109,8 @@ def decode_attention(
         return Partial(carry.o * old[..., None] + weighted, carry.l * old + e.sum(axis=-1), m, logits)
 
     heads = q.shape[:3]
-    values = jax.eval_shape(
-        read_value, jax.tree.map(lambda x: jax.ShapeDtypeStruct((*rows, width, *x.shape[2:]), x.dtype), v)
-    )
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*rows, width, *x.shape[2:]), x.dtype), v)
+    values = jax.eval_shape(lambda codes: decode_value(codes, q.dtype), shapes)
     first = Partial(
         jnp.zeros((*heads, values.shape[-1]), jnp.float32),
         jnp.zeros(heads, jnp.float32),
