@@ -205,10 +205,11 @@ def _decode_attention(*args: Any, implementation: Implementation | None, **kwarg
     try:
         return kernel.decode_attention(*args, implementation=implementation, **kwargs)
     except NotImplementedError as error:
-        _say_once(f"decode attention runs on XLA, not in a kernel: {error}")
+        say_once(f"decode attention runs on XLA, not in a kernel: {error}")
         return kernel.decode_attention(*args, implementation="xla", **kwargs)
 
 
 @functools.cache
-def _say_once(line: str) -> None:
+def say_once(line: str) -> None:
+    """Print a line to standard error, the first time."""
     print(line, file=sys.stderr)

@@ -45,6 +45,7 @@ class Contestant(NamedTuple):
 
 def kvjax_contestant(model: Model, label: str, recipe: Recipe, batch: int, context: int, new: int) -> Contestant:
     """Our decode loop on prompts of random tokens."""
+    generation.check_kernels(recipe)
     rng = np.random.default_rng(0)
     lengths = Lengths((context,) * batch, new, decode.padded_length(context))
     tokens = np.zeros((batch, lengths.padded), np.int32)

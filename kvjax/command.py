@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from kvjax.errors import InputError
+from kvjax.methods import KERNELS
 
 
 def run(prog: str, main: Callable[[], None]) -> None:
@@ -61,17 +62,22 @@ def flag_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_store_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags for number formats."""
+    """Flags for number formats, and for what reads them."""
     names = "dense, int8, int4, int3, int2, fp8, kivi4, kivi2"
     parser.add_argument("--store", metavar="NAME", help=f"number format of the cache: {names} (default: dense)")
     parser.add_argument("--key-store", metavar="NAME", help="of keys (default: --store)")
     parser.add_argument("--value-store", metavar="NAME", help="of values (default: --store)")
     parser.add_argument("--low-store", metavar="NAME", help="of mikv's unimportant tokens (default: int2)")
+    parser.add_argument(
+        "--kernels", choices=KERNELS, help="what reads the cache; auto = the platform's kernel (default: xla)"
+    )
 
 
 def stores(args: argparse.Namespace) -> dict[str, str]:
-    """The flags for number formats as arguments of a method."""
+    """The flags for number formats and kernels as arguments of a method."""
     found = {} if args.store is None else {"store": args.store}
+    if args.kernels is not None:
+        found["kernels"] = args.kernels
     if args.key_store is not None or args.value_store is not None:
         both = args.store or "dense"
         if "/" in both or both.startswith("kivi"):

@@ -136,6 +136,7 @@ def generate(
     for prompt, question in zip(ids, after, strict=True):
         _check_new(model.spec, recipe, len(prompt), len(question), max_new_tokens)
     how.check()
+    check_kernels(recipe)
     whole = [prompt + question for prompt, question in zip(ids, after, strict=True)]
     with Stopwatch() as watch:
         logits, cache = prefill(model, recipe, ids, max_new_tokens + max(map(len, after)))
@@ -213,7 +214,14 @@ def cached_positions(model: Model, generation: Generation, tier: int | None = No
 
 def check_recipe(model: Model, recipe: Recipe) -> None:
     """Raise `InputError` for a recipe that cannot keep this model's vectors, without allocating anything."""
+    check_kernels(recipe)
     jax.eval_shape(lambda: decode.init_cache(model.decoder, recipe, Lengths((1,), 1, 64)))
+
+
+def check_kernels(recipe: Recipe) -> None:
+    """Raise `InputError` for kernels of another platform."""
+    if recipe.kernels in ("tpu", "gpu") and recipe.kernels != jax.default_backend():
+        raise InputError(f"kernels={recipe.kernels} cannot run on {jax.default_backend()}: use auto, xla or interpret")
 
 
 def check(spec: ModelSpec, ids: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> None:

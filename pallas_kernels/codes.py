@@ -141,7 +141,7 @@ def pieces(bits: int, width: int, groups: int, most: int | None = None) -> tuple
     return tuple(found)
 
 
-def assemble(of: Sequence[Piece], parts: Sequence[Float[Array, "*b width"]]) -> Float[Array, "*b R"]:
+def assemble(of: Sequence[Piece], parts: Sequence[Float[Array, "*b _"]]) -> Float[Array, "*b R"]:
     """Vectors from what their pieces contribute."""
     planes: dict[int, list[Array]] = {}
     for piece, part in zip(of, parts, strict=True):

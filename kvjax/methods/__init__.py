@@ -8,6 +8,7 @@
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from typing import get_args
 
 from kvjax.arguments import read_argument
 from kvjax.cache.policy import Recipe
@@ -23,6 +24,7 @@ from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.snapkv import snapkv
 from kvjax.methods.streaming_llm import streaming_llm
 from kvjax.methods.tova import tova
+from pallas_kernels.implementation import Implementation
 
 METHODS: dict[str, Callable[..., Recipe]] = {
     "full": full,
@@ -38,7 +40,10 @@ METHODS: dict[str, Callable[..., Recipe]] = {
     "oracle": oracle,
 }
 
+KERNELS: dict[str, Implementation | None] = {key: key for key in get_args(Implementation)} | {"auto": None}
+
 __all__ = [
+    "KERNELS",
     "METHODS",
     "adakv",
     "d2o",
@@ -61,7 +66,8 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
     Args:
       name: a key of `METHODS`.
       budget: `512` or `"20%"`; None = the method's default.
-      arguments: the method's own arguments; strings are read as the type of the argument's default.
+      arguments: the method's own arguments, strings being read as the type of the argument's default; and `kernels`,
+        which every method has: what reads the cache.
 
     >>> make("h2o", "256", {"recent": "0.25"}).name
     'h2o'
@@ -70,6 +76,9 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
         raise InputError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     parameters = inspect.signature(METHODS[name]).parameters
     given = dict(arguments or {})
+    kernels = given.pop("kernels", "xla")
+    if kernels not in KERNELS:
+        raise InputError(f"kernels={kernels} is not one of {', '.join(KERNELS)}")
     if "budget" in given:
         raise InputError("the budget is an option of its own, not a method argument")
     if budget is not None:
@@ -81,7 +90,7 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
             raise InputError(f"method {name} has no argument {key!r}: it takes {', '.join(accepted_arguments(name))}")
         if key not in ("budget", "decode_budget"):  # parsed by the factory
             given[key] = read_argument(f"method {name}", parameters[key], value)
-    return METHODS[name](**given)
+    return METHODS[name](**given)._replace(kernels=KERNELS[str(kernels)])
 
 
 def accepted_arguments(name: str) -> list[str]:
@@ -109,7 +118,7 @@ def read_entry(text: str) -> tuple[str, dict[str, str]]:
 
 def taken(name: str, arguments: Mapping[str, str]) -> dict[str, str]:
     """Those of the arguments that a method has."""
-    return {key: value for key, value in arguments.items() if key in accepted_arguments(name)}
+    return {key: value for key, value in arguments.items() if key in (*accepted_arguments(name), "kernels")}
 
 
 def label_of(entry: str) -> str:

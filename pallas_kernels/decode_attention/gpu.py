@@ -379,16 +379,21 @@ def _spread(codes: Array, piece: Piece, read: _Format, interpret: bool) -> Array
         if read.bits < 8:
             codes = (codes >> jnp.uint8(piece.shift)) & jnp.uint8(piece.mask)
         return codes.astype(read.dtype) + jnp.asarray(BIAS if read.biased else 0, read.dtype)
-    mask = piece.mask << 16 | piece.mask
-    shift = f"shr.u32 x, $2, {piece.shift};" if piece.shift else "mov.b32 x, $2;"
-    spread = lambda out, bytes_: (
-        f"prmt.b32 h, x, 0, {bytes_}; lop3.b32 ${out}, h, {mask:#010x}, 0x43004300, 0xEA;"  # (h & mask) | 128
-    )
     (numbers,) = plt.elementwise_inline_asm(
-        f"{{ .reg .b32 x, h; {shift} {spread(0, '0x4140')} {spread(1, '0x4342')} }}",
+        assembly(piece),
         args=[codes],
         constraints="=r,=r,r",
         pack=4,
         result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.bfloat16)],
     )
     return numbers
+
+
+def assembly(piece: Piece) -> str:
+    """PTX that turns four bytes, `$2`, into four biased bfloat16 numbers, `$0` and `$1`."""
+    mask = piece.mask << 16 | piece.mask
+    shift = f"shr.u32 x, $2, {piece.shift};" if piece.shift else "mov.b32 x, $2;"
+    spread = lambda out, two: (
+        f"prmt.b32 h, x, 0, {two}; lop3.b32 ${out}, h, {mask:#010x}, 0x43004300, 0xEA;"  # (h & mask) | 128
+    )
+    return f"{{ .reg .b32 x, h; {shift} {spread(0, '0x4140')} {spread(1, '0x4342')} }}"

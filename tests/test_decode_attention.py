@@ -1,0 +1,236 @@
+"""The kernels of decode attention against the reference, in the interpreters, and in the decode loop."""
+
+import itertools
+import re
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+import kvjax
+from kvjax import attention, methods
+from kvjax.cache.quantize import named
+from pallas_kernels.codes import Affine, pieces
+from pallas_kernels.decode_attention import decode_attention, gpu, reference, tpu
+from pallas_kernels.packing import PLANES
+from tests import matrix, oracle
+
+STORES = (
+    "dense", "fp8", "int8", "int4", "int3", "int2", "int8/int4", "int4:32", "int4:symmetric", "int2:16:symmetric",
+)  # fmt: skip
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+DTYPES = (jnp.float32, jnp.bfloat16)
+CHECKED = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
+KERNELS = {"gpu": (gpu, True), "tpu": (tpu, True), "tpu checked": (tpu, CHECKED)}
+
+
+def case(
+    store: str, dtype=jnp.float32, *, g: int = 3, h: int = 64, page: int = 16, m: int = 4, seed: int = 0,
+    window: bool = False, lengths: Iterable[int] = (0, 1), **options,
+):  # fmt: skip
+    """Arguments for two sequences of two heads in shuffled pages; entries behind a row's end name no page."""
+    rng, rows = np.random.default_rng(seed), (2, 2)
+    size, codec = 4 * m, named(store)
+    k, v = (codec_.encode(jnp.asarray(rng.normal(size=(size, page, h)), dtype)) for codec_ in (codec.key, codec.value))
+    length = rng.integers(0, m * page + 1, rows).astype(np.int32)
+    for row, n in zip(np.ndindex(rows), lengths, strict=False):
+        length[row] = n
+    table = rng.permutation(size).reshape(*rows, m).astype(np.int32)
+    table = np.where(np.arange(m) * page < length[..., None], table, size)
+    pos = rng.integers(0, 100, (size, page)).astype(np.int32)
+    q = jnp.asarray(rng.normal(size=(*rows, g, h)), dtype)
+    options |= dict(scale=h**-0.5, decode_key=codec.key.decode, decode_value=codec.value.decode)
+    if window:
+        options["after"] = jnp.asarray(rng.integers(0, 60, rows), jnp.int32)
+    return (q, k, v, *map(jnp.asarray, (table, length, pos))), options
+
+
+def numbers(part: reference.Partial) -> list[np.ndarray]:
+    """The normalised output, the log-sum-exp and the logits; 0 where a row attends to nothing."""
+    some = np.asarray(part.l) > 0
+    total = np.where(some, part.l, 1.0)
+    found = [np.where(some[..., None], part.o / total[..., None], 0), np.where(some, part.m + np.log(total), 0)]
+    return (
+        found if part.logits is None else [*found, np.where(np.asarray(part.logits) > reference.EMPTY, part.logits, 0)]
+    )
+
+
+def check(kernel: str, args: tuple, options: dict) -> None:
+    module, interpret = KERNELS[kernel]
+    got = module.decode_attention(*args, interpret=interpret, **options)
+    plain = {key: value for key, value in options.items() if key not in ("splits", "block")}
+    want = decode_attention(*args, implementation="xla", **plain)
+    tolerance = 1e-5 if args[0].dtype == jnp.float32 else 2e-2
+    for a, b in zip(numbers(got), numbers(want), strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1e-3, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("kernel", ["gpu", "tpu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("store", STORES)
+def test_every_store(kernel, store, dtype):
+    check(kernel, *case(store, dtype, h=128, page=32, m=3, with_logits=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("store", ["kivi2:32:128", "kivi4:16:64"])
+@pytest.mark.parametrize("page", [32, 64])
+def test_keys_per_channel(store, page, dtype):
+    check("gpu", *case(store, dtype, page=page, with_logits=True))
+
+
+@pytest.mark.parametrize("store", ["dense", "int4", "int3"])
+def test_no_races_and_nothing_out_of_bounds(store):
+    check("tpu checked", *case(store, h=128, page=16, with_logits=True, window=True))
+
+
+@given(
+    kernel=st.sampled_from(["gpu", "tpu"]),
+    store=st.sampled_from(["dense", "int8", "int4"]),
+    g=st.integers(1, 8),
+    h=st.sampled_from([64, 96, 128, 256]),
+    page=st.sampled_from([8, 16, 24, 64, 128, 512]),
+    m=st.integers(1, 3),
+    edges=st.lists(st.sampled_from([0, 1, -1, -2]), max_size=4),
+    window=st.booleans(),
+    cap=st.sampled_from([None, 2.0]),
+    logits=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=10)
+def test_any_shape(kernel, store, g, h, page, m, edges, window, cap, logits, seed):
+    lengths = [n if n >= 0 else m * page + 1 + n for n in edges]  # also full rows, and one slot less
+    shape = dict(g=g, h=h, page=page, m=m, lengths=lengths, window=window, seed=seed)
+    check(kernel, *case(store, **shape, cap=cap, with_logits=logits))
+
+
+@pytest.mark.parametrize(("splits", "block"), [(1, 64), (3, 16), (8, 64)])
+def test_splits_and_blocks_change_nothing(splits, block):
+    check("gpu", *case("int4", page=64, m=3, lengths=(0, 1, 64, 65), splits=splits, block=block, with_logits=True))
+
+
+def test_numbers_are_linear_in_their_pieces():
+    rng = np.random.default_rng(0)
+    for bits, groups, most in itertools.product(PLANES, (1, 2, 4), (None, 16)):
+        codec = named(f"int{bits}:{128 // groups}").key
+        codes = codec.encode(jnp.asarray(rng.normal(size=(5, 128)), jnp.float32))
+        found = np.zeros((5, 128))
+        for p in pieces(bits, 128, groups, most):
+            part = (np.asarray(codes["codes"])[:, p.at : p.at + p.width] >> p.shift) & p.mask
+            found[:, p.start : p.start + p.width] += p.weight * part.astype(int)
+            assert p.group == p.start // (128 // groups) == (p.start + p.width - 1) // (128 // groups)
+        raw = Affine(bits)({**codes, "scale": codes["scale"] * 0 + 0x3F80, "zero": codes["zero"] * 0}, jnp.float32)
+        np.testing.assert_array_equal(found, raw)  # 0x3F80 is 1
+
+
+def test_the_assembly_adds_128_to_a_code():
+    """A little machine for the four instructions of `gpu.assembly`, on every byte."""
+    byte = lambda word, i: word >> np.uint64(8 * i) & np.uint64(0xFF)
+
+    def run(text: str, word: np.ndarray) -> list[np.ndarray]:
+        held = {"$2": word, "0": np.zeros_like(word)}
+        value = lambda name: held[name] if name in held else np.full_like(word, int(name, 16 if "x" in name else 10))
+        for line in re.findall(r"(?:shr|mov|prmt|lop3)[^;]*(?=;)", text):
+            name, *args = re.split(r"[ ,]+", line.strip())
+            to, *given = args
+            if name.startswith("mov"):
+                held[to] = value(given[0])
+            elif name.startswith("shr"):
+                held[to] = value(given[0]) >> value(given[1])
+            elif name.startswith("prmt"):
+                chosen = [int(given[2], 16) >> 4 * i & 7 for i in range(4)]
+                parts = [byte(value(given[i // 4]), i % 4) << np.uint64(8 * n) for n, i in enumerate(chosen)]
+                held[to] = np.bitwise_or.reduce(parts)
+            else:
+                a, b, c = map(value, given[:3])
+                assert int(given[3], 16) == 0xEA  # (a & b) | c
+                held[to] = (a & b) | c
+        return [held["$0"], held["$1"]]
+
+    every = np.arange(256, dtype=np.uint64)
+    word = every | (255 - every) << np.uint64(8) | (every ^ np.uint64(0x5A)) << np.uint64(16) | every << np.uint64(24)
+    for bits in (2, 3, 4):
+        for piece in pieces(bits, 64, 1):
+            halves = run(gpu.assembly(piece), word)
+            for n in range(4):
+                half = halves[n // 2] >> np.uint64(16 * (n % 2)) & np.uint64(0xFFFF)
+                number = (half << np.uint64(16)).astype(np.uint32).view(np.float32)
+                np.testing.assert_array_equal(number, 128 + ((byte(word, n).astype(int) >> piece.shift) & piece.mask))
+
+
+REFUSED = {
+    "expand_key": dict(expand_key=lambda key, at: key),
+    "place": dict(place=lambda at: at),
+    "slots": dict(slots=jnp.ones((2, 2, 64), bool)),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("kernel", ["tpu", "interpret"])
+def test_what_a_kernel_cannot_do_is_said(kernel, what):
+    args, options = case("dense")
+    with pytest.raises(NotImplementedError, match=what):
+        decode_attention(*args, implementation=kernel, **options, **REFUSED[what])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "store", "h", "said"),
+    [
+        ("tpu", "kivi2:16:64", 64, "xla only"),
+        ("interpret", "int2", 32, "less than 16"),
+    ],
+)
+def test_a_format_that_a_kernel_cannot_read_is_said(kernel, store, h, said):
+    args, options = case(store, h=h)
+    with pytest.raises(NotImplementedError, match=said):
+        decode_attention(*args, implementation=kernel, **options)
+
+
+def test_another_function_than_a_format_is_for_xla():
+    args, options = case("dense")
+    with pytest.raises(NotImplementedError, match="xla only"):
+        decode_attention(*args, implementation="interpret", **{**options, "decode_key": lambda codes, dtype: codes})
+
+
+# In the decode loop
+
+SMALL = dict(num_layers=1, head_dim=64, max_position=128)
+ONLY_XLA = ("tova int8/int3", "full kivi2")  # pieces of 8 numbers: 64 in 8 planes, groups of 8
+FAST = ("full", "full kivi2", "h2o int4", "mikv")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in matrix.VARIANTS]
+)
+def test_kernels_change_nothing(method, capsys):
+    model, recipe = oracle.random_model(5, **SMALL), matrix.recipe_of(method, 24)
+    rng = np.random.default_rng(0)
+    prompts, teacher = [rng.integers(0, 97, n).tolist() for n in (40, 30)], rng.integers(0, 97, (2, 3))
+    attention.say_once.cache_clear()
+    logits, positions, _ = oracle.run(model, recipe._replace(kernels="interpret"), prompts, teacher)
+    want, there, _ = oracle.run(model, recipe, prompts, teacher)
+    assert positions == there
+    np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+    told = capsys.readouterr().err.count("decode attention runs on XLA")
+    assert told == (method in ONLY_XLA or method.split()[0] in ("streaming_llm", "oracle"))
+
+
+def test_kernels_of_another_platform_are_refused():
+    with pytest.raises(kvjax.InputError, match="cannot run on cpu"):
+        kvjax.generate(kvjax.load(), ["river: 217 130\n! river:"], methods.make("full", None, {"kernels": "gpu"}))
+    with pytest.raises(kvjax.InputError, match="kernels=cuda is not one of xla, tpu, gpu, interpret, auto"):
+        methods.make("full", None, {"kernels": "cuda"})
+
+
+def test_the_default_is_the_platforms():
+    args, options = case("dense")
+    assert jax.default_backend() == "cpu"
+    got, want = (decode_attention(*args, implementation=how, **options) for how in (None, "xla"))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
