@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from pallas_kernels import prefill_scores
 from pallas_kernels.blocks import divisor
 from pallas_kernels.decode_attention import EMPTY
 from pallas_kernels.implementation import Implementation
+
+T = TypeVar("T")
 
 
 def prefill_attention(
@@ -81,15 +83,28 @@ def prefill_attention(
 
 def column_sums(prompt: Prompt) -> Float[Array, "B K T"]:
     """Attention that each prompt token received from all queries, averaged over the query heads of its group."""
-    sums = query_column_sums(prompt)
-    heads = prompt.k.shape[2]
-    return sums.reshape(sums.shape[0], heads, -1, sums.shape[-1]).mean(axis=2)
+    return _of_groups(prompt, query_column_sums(prompt))
+
+
+def _of_groups(prompt: Prompt, sums: Float[Array, "B N T"]) -> Float[Array, "B K T"]:
+    return sums.reshape(sums.shape[0], prompt.k.shape[2], -1, sums.shape[-1]).mean(axis=2)
 
 
 def query_column_sums(prompt: Prompt) -> Float[Array, "B N T"]:
     """Attention that each prompt token received from all queries of each query head."""
-    scale = prompt.q.shape[-1] ** -0.5
-    return prefill_scores.column_sums(prompt.q, prompt.k, prompt.lse, prompt.length, scale=scale, window=prompt.window)
+    return _query_column_sums(prompt, recent=None)
+
+
+def _query_column_sums(prompt: Prompt, recent: int | None) -> Float[Array, "B N T"]:
+    return _kernel_or_xla(
+        "scores of a prompt",
+        prefill_scores.column_sums,
+        prompt.kernels,
+        *(prompt.q, prompt.k, prompt.lse, prompt.length),
+        scale=prompt.q.shape[-1] ** -0.5,
+        window=prompt.window,
+        recent=recent,
+    )
 
 
 def channel_balance(prompt: Prompt) -> Float[Array, "B K R"]:
@@ -111,6 +126,8 @@ def channel_balance(prompt: Prompt) -> Float[Array, "B K R"]:
 
 def window_sums(prompt: Prompt, size: int) -> Float[Array, "B K T"]:
     """Attention that each prompt token received from the last `size` queries, averaged over its group's query heads."""
+    if prompt.kernels != "xla":
+        return _of_groups(prompt, _query_column_sums(prompt, recent=size))
     b, t, n, h = prompt.q.shape
     heads = prompt.k.shape[2]
     pos = prompt.length[:, None] - size + jnp.arange(size)  # B w
@@ -170,7 +187,10 @@ def decode(
     """
 
     def part(tier: Tier, store: KVStore, slots: Bool[Array, "B K S"] | None, logits: bool) -> kernel.Partial:
-        return _decode_attention(
+        return _kernel_or_xla(
+            "decode attention",
+            kernel.decode_attention,
+            read.kernels,
             store.query(q, tier.calib),
             tier.k,
             tier.v,
@@ -185,7 +205,6 @@ def decode(
             expand_key=read.expand_key,
             slots=slots,
             with_logits=logits,
-            implementation=read.kernels,
         )
 
     def attend(chosen: Sequence[Bool[Array, "B K S"] | None], logits: bool) -> tuple[kernel.Partial, tuple[Array, ...]]:
@@ -200,13 +219,13 @@ def decode(
     return whole.o / whole.l[..., None], probs
 
 
-def _decode_attention(*args: Any, implementation: Implementation | None, **kwargs: Any) -> kernel.Partial:
-    """The kernel, or plain XLA with a line that says why."""
+def _kernel_or_xla(name: str, run: Callable[..., T], kernels: Implementation | None, *args: Any, **kwargs: Any) -> T:
+    """What a kernel computes, or plain XLA with a line that says why."""
     try:
-        return kernel.decode_attention(*args, implementation=implementation, **kwargs)
+        return run(*args, implementation=kernels, **kwargs)
     except NotImplementedError as error:
-        say_once(f"decode attention runs on XLA, not in a kernel: {error}")
-        return kernel.decode_attention(*args, implementation="xla", **kwargs)
+        say_once(f"{name} on XLA, not in a kernel: {error}")
+        return run(*args, implementation="xla", **kwargs)
 
 
 @functools.cache

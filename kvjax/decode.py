@@ -193,7 +193,7 @@ def _prefill_layer(
     heads, lse = attention.prefill_attention(q, k, v, length, window=window)
     key = recipe.fold.key(params, raw if recipe.rotate == "read" else k)
     value = recipe.fold.value(params, v)
-    prompt = Prompt(q, k, v, key, value, lse, length, index, spec.num_layers, window)
+    prompt = Prompt(q, k, v, key, value, lse, length, index, spec.num_layers, window, recipe.kernels)
     olds = tuple(tiers_.layer(t, place) for t in tiers)
     views, found = recipe.policy.prefill(olds, prompt)
     tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))

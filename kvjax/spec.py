@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from pallas_kernels.implementation import Implementation
+
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 
@@ -92,6 +94,7 @@ class Prompt(NamedTuple):
     layer: int | Int[Array, ""]
     num_layers: int
     window: int | None  # sliding window of this layer [tokens]
+    kernels: Implementation | None = "xla"  # what computes scores
 
 
 class Token(NamedTuple):

@@ -1,5 +1,25 @@
 """Prefill scores: how much attention each prompt token received, without the T x T matrix."""
 
-from pallas_kernels.prefill_scores.reference import column_sums
+from typing import Any
+
+from jax import Array
+from jaxtyping import Float
+
+from pallas_kernels.implementation import Implementation, resolve
+from pallas_kernels.prefill_scores import gpu, reference, tpu
 
 __all__ = ["column_sums"]
+
+
+def column_sums(*args: Any, implementation: Implementation | None = None, **kwargs: Any) -> Float[Array, "B N T"]:
+    """Attention that each token received from queries: the arguments of `reference.column_sums`.
+
+    Raises:
+      NotImplementedError: where a kernel cannot do what is asked, which `xla` can.
+    """
+    chosen = resolve(implementation)
+    if chosen == "xla":
+        return reference.column_sums(*args, **kwargs)
+    if chosen == "tpu":
+        return tpu.column_sums(*args, **kwargs)
+    return gpu.column_sums(*args, interpret=chosen == "interpret", **kwargs)

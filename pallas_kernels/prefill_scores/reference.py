@@ -16,9 +16,10 @@ def column_sums(
     *,
     scale: float,
     window: int | None = None,
+    recent: int | None = None,
     block: int = 512,
 ) -> Float[Array, "B N T"]:
-    """Attention that each token received from all queries of each query head.
+    """Attention that each token received from the queries of each query head.
 
     Args:
       q, k: rotated queries and keys, padded on the right.
@@ -26,13 +27,16 @@ def column_sums(
       length: tokens of each prompt; padded queries and keys count nothing.
       scale: factor on the logits.
       window: sliding window [tokens].
+      recent: only the last so many queries of each prompt count (SnapKV's window); None = all do.
       block: most tokens per block on both axes; blocks divide T.
 
-    Cost: one more pass of T^2/2 query-key products, in blocks: memory grows with T, not with its square.
+    Cost: one more pass of T^2/2 query-key products, recent x T with `recent`, in blocks: memory grows with T, not with
+      its square.
     """
     b, t, n, h = q.shape
     heads = k.shape[2]
     block = divisor(t, block)
+    reach, start = min(window or t, t), first_query(length, recent)
     q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
     k = jnp.moveaxis(k, 1, 2)
     lse = lse.reshape(b, heads, n // heads, t)
@@ -45,14 +49,37 @@ def column_sums(
             cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=3)
             pos = i * block + jnp.arange(block)
             distance = pos[:, None] - key_pos
-            seen = (distance >= 0) & (distance < (window or t))
-            seen = seen & (pos[:, None] < length[:, None, None])
+            seen = (distance >= 0) & (distance < reach)
+            seen = seen & ((pos >= start[:, None]) & (pos < length[:, None]))[:, :, None]
             s = jnp.einsum("bkgqh,bksh->bkgqs", cut(q), key, preferred_element_type=jnp.float32) * scale
             p = jnp.where(seen[:, None, None], jnp.exp(s - cut(lse)[..., None]), 0.0)
             return total + p.sum(axis=3)
 
-        last = t // block if window is None else jnp.minimum(t // block, j + 2 + window // block)
-        return jax.lax.fori_loop(j, last, row, jnp.zeros((b, heads, n // heads, block), jnp.float32))
+        first, last = query_blocks(j, block, block, length, reach, start)
+        nothing = jnp.zeros((b, heads, n // heads, block), jnp.float32)
+        return jax.lax.fori_loop(first.min(), last.max(), row, nothing)
 
     sums = jax.lax.map(column, jnp.arange(t // block))  # T/block B K G block
     return jnp.moveaxis(sums, 0, 3).reshape(b, n, t)
+
+
+def first_query(length: Int[Array, "*b"], recent: int | None) -> Int[Array, "*b"]:
+    """The first query that counts."""
+    return jnp.zeros_like(length) if recent is None else jnp.maximum(length - recent, 0)
+
+
+def query_blocks(
+    column: Array, keys: int, queries: int, length: Int[Array, "*b"], reach: int, start: Int[Array, "*b"]
+) -> tuple[Int[Array, "*b"], Int[Array, "*b"]]:
+    """The first block of queries that see a block of keys, and the one behind the last.
+
+    Args:
+      column: index of the block of keys.
+      keys, queries: tokens of a block.
+      length: tokens of the prompt.
+      reach: keys that a query sees, its own the last of them.
+      start: first query that counts.
+    """
+    first = jnp.maximum(column * keys, start) // queries
+    behind = ((column + 1) * keys + reach - 2) // queries + 1  # the last key is seen by `reach - 1` later queries
+    return first, jnp.minimum((length + queries - 1) // queries, behind)
