@@ -49,7 +49,7 @@ EVICTING = [name for name in WITH_BUDGET if name.split()[0] not in ("mikv", "ora
 every_method = pytest.mark.parametrize("method", [*METHODS, "full kivi2", "h2o int4", "mikv dynamickv"])
 CASES = [
     pytest.param(
-        model, name, marks=[pytest.mark.slow] if model == "demo" and name not in ("full", "h2o", "mikv") else []
+        model, name, marks=[pytest.mark.slow] if model == "demo" and name != "full" else []
     )
     for name in VARIANTS
     for model in MODELS

@@ -90,7 +90,8 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
             raise InputError(f"method {name} has no argument {key!r}: it takes {', '.join(accepted_arguments(name))}")
         if key not in ("budget", "decode_budget"):  # parsed by the factory
             given[key] = read_argument(f"method {name}", parameters[key], value)
-    return METHODS[name](**given)._replace(kernels=KERNELS[str(kernels)])
+    recipe = METHODS[name](**given)
+    return recipe if kernels == recipe.kernels else recipe._replace(kernels=KERNELS[str(kernels)])
 
 
 def accepted_arguments(name: str) -> list[str]:
