@@ -48,9 +48,7 @@ WITH_BUDGET = [name for name in VARIANTS if "budget" in inspect.signature(METHOD
 EVICTING = [name for name in WITH_BUDGET if name.split()[0] not in ("mikv", "oracle")]  # what is not kept is gone
 every_method = pytest.mark.parametrize("method", [*METHODS, "full kivi2", "h2o int4", "mikv dynamickv"])
 CASES = [
-    pytest.param(
-        model, name, marks=[pytest.mark.slow] if model == "demo" and name != "full" else []
-    )
+    pytest.param(model, name, marks=[pytest.mark.slow] if model == "demo" and name != "full" else [])
     for name in VARIANTS
     for model in MODELS
     if name in METHODS or model == "gqa" or (model == "gqa-bf16" and name in BFLOAT16)
