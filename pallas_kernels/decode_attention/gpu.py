@@ -140,7 +140,8 @@ def decode_attention(
     # Splits without a slot hold nothing. XLA may not see through the maximum: its own fusion has lost it before.
     top = jax.lax.optimization_barrier(m.max(axis=1))
     back = jnp.exp(m - top[:, None])
-    o, zero = (jnp.einsum("rsdg,rsg->rgd", x, back) for x in (o, zero))
+    # A matrix product would round to fewer bits on some GPUs.
+    o, zero = (jnp.swapaxes((x * back[:, :, None]).sum(axis=1), 1, 2) for x in (o, zero))
     ends = np.cumsum([piece.width for piece in value.pieces])[:-1].tolist()
     o = assemble(value.pieces, [x * p.weight for x, p in zip(jnp.split(o, ends, axis=-1), value.pieces, strict=True)])
     if value.groups:
