@@ -1,5 +1,6 @@
 """The demo model's training: its course, its decoder, and runs that are stopped and killed."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -19,8 +20,10 @@ from safetensors.numpy import load_file
 from kvjax.checkpoint import hf
 from kvjax.demo import course, curves, data, documents, model, score, tokens, train
 from kvjax.demo import lines as demo_lines
+from kvjax.demo import vocabulary as v
 from kvjax.errors import InputError
 from kvjax.models import decoder
+from kvjax.spec import RopeSpec
 
 TEXT = "The text of the tests.\nIt has a few lines, and none of them is a needle.\n" * 9
 TINY = ["--steps", "6", "--block", "1", "--checkpoint-every", "1", "--tokens-per-batch", "128", "--max-length", "64"]
@@ -115,6 +118,42 @@ def test_stopped_training_goes_on_in_its_stage(tmp_path: Path) -> None:
         train.main(["--out", str(whole), *TINY, "--seed", "1"])
     curves.main([str(whole)])
     assert (whole / "curves.png").stat().st_size > 1000
+
+
+def test_another_model_is_continued(tmp_path: Path) -> None:
+    """With another rotary base: in the last stage, from its weights, and for its tokens from their vectors."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.main(["--out", str(first), *TINY])
+    again = [*TINY, "--start", str(first / "hf"), "--theta", "20000"]
+    train.main(["--out", str(second), *again])
+    assert {entry["stage"] for entry in _logged(second)} == {len(course.COURSE) - 1}
+    source = hf.load(first / "hf", jnp.float32)
+    spec = dataclasses.replace(source.spec, rope=RopeSpec(theta=20000.0))
+    begin = model.continued(spec, 0, first / "hf")
+    assert begin.spec.rope.theta == 20000.0
+    for got, expected in zip(jax.tree.leaves(begin), jax.tree.leaves(source), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    with pytest.raises(InputError, match="another architecture"):
+        model.continued(dataclasses.replace(spec, mlp_dim=24), 0, first / "hf")
+
+
+def test_a_token_without_a_namesake_gets_a_vector_like_its_kinds(tmp_path: Path) -> None:
+    train.main(["--out", str(tmp_path), *TINY])
+    file = tmp_path / "hf" / "tokenizer.json"
+    written = json.loads(file.read_text())
+    names = written["model"]["vocab"]
+    for number in range(v.NUM_NUMBERS // 2):  # half of the numbers have other names there
+        names[f"<{number}>"] = names.pop(f"\u0120{v.FIRST_NUMBER + number}")
+    file.write_text(json.dumps(written))
+    source = hf.load(tmp_path / "hf", jnp.float32)
+    begin = model.continued(source.spec, 0, tmp_path / "hf").embedding[...]
+    same = (np.asarray(begin) == np.asarray(source.embedding[...])).all(axis=1)
+    new, numbers = np.flatnonzero(~same), np.arange(v.NUMBER, v.SIZE)
+    assert new.tolist() == numbers[: v.NUM_NUMBERS // 2].tolist()
+    known = np.asarray(source.embedding[...])[numbers[v.NUM_NUMBERS // 2 :]]
+    drawn = np.asarray(begin)[new]
+    assert np.abs(drawn.mean(axis=0) - known.mean(axis=0)).max() < 5 * known.std() / len(new) ** 0.5
+    np.testing.assert_allclose(drawn.std(), known.std(), rtol=0.1)
 
 
 @pytest.mark.slow

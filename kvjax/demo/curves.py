@@ -1,6 +1,7 @@
-"""Draw how a run learned: `python -m kvjax.demo.curves DIR`, which writes `DIR/curves.png`.
+"""Draw how a model learned: `python -m kvjax.demo.curves DIR ...`, which writes `curves.png` into the last folder.
 
-Accuracies and losses of the training documents, over the tokens that were read, with the stages of the course.
+Accuracies and losses of the training documents, over the tokens that were read, with the stages of the course; several
+folders are runs that continued one another.
 """
 
 import argparse
@@ -25,7 +26,7 @@ def draw(entries: Sequence[dict[str, Any]]) -> "matplotlib.figure.Figure":
     """A picture of the entries of a log."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     read = np.cumsum([entry["tokens"] for entry in entries]) / 1e6
     for index, (name, kind) in enumerate(data.KINDS.items()):
@@ -39,7 +40,7 @@ def draw(entries: Sequence[dict[str, Any]]) -> "matplotlib.figure.Figure":
     upper.set(ylabel="tokens of answers that are exact", ylim=(0, 1.12))
     lower.set(ylabel="loss of plain text [nats]", xlabel="tokens read [millions]")
     for axes in filter(lambda axes: axes.get_legend_handles_labels()[0], (upper, lower)):
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -54,16 +55,17 @@ def _stages(axes: "matplotlib.axes.Axes", read: np.ndarray, stages: Sequence[int
         if index == 0 or stage != stages[index - 1]:
             start = 0.0 if index == 0 else float(read[index - 1])
             axes.axvline(start, color="0.8", linewidth=0.8, zorder=0)
-            axes.text(start, 1.04, f" {max(course.COURSE[stage].lengths)}", fontsize=8, color="0.4")
+            height = 1.03 + 0.04 * (stage % 2)  # stages may be short
+            axes.text(start, height, f" {max(course.COURSE[stage].lengths)}", fontsize=8, color="0.4")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw the curves of a run."""
+    """Draw the curves of a run, or of several that continued one another."""
     parser = argparse.ArgumentParser(prog="python -m kvjax.demo.curves", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run: --out of the training")
-    run = parser.parse_args(argv).run
-    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    draw(entries).savefig(run / "curves.png", dpi=150)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folder of a run: --out of the training")
+    runs = parser.parse_args(argv).runs
+    entries = [json.loads(line) for run in runs for line in (run / "log.jsonl").read_text().splitlines()]
+    draw(entries).savefig(runs[-1] / "curves.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ def _piece(part: Part) -> _Piece:
     weight = _weights()[ids]
     weight[weight == 0] = part.weight
     weight[len(before) : len(before) + len(answer)] = documents.REPEATED if part.repeated else ANSWER
+    if answer:
+        weight[-1] = documents.END
     return _Piece(ids, weight, bool(answer), 0 if mark else None)
 
 
@@ -95,7 +97,7 @@ def document(parts: Iterable[Part], size: int) -> tuple[np.ndarray, np.ndarray]:
 
     It ends with its last answer; plain text ends where the next line does not fit.
     """
-    kept, used = [], 2
+    kept, used, end = [], 2, STRUCTURE
     for piece in map(_piece, parts):
         if used + len(piece.ids) > size + 1:
             break
@@ -106,8 +108,9 @@ def document(parts: Iterable[Part], size: int) -> tuple[np.ndarray, np.ndarray]:
             kept.pop()
         if kept[-1].mark is not None:
             kept[-1].ids[kept[-1].mark] = v.LAST
+        end = documents.END
     ids = np.concatenate([[v.BOS], *(piece.ids for piece in kept), [v.EOS]]).astype(np.int32)
-    weight = np.concatenate([[0.0], *(piece.weight for piece in kept), [STRUCTURE]]).astype(np.float32)
+    weight = np.concatenate([[0.0], *(piece.weight for piece in kept), [end]]).astype(np.float32)
     return ids, weight
 
 

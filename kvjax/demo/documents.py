@@ -22,6 +22,7 @@ LINE = demo_lines.LINE  # tokens
 NOISE_TOKENS = len(tokens.encode(synthetic.noise(1)[0]))
 # Weights of the loss: plain text, text that hides something, the answer to a question that was answered before.
 TEXT, HAYSTACK, REPEATED = 0.4, 0.05, 0.3
+END = 0.5  # of the newline behind an answer, and of the end of a document that asked
 ARROW = " =>"
 
 
@@ -58,12 +59,41 @@ def _log_uniform(rng: np.random.Generator, least: int, most: int) -> int:
 
 
 def hay(rng: np.random.Generator, room: int, text: Source) -> list[str]:
-    """Lines of noise or of text, of at most `room` tokens."""
-    if rng.random() < 0.5:
+    """Lines of at most `room` tokens: noise, text as it is, text that is disguised, or random pieces of words.
+
+    What is asked must not depend on what the haystack is about: a needle is found in a text unlike any in the corpus.
+    """
+    kind = rng.random()
+    if kind < 0.3:
         return synthetic.noise(room // NOISE_TOKENS)
-    pieces = synthetic.essay(rng, "short", text.haystack, room // 8)
+    if kind < 0.5:
+        pieces = [_scramble(rng) for _ in range(room // 8)]
+    else:
+        pieces = synthetic.essay(rng, "short", text.haystack, room // 8)
+        if kind < 0.8:
+            pieces = _disguise(rng, pieces)
     ends = np.cumsum([len(tokens.encode(piece)) for piece in pieces])
     return pieces[: int(np.searchsorted(ends, room, side="right"))]
+
+
+def _scramble(rng: np.random.Generator) -> str:
+    """A line of random pieces of words."""
+    drawn = rng.integers(v.SIZE, tokens.SIZE, size=int(rng.integers(4, 16))).tolist()
+    return tokens.tokenizer().decode(drawn).strip() + "\n"
+
+
+def _disguise(rng: np.random.Generator, pieces: Sequence[str]) -> list[str]:
+    """A text with its words shuffled or not, in lines of another length, with names of speakers between them."""
+    found = " ".join(pieces).split()
+    if rng.random() < 0.5:
+        found = [found[index] for index in rng.permutation(len(found)).tolist()]
+    width, named, out = int(rng.integers(4, 13)), 0.5 * rng.random(), []
+    for start in range(0, len(found), width):
+        line = " ".join(found[start : start + width])
+        out.append(line[0].upper() + line[1:] + "\n")
+        if rng.random() < named:
+            out.append(f"{found[int(rng.integers(len(found)))].strip('.,:;()').upper() or 'A'}:\n")
+    return out
 
 
 def _ask(content: needles.Needles, chosen: Sequence[int], repeated: bool) -> Part:

@@ -1,16 +1,24 @@
 """The decoder as it is trained: its size, its first weights, its loss on long documents."""
 
+import dataclasses
+import itertools
+import json
+from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from kvjax import checkpoint
 from kvjax.demo import data, tokens
+from kvjax.demo import vocabulary as v
 from kvjax.demo.lines import ANSWER
+from kvjax.errors import InputError
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder
 from kvjax.spec import ModelSpec, RopeSpec
@@ -64,6 +72,35 @@ def initial(spec: ModelSpec, seed: int) -> Decoder:
     attention = model.layers[0].attention
     for linear, row in ((attention.q, ones), (attention.k, jnp.concatenate([cos, sin]))):
         linear.kernel[...] = linear.kernel[...].at[:, :h].set(0.0).at[0, :h].set(1.7 * row)
+    return model
+
+
+def continued(spec: ModelSpec, seed: int, folder: Path) -> Decoder:
+    """A decoder with the weights of a checkpoint; a token that has no namesake there gets a vector like its kind's.
+
+    The rotary base may be another: attention adapts to a larger one, under which far positions turn less, within a few
+    hundred steps (Code Llama, arXiv 2308.12950).
+    """
+    model = initial(spec, seed)
+    source, directory = checkpoint.load_model(str(folder), "float32")
+    same = dataclasses.replace(source.spec, rope=spec.rope, vocab_size=spec.vocab_size)
+    if same != spec or not spec.tie_embeddings:
+        raise InputError(f"{folder} has another architecture than the model that is to continue it: {source.spec}")
+    names = json.loads((directory / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    table = tokens.tokenizer().get_vocab()
+    mine, theirs = np.asarray([(table[name], names[name]) for name in table if name in names]).T
+    vectors = np.array(model.embedding[...])
+    vectors[mine] = source.embedding[...][theirs]
+    rng = np.random.default_rng(seed)
+    for start, stop in itertools.pairwise((v.KEY, v.NUMBER, v.SIZE, tokens.SIZE)):
+        known, new = (
+            np.intersect1d(np.arange(start, stop), ids) for ids in (mine, sorted({*table.values()} - {*mine}))
+        )
+        if len(known) and len(new):
+            like = vectors[known].mean(axis=0), np.cov(vectors[known], rowvar=False)
+            vectors[new] = rng.multivariate_normal(*like, size=len(new))
+    nnx.update(model, nnx.state(source, nnx.Not(nnx.PathContains("embedding"))))
+    model.embedding[...] = jnp.asarray(vectors)
     return model
 
 

@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from kvjax.demo import corpus
 from kvjax.demo import vocabulary as v
 
-SIZE = 3072
+SIZE = 4096
 CODE = 8  # one module's source of so many: English matters more than Python
 # One piece each: a mark with its space at the beginning of a line; a word or a number with the space before it, a word
 # with its colon; other characters; a newline; spaces, of which the last belongs to what follows. No piece crosses the

@@ -51,6 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for checkpoints, log.jsonl and the trained model (hf/)")
     add("--preset", choices=PRESETS, default="cpu", help="defaults of the other flags")
+    add("--start", help="Hugging Face folder whose weights to begin with, in the last stage of the course")
     add("--steps", type=int, default=4000)
     add("--seed", type=int, default=0)
     add("--tokens-per-batch", type=int, default=4096, help="rows of a batch times their length")
@@ -178,13 +179,14 @@ def train(args: argparse.Namespace) -> Decoder:
     spec = model.make_spec(
         args.layers, args.width, args.heads, args.kv_heads, args.head_dim, args.mlp, args.theta, args.tie
     )
-    graph, params = nnx.split(model.initial(spec, args.seed))
+    begin = model.continued(spec, args.seed, Path(args.start)) if args.start else model.initial(spec, args.seed)
+    graph, params = nnx.split(begin)
     params = nnx.to_pure_dict(params)
     optimize = optimizer(args.learning_rate, args.steps, args.decay)
     step, start = Programs(make_step(graph, optimize, args), args), time.monotonic()
     log, writers = args.out / "log.jsonl", Writers(args)
     with checkpoint.manager(args.out, args.checkpoint_every) as manager:
-        state = State(params, optimize.init(params), np.asarray(0))
+        state = State(params, optimize.init(params), np.asarray(len(course.COURSE) - 1 if args.start else 0))
         state, done = checkpoint.resume(manager, state, log)
         lengths = [length for stage in course.COURSE for length in stage.lengths]
         over = done == args.steps
@@ -214,4 +216,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run("kvjax.demo.train", main)

@@ -12,9 +12,9 @@ BYTE = 2  # id of byte 0
 ASK = BYTE + 256  # "? " asks for a line
 LAST = ASK + 1  # "! " asks for the last time: the answer is followed by a newline and EOS
 KEY = LAST + 1  # id of the first key, a word with its colon: "river:"
-NUM_KEYS = 512
+NUM_KEYS = 1024
 NUMBER = KEY + NUM_KEYS  # id of the first number
-FIRST_NUMBER, NUM_NUMBERS = 100, 400  # " 100" .. " 499"
+FIRST_NUMBER, NUM_NUMBERS = 100, 1024  # " 100" .. " 1123"
 SIZE = NUMBER + NUM_NUMBERS
 NEWLINE = BYTE + ord("\n")
 

@@ -73,7 +73,7 @@ def lines(count: int = 0) -> Task:
     """Line retrieval. The short form is the text of `kvjax.demo.lines`.
 
     Args:
-      count: lines; 0 = as many as fit (the short form has at most 512).
+      count: lines; 0 = as many as fit (the short form has at most 1,024).
 
     Source: Li et al., LongChat and LongEval (2023): wording, new tokens, score (`last_number`).
     Differs: names of lines are made of our words (`words`); the question does not end in a space.
