@@ -12,8 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Tier
-from kvjax.models import rope
-from kvjax.spec import ModelSpec, Prompt
+from kvjax.spec import Prompt
 from pallas_kernels import decode_attention as kernel
 from pallas_kernels import prefill_scores
 from pallas_kernels.blocks import divisor
@@ -82,12 +81,12 @@ def prefill_attention(
 
 
 def column_sums(prompt: Prompt) -> Float[Array, "B K T"]:
-    """Attention that each prompt token received from all queries, averaged over the query heads of its group."""
-    return _of_groups(prompt, query_column_sums(prompt))
+    """Attention that each prompt token received from all queries, averaged over the query heads of its row."""
+    return _of_rows(prompt, query_column_sums(prompt))
 
 
-def _of_groups(prompt: Prompt, sums: Float[Array, "B N T"]) -> Float[Array, "B K T"]:
-    return sums.reshape(sums.shape[0], prompt.k.shape[2], -1, sums.shape[-1]).mean(axis=2)
+def _of_rows(prompt: Prompt, sums: Float[Array, "B N T"]) -> Float[Array, "B K T"]:
+    return sums.reshape(sums.shape[0], prompt.key.shape[2], -1, sums.shape[-1]).mean(axis=2)
 
 
 def query_column_sums(prompt: Prompt) -> Float[Array, "B N T"]:
@@ -125,9 +124,9 @@ def channel_balance(prompt: Prompt) -> Float[Array, "B K R"]:
 
 
 def window_sums(prompt: Prompt, size: int) -> Float[Array, "B K T"]:
-    """Attention that each prompt token received from the last `size` queries, averaged over its group's query heads."""
+    """Attention that each prompt token received from the last `size` queries, averaged over its row's query heads."""
     if prompt.kernels != "xla":
-        return _of_groups(prompt, _query_column_sums(prompt, recent=size))
+        return _of_rows(prompt, _query_column_sums(prompt, recent=size))
     b, t, n, h = prompt.q.shape
     heads = prompt.k.shape[2]
     pos = prompt.length[:, None] - size + jnp.arange(size)  # B w
@@ -138,22 +137,26 @@ def window_sums(prompt: Prompt, size: int) -> Float[Array, "B K T"]:
     distance = pos[..., None] - jnp.arange(t)
     seen = (pos[..., None] >= 0) & (distance >= 0) & (distance < (prompt.window or t))
     p = jnp.where(seen[:, None, None], jnp.exp(s - lse[..., None]), 0.0)
-    return p.sum(axis=3).mean(axis=2)
+    return _of_rows(prompt, p.sum(axis=3).reshape(b, n, t))
 
 
-def rotate_at(
-    spec: ModelSpec, x: Float[Array, "B K s H"], pos: Int[Array, "B #K r"], seq_len: Int[Array, "B #K"]
-) -> Float[Array, "B K s H"]:
-    """Rotate vectors to positions (one for all where r is 1), `seq_len` tokens into the sequence."""
-    shape = jnp.broadcast_shapes(pos.shape[:-1], seq_len.shape)
-    pos = jnp.broadcast_to(pos, (*shape, pos.shape[-1]))
-    return rope.rotate(x, *rope.angles(spec.rope, spec.head_dim, pos, jnp.broadcast_to(seq_len, shape)))
+def spread(q: Float[Array, "B K G H"], heads: int) -> Float[Array, "B K G keys"]:
+    """Queries against the keys of `heads` heads beside each other: each in its own key head's place, among zeros.
+
+    Cost: `heads` times the products of the scores, which is little beside those that expand a latent to its keys.
+    """
+    if heads == 1:
+        return q
+    b, k, g, h = q.shape
+    own = q.reshape(b, k, heads, g // heads, 1, h) * jnp.eye(heads, dtype=q.dtype)[:, None, :, None]
+    return own.reshape(b, k, g, heads * h)
 
 
 class Read(NamedTuple):
     """How attention reads a layer's tiers; the functions are those of `pallas_kernels.decode_attention`.
 
     Attributes:
+      scale: of the products of queries and keys.
       after: of a sliding window.
       place: of slots.
       expand_key: of cached keys.
@@ -161,6 +164,7 @@ class Read(NamedTuple):
       kernels: which implementation; None = the platform's.
     """
 
+    scale: float
     after: Int[Array, "B K"] | None = None
     place: Callable[[Int[Array, "B K s"]], Int[Array, "B K s"]] | None = None
     expand_key: Callable[[Float[Array, "B K s R"], Int[Array, "B K s"]], Float[Array, "B K s H"]] | None = None
@@ -175,7 +179,7 @@ def decode(
     read: Read,
     *,
     with_probabilities: bool,
-) -> tuple[Float[Array, "B K G R"], tuple[Float[Array, "B K G S"], ...]]:
+) -> tuple[Float[Array, "B K G W"], tuple[Float[Array, "B K G S"], ...]]:
     """One query per row over all tiers, merged exactly.
 
     Args:
@@ -197,7 +201,7 @@ def decode(
             tier.table,
             tier.length,
             None if isinstance(tier.pos, tuple) else tier.pos,
-            scale=q.shape[-1] ** -0.5,
+            scale=read.scale,
             after=read.after,
             decode_key=store.key.decode,
             decode_value=store.value.decode,

@@ -1,10 +1,14 @@
 """Convert a Hugging Face checkpoint to Orbax, once: `python -m kvjax.convert SRC DST`."""
 
+import argparse
+import re
 from pathlib import Path
+from typing import get_args
 
 import jax
 
 from kvjax import command
+from kvjax.checkpoint import lorc, ranks
 from kvjax.checkpoint.convert import DTYPES, convert
 from kvjax.errors import InputError
 
@@ -22,12 +26,50 @@ def main(argv: list[str] | None = None) -> None:
         metavar="FIELD",
         help="treat this field of config.json as absent; may be given several times",
     )
+    add_lorc_flags(parser)
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # an accelerator's memory is of no use here
     try:
-        convert(args.src, args.dst, args.dtype, args.ignore_config)
+        convert(args.src, args.dst, args.dtype, args.ignore_config, lorc_options(args))
     except InputError as error:
         command.fail(parser.prog, str(error))
+
+
+def add_lorc_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that make keys and values low-rank."""
+    group = parser.add_argument_group("low-rank keys and values (LoRC)")
+    how = group.add_mutually_exclusive_group()
+    how.add_argument("--lorc", metavar="HOW", help="keep=60%%, keep=60%%,rule=uniform|energy, or d_max=80%%,d_min=40%%")
+    how.add_argument("--lorc-ranks", type=Path, metavar="FILE", help="JSON: [keys, values] for each layer")
+    group.add_argument(
+        "--lorc-groups",
+        default="joint",
+        metavar="N",
+        help="key/value heads that share a latent: joint, as in the paper, or a number such as 4, 2 or 1",
+    )
+    group.add_argument(
+        "--lorc-basis",
+        choices=get_args(lorc.Basis),
+        default="plain",
+        help="best for the weights, as in the paper, or for what they make of a text (default: plain)",
+    )
+    group.add_argument("--lorc-text", type=Path, metavar="FILE", help="that text (default: look-ups, code and prose)")
+    group.add_argument("--lorc-hadamard", action="store_true", help="turn latents, so that low-bit stores lose less")
+
+
+def lorc_options(args: argparse.Namespace) -> lorc.Options | None:
+    """What the flags of `add_lorc_flags` ask for; None if it is nothing."""
+    request = ranks.parse(args.lorc) if args.lorc is not None else args.lorc_ranks
+    if request is None:
+        if args.lorc_groups != "joint" or args.lorc_basis != "plain" or args.lorc_text or args.lorc_hadamard:
+            raise InputError("--lorc-groups, --lorc-basis, --lorc-text and --lorc-hadamard need --lorc or --lorc-ranks")
+        return None
+    if args.lorc_groups != "joint" and not re.fullmatch("[1-9][0-9]{0,3}", args.lorc_groups):
+        raise InputError(f"--lorc-groups {args.lorc_groups} is not joint or a number of key/value heads")
+    if args.lorc_text is not None and args.lorc_basis == "plain":
+        raise InputError("--lorc-text is for --lorc-basis whiten")
+    heads = None if args.lorc_groups == "joint" else int(args.lorc_groups)
+    return lorc.Options(request, heads, args.lorc_basis, args.lorc_text, args.lorc_hadamard)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ Measure = Callable[[Decoder, Float[Array, "B D"], PyTree], PyTree]
 
 
 @functools.lru_cache(maxsize=256)
-def layer_groups(spec: ModelSpec, recipe: Recipe) -> tuple[Layers, ...]:
+def layer_groups(spec: ModelSpec) -> tuple[Layers, ...]:
     """Layers by the widths of their cached vectors; each group has a page pool of its own."""
     groups: dict[tuple[int, int], list[int]] = {}
     for layer in range(spec.num_layers):
-        groups.setdefault(recipe.fold.widths(spec, layer), []).append(layer)
+        groups.setdefault(spec.widths(layer), []).append(layer)
     return tuple(Layers(tuple(index), widths) for widths, index in groups.items())
 
 
@@ -45,10 +45,18 @@ def init_cache(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
       recipe: the method.
       lengths: tokens of each prompt, and how many may be generated.
     """
-    if recipe.rotate == "read" and any(store.balanced for store in recipe.stores):
-        raise InputError("balanced keys are undone in the query: they must be rotated when they are written")
-    groups = layer_groups(model.spec, recipe)
+    if rotates_at_read(model.spec, recipe) and any(store.balanced for store in recipe.stores):
+        raise InputError(
+            f"{recipe.name}: balanced keys are undone in the query, so they must be rotated when they are written"
+            + (", which latents are not: set balance=false" if model.spec.latent else "")
+        )
+    groups = layer_groups(model.spec)
     return tuple(recipe.policy.init(model.spec, group, lengths, model.dtype) for group in groups)
+
+
+def rotates_at_read(spec: ModelSpec, recipe: Recipe) -> bool:
+    """Whether keys are cached before rotation."""
+    return recipe.rotate == "read" or spec.latent is not None
 
 
 def padded_length(longest: int) -> int:
@@ -80,16 +88,15 @@ def prefill(
     >>> cache = kvjax.init_cache(model, recipe, kvjax.Lengths(prompt=(20,), new=4, padded=prompt.shape[1]))
     >>> logits, cache = kvjax.prefill(model, recipe, prompt, jnp.asarray([20], jnp.int32), cache)
     >>> logits.shape, cache[0][0].length.tolist()
-    ((1, 3072), [[[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]]])
+    ((1, 4096), [[[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]]])
     """
-    spec, groups = model.spec, layer_groups(model.spec, recipe)
+    spec, groups = model.spec, layer_groups(model.spec)
     x = _embed(model, tokens)
     filled, allocation = list(cache), _Allocation(spec, recipe, groups, length)
     for index, layer in enumerate(model.layers):
         group, place = _place(groups, index)
         x, filled[group], found = _prefill_layer(
             layer,
-            recipe.fold.params(index, layer),
             x,
             filled[group],
             length,
@@ -110,7 +117,7 @@ class _Allocation:
         self._layers, self._recipe, self._groups, self._length = spec.num_layers, recipe, groups, length
         self._infos: list[PyTree] = []
         self._waiting: dict[int, PyTree] = {}
-        self._held = jnp.full((spec.num_layers, length.shape[0], spec.num_kv_heads), LARGEST, jnp.int32)
+        self._held = jnp.full((spec.num_layers, length.shape[0], spec.num_rows), LARGEST, jnp.int32)
 
     def after(self, cache: list[Tiers], found: Found) -> list[Tiers]:
         """The cache after one more layer: with the slots redistributed, when the budget wants that now."""
@@ -171,10 +178,9 @@ def _last_logits(model: Decoder, x: Float[Array, "B T D"], length: Int[Array, " 
     return model.logits(jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0])
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "recipe", "window"), donate_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnames=("spec", "recipe", "window"), donate_argnums=(1, 2))
 def _prefill_layer(
     layer: Layer,
-    params: PyTree,
     x: Float[Array, "B T D"],
     tiers: Tiers,
     length: Int[Array, " B"],
@@ -186,13 +192,13 @@ def _prefill_layer(
     window: int | None,
 ) -> tuple[Float[Array, "B T D"], Tiers, Found]:
     """One layer over the whole prompt: exact attention, then compression into the layer's rows."""
-    q, raw, v = layer.project(x)
+    q, key, value = layer.project(x)
+    k, v = layer.keys(key), layer.values(value)
     pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     cos, sin = rope.angles(spec.rope, spec.head_dim, pos, length)  # B T H/2
-    q, k = (rope.rotate(y, cos[:, :, None], sin[:, :, None]) for y in (q, raw))
+    q, k = (rope.rotate(y, cos[:, :, None], sin[:, :, None]) for y in (q, k))
     heads, lse = attention.prefill_attention(q, k, v, length, window=window)
-    key = recipe.fold.key(params, raw if recipe.rotate == "read" else k)
-    value = recipe.fold.value(params, v)
+    key = key if rotates_at_read(spec, recipe) else k
     prompt = Prompt(q, k, v, key, value, lse, length, index, spec.num_layers, window, recipe.kernels)
     olds = tuple(tiers_.layer(t, place) for t in tiers)
     views, found = recipe.policy.prefill(olds, prompt)
@@ -211,36 +217,39 @@ def _decode_layer(
     active: Array,
 ) -> tuple[Float[Array, "B D"], Tiers]:
     """One layer for one token: insert, attend, observe."""
-    policy, fold = recipe.policy, recipe.fold
-    params = fold.params(index, layer)
-    q, k, v = layer.project(x)  # B N H, B K H
-    q = q.reshape(*k.shape[:2], spec.group_size, spec.head_dim)
+    policy, heads = recipe.policy, spec.num_kv_heads // spec.num_rows
+    q, key, value = layer.project(x)  # B N H, B K R
+    q, k = q.reshape(*key.shape[:2], -1, spec.head_dim), layer.keys(key)
     here = pos[:, None, None]
-    written = (
-        k if recipe.rotate == "read" else attention.rotate_at(spec, k[:, :, None], here, pos[:, None] + 1)[:, :, 0]
-    )
-    token = Token(q, k, fold.key(params, written), fold.value(params, v), pos, active, index)
+    at_read = rotates_at_read(spec, recipe)
+    if not at_read:
+        key = rope.rotate(k, *(turn[:, :, 0] for turn in _angles_at(spec, here, pos[:, None] + 1)))
+    token = Token(q, k, key, value, pos, active, index)
     tiers = policy.insert(tiers, token)
     length = functools.reduce(jnp.add, (tier.length for tier in tiers))
 
     place = lambda at: at if recipe.positions is None else recipe.positions(at, pos, length)
-    query_place = place(jnp.broadcast_to(here, (*k.shape[:2], 1)))
-    turn = _rotation(spec, recipe, sum(tier.capacity for tier in tiers), pos, length)
-
+    query_place = place(jnp.broadcast_to(here, (*key.shape[:2], 1)))
+    angles = _angles(spec, recipe, sum(tier.capacity for tier in tiers), pos, length)
     window = spec.window(index)
 
-    def expand_key(keys: Float[Array, "B K s R"], at: Int[Array, "B K s"]) -> Float[Array, "B K s H"]:
-        keys = keys if fold.expand_key is None else fold.expand_key(params, keys)
-        return keys if recipe.rotate == "write" else turn(keys, at)
+    def expand_key(cached: Float[Array, "B K s R"], at: Int[Array, "B K s"]) -> Float[Array, "B K s keys"]:
+        if spec.latent is None:
+            return rope.rotate(cached, *angles(at))
+        keys = layer.keys(jnp.moveaxis(cached, 1, 2))  # B s K*heads H
+        keys = jnp.moveaxis(keys.reshape(*keys.shape[:2], -1, heads, spec.head_dim), 2, 1)
+        cos, sin = angles(at)
+        return rope.rotate(keys, cos[..., None, :], sin[..., None, :]).reshape(*at.shape, -1)
 
-    heads, probs = attention.decode(
-        turn(q, query_place),
+    mean, probs = attention.decode(
+        attention.spread(rope.rotate(q, *angles(query_place)), heads),
         tiers,
         recipe.stores,
         attention.Read(
-            after=None if window is None else jnp.broadcast_to(query_place[..., 0] - window, k.shape[:2]),
+            scale=spec.head_dim**-0.5,
+            after=None if window is None else jnp.broadcast_to(query_place[..., 0] - window, key.shape[:2]),
             place=None if recipe.positions is None else place,
-            expand_key=None if fold.expand_key is None and recipe.rotate == "write" else expand_key,
+            expand_key=expand_key if at_read else None,
             select=None if recipe.select is None else functools.partial(recipe.select, pos=pos),
             kernels=recipe.kernels,
         ),
@@ -248,24 +257,33 @@ def _decode_layer(
     )
     if policy.observe is not None:
         tiers = policy.observe(tiers, token, probs)
-    heads = fold.expand_value(params, heads.astype(x.dtype))
-    return layer.finish(x, heads.reshape(x.shape[0], spec.num_heads, spec.head_dim)), tiers
+    out = layer.heads(mean.astype(x.dtype))
+    return layer.finish(x, out.reshape(x.shape[0], spec.num_heads, spec.head_dim)), tiers
 
 
-def _rotation(
+def _angles(
     spec: ModelSpec, recipe: Recipe, capacity: int, pos: Int[Array, " B"], length: Int[Array, "B K"]
-) -> Callable[[Float[Array, "B K s H"], Int[Array, "B K r"]], Float[Array, "B K s H"]]:
-    """A function that rotates vectors to places.
+) -> Callable[[Int[Array, "B K s"]], tuple[Float[Array, "B K s half"], Float[Array, "B K s half"]]]:
+    """A function that gives the cosines and sines of places.
 
     Places in the cache are below its capacity: a table, which all layers and steps share, saves a sine and a cosine per
     number that is read.
     """
     if recipe.positions is None:
-        return lambda x, at: attention.rotate_at(spec, x, at, pos[:, None] + 1)
+        return lambda at: _angles_at(spec, at, pos[:, None] + 1)
     if spec.rope.type == "dynamic":  # as long as the cache is
-        return lambda x, at: attention.rotate_at(spec, x, at, length)
+        return lambda at: _angles_at(spec, at, length)
     cos, sin = rope.angles(spec.rope, spec.head_dim, jnp.arange(capacity), jnp.asarray(capacity))
-    return lambda x, at: rope.rotate(x, cos[at], sin[at])
+    return lambda at: (cos[at], sin[at])
+
+
+def _angles_at(
+    spec: ModelSpec, pos: Int[Array, "B #K s"], seq_len: Int[Array, "B #K"]
+) -> tuple[Float[Array, "B #K s half"], Float[Array, "B #K s half"]]:
+    """Cosines and sines of positions, `seq_len` tokens into the sequence."""
+    shape = jnp.broadcast_shapes(pos.shape[:-1], seq_len.shape)
+    pos = jnp.broadcast_to(pos, (*shape, pos.shape[-1]))
+    return rope.angles(spec.rope, spec.head_dim, pos, jnp.broadcast_to(seq_len, shape))
 
 
 def decode_step(
@@ -310,7 +328,7 @@ def _read_token(
     model: Decoder, recipe: Recipe, cache: Cache, token: Int[Array, " B"], pos: Int[Array, " B"], active: Array
 ) -> tuple[Float[Array, "B D"], Cache]:
     """The last layer's output for one more token of each sequence, and the cache with that token in it."""
-    spec, groups = model.spec, layer_groups(model.spec, recipe)
+    spec, groups = model.spec, layer_groups(model.spec)
     x = model.embed(token)
     filled = [recipe.policy.reserve(tiers, active) for tiers in cache]
     for index, layer in enumerate(model.layers):

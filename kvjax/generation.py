@@ -202,7 +202,7 @@ def cached_positions(model: Model, generation: Generation, tier: int | None = No
       tier: one tier only, an index into the recipe's `stores`.
     """
     layers: list[np.ndarray] = [np.zeros(0)] * model.spec.num_layers
-    for group, tiers in zip(decode.layer_groups(model.spec, generation.recipe), generation.cache, strict=True):
+    for group, tiers in zip(decode.layer_groups(model.spec), generation.cache, strict=True):
         for place, layer in enumerate(group.index):
             chosen = tiers if tier is None else tiers[tier : tier + 1]
             rows = [tiers_.positions(tiers_.layer(each, place)) for each in chosen]
@@ -342,7 +342,7 @@ def _sequence(model: Model, prompt: list[int], new: list[int]) -> Continuation:
 def kept_slots(spec: ModelSpec, recipe: Recipe, cache: Cache) -> list[list[int | float]]:
     """Kept slots `[B][L]`, averaged over heads; whole numbers where the heads agree."""
     layers: list[np.ndarray] = [np.zeros(0)] * spec.num_layers
-    for group, tiers in zip(decode.layer_groups(spec, recipe), cache, strict=True):
+    for group, tiers in zip(decode.layer_groups(spec), cache, strict=True):
         kept = np.sum([np.asarray(tier.length) for tier in tiers], axis=0).mean(axis=-1)  # l B
         for place, layer in enumerate(group.index):
             layers[layer] = kept[place]

@@ -59,14 +59,14 @@ def read(model: Model, out: Generation, prompt: Sequence[int]) -> Kept:
     """
     (sequence,), stores = out.sequences, out.recipe.stores
     tokens = [*prompt, *sequence.tokens[:-1]]
-    layers, heads = model.spec.num_layers, model.spec.num_kv_heads
+    layers, heads = model.spec.num_layers, model.spec.num_rows
     order = sorted(range(len(stores)), key=lambda tier: not stores[tier].is_dense)  # a dense tier is the best
     held = np.zeros((2, layers, heads, len(tokens) + 1), bool)
     for place, tier in enumerate(order):
         (positions,) = generation.cached_positions(model, out, tier)
         np.put_along_axis(held[place], positions, True, axis=-1)  # empty slots, -1, mark the spare last column
     budget = np.zeros((layers, heads), int)
-    for group, tiers in zip(decode.layer_groups(model.spec, out.recipe), out.cache, strict=True):
+    for group, tiers in zip(decode.layer_groups(model.spec), out.cache, strict=True):
         budget[list(group.index)] = np.asarray(tiers[order[0]].budget)[:, 0]
     best, low = held[..., :-1]
     names = tuple(stores[tier].name for tier in order)

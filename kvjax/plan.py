@@ -1,10 +1,10 @@
 """What a method would do and its cache would cost, from a `config.json` alone: nothing is loaded or allocated."""
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from kvjax.generation import Model
 from kvjax.methods import METHODS
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import parse_config, read_json
-from kvjax.spec import Lengths
+from kvjax.spec import Lengths, ModelSpec
 from kvjax.tokenizer import Tokenizer
 
 
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     budget: list[int] | None  # slots per row of each layer for one prompt; None = decided by the policy alone
     decided: str  # "before the prompt", or "after the prompt" when `budget` is only where it starts
     stores: list[str]  # number format of each tier
-    fold: str
+    fold: str  # which vector is cached per token
     rotate: str  # when cached keys are rotated
     bytes: dict[str, int]  # by part; `codes` are payload and slack together: how many slots fill depends on the run
     full_bytes: int
@@ -58,8 +58,8 @@ def plan(model: Model, recipe: Recipe, context: int, new: int, batch: int = 1) -
         else [int(budget.slots(i, spec.num_layers, context)) for i in range(spec.num_layers)],
         decided="before the prompt" if budget is None or budget.allocate is None else "after the prompt",
         stores=[store.name for store in recipe.stores],
-        fold=_factory(recipe.fold.key),
-        rotate=f"when {'written' if recipe.rotate == 'write' else 'read'}",
+        fold=_fold(spec),
+        rotate=f"when {'read' if decode.rotates_at_read(spec, recipe) else 'written'}",
         bytes=_bytes(model, recipe, Lengths((context,) * batch, new, decode.padded_length(context))),
         full_bytes=generation.full_bytes(model, [context + new] * batch),
     )
@@ -90,9 +90,8 @@ def abstract_model(name: str | None, dtype: DTypeLike | None = None, ignore: Col
     if not path.exists():
         raise InputError(f"{path}: no such directory or config.json; a dry run downloads nothing")
     folder, file = (path, path / "config.json") if path.is_dir() else (path.parent, path)
-    if orbax.is_orbax(folder):
-        ignore = {*read_json(folder / orbax.ABOUT).get("ignore_config", ()), *ignore}
-    spec = parse_config(read_json(file), ignore)
+    converted = orbax.is_orbax(folder) and file == folder / "config.json"
+    spec = orbax.read_spec(folder, ignore) if converted else parse_config(read_json(file), ignore)
     native = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     # The weights of one layer stand for all: only their dtype is looked at.
     one = replace(spec, num_layers=1)
@@ -120,6 +119,9 @@ def _bytes(model: Model, recipe: Recipe, lengths: Lengths) -> dict[str, int]:
     return parts | {"tables": size.tables, "total": size.total}
 
 
-def _factory(function: Callable[..., Any]) -> str:
-    """The name of the factory that made a function of a fold."""
-    return function.__qualname__.split(".")[0]
+def _fold(spec: ModelSpec) -> str:
+    if spec.latent is None:
+        return "identity"
+    keys, values = zip(*spec.latent.ranks, strict=True)
+    spans = (f"{name} {min(r)} to {max(r)}" for name, r in (("keys", keys), ("values", values)))
+    return f"low rank, a latent of {spec.latent.heads} heads: {', '.join(spans)} of {spec.latent.heads * spec.head_dim}"

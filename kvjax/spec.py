@@ -3,12 +3,12 @@
 Axis letters, used in every annotation and einsum of the project:
 
     B batch            T tokens of a prompt     S slots of a row
-    L layers           N query heads            K key/value heads
-    G = N / K          H head width             R cached width (H, or a latent's rank)
+    L layers           N query heads            K key/value heads, in a cache: groups of them that share a latent
+    G = N / K          H head width             R, W cached widths of keys and of values (H, or a latent's rank)
     D model width      P pages of a pool        M pages of a row
     V vocabulary
 
-A *row* is one (sequence, key/value head). Keys and values are never repeated to query heads.
+A *row* is one (sequence, key/value head), or one (sequence, latent). Keys and values are never repeated to query heads.
 """
 
 import dataclasses
@@ -42,6 +42,17 @@ class RopeSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentSpec:
+    """Low-rank keys and values: what is cached of a token is a latent of `heads` key/value heads together.
+
+    Source: LoRC (arXiv 2410.03111) for all heads together; Palu (arXiv 2407.21118) for groups of them.
+    """
+
+    heads: int  # consecutive key/value heads that share a latent
+    ranks: tuple[tuple[int, int], ...]  # width of a latent of keys and of values in each layer
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """The shape and the mathematics of one decoder; hashable, hence a static argument of `jit`."""
 
@@ -62,11 +73,21 @@ class ModelSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     family: str = "llama"
+    latent: LatentSpec | None = None  # keys and values are low-rank
 
     @property
     def group_size(self) -> int:
-        """G, the query heads that share one key/value head."""
+        """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def num_rows(self) -> int:
+        """K of a cache: rows of a sequence in each layer."""
+        return self.num_kv_heads // (self.latent.heads if self.latent else 1)
+
+    def widths(self, layer: int) -> tuple[int, int]:
+        """R and W, the numbers that a row caches for a token's key and for its value."""
+        return self.latent.ranks[layer] if self.latent else (self.head_dim, self.head_dim)
 
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer [tokens], None for full attention."""
@@ -85,10 +106,10 @@ class Prompt(NamedTuple):
     """One layer's view of the prompts during prefill; tokens are padded on the right."""
 
     q: Float[Array, "B T N H"]  # rotated queries
-    k: Float[Array, "B T K H"]  # rotated keys
-    v: Float[Array, "B T K H"]
+    k: Float[Array, "B T heads H"]  # rotated keys
+    v: Float[Array, "B T heads H"]
     key: Float[Array, "B T K R"]  # what the cache stores for k
-    value: Float[Array, "B T K R"]  # what the cache stores for v
+    value: Float[Array, "B T K W"]  # what the cache stores for v
     lse: Float[Array, "B N T"]  # log-sum-exp of each query's scaled logits
     length: Int[Array, " B"]  # tokens of each prompt
     layer: int | Int[Array, ""]
@@ -103,7 +124,7 @@ class Token(NamedTuple):
     q: Float[Array, "B K G H"]  # before rotation
     k: Float[Array, "B K H"]  # before rotation
     key: Float[Array, "B K R"]  # what the cache stores for k
-    value: Float[Array, "B K R"]
+    value: Float[Array, "B K W"]
     pos: Int[Array, " B"]  # the token's position
     active: Bool[Array, " B"]  # False: the sequence has ended, write nothing
     layer: int

@@ -15,7 +15,7 @@ from kvjax import METHODS, decode, demo, methods
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import Recipe
 from kvjax.models.decoder import Decoder, forward
-from kvjax.spec import RopeSpec
+from kvjax.spec import LatentSpec, RopeSpec
 from tests import oracle
 
 STEPS, BUDGET, WINDOW = 6, 12, 4
@@ -41,9 +41,11 @@ MODELS = {
     "gqa-bf16": dict(num_layers=2, max_position=128, dtype=jnp.bfloat16),
     "mqa": dict(num_layers=2, num_kv_heads=1, qk_norm=True, tie_embeddings=True),
     "windowed": dict(num_layers=1, num_kv_heads=4, windows=(12,), qkv_bias=True, rope=LLAMA3),
+    "latent": dict(num_layers=2, max_position=128, latent=LatentSpec(2, ((12, 8), (8, 16)))),
     **({"demo": None} if (Path(demo.directory()) / "model.safetensors").exists() else {}),
 }
 BFLOAT16 = ("full int8", "full kivi2", "h2o int4", "d2o int4", "mikv int8")  # variants that are tried in it, too
+LATENT = ("full", "h2o int4", "dynamickv", "d2o", "full kivi2")  # likewise, on latents
 WITH_BUDGET = [name for name in VARIANTS if "budget" in inspect.signature(METHODS[name.split()[0]]).parameters]
 EVICTING = [name for name in WITH_BUDGET if name.split()[0] not in ("mikv", "oracle")]  # what is not kept is gone
 every_method = pytest.mark.parametrize("method", [*METHODS, "full kivi2", "h2o int4", "mikv dynamickv"])
@@ -51,7 +53,10 @@ CASES = [
     pytest.param(model, name, marks=[pytest.mark.slow] if model == "demo" and name != "full" else [])
     for name in VARIANTS
     for model in MODELS
-    if name in METHODS or model == "gqa" or (model == "gqa-bf16" and name in BFLOAT16)
+    if (name in METHODS and model != "latent")
+    or model == "gqa"
+    or (model == "gqa-bf16" and name in BFLOAT16)
+    or (model == "latent" and name in LATENT)
 ]
 every_case = pytest.mark.parametrize(("model", "method"), CASES)
 every_model = pytest.mark.parametrize("model", MODELS)
@@ -97,13 +102,13 @@ def greedy(model: Decoder, recipe: Recipe, prompts, *, padded: int | None = None
     last, cache = oracle.start(model, recipe, prompts, STEPS, padded)
     caches = [jax.device_get(cache)]
     pos = np.asarray([len(p) for p in prompts], np.int32)
-    tokens, logits, positions = [], [np.asarray(last)], [oracle.kept_positions(model, recipe, cache)]
+    tokens, logits, positions = [], [np.asarray(last)], [oracle.kept_positions(model, cache)]
     for step in range(STEPS):
         tokens.append(logits[-1].argmax(axis=-1).astype(np.int32))
         now = jnp.asarray(tokens[-1]), jnp.asarray(pos + step), jnp.asarray(active[step])
         last, cache = oracle.step(model, cache, *now, recipe=recipe)
         logits.append(np.asarray(last))
-        positions.append(oracle.kept_positions(model, recipe, cache))
+        positions.append(oracle.kept_positions(model, cache))
         caches.append(jax.device_get(cache))
     return Greedy(np.stack(tokens, axis=1), np.stack(logits), positions, caches)
 

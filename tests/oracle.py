@@ -192,11 +192,11 @@ def random_model(seed: int, *, dtype=jnp.float32, **fields) -> Decoder:
     return model
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "recipe"))
-def _positions(cache: decode.Cache, *, spec: ModelSpec, recipe) -> list[list[jax.Array]]:
+@functools.partial(jax.jit, static_argnames=("spec",))
+def _positions(cache: decode.Cache, *, spec: ModelSpec) -> list[list[jax.Array]]:
     """Positions of every layer's slots, one array per tier."""
     layers: dict[int, list[jax.Array]] = {}
-    for group, tiers in zip(decode.layer_groups(spec, recipe), cache, strict=True):
+    for group, tiers in zip(decode.layer_groups(spec), cache, strict=True):
         for place, layer in enumerate(group.index):
             layers[layer] = [tiers_.positions(tiers_.layer(tier, place)) for tier in tiers]
     return [layers[layer] for layer in range(spec.num_layers)]
@@ -208,9 +208,9 @@ def step(model: Decoder, cache: decode.Cache, token: jax.Array, pos: jax.Array, 
     return decode.decode_step(model, recipe, cache, token, pos, active)
 
 
-def kept_positions(model: Decoder, recipe, cache: decode.Cache) -> list[list[list[list[int]]]]:
+def kept_positions(model: Decoder, cache: decode.Cache) -> list[list[list[list[int]]]]:
     """Positions `[B][L][K]` of the kept tokens, sorted; all tiers together."""
-    layers = _positions(cache, spec=model.spec, recipe=recipe)
+    layers = _positions(cache, spec=model.spec)
     pos = [np.concatenate(tiers, axis=-1) for tiers in layers]
     return [[[sorted(row[row >= 0].tolist()) for row in layer[b]] for layer in pos] for b in range(pos[0].shape[0])]
 
@@ -242,11 +242,11 @@ def run(model: Decoder, recipe, prompts: Sequence[Sequence[int]], teacher_tokens
     """
     teacher = np.asarray(teacher_tokens, np.int32)
     last, cache = start(model, recipe, prompts, teacher.shape[1], padded)
-    logits, positions = [np.asarray(last)], [kept_positions(model, recipe, cache)]
+    logits, positions = [np.asarray(last)], [kept_positions(model, cache)]
     pos = np.asarray([len(p) for p in prompts], np.int32)
     active = jnp.ones(pos.shape, bool)
     for i, token in enumerate(teacher.T):
         last, cache = step(model, cache, jnp.asarray(token), jnp.asarray(pos + i), active, recipe=recipe)
         logits.append(np.asarray(last))
-        positions.append(kept_positions(model, recipe, cache))
+        positions.append(kept_positions(model, cache))
     return np.stack(logits), positions, cache

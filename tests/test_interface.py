@@ -12,7 +12,6 @@ import pytest
 
 from kvjax import decode, sampling
 from kvjax.cache import budget as budgets
-from kvjax.cache import fold as folds
 from kvjax.cache import score
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import CachePolicy, Found, Recipe
@@ -355,52 +354,6 @@ def test_a_second_tier_receives_what_the_first_gives_up(model):
         check_row(second, layer, b, k, [e for e in row if np.isinf(e.stat)], lambda x: x.astype(jnp.float32))
 
     _compare(model, got, _append, check, select=select, observe=learn)
-    assert counted.calls == spec.num_layers
-
-
-def test_a_cached_vector_is_narrower_than_the_head_with_its_own_width_per_layer(model):
-    """LoRC: latents before rotation are cached, a width per layer, expanded and rotated when they are read."""
-    counted, spec = Counted(), model.spec
-    ranks = [(4, 6), (6, 4), (4, 6)][: spec.num_layers]
-    rng = np.random.default_rng(0)
-    bases = [[np.linalg.qr(rng.normal(size=(spec.head_dim, r)))[0].astype(np.float32) for r in pair] for pair in ranks]
-    narrow = folds.Fold(
-        widths=lambda spec, layer: ranks[layer],
-        params=lambda layer, weights: [jnp.asarray(basis) for basis in bases[layer]],
-        key=lambda params, k: k @ params[0],
-        value=lambda params, v: v @ params[1],
-        expand_key=lambda params, latent: latent @ params[0].T,
-        expand_value=lambda params, o: o @ params[1].T,
-    )
-    keep = budgets.everything()
-    base = retain(score.arrival(), keep, evict="never")
-    policy = base._replace(insert=counted(base.insert))
-    got = run(model, Recipe("narrow", policy, (KVStore(),), keep, fold=narrow, rotate="read"))
-    widths = sorted((tier.k.shape[-1], tier.v.shape[-1], tier.length.shape[0]) for (tier,) in got.cache)
-    assert widths == [(4, 6, 2), (6, 4, 1)]  # a pool per pair of widths
-
-    def squeeze(layer, entry):
-        down, up = bases[layer]
-        entry.raw, entry.value = down @ (down.T @ entry.raw), up @ (up.T @ entry.value)
-        entry.key = _rotate(spec, entry.raw, entry.pos)
-        return entry
-
-    def select(layer, prompt):
-        return [[squeeze(layer, entry) for entry in row] for row in _everything(layer, prompt)]
-
-    def insert(layer, rows, new, q):
-        for row, entry in zip(rows, new, strict=True):
-            row.append(squeeze(layer, entry))
-
-    def check(oracle, layer, b, k):
-        group, place = next((g, ix.index.index(layer)) for g, ix in enumerate(groups) if layer in ix.index)
-        view, row = tiers_.layer(got.cache[group][0], place), oracle.rows[layer][k]
-        slot = jnp.broadcast_to(jnp.arange(len(row)), (*view.length.shape, len(row)))
-        latent = np.asarray(tiers_.take(view, slot).k)[b, k]
-        np.testing.assert_allclose(latent @ bases[layer][0].T, np.stack([e.raw for e in row]), atol=2e-4)
-
-    groups = decode.layer_groups(spec, Recipe("narrow", policy, (KVStore(),), keep, fold=narrow, rotate="read"))
-    _compare(model, got, insert, check, select=select)
     assert counted.calls == spec.num_layers
 
 

@@ -24,7 +24,7 @@ class Losers(NamedTuple):
     """The tokens of a prompt that are kept, and all the others."""
 
     k: Float[Array, "B K T R"]  # of all tokens
-    v: Float[Array, "B K T R"]
+    v: Float[Array, "B K T W"]
     best: Int[Array, "B K n"]  # tokens in the order of their slots
     filled: Int[Array, "B K"]  # slots that are filled
     length: Int[Array, " B"]

@@ -22,7 +22,6 @@ from jaxtyping import Bool, Float, Int
 
 from kvjax.cache import tier as tiers_
 from kvjax.cache.budget import Budget, parse_keep
-from kvjax.cache.fold import Fold, identity
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Tier
 from kvjax.spec import Lengths, ModelSpec, Prompt, PyTree, Token
@@ -81,8 +80,7 @@ class Recipe(NamedTuple):
       policy: its functions.
       stores: number format of each tier.
       budget: slots per row; its `allocate` redistributes them after the prompt.
-      fold: which vector is cached per token.
-      rotate: cached keys are rotated when written, or when read.
+      rotate: cached keys are rotated when written, or when read; latents are always when read.
       positions: with `rotate="read"`: `(pos, now, length) -> pos`, where a slot stands; None = at its own position.
       select: `(attention weights of each tier [B K G S], pos [B]) -> slots of each tier [B K S]`, those that a step
         attends to; None = all. It frees nothing.
@@ -93,7 +91,6 @@ class Recipe(NamedTuple):
     policy: CachePolicy
     stores: tuple[KVStore, ...]
     budget: Budget | None = None
-    fold: Fold = identity()
     rotate: Literal["write", "read"] = "write"
     positions: Positions | None = None
     select: Select | None = None

@@ -40,7 +40,7 @@ def residual(store: KVStore) -> CachePolicy:
     ring_size = size + 1
 
     def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
-        shape = {"layers": len(layers.index), "batch": len(lengths.prompt), "heads": spec.num_kv_heads}
+        shape = {"layers": len(layers.index), "batch": len(lengths.prompt), "heads": spec.num_rows}
         rows = np.asarray(lengths.prompt) + lengths.new
         row = pages.ladder(int(rows.max()), *LADDER)
         page = max(pages.page_size(row), group)

@@ -29,7 +29,7 @@ class Candidates(NamedTuple):
     """Prompt tokens of a layer of which some will be kept."""
 
     k: Float[Array, "B K n R"]
-    v: Float[Array, "B K n R"]
+    v: Float[Array, "B K n W"]
     pos: Int[Array, "B K n"]
     stat: Float[Array, "B K n"]
     length: Int[Array, " B"]  # tokens of each prompt
@@ -85,7 +85,7 @@ def retain(
         return np.asarray(np.minimum(np.add(slots, spare), np.add(length, new)))
 
     def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
-        prompt, heads, padded = np.asarray(lengths.prompt), spec.num_kv_heads, lengths.padded
+        prompt, heads, padded = np.asarray(lengths.prompt), spec.num_rows, lengths.padded
         with jax.ensure_compile_time_eval():  # so that `eval_shape` can plan a cache without allocating it
             for length in set(lengths.prompt):
                 budget.check(spec.num_layers, length)

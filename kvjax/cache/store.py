@@ -77,13 +77,13 @@ class KVStore(NamedTuple):
         """Whether numbers are kept as they are."""
         return self.key == self.value == _DENSE
 
-    def encode(self, k: Float[Array, "B K n R"], v: Float[Array, "B K n V"], calib: PyTree) -> tuple[PyTree, PyTree]:
+    def encode(self, k: Float[Array, "B K n R"], v: Float[Array, "B K n W"], calib: PyTree) -> tuple[PyTree, PyTree]:
         """Codes of keys and values."""
         if self.balanced:
             k = k.astype(jnp.float32) * calib["balance"][:, :, None]
         return self.key.encode(k), self.value.encode(v)
 
-    def decode(self, k: PyTree, v: PyTree, calib: PyTree) -> tuple[Float[Array, "B K n R"], Float[Array, "B K n V"]]:
+    def decode(self, k: PyTree, v: PyTree, calib: PyTree) -> tuple[Float[Array, "B K n R"], Float[Array, "B K n W"]]:
         """Keys and values in float32, without the balance; `key.decode` alone leaves it in."""
         keys, values = self.key.decode(k, jnp.float32), self.value.decode(v, jnp.float32)
         return keys / calib["balance"][:, :, None] if self.balanced else keys, values

@@ -1,21 +1,28 @@
 """Convert a Hugging Face checkpoint to Orbax."""
 
+import functools
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from kvjax.checkpoint import hf, orbax
+from kvjax.checkpoint import hf, lorc, orbax
 from kvjax.errors import InputError
 from kvjax.models.hf_config import read_config
 
 DTYPES = ("bfloat16", "float32")
 
 
-def convert(source: str, dst: Path, dtype: str | None = None, ignore: Collection[str] = ()) -> None:
+def convert(
+    source: str,
+    dst: Path,
+    dtype: str | None = None,
+    ignore: Collection[str] = (),
+    low_rank: lorc.Options | None = None,
+) -> None:
     """Convert the checkpoint `source` into the new directory `dst`, with a progress bar on stderr.
 
     Args:
@@ -23,8 +30,11 @@ def convert(source: str, dst: Path, dtype: str | None = None, ignore: Collection
       dst: the directory to make.
       dtype: one of `DTYPES`; None keeps each tensor's own.
       ignore: fields of `config.json` to treat as absent; noted in `dst`, so that loading it needs no flag.
+      low_rank: make keys and values low-rank; None = as they are.
 
-    Cost: host memory of the checkpoint in its new dtype and of about its largest tensor.
+    Cost: host memory of at most twice the largest part (embedding, layer or head) in the larger of its dtypes, and of
+      about 128 MiB, whatever the model's size: parts stream from `hf.read_parts` to `orbax.save`. What changes weights
+      goes between the two, as a generator of parts from parts; see `lorc.plan` for what it takes before.
     """
     if dtype not in (None, *DTYPES):
         raise InputError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
@@ -34,23 +44,32 @@ def convert(source: str, dst: Path, dtype: str | None = None, ignore: Collection
         raise InputError(f"{source}: is a converted checkpoint already")
     src = hf.resolve(source)
     spec = read_config(src, ignore)
-    stored = hf.stored_dtype(src, spec)
+    weights = hf.locate(src, spec)
     about = {
-        "dtype": np.dtype(dtype or stored).name,
+        "dtype": np.dtype(dtype or hf.stored_dtype(weights)).name,
         "source": Path(source).resolve().name if Path(source).is_dir() else source.split("/")[-1],
         "ignore_config": sorted(ignore),
     }
-    with _bar() as progress:
-        orbax.save(dst, src, hf.read(src, spec, dtype and np.dtype(dtype), progress), about)
+    with _bar() as report:
+        parts = hf.read_parts(weights, dtype and np.dtype(dtype), functools.partial(report, "converting"))
+        if low_rank is not None:
+            made = lorc.plan(weights, src, low_rank, report)
+            about |= lorc.about(made, low_rank)
+            parts = lorc.factor(parts, made)
+        orbax.save(dst, src, parts, about)
 
 
 @contextmanager
-def _bar() -> Iterator[hf.Progress]:
+def _bar() -> Iterator[lorc.Report]:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("reading", total=None)
+    bar, tasks = Progress(*columns, console=Console(stderr=True)), dict[str, TaskID]()
+    with ExitStack() as shown:
 
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, description="reading" if done < total else "writing")
+        def report(what: str, done: int, total: int) -> None:
+            if not tasks:  # not before: an error that comes first is one line
+                shown.enter_context(bar)
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
 
-        yield advance
+        yield report

@@ -1,10 +1,12 @@
-"""Read a Hugging Face checkpoint: local safetensors into a `Decoder`, one tensor at a time.
+"""Read a Hugging Face checkpoint: local safetensors, one tensor at a time, whole or in parts.
 
-Pickled weights are never opened.
+A part is what a decoder is cut into where it is too large to be held: the embedding, one layer, or the final norm with
+the head. Pickled weights are never opened.
 """
 
 import re
 from collections.abc import Callable, Collection, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,8 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config, read_json
 from kvjax.spec import ModelSpec
 
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+Part = dict[str, np.ndarray]  # parameter path -> array
+Progress = Callable[[int, int], None]  # (weights read, weights in all)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -66,8 +69,17 @@ class Stored(NamedTuple):
     """Where a tensor is and what it is, from its file's header."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
+
+
+class Weights(NamedTuple):
+    """The weights of a Hugging Face directory: found and checked, not yet read."""
+
+    spec: ModelSpec
+    stored: dict[str, Stored]  # parameter path -> the tensor it is in; the largest parameter first
+    sizes: dict[str, int]  # parameter path -> how many numbers it has
 
 
 def resolve(name: str) -> Path:
@@ -95,8 +107,12 @@ def resolve(name: str) -> Path:
 
 def abstract(spec: ModelSpec, dtype: DTypeLike) -> tuple[dict[str, jax.ShapeDtypeStruct], Any]:
     """The parameters of a decoder by dotted path, in the order of its tree, and the tree that holds them."""
-    model = nnx.eval_shape(lambda: Decoder(spec, dtype=dtype, rngs=nnx.Rngs(0)))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(model)
+    return by_path(nnx.eval_shape(lambda: Decoder(spec, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
+def by_path(module: nnx.Module) -> tuple[dict[str, Any], Any]:
+    """The parameters of a module by dotted path, in the order of its tree, and the tree that holds them."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(module)
     paths = (jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in leaves)
     return dict(zip(paths, (leaf for _, leaf in leaves), strict=True)), tree
 
@@ -105,49 +121,81 @@ def load(path: Path, dtype: DTypeLike, ignore: Collection[str] = (), progress: P
     """A decoder with the weights of the Hugging Face directory `path`, cast to `dtype`."""
     spec = read_config(path, ignore)
     targets, tree = abstract(spec, dtype)
-    arrays = {target: jax.device_put(array) for target, array in read(path, spec, dtype, progress)}
+    weights = locate(path, spec)
+    # The largest first, so that the peak of memory comes early.
+    arrays = {target: jax.device_put(array) for target, array in read(weights, weights.stored, dtype, progress)}
     return jax.tree.unflatten(tree, [arrays[target] for target in targets])
 
 
-def read(
-    path: Path, spec: ModelSpec, dtype: DTypeLike | None = None, progress: Progress | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (parameter path, array) of a decoder, the largest first so that the peak of memory comes early.
+def locate(path: Path, spec: ModelSpec) -> Weights:
+    """Find every parameter of the model `spec` in the Hugging Face directory `path`.
 
-    Args:
-      path: a Hugging Face directory.
-      spec: the model in it.
-      dtype: cast to it; None keeps each tensor's own.
-      progress: called after each tensor.
+    Raises `InputError` where names, shapes or dtypes are not those of the model. Reads headers only.
     """
     targets, _ = abstract(spec, np.float32)
     sources = {target: _source(target, spec.family) for target in targets}
     stored = headers(path)
     _check_names(path, spec, stored, set(sources.values()))
     for target, source in sources.items():
-        _check(source, stored[source], _stored_shape(target, targets[target].shape, spec))
-    order = sorted(targets, key=lambda target: -np.prod(targets[target].shape))
-    total, done = sum(int(np.prod(leaf.shape)) for leaf in targets.values()), 0
-    for target in order:
-        array = _read(stored[sources[target]], sources[target])
-        array = _select(array, target, spec)
-        array = np.ascontiguousarray(array.T if target.endswith(".kernel") else array)
-        array = array if dtype is None else array.astype(dtype, copy=False)
-        if not np.isfinite([array.min(), array.max()]).all():  # both propagate NaN
-            raise InputError(f"{stored[sources[target]].file}: tensor {sources[target]} has NaN or infinite weights")
+        _check(stored[source], _stored_shape(target, targets[target].shape, spec))
+    sizes = {target: leaf.size for target, leaf in targets.items()}
+    order = sorted(targets, key=lambda target: -sizes[target])
+    return Weights(spec, {target: stored[sources[target]] for target in order}, sizes)
+
+
+def read(
+    weights: Weights, targets: Collection[str], dtype: DTypeLike | None = None, progress: Progress | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (parameter path, array) of chosen parameters; non-finite weights raise `InputError`.
+
+    Args:
+      weights: where they are.
+      targets: parameter paths, in the order to read them.
+      dtype: cast to it; None keeps each tensor's own.
+      progress: called after each tensor.
+
+    Cost: host memory of twice the tensor that is being read, in the larger of its dtypes; an array that the caller
+      drops is gone before the next.
+    """
+    total, done = sum(weights.sizes[target] for target in targets), 0
+    for target in targets:
+        array = _array(target, weights, dtype)
         done += array.size
-        yield target, array
         if progress is not None:
             progress(done, total)
+        yield target, array
+        del array
 
 
-def stored_dtype(path: Path, spec: ModelSpec) -> np.dtype:
+def parts(weights: Weights) -> dict[str, list[str]]:
+    """The parts of a model in its order, each with its parameters' paths, the largest first.
+
+    They are "embedding", "layers.0" and so on, and "head", which has the final norm and, unless it is tied, the head.
+    """
+    names = ("embedding", *(f"layers.{layer}" for layer in range(weights.spec.num_layers)), "head")
+    targets: dict[str, list[str]] = {name: [] for name in names}
+    for target in weights.stored:
+        part = re.match(r"embedding|layers\.\d+", target)
+        targets[part[0] if part else "head"].append(target)
+    return targets
+
+
+def read_parts(
+    weights: Weights, dtype: DTypeLike | None = None, progress: Progress | None = None
+) -> Iterator[tuple[str, Part]]:
+    """Yield (name of a part, its parameters by path) of a whole model; see `parts` and `read`.
+
+    Cost: host memory of a part and of its largest tensor; a part that the caller drops is gone before the next.
+    """
+    cut = parts(weights)
+    arrays = read(weights, [target for targets in cut.values() for target in targets], dtype, progress)
+    for name, targets in cut.items():
+        yield name, dict(islice(arrays, len(targets)))
+
+
+def stored_dtype(weights: Weights) -> np.dtype:
     """The dtype of a checkpoint's embedding, which stands for the whole."""
-    name = _source("embedding", spec.family)
-    stored = headers(path).get(name)
-    if stored is None or stored.dtype not in _DTYPES:
-        raise InputError(f"{path}: tensor {name} is {stored.dtype if stored else 'missing'}")
-    return _DTYPES[stored.dtype]
+    return _DTYPES[weights.stored["embedding"].dtype]
 
 
 def headers(path: Path) -> dict[str, Stored]:
@@ -191,18 +239,29 @@ def _header(file: Path) -> dict[str, Stored]:
     try:
         with safe_open(file, "np") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-            return {name: Stored(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+            return {name: Stored(file, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: is truncated or not a safetensors file ({error})") from None
 
 
-def _read(stored: Stored, name: str) -> np.ndarray:
+def _read(stored: Stored) -> np.ndarray:
     # Opened anew for each tensor: the mapping's pages count as ours for as long as it lives.
     try:
         with safe_open(stored.file, "np") as tensors:
-            return tensors.get_tensor(name)
+            return tensors.get_tensor(stored.name)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{stored.file}: tensor {name} cannot be read ({error})") from None
+        raise InputError(f"{stored.file}: tensor {stored.name} cannot be read ({error})") from None
+
+
+def _array(target: str, weights: Weights, dtype: DTypeLike | None) -> np.ndarray:
+    """One parameter: its rows of its tensor, transposed where it is a kernel, cast, finite."""
+    stored = weights.stored[target]
+    array = _select(_read(stored), target, weights.spec)
+    array = np.ascontiguousarray(array.T if target.endswith(".kernel") else array)
+    array = array if dtype is None else array.astype(dtype, copy=False)
+    if not np.isfinite([array.min(), array.max()]).all():  # both propagate NaN
+        raise InputError(f"{stored.file}: tensor {stored.name} has NaN or infinite weights")
+    return array
 
 
 def _source(target: str, family: str) -> str:
@@ -237,12 +296,12 @@ def _select(array: np.ndarray, target: str, spec: ModelSpec) -> np.ndarray:
     return rows[:, part].reshape(-1, *array.shape[1:])
 
 
-def _check(name: str, stored: Stored, shape: tuple[int, ...]) -> None:
+def _check(stored: Stored, shape: tuple[int, ...]) -> None:
     if stored.dtype not in _DTYPES:
-        raise InputError(f"{stored.file}: tensor {name} is {stored.dtype}; kvjax reads {', '.join(_DTYPES)}")
+        raise InputError(f"{stored.file}: tensor {stored.name} is {stored.dtype}; kvjax reads {', '.join(_DTYPES)}")
     if stored.shape != shape:
         raise InputError(
-            f"{stored.file}: tensor {name} has shape {list(stored.shape)}, config.json gives {list(shape)}"
+            f"{stored.file}: tensor {stored.name} has shape {list(stored.shape)}, config.json gives {list(shape)}"
         )
 
 

@@ -2,8 +2,9 @@
 
     DST/config.json, generation_config.json, tokenizer files   copied from the source
     DST/kvjax.json                                             what the conversion did
-    DST/params/                                                Orbax: a flat dict, parameter path -> array
+    DST/params/PART/                                           Orbax: a flat dict, parameter path -> array
 
+A PART is the embedding, a layer, or the final norm with the head; small neighbours share one, under the first's name.
 A DST is complete or absent: it is built beside its place and renamed into it.
 """
 
@@ -11,6 +12,7 @@ import json
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,17 @@ from kvjax.checkpoint import hf
 from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config, read_json
+from kvjax.spec import LatentSpec, ModelSpec
 
-FORMAT = 1
+FORMAT = 2
 ABOUT = "kvjax.json"
+PARAMS = "params"
 COPIED = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"),
 )
-_IN_FLIGHT = 64 * 2**20  # bytes; at least the largest array
+_IN_FLIGHT = 64 * 2**20  # bytes that Orbax may hold beside the arrays; at least the largest array
+_TOGETHER = 64 * 2**20  # bytes; an Orbax checkpoint takes a dozen files and 50 ms whatever its size
 
 
 def is_orbax(path: Path) -> bool:
@@ -38,29 +43,31 @@ def is_orbax(path: Path) -> bool:
     return (path / ABOUT).is_file()
 
 
-def save(dst: Path, src: Path, params: Iterable[tuple[str, np.ndarray]], about: Mapping[str, Any]) -> None:
-    """Write a converted checkpoint.
+def save(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapping[str, Any]) -> None:
+    """Write a converted checkpoint, part by part as they arrive.
 
     Args:
       dst: the directory to make; it must not exist.
       src: the directory that the configuration and tokenizer files are copied from.
-      params: (parameter path, array) of every parameter.
-      about: what to note in `kvjax.json` beside the format.
+      parts: (name, parameters by path) of every part, in the model's order.
+      about: what to note in `kvjax.json` beside the format. Read after the last part, so that what is learned while
+        parts are made can still be noted.
 
-    Cost: host memory of the parameters and `_IN_FLIGHT` bytes. Weights hardly compress, and compressing holds
-      a second copy, so they are stored plain.
+    Cost: host memory of the largest part and of its largest array, and at most `_TOGETHER + _IN_FLIGHT` bytes, whatever
+      the model's size. Weights hardly compress, and compressing holds a second copy, so they are stored plain.
     """
     with _staged(dst) as stage:
         for name in COPIED:
             if (src / name).is_file():
                 shutil.copyfile(src / name, stage / name)
+        for name, arrays in _grouped(parts):
+            with _context(max(_IN_FLIGHT, 1 + max(array.nbytes for array in arrays.values()))):
+                try:
+                    ocp.save(str((stage / PARAMS / name).absolute()), arrays)
+                except ValueError as error:  # how tensorstore reports a full or failing disk
+                    raise OSError(_reason(error)) from error
+            del arrays  # before the next part is made
         (stage / ABOUT).write_text(json.dumps({"format": FORMAT, **about}, indent=2) + "\n")
-        tree = dict(params)
-        with _context(max(_IN_FLIGHT, 1 + max(array.nbytes for array in tree.values()))):
-            try:
-                ocp.save(str((stage / "params").absolute()), tree)
-            except ValueError as error:  # how tensorstore reports a full or failing disk
-                raise OSError(_reason(error)) from error
 
 
 def load(path: Path, dtype: DTypeLike | None = None, ignore: Collection[str] = ()) -> Decoder:
@@ -71,28 +78,64 @@ def load(path: Path, dtype: DTypeLike | None = None, ignore: Collection[str] = (
       dtype: cast to it; None for the dtype it was converted to.
       ignore: fields of `config.json` to treat as absent, beside those it was converted with.
 
-    Cost: host memory of the parameters in `dtype` and of a few of the largest. One restore of everything would take
-      about 1.75 times the parameters for its buffers.
+    Cost: host memory of the parameters in `dtype` and of about the largest part, as stored, for buffers. The C library
+      may keep a few hundred MB of the buffers below 32 MiB.
     """
+    spec = read_spec(path, ignore)
+    wanted, tree = hf.abstract(spec, dtype or _about(path)["dtype"])
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    arrays = {}
+    try:
+        stored = {part: ocp.metadata(str(part)).metadata for part in (path / PARAMS).absolute().iterdir()}
+        shapes = {name: leaf.shape for leaves in stored.values() for name, leaf in leaves.items()}
+        if shapes != {name: leaf.shape for name, leaf in wanted.items()}:
+            raise ValueError("config.json describes other shapes")
+        for part, leaves in stored.items():
+            arrays |= ocp.load(str(part), {name: wanted[name].update(sharding=device) for name in leaves})
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: params cannot be read, convert the source again ({_reason(error)})") from error
+    return jax.tree.unflatten(tree, [arrays[target] for target in wanted])
+
+
+def read(path: Path, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (parameter path, array) of chosen parameters of a converted checkpoint, in any order, as stored.
+
+    Cost: host memory of those of a part.
+    """
+    missing = set(names)
+    try:
+        for part in (path / PARAMS).absolute().iterdir():
+            stored = ocp.metadata(str(part)).metadata
+            if here := stored.keys() & missing:
+                arrays = ocp.load(str(part), {name: leaf if name in here else ... for name, leaf in stored.items()})
+                yield from ((name, np.asarray(arrays[name])) for name in here)
+                missing -= here
+        if missing:
+            raise ValueError(f"{min(missing)} is missing")
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: params cannot be read, convert the source again ({_reason(error)})") from error
+
+
+def read_spec(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
+    """The model in a converted checkpoint: its `config.json`, as the conversion read and changed it.
+
+    Args:
+      path: the directory; its parameters need not be there.
+      ignore: fields of `config.json` to treat as absent, beside those it was converted with.
+    """
+    about = _about(path)
+    spec = read_config(path, {*about.get("ignore_config", ()), *ignore})
+    if "latent" not in about:
+        return spec
+    heads, ranks = about["latent"]["heads"], about["latent"]["ranks"]
+    return replace(spec, latent=LatentSpec(heads=heads, ranks=tuple((key, value) for key, value in ranks)))
+
+
+def _about(path: Path) -> dict[str, Any]:
     about = read_json(path / ABOUT)
     if about.get("format") != FORMAT:
         raise InputError(f"{path}: format {about.get('format')!r}, this kvjax reads {FORMAT}; convert the source again")
-    spec = read_config(path, {*about.get("ignore_config", ()), *ignore})
-    targets, tree = hf.abstract(spec, dtype or about["dtype"])
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for k, leaf in targets.items()}
-    params = str((path / "params").absolute())
-    try:
-        stored = {name: leaf.shape for name, leaf in ocp.metadata(params).metadata.items()}
-        if stored != {name: leaf.shape for name, leaf in wanted.items()}:
-            raise ValueError("config.json describes other shapes")
-        arrays = {}
-        with _context():
-            for part in _parts(wanted):
-                arrays |= ocp.load(params, part)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: params cannot be read, convert the source again ({_reason(error)})") from error
-    return jax.tree.unflatten(tree, [arrays[target] for target in targets])
+    return about
 
 
 @contextmanager
@@ -117,25 +160,25 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].split(" [tensorstore_spec")[0]
 
 
-def _parts(wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
-    """Split parameters into at most about a hundred parts, the largest first."""
-    size = {name: leaf.size * leaf.dtype.itemsize for name, leaf in wanted.items()}
-    limit = max(2**20, sum(size.values()) // 100)
-    part: dict[str, jax.ShapeDtypeStruct] = {}
-    for name in sorted(wanted, key=lambda name: -size[name]):
-        part[name] = wanted[name]
-        if sum(size[name] for name in part) >= limit:
-            yield part
-            part = {}
-    if part:
-        yield part
+def _grouped(parts: Iterable[tuple[str, hf.Part]]) -> Iterator[tuple[str, hf.Part]]:
+    """Join neighbouring parts until they have `_TOGETHER` bytes, under the name of the first."""
+    group: hf.Part = {}
+    first = ""
+    for name, part in parts:
+        first = first if group else name
+        group |= part
+        del part
+        if sum(array.nbytes for array in group.values()) >= _TOGETHER:
+            yield first, group
+            group = {}
+    if group:
+        yield first, group
 
 
-def _context(in_flight: int | None = None) -> ocp.Context:
-    """Orbax's settings; a write holds at most `in_flight` bytes beside the arrays."""
+def _context(in_flight: int) -> ocp.Context:
+    """Orbax's settings for a write that holds at most `in_flight` bytes beside the arrays."""
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False  # ours change hands
     context.memory.write_concurrent_bytes = in_flight
     context.array.saving.use_compression = False
-    context.pytree.loading.partial_load = True
     return context

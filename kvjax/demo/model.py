@@ -20,7 +20,7 @@ from kvjax.demo import vocabulary as v
 from kvjax.demo.lines import ANSWER
 from kvjax.errors import InputError
 from kvjax.models import rope
-from kvjax.models.decoder import Decoder
+from kvjax.models.decoder import Decoder, Linear
 from kvjax.spec import ModelSpec, RopeSpec
 
 Attend = Literal["blocks", "cudnn"]
@@ -71,6 +71,7 @@ def initial(spec: ModelSpec, seed: int) -> Decoder:
     ones = jnp.zeros(h).at[:fast].set(1.0)
     attention = model.layers[0].attention
     for linear, row in ((attention.q, ones), (attention.k, jnp.concatenate([cos, sin]))):
+        assert isinstance(linear, Linear)
         linear.kernel[...] = linear.kernel[...].at[:, :h].set(0.0).at[0, :h].set(1.7 * row)
     return model
 

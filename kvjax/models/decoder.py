@@ -28,6 +28,42 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
 
+class LowRank(nnx.Module):
+    """A projection in two factors: `x @ down` is a latent per group of heads, `latent @ up` their keys or values.
+
+    Source: LoRC (arXiv 2410.03111).
+    Cost: `R heads H` products to expand a latent; `D R + R heads H` numbers per group of heads.
+    """
+
+    def __init__(self, spec: ModelSpec, rank: int, dtype: DTypeLike, rngs: nnx.Rngs):
+        rows, outer = spec.num_rows, spec.num_kv_heads * spec.head_dim
+        drawn = lambda *shape, inner: (jax.random.normal(rngs.params(), shape) * inner**-0.5).astype(dtype)
+        self.down = nnx.Param(drawn(spec.embed_dim, rows, rank, inner=spec.embed_dim))
+        self.up = nnx.Param(drawn(rows, rank, outer // rows, inner=rank))
+        self.bias = nnx.Param(jnp.zeros((outer,), dtype)) if spec.qkv_bias else None
+        self.head_dim = spec.head_dim
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b K R"]:
+        return jnp.einsum("...d,dkr->...kr", x, self.down[...])
+
+    def expand(self, latent: Float[Array, "*b K R"]) -> Float[Array, "*b heads H"]:
+        """Keys or values of latents."""
+        up = self.up[...]
+        y = jnp.einsum("...kr,krn->...kn", latent.astype(up.dtype), up)
+        y = y.reshape(*y.shape[:-2], -1, self.head_dim)
+        return y if self.bias is None else y + self.bias[...].reshape(-1, self.head_dim)
+
+    def expand_mean(self, mean: Float[Array, "*b K G R"]) -> Float[Array, "*b K G H"]:
+        """Means of values, from those of their latents that each query head of a group made; weights add up to 1."""
+        rows, rank, _ = self.up.shape
+        up = self.up[...].reshape(rows, rank, -1, self.head_dim)
+        own = mean.reshape(*mean.shape[:-2], up.shape[2], -1, rank)  # query heads by their value head
+        y = jnp.einsum("...kgnr,krgh->...kgnh", own.astype(up.dtype), up)
+        if self.bias is not None:
+            y = y + self.bias[...].reshape(rows, -1, 1, self.head_dim)
+        return y.reshape(*mean.shape[:-1], self.head_dim)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm in float32 (arXiv 1910.07467)."""
 
@@ -44,11 +80,13 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """The four projections of attention; attention itself is in `kvjax.attention`."""
 
-    def __init__(self, spec: ModelSpec, dtype: DTypeLike, rngs: nnx.Rngs):
-        n, k, h, d = spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.embed_dim
+    def __init__(self, spec: ModelSpec, index: int, dtype: DTypeLike, rngs: nnx.Rngs):
+        n, h, d = spec.num_heads, spec.head_dim, spec.embed_dim
         self.q = Linear(d, n * h, spec.qkv_bias, dtype, rngs)
-        self.k = Linear(d, k * h, spec.qkv_bias, dtype, rngs)
-        self.v = Linear(d, k * h, spec.qkv_bias, dtype, rngs)
+        if spec.latent is None:
+            self.k, self.v = (Linear(d, spec.num_kv_heads * h, spec.qkv_bias, dtype, rngs) for _ in "kv")
+        else:
+            self.k, self.v = (LowRank(spec, rank, dtype, rngs) for rank in spec.widths(index))
         self.o = Linear(n * h, d, spec.o_bias, dtype, rngs)
         self.q_norm = RMSNorm(h, spec.norm_eps, dtype) if spec.qk_norm else None
         self.k_norm = RMSNorm(h, spec.norm_eps, dtype) if spec.qk_norm else None
@@ -67,25 +105,48 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One decoder block, cut where a cache sits: `project` before attention, `finish` after it."""
+    """One decoder block, cut where a cache sits: `project` before attention, `finish` after it.
 
-    def __init__(self, spec: ModelSpec, dtype: DTypeLike, rngs: nnx.Rngs):
+    What `project` makes of a token is what a cache stores; `keys`, `values` and `heads` make it what attention needs.
+    """
+
+    def __init__(self, spec: ModelSpec, index: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(spec.embed_dim, spec.norm_eps, dtype)
-        self.attention = Attention(spec, dtype, rngs)
+        self.attention = Attention(spec, index, dtype, rngs)
         self.mlp_norm = RMSNorm(spec.embed_dim, spec.norm_eps, dtype)
         self.mlp = Mlp(spec, dtype, rngs)
         self.head_dim = spec.head_dim
 
     def project(
         self, x: Float[Array, "*b D"]
-    ) -> tuple[Float[Array, "*b N H"], Float[Array, "*b K H"], Float[Array, "*b K H"]]:
-        """Queries, keys and values before rotation."""
-        y = self.attention_norm(x)
-        a = self.attention
-        q, k, v = (p(y).reshape(*x.shape[:-1], -1, self.head_dim) for p in (a.q, a.k, a.v))
-        if a.q_norm is not None and a.k_norm is not None:
-            q, k = a.q_norm(q), a.k_norm(k)
-        return q, k, v
+    ) -> tuple[Float[Array, "*b N H"], Float[Array, "*b K R"], Float[Array, "*b K W"]]:
+        """Queries, keys and values before rotation; of low-rank keys and values the latents."""
+        y, a = self.attention_norm(x), self.attention
+        heads = lambda projected: projected.reshape(*x.shape[:-1], -1, self.head_dim)
+        q = heads(a.q(y))
+        k, v = (p(y) if isinstance(p, LowRank) else heads(p(y)) for p in (a.k, a.v))
+        if a.q_norm is not None:
+            q = a.q_norm(q)
+        return q, k if isinstance(a.k, LowRank) else self._normed(k), v
+
+    def keys(self, cached: Float[Array, "*b K R"]) -> Float[Array, "*b heads H"]:
+        """Keys before rotation."""
+        k = self.attention.k
+        return self._normed(k.expand(cached)) if isinstance(k, LowRank) else cached
+
+    def values(self, cached: Float[Array, "*b K W"]) -> Float[Array, "*b heads H"]:
+        """Values."""
+        v = self.attention.v
+        return v.expand(cached) if isinstance(v, LowRank) else cached
+
+    def heads(self, mean: Float[Array, "*b K G W"]) -> Float[Array, "*b K G H"]:
+        """The query heads' outputs from their means of cached values."""
+        v = self.attention.v
+        return v.expand_mean(mean) if isinstance(v, LowRank) else mean
+
+    def _normed(self, k: Float[Array, "*b heads H"]) -> Float[Array, "*b heads H"]:
+        norm = self.attention.k_norm
+        return k if norm is None else norm(k)
 
     def finish(self, x: Float[Array, "*b D"], heads: Float[Array, "*b N H"]) -> Float[Array, "*b D"]:
         """Add the attention's output and the feed-forward network to the residual stream."""
@@ -106,7 +167,7 @@ class Decoder(nnx.Module):
         self.spec = spec
         shape = (spec.vocab_size, spec.embed_dim)
         self.embedding = nnx.Param((jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype))
-        self.layers = nnx.List([Layer(spec, dtype, rngs) for _ in range(spec.num_layers)])
+        self.layers = nnx.List([Layer(spec, i, dtype, rngs) for i in range(spec.num_layers)])
         self.norm = RMSNorm(spec.embed_dim, spec.norm_eps, dtype)
         self.head = None if spec.tie_embeddings else Linear(spec.embed_dim, spec.vocab_size, False, dtype, rngs)
 
@@ -138,7 +199,8 @@ def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     cos, sin = cos[:, None], sin[:, None]
     x = model.embed(tokens)
     for index, layer in enumerate(model.layers):
-        q, k, v = layer.project(x)
+        q, key, value = layer.project(x)
+        k, v = layer.keys(key), layer.values(value)
         q = rope.rotate(q, cos, sin).reshape(b, t, spec.num_kv_heads, spec.group_size, spec.head_dim)
         k = rope.rotate(k, cos, sin)
         distance = pos[:, None] - pos[None, :]

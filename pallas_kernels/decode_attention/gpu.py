@@ -81,7 +81,7 @@ def decode_attention(
     after: Int[Array, "B K"] | None = None,
     cap: float | None = None,
     decode_key: Callable[[Any, DTypeLike], Float[Array, "B K s R"]] = DENSE,
-    decode_value: Callable[[Any, DTypeLike], Float[Array, "B K s R"]] = DENSE,
+    decode_value: Callable[[Any, DTypeLike], Float[Array, "B K s W"]] = DENSE,
     with_logits: bool = False,
     block: int | None = None,
     splits: int | None = None,

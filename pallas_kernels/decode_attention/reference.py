@@ -1,7 +1,7 @@
 """Decode attention over pages in plain jnp: the contract, and the XLA path on every platform.
 
-Axis letters: B batch, K key/value heads, G query heads per key/value head, H head width, R cached width, P pages of the
-pool, M pages of a row, S = M x page slots of a row.
+Axis letters: B batch, K key/value heads, G query heads per key/value head, H head width, R and W cached widths of keys
+and values, P pages of the pool, M pages of a row, S = M x page slots of a row.
 """
 
 import functools
@@ -22,7 +22,7 @@ EMPTY = -1e30  # the logit of a slot that is not there; finite, so that differen
 class Partial(NamedTuple):
     """Attention over some of a row's tokens, before normalisation: partials merge exactly."""
 
-    o: Float[Array, "B K G R"]  # sum of exp(logit - m) * value
+    o: Float[Array, "B K G W"]  # sum of exp(logit - m) * value
     l: Float[Array, "B K G"]  # sum of exp(logit - m)
     m: Float[Array, "B K G"]  # largest logit; EMPTY where the row holds nothing
     logits: Float[Array, "B K G S"] | None = None  # EMPTY where a slot is empty or out of the window
@@ -40,7 +40,7 @@ def decode_attention(
     after: Int[Array, "B K"] | None = None,
     cap: float | None = None,
     decode_key: Callable[[Any, DTypeLike], Float[Array, "B K s R"]] = DENSE,
-    decode_value: Callable[[Any, DTypeLike], Float[Array, "B K s R"]] = DENSE,
+    decode_value: Callable[[Any, DTypeLike], Float[Array, "B K s W"]] = DENSE,
     place: Callable[[Int[Array, "B K s"]], Int[Array, "B K s"]] | None = None,
     expand_key: Callable[[Float[Array, "B K s R"], Int[Array, "B K s"]], Float[Array, "B K s H"]] | None = None,
     slots: Bool[Array, "B K S"] | None = None,

@@ -1,0 +1,165 @@
+"""Low-rank keys and values: a model with latents is the model whose projections are the products of the factors."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kvjax import METHODS, decode, methods
+from kvjax.cache import tier as tiers_
+from kvjax.errors import InputError
+from kvjax.models.decoder import Decoder, forward
+from kvjax.spec import LatentSpec
+from tests import oracle
+from tests.matrix import ARGUMENTS, BATCH, assert_close, teacher, tiers_of
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# Ranks of keys and values; heads of 8.
+FAMILIES = {
+    "llama": ({}, LatentSpec(2, ((12, 8), (8, 12)))),
+    "qwen2": ({"qkv_bias": True}, LatentSpec(2, ((8, 16), (8, 16)))),
+    "qwen3": ({"qk_norm": True}, LatentSpec(1, ((4, 4), (8, 4)))),
+    "mistral": ({"windows": (12, 12)}, LatentSpec(2, ((4, 12), (4, 12)))),
+    "mha": ({"num_kv_heads": 4, "qkv_bias": True}, LatentSpec(2, ((12, 8), (16, 4)))),
+    "mha joint": ({"num_kv_heads": 4}, LatentSpec(4, ((24, 16), (16, 24)))),
+    "mqa": ({"num_kv_heads": 1}, LatentSpec(1, ((4, 8), (4, 8)))),
+}
+STEPS = 64
+
+
+@functools.cache
+def pair(name: str, **fields) -> tuple[Decoder, Decoder]:
+    """A model with latents, and its dense twin."""
+    base, latent = FAMILIES[name]
+    narrow = oracle.random_model(5, num_layers=2, latent=latent, **base, **fields)
+    dense = oracle.random_model(5, num_layers=2, **base, **fields)
+    params = nnx.to_flat_state(nnx.state(narrow, nnx.Param))
+    own = {path: leaf for path, leaf in params if path[-1] not in ("down", "up")}
+    for path, leaf in params:
+        if path[-1] == "down":
+            up = dict(params)[(*path[:-1], "up")][...]
+            kernel = jnp.einsum("dkr,krn->dkn", leaf[...], up).reshape(leaf.shape[0], -1)
+            own[(*path[:-1], "kernel")] = leaf.replace(kernel)
+    nnx.update(dense, nnx.from_flat_state(list(own.items())))
+    return narrow, dense
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_latents_are_the_model_of_the_products(name):
+    """Prefill and 64 decoded tokens, and without a cache."""
+    narrow, dense = pair(name)
+    given = np.random.default_rng(1).integers(0, 97, (len(BATCH), STEPS))
+    got, positions, _ = oracle.run(narrow, methods.full(), BATCH, given)
+    want, every, _ = oracle.run(dense, methods.full(), BATCH, given)
+    assert_close(got, want, 1e-4)
+    rows, heads = narrow.spec.num_rows, dense.spec.num_kv_heads
+    assert rows == heads // FAMILIES[name][1].heads
+    assert positions == [[[layer[:rows] for layer in sequence] for sequence in step] for step in every]
+    tokens = jnp.asarray([BATCH[0]])
+    assert_close(np.asarray(forward(narrow, tokens)), np.asarray(forward(dense, tokens)), 1e-5)
+
+
+# Keys that are compared or scaled as they are cached make another choice; what is one row cannot differ between heads.
+SAME = [name for name in METHODS if name not in ("d2o", "mikv")]
+
+
+@pytest.mark.parametrize("method", SAME)
+def test_a_latent_per_head_changes_no_choice(method):
+    narrow, dense = pair("qwen3")
+    recipe = methods.make(method, None if method == "full" else 12, ARGUMENTS.get(method, {}))
+    got, positions, _ = oracle.run(narrow, recipe, BATCH, teacher())
+    want, kept, _ = oracle.run(dense, recipe, BATCH, teacher())
+    assert positions == kept
+    assert_close(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("method", ["h2o", "snapkv"])
+def test_heads_that_share_a_latent_are_kept_by_their_mean_score(method):
+    """The row's score is the mean over all its query heads, as if they were one group."""
+    narrow, _ = pair("mha joint")
+    layer, _ = oracle.run(narrow, methods.make(method, 12, ARGUMENTS.get(method, {})), BATCH, teacher())[1][0][0]
+    twin = pair("mha joint")[1]
+    reference = oracle.Oracle(twin)
+    seen = []
+
+    def select(index, prompt):
+        t = prompt.probs.shape[1]
+        probs = prompt.probs if method == "h2o" else prompt.probs[:, -ARGUMENTS[method]["window"] :]
+        seen.append(probs.sum(axis=1).mean(axis=0))
+        return [oracle.entries(prompt, k, range(t)) for k in range(twin.spec.num_kv_heads)]
+
+    reference.prefill(BATCH[0], select)
+    t = len(BATCH[0])
+    if method == "h2o":
+        recent = set(range(t - 6, t))
+        heavy = sorted(range(t - 6), key=lambda i: -seen[0][i])[:6]
+    else:
+        window = ARGUMENTS[method]["window"]
+        recent = set(range(t - window, t))
+        pooled = np.convolve(np.pad(seen[0][: t - window], 2), np.ones(5) / 5, "valid")
+        heavy = sorted(range(t - window), key=lambda i: -pooled[i])[: 12 - window]
+    assert layer == [sorted(recent | set(heavy))]
+
+
+def test_a_pool_per_pair_of_widths():
+    narrow, _ = pair("llama")
+    _, _, cache = oracle.run(narrow, methods.full(), BATCH, teacher())
+    assert [(t.k.shape[-1], t.v.shape[-1], t.length.shape) for t in tiers_of(cache)] == [
+        (12, 8, (1, 3, 1)),
+        (8, 12, (1, 3, 1)),
+    ]
+    assert [group.index for group in decode.layer_groups(narrow.spec)] == [(0,), (1,)]
+
+
+@pytest.mark.parametrize("name", ["mha joint", "qwen2"])
+def test_payload_is_the_share_of_the_ranks(name):
+    """Numbers of latents over numbers of heads, on the arrays."""
+    narrow, dense = pair(name)
+    payload = lambda model: sum(
+        tiers_.nbytes(t).payload for t in tiers_of(oracle.run(model, methods.full(), BATCH, teacher())[2])
+    )
+    latent, spec = narrow.spec.latent, narrow.spec
+    assert latent is not None
+    share = sum(map(sum, latent.ranks)) * spec.num_rows / (2 * spec.num_layers * spec.num_kv_heads * spec.head_dim)
+    assert payload(narrow) == pytest.approx(share * payload(dense), rel=0.02)
+
+
+@pytest.mark.parametrize("store", ["int8", "int4", "kivi4:8:16"])
+def test_low_bit_latents(store):
+    """Close to the dense latents' logits, with pages of codes."""
+    narrow, _ = pair("qwen2")
+    got, _, cache = oracle.run(narrow, methods.full(store=store), BATCH, teacher())
+    want, _, _ = oracle.run(narrow, methods.full(), BATCH, teacher())
+    assert_close(got, want, 0.05 if store == "int8" else 0.6)
+    assert tiers_of(cache)[0].k["codes"].dtype == jnp.uint8
+
+
+@pytest.mark.parametrize("method", ["d2o", "mikv"])
+def test_merged_and_demoted_latents(method):
+    """A budget larger than the text is the full cache; a small one gives finite logits."""
+    narrow, _ = pair("llama")
+    arguments = {"balance": False, "low_store": "int8"} if method == "mikv" else {}
+    want, _, _ = oracle.run(narrow, methods.full(), BATCH, teacher())
+    got, _, _ = oracle.run(narrow, methods.make(method, 1000, arguments), BATCH, teacher())
+    assert_close(got, want, 1e-4)
+    got, positions, _ = oracle.run(narrow, methods.make(method, 12, arguments), BATCH, teacher())
+    assert np.isfinite(got).all()
+    assert method == "mikv" or max(len(row) for row in positions[-1][0][0]) <= 12
+    if method == "mikv":
+        assert_close(got, want, 0.1)
+
+
+def test_a_balance_needs_rotated_keys():
+    narrow, _ = pair("llama")
+    with pytest.raises(InputError, match="set balance=false"):
+        oracle.start(narrow, methods.mikv(), BATCH, 1)
+
+
+def test_latents_are_a_part_of_the_spec():
+    narrow, dense = pair("llama")
+    assert dataclasses.replace(narrow.spec, latent=None) == dense.spec
+    assert [narrow.spec.widths(i) for i in range(2)] == [(12, 8), (8, 12)]
