@@ -34,6 +34,9 @@ def parser() -> command.Parser:
     """The command line's flags."""
     p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", metavar="M", help="Hugging Face directory, hub id or Orbax directory (default: demo)")
+    p.add_argument(
+        "--reference", metavar="M", help="model that kl compares with, such as what --model was made from (default: it)"
+    )
     p.add_argument("--tasks", metavar="T,...", help=f"of {', '.join(TASKS)}")
     p.add_argument(
         "--methods", default="all", metavar="M,...", help="names such as h2o or mikv+low_store=int4 (default: all)"
@@ -79,6 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     text = _read_text(args.text)
     command.use_compilation_cache()
     model = generation.load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
+    against = args.reference and generation.load(
+        args.reference, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config
+    )
     for point in grid:
         generation.check_recipe(model, point.recipe)
     form = args.form or ("short" if args.model is None else "natural")
@@ -90,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     samples = {task.name: task.samples(request) for task in tasks}
     batch = args.batch or max(1, BATCH_TOKENS // max(lengths))
     arguments = {
-        "model": model.name, "tasks": list(samples), "methods": list(dict.fromkeys(point.method for point in grid)),
+        "model": model.name, "reference": against and against.name, "tasks": list(samples),
+        "methods": list(dict.fromkeys(point.method for point in grid)),
         "budgets": args.budgets and _split(args.budgets), "samples": args.samples, "seed": args.seed,
         "lengths": lengths, "form": form, "question": args.question, "chat": chat, "batch": batch,
         "settings": settings, "data": args.data and str(args.data),
@@ -99,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     }  # fmt: skip
     with runner.results(args.out) as (done, file):
         manifest.write(args.out, [PROG, *argv], arguments, fresh=not done)
-        evaluation = Evaluation(model, batch=batch, unseen=args.question == "unseen", chat=chat)
+        unseen = args.question == "unseen"
+        evaluation = Evaluation(model, batch=batch, unseen=unseen, chat=chat, reference=against or None)
         run(evaluation, tasks, samples, grid, done, file)
     console.print(f"python -m kvjax.evaluate report {shlex.quote(str(args.out))}", highlight=False)
 
@@ -177,6 +185,8 @@ def _check(args: argparse.Namespace, tasks: set[str], methods: set[str], setting
     for flag, number in (("--samples", args.samples), ("--batch", args.batch)):
         if number is not None and number < 1:
             raise InputError(f"{flag} {number} is not at least 1")
+    if args.reference is not None and "kl" not in tasks:
+        raise InputError(f"--reference {args.reference} is for the task kl, which --tasks does not name")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed} is not at least 0")
     if args.data is not None and not args.data.is_dir():
@@ -212,8 +222,10 @@ def _read_text(path: Path | None) -> str | None:
 
 def _report(argv: list[str]) -> None:
     p = command.Parser(prog=f"{PROG} report", description="Tables and pictures of a run.")
-    p.add_argument("directory", type=Path, metavar="DIR", help="the --out of a run")
-    report.write(p.parse_args(argv).directory, Console())
+    p.add_argument("directory", type=Path, metavar="DIR", help="the --out of a run, where the report goes")
+    p.add_argument("others", type=Path, nargs="*", metavar="OTHER", help="runs of the same samples with other models")
+    args = p.parse_args(argv)
+    report.write(args.directory, Console(), args.others)
 
 
 if __name__ == "__main__":

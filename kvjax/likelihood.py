@@ -94,10 +94,10 @@ def divergence(
       model: from `kvjax.load`.
       prompts, continuations: as in `log_likelihood`.
       recipe: from a factory in `kvjax.methods`.
-      reference: from `references` for the same texts.
+      reference: from `references` for the same texts, of this model or of one with the same norm and head.
 
     Returns:
-      Per continuation `sum_v p(v) log(p(v) / q(v))` [nats], p with the full cache and q with the recipe's, `[q]`.
+      Per continuation `sum_v p(v) log(p(v) / q(v))` [nats], p with the reference and q with the recipe's, `[q]`.
     """
     ids, after = _ids(model, prompts, continuations)
     _, values, reading = _read(model, recipe, ids, after, jnp.asarray(reference, model.decoder.dtype), _diverge)

@@ -9,12 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import kvjax
-from kvjax import METHODS, command, evaluate, generation, methods
+from kvjax import METHODS, command, demo, evaluate, generation, methods
+from kvjax.checkpoint import lorc, ranks
+from kvjax.checkpoint.convert import convert
 from kvjax.evaluation import runner
 from kvjax.evaluation.task import Sample
+from kvjax.models.decoder import forward
 from tests.test_tokenizer import STYLES, byte_level, write
 
 SMALL = ["--lengths", "128", "--samples", "3", "--batch", "2"]
@@ -118,6 +124,31 @@ def test_a_template_that_rewrites_messages_is_refused(tmp_path):
         runner.encode(model, Sample("", 0, "hello"), chat=True)
 
 
+def test_a_reference_is_another_models_full_cache(tmp_path):
+    """Of a model with half of the keys and values: its divergence from the model that it was made from."""
+    options = lorc.Options(ranks.parse("keep=50%,rule=uniform"))
+    convert(str(demo.directory()), tmp_path / "low", low_rank=options)
+    flags = "--model", str(tmp_path / "low"), "--tasks", "kl", "--methods", "full", "--form", "short"
+    alone = run(tmp_path / "alone", *flags)
+    assert all(line["score"] == 0 for line in alone)
+    whole, low = kvjax.load(), kvjax.load(str(tmp_path / "low"))
+    found = run(tmp_path / "against", *flags, "--reference", str(demo.directory()))
+    samples = samples_of("kl", whole)
+    prompts = [runner.encode(whole, sample, chat=False, unseen=True) for sample in samples]
+    ids, after = zip(*prompts, strict=True)
+    p, q = (_next_tokens(model, ids, after) for model in (whole, low))
+    for line, before, following in zip(found, p, q, strict=True):
+        expected = np.sum(np.exp(before) * (before - following), axis=-1)
+        np.testing.assert_allclose(line["tokens"], expected, rtol=2e-3, atol=1e-5)
+
+
+def _next_tokens(model, ids, after):
+    """Log-probabilities after each token of the continuations, without a cache."""
+    tokens = [[*before, *following] for before, following in zip(ids, after, strict=True)]
+    logits = [forward(model.decoder, jnp.asarray([text]))[0] for text in tokens]
+    return [np.asarray(jax.nn.log_softmax(x))[len(before) :] for x, before in zip(logits, ids, strict=True)]
+
+
 def test_a_new_method_appears_without_further_ado(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "newest", lambda budget="20%": methods.streaming_llm(budget=budget))
     found = run(tmp_path, "--tasks", "lines", "--budgets", "20%", "--samples", "1", "--batch", "1")
@@ -199,6 +230,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_results(tmp_path):
         (["--tasks", "needle", "--set", "needle.depths=x"], "is not an int"),
         (["--model", "nowhere", "--tasks", "lines"], "nowhere"),
         (["--form", "poem"], "invalid choice"),
+        (["--tasks", "lines", "--reference", "nowhere"], "--reference nowhere is for the task kl"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(flags, message, tmp_path, monkeypatch, capsys):

@@ -78,6 +78,22 @@ def written(directory: Path) -> str:
     return console.file.getvalue()
 
 
+def test_runs_of_other_models_stand_beside(tmp_path: Path) -> None:
+    for name in ("first", "second", "third"):
+        (tmp_path / name).mkdir()
+    first, second = (save(tmp_path / name, grid()) for name in ("first", "second"))
+    (second / "run.json").write_text(json.dumps(RUN | {"arguments": RUN["arguments"] | {"model": "models/low"}}))
+    report.write(first, console := Console(width=200, file=io.StringIO()), [second])
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    assert "snapkv " in printed and "snapkv (low)" in printed and "full (low)" in printed
+    assert (first / "frontier.png").stat().st_size > 1000 and not (second / "report.md").exists()
+    third = save(tmp_path / "third", grid())
+    (third / "run.json").write_text(json.dumps(RUN | {"arguments": RUN["arguments"] | {"seed": 5}}))
+    with pytest.raises(InputError, match="seed is 5"):
+        report.write(first, console, [third])
+
+
 def row(**changes: Any) -> Row:
     """A row of a finished group."""
     values: dict[str, Any] = {

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from kvjax.errors import InputError
 from kvjax.evaluation import pictures
-from kvjax.evaluation.results import Row, aggregate, by_task, read, read_run
+from kvjax.evaluation.results import Line, Row, aggregate, by_task, read, read_run
 from kvjax.methods import label_of
 
 LABELS = {"score": "score", "perplexity": "perplexity", "kl": "KL [nats]"}
@@ -28,9 +28,20 @@ NOTES = {
 PARTIAL = "n = a/b: only a of b samples were run; such a row does not compare with the others."
 
 
-def write(directory: Path, console: Console) -> None:
-    """Print the tables of a run and write report.md, report.csv, frontier.png and needle_<method>.png beside it."""
+SAME = ("samples", "seed", "lengths", "form", "question", "text", "dtype")  # what makes runs comparable
+
+
+def write(directory: Path, console: Console, others: Sequence[Path] = ()) -> None:
+    """Print the tables of a run and write report.md, report.csv, frontier.png and needle_<method>.png beside it.
+
+    Args:
+      directory: of the run.
+      console: where tables go.
+      others: runs of the same samples with other models, whose names stand beside their methods.
+    """
     lines, run = read(directory / "samples.jsonl"), read_run(directory / "run.json")
+    for other in others:
+        lines += _other(other, run)
     rows = aggregate(lines)
     totals = [row for row in rows if row.part == "all"]
     for item in (Text(header(run)), *tables(totals), *(Text(f"\n{note}") for note in notes(totals))):
@@ -42,6 +53,17 @@ def write(directory: Path, console: Console) -> None:
         (directory / "report.md").write_text("\n".join([text, *links, ""]), encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write the report: {error}") from None
+
+
+def _other(directory: Path, run: dict[str, Any]) -> list[Line]:
+    """The samples of another model's run; raises `InputError` if they are not of the same prompts."""
+    lines, own = read(directory / "samples.jsonl"), read_run(directory / "run.json")
+    given, expected = (each.get("arguments") or {} for each in (own, run))
+    for name in SAME:
+        if given.get(name) != expected.get(name):
+            raise InputError(f"{directory}: {name} is {given.get(name)}, not {expected.get(name)}: no common report")
+    model = str(given.get("model")).rstrip("/").rpartition("/")[-1]
+    return [line | {"method": f"{line['method']} ({model})"} for line in lines]
 
 
 def header(run: dict[str, Any]) -> str:

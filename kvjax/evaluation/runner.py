@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -55,10 +56,14 @@ class Evaluation:
       batch: sequences that are run together; the last batch of a part is filled up with copies.
       unseen: compress the context only; the question is read through the compressed cache.
       chat: wrap prompts in the checkpoint's chat template.
+      reference: whose full cache KL divergence compares with; None = the model itself.
     """
 
-    def __init__(self, model: Model, *, batch: int, unseen: bool, chat: bool):
+    def __init__(self, model: Model, *, batch: int, unseen: bool, chat: bool, reference: Model | None = None):
         self._model, self._batch, self._unseen, self._chat = model, batch, unseen, chat
+        self._reference = reference or model
+        if replace(self._reference.spec, latent=None) != replace(model.spec, latent=None):
+            raise InputError(f"{self._reference.name} is another model than {model.name}: kl cannot compare them")
         self._references: dict[tuple[str, int], np.ndarray] = {}  # of the full cache, for KL divergence
 
     def batches(self, samples: Sequence[Sample]) -> Iterator[Batch]:
@@ -124,7 +129,7 @@ class Evaluation:
     def _diverge(self, task: Task, point: Point, batch: Batch, prompts: Prompts) -> list[dict[str, Any]]:
         key = (task.name, batch.number)
         if key not in self._references:
-            self._references[key] = likelihood.references(self._model, *prompts)
+            self._references[key] = likelihood.references(self._reference, *prompts)
         values, reading = likelihood.divergence(self._model, *prompts, point.recipe, self._references[key])
         return _forced_lines("kl", values, prompts, reading, fed=0)
 
