@@ -1,10 +1,12 @@
 """Show which tokens of a prompt each layer and head keeps, or what a cache would cost without running anything.
 
-Without a prompt, the demo model reads a long list and a question about it.
+Without a prompt, the demo model reads a long list and a question about it. `lorc CHECKPOINT` shows what low-rank keys
+and values cost and lose.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from kvjax import command, generation, kept, plan, showcase
+from kvjax import command, generation, kept, plan, showcase, spectra
 from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
@@ -54,6 +56,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["lorc"]:
+        spectra.main(argv[1:])
+        return
     args, console = parse(argv), Console()
     recipe = make(args.method, args.budget, args.arguments)
     _check(args)
@@ -65,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     command.use_compilation_cache()
     model = generation.load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
     _check_range("layer", args.layer, model.spec.num_layers)
-    _check_range("head", args.head, model.spec.num_kv_heads)
+    _check_range("head", args.head, model.spec.num_rows)
     if not texts and not ids:
         texts = showcase.prompts().texts[:1]
     (prompt,) = [encode(model, text, args.chat) for text in texts] + ids
