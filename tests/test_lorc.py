@@ -545,7 +545,7 @@ def test_a_text_needs_a_tokenizer_that_fits(converted, tmp_path, capsys):
 
 HALF = ("--lorc", "keep=50%,rule=uniform")
 SELECTING = [name for name in METHODS if name not in ("full", "oracle")]
-SLOW = ("full", "h2o", "pyramidkv")  # int4 of these is in `test_latent` and in the laws, or is snapkv's
+SLOW = ("full", "h2o", "pyramidkv", "adakv")  # as `test_latent`, the laws, snapkv and dynamickv show
 CASES = [
     pytest.param(name, store, marks=[] if store == "int4" and name not in SLOW else [pytest.mark.slow])
     for name in ("full", *SELECTING)

@@ -106,6 +106,7 @@ def cut(text: str, tokenizer: Tokenizer, limit: int) -> Int[np.ndarray, "B T"]:
     """
     first, plain = tokenizer.encode(""), tokenizer.encode(text, special=False)
     length = min(LENGTH, limit, len(plain) + len(first))
+    length -= length % 64 if length > 64 else 0  # attention is in blocks that divide it
     room = length - len(first)
     whole = min(len(plain) // room, SEQUENCES)
     return np.asarray([first + plain[room * row : room * (row + 1)] for row in range(whole)], np.int32)
