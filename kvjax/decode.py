@@ -51,6 +51,8 @@ def init_cache(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
             + (", which latents are not: set balance=false" if model.spec.latent else "")
         )
     groups = layer_groups(model.spec)
+    if len(groups) > 1 and recipe.budget is not None and recipe.budget.whole:
+        raise InputError(f"{recipe.name}: full layers need others of equal ranks: convert with rule=uniform")
     return tuple(recipe.policy.init(model.spec, group, lengths, model.dtype) for group in groups)
 
 
@@ -111,11 +113,11 @@ def prefill(
 
 
 class _Allocation:
-    """Distributes slots over layers while the layers of a prompt are run."""
+    """Distributes slots over layers while the layers of a prompt are run; over layers that share a pool of pages."""
 
     def __init__(self, spec: ModelSpec, recipe: Recipe, groups: Sequence[Layers], length: Array):
         self._layers, self._recipe, self._groups, self._length = spec.num_layers, recipe, groups, length
-        self._infos: list[PyTree] = []
+        self._infos: dict[int, PyTree] = {}
         self._waiting: dict[int, PyTree] = {}
         self._held = jnp.full((spec.num_layers, length.shape[0], spec.num_rows), LARGEST, jnp.int32)
 
@@ -124,16 +126,19 @@ class _Allocation:
         budget, done = self._recipe.budget, len(self._infos) + 1
         if budget is None or budget.allocate is None:
             return cache
-        self._infos.append(found.info)
+        self._infos[done - 1] = found.info
         self._waiting[done - 1] = found.waiting
         if done < self._layers and (budget.every is None or done % budget.every):
             return cache
-        # With zeros for the layers to come, all updates are one program.
-        unseen = [jax.tree.map(jnp.zeros_like, found.info)] * (self._layers - done)
-        seen = jnp.asarray(done, jnp.int32)
-        self._held = _run_allocate([*self._infos, *unseen], seen, self._length, self._held, recipe=self._recipe)
-        of = lambda group: self._held[jnp.asarray(group.index, jnp.int32)]
-        cache = [_trim(tiers, of(group)) for group, tiers in zip(self._groups, cache, strict=True)]
+        unseen = jax.tree.map(jnp.zeros_like, found.info)  # with it, all updates are one program
+        for place, group in enumerate(self._groups):
+            if not self._waiting.keys().isdisjoint(group.index):
+                infos = [self._infos.get(layer, unseen) for layer in group.index]
+                seen = jnp.asarray(sum(layer < done for layer in group.index), jnp.int32)
+                index = jnp.asarray(group.index, jnp.int32)
+                slots = _run_allocate(infos, seen, self._length, self._held[index], recipe=self._recipe)
+                self._held = self._held.at[index].set(slots)
+                cache[place] = _trim(cache[place], slots)
         if self._recipe.policy.settle is not None:
             for index, waiting in self._waiting.items():
                 group, place = _place(self._groups, index)

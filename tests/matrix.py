@@ -49,8 +49,16 @@ LATENT = ("full", "h2o int4", "dynamickv", "d2o", "full kivi2")  # likewise, on 
 WITH_BUDGET = [name for name in VARIANTS if "budget" in inspect.signature(METHODS[name.split()[0]]).parameters]
 EVICTING = [name for name in WITH_BUDGET if name.split()[0] not in ("mikv", "oracle")]  # what is not kept is gone
 every_method = pytest.mark.parametrize("method", [*METHODS, "full kivi2", "h2o int4", "mikv dynamickv"])
+DISTINCT = ("full", "h2o", "snapkv", "dynamickv", "d2o", "mikv")  # methods that differ in more than a score
+
+
+def _is_slow(model: str, name: str) -> bool:
+    """Whether a case is left to the slow tests: other models than the first are tried with methods that differ most."""
+    return name != "full" if model == "demo" else model != "gqa" and name in METHODS and name not in DISTINCT
+
+
 CASES = [
-    pytest.param(model, name, marks=[pytest.mark.slow] if model == "demo" and name != "full" else [])
+    pytest.param(model, name, marks=[pytest.mark.slow] if _is_slow(model, name) else [])
     for name in VARIANTS
     for model in MODELS
     if (name in METHODS and model != "latent")

@@ -29,6 +29,7 @@ FAMILIES = {
     "mqa": ({"num_kv_heads": 1}, LatentSpec(1, ((4, 8), (4, 8)))),
 }
 STEPS = 64
+slow = lambda names, some: [pytest.param(name, marks=[pytest.mark.slow] if name in some else []) for name in names]
 
 
 @functools.cache
@@ -48,7 +49,7 @@ def pair(name: str, **fields) -> tuple[Decoder, Decoder]:
     return narrow, dense
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow(FAMILIES, ("qwen3", "mha", "mqa")))
 def test_latents_are_the_model_of_the_products(name):
     """Prefill and 64 decoded tokens, and without a cache."""
     narrow, dense = pair(name)
@@ -67,7 +68,7 @@ def test_latents_are_the_model_of_the_products(name):
 SAME = [name for name in METHODS if name not in ("d2o", "mikv")]
 
 
-@pytest.mark.parametrize("method", SAME)
+@pytest.mark.parametrize("method", slow(SAME, ("full", "tova", "pyramidkv", "adakv", "oracle")))
 def test_a_latent_per_head_changes_no_choice(method):
     narrow, dense = pair("qwen3")
     recipe = methods.make(method, None if method == "full" else 12, ARGUMENTS.get(method, {}))
@@ -163,3 +164,21 @@ def test_latents_are_a_part_of_the_spec():
     narrow, dense = pair("llama")
     assert dataclasses.replace(narrow.spec, latent=None) == dense.spec
     assert [narrow.spec.widths(i) for i in range(2)] == [(12, 8), (8, 12)]
+
+
+@pytest.mark.parametrize("method", ["dynamickv", "d2o", "mikv dynamickv"])
+def test_layers_share_slots_with_those_of_equal_widths_only(method):
+    """Each pool holds what its layers were given: no row of the last sequence goes short."""
+    narrow, _ = pair("llama")
+    prompts = [np.random.default_rng(i).integers(0, 97, 250).tolist() for i in range(4)]
+    arguments = {"importance": "window", "allocate": "from_scores", "balance": False} if method[0] == "m" else {}
+    recipe = methods.make(method.split()[0], 100, arguments)
+    _, cache = oracle.start(narrow, recipe, prompts, 1)
+    kept = np.stack([np.asarray(tiers[0].length[0, :, 0]) for tiers in cache])  # layers, sequences
+    assert (kept == 100).all()
+
+
+def test_full_layers_need_layers_of_equal_widths():
+    narrow, _ = pair("llama")
+    with pytest.raises(InputError, match="rule=uniform"):
+        oracle.start(narrow, methods.d2o(100, full_layers="0"), BATCH, 1)

@@ -319,8 +319,8 @@ def test_a_text_is_cut_into_sequences_that_each_begin_as_a_text(converted):
     loaded = Tokenizer.load(converted("llama"))
     assert loaded is not None
     for text, limit, wanted in (
-        (TEXT, 100, sequences_of(TEXT, 100)),  # six sequences, the rest is dropped
-        (TEXT * 40, 100, sequences_of(TEXT * 40, 100)[: calibration.SEQUENCES]),
+        (TEXT, 100, sequences_of(TEXT, 64)),  # whole blocks of attention; the rest is dropped
+        (TEXT * 40, 100, sequences_of(TEXT * 40, 64)[: calibration.SEQUENCES]),
         (TEXT * 40, 10**6, sequences_of(TEXT * 40, calibration.LENGTH)[: calibration.SEQUENCES]),
         ("short", 100, sequences_of("short", 6)),
         ("x", 100, sequences_of("x", 2)),

@@ -193,6 +193,7 @@ def from_variance(keep: Keep, *, least: int, full_layers: tuple[int, ...] = ()) 
         allocate=allocate,
         measure=measure,
         most=most,
+        whole=bool(full_layers),
         check=check,
     )
 

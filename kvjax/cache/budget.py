@@ -26,15 +26,16 @@ class Budget(NamedTuple):
         the sum over layers and heads is what the pool is made for.
       split: `(statistic [B K T], slots [B], length [B]) -> [B K]` distributes a layer's slots over its heads; None =
         evenly.
-      allocate: `(infos, seen, length [B], held [L B K]) -> [L B K]` distributes the slots of all layers, from what
-        `prefill` returned for the `seen` first of them (zeros for the others); rows hold at most `held` by now. None =
-        `slots` is final.
+      allocate: `(infos, seen, length [B], held [L B K]) -> [L B K]` distributes the slots of layers that share a pool,
+        from what `prefill` returned for the `seen` first of them (zeros for the others); rows hold at most `held` by
+        now. None = `slots` is final.
       measure: `(prompt, statistic [B K T]) -> info` for `allocate`; None = the statistic.
       every: call `allocate` after every so many layers, to bound the peak; None = once, after the last layer.
       room: `prompt length -> slots` that each row may fill while decoding beyond what it was given, before tokens are
         evicted; None = appended tokens are not counted, rows that evict may fill what they were given.
       grow: `tokens seen -> slots` of a row while decoding, where that is more than it was given; None = it stays.
       most: `(num_layers, K, prompt length) -> slots` that any row may be given; None = `slots`. On ints and arrays.
+      whole: `allocate` needs all layers of a model in one pool, as those of equal cached widths are.
       check: `(num_layers, prompt length)` raises `InputError` for a prompt that the budget cannot serve; on the host.
       ladder: rungs per power of two and smallest step of the cache's shapes (see `pages.ladder`).
 
@@ -50,6 +51,7 @@ class Budget(NamedTuple):
     room: Callable[..., Int[Array, "*b"]] | None = None
     grow: Callable[..., Int[Array, "*b"]] | None = None
     most: Callable[..., Int[Array, "*b"]] | None = None
+    whole: bool = False
     check: Callable[[int, int], None] = lambda num_layers, length: None
     ladder: tuple[int, int] = (32, 8)
 
