@@ -2,8 +2,9 @@
 
 import functools
 import inspect
+from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,11 @@ DISTINCT = ("full", "h2o", "snapkv", "dynamickv", "d2o", "mikv")  # methods that
 def _is_slow(model: str, name: str) -> bool:
     """Whether a case is left to the slow tests: other models than the first are tried with methods that differ most."""
     return name != "full" if model == "demo" else model != "gqa" and name in METHODS and name not in DISTINCT
+
+
+def slow(names: Iterable[str], some: Container[str]) -> list[Any]:
+    """Parameters of which some are left to the slow tests."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in some else []) for name in names]
 
 
 CASES = [

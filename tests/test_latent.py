@@ -14,7 +14,7 @@ from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder, forward
 from kvjax.spec import LatentSpec
 from tests import oracle
-from tests.matrix import ARGUMENTS, BATCH, assert_close, teacher, tiers_of
+from tests.matrix import ARGUMENTS, BATCH, assert_close, slow, teacher, tiers_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -22,14 +22,13 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 FAMILIES = {
     "llama": ({}, LatentSpec(2, ((12, 8), (8, 12)))),
     "qwen2": ({"qkv_bias": True}, LatentSpec(2, ((8, 16), (8, 16)))),
-    "qwen3": ({"qk_norm": True}, LatentSpec(1, ((4, 4), (8, 4)))),
+    "qwen3": ({"qk_norm": True}, LatentSpec(1, ((4, 8), (4, 8)))),
     "mistral": ({"windows": (12, 12)}, LatentSpec(2, ((4, 12), (4, 12)))),
     "mha": ({"num_kv_heads": 4, "qkv_bias": True}, LatentSpec(2, ((12, 8), (16, 4)))),
     "mha joint": ({"num_kv_heads": 4}, LatentSpec(4, ((24, 16), (16, 24)))),
     "mqa": ({"num_kv_heads": 1}, LatentSpec(1, ((4, 8), (4, 8)))),
 }
 STEPS = 64
-slow = lambda names, some: [pytest.param(name, marks=[pytest.mark.slow] if name in some else []) for name in names]
 
 
 @functools.cache
@@ -64,7 +63,7 @@ def test_latents_are_the_model_of_the_products(name):
     assert_close(np.asarray(forward(narrow, tokens)), np.asarray(forward(dense, tokens)), 1e-5)
 
 
-# Keys that are compared or scaled as they are cached make another choice; what is one row cannot differ between heads.
+# Keys that are compared or scaled as they are cached make another choice.
 SAME = [name for name in METHODS if name not in ("d2o", "mikv")]
 
 

@@ -15,7 +15,11 @@ from tests.matrix import BATCH, BUDGET, MODELS, assert_close, decoder, every_met
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 AFTER = (text(5, 2), text(3, 3), text(1, 4))  # what follows each prompt
 LONGEST = 5
-CASES = [("gqa", method) for method in METHODS] + [(model, "h2o") for model in MODELS if model != "gqa"]
+_slow = lambda model, method: model in ("mqa", "windowed", "demo") or method in ("pyramidkv", "adakv", "tova", "oracle")
+CASES = [
+    pytest.param(model, method, marks=[pytest.mark.slow] if _slow(model, method) else [])
+    for model, method in [("gqa", name) for name in METHODS] + [(name, "h2o") for name in MODELS if name != "gqa"]
+]
 every_case = pytest.mark.parametrize(("model", "method"), CASES)
 
 

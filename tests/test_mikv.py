@@ -12,7 +12,7 @@ from kvjax import decode, methods
 from kvjax.cache import tier as tiers_
 from tests import brute_mikv, oracle
 from tests.brute_mikv import KIVI, MiKV, Moment, Theirs
-from tests.matrix import assert_close, text
+from tests.matrix import assert_close, slow, text
 from tests.oracle import Oracle
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -33,7 +33,8 @@ SETTINGS = {
     "recent none": dict(recent=0.0, budget=9, store="int8"),
     "recent all": dict(recent=1.0),
 }
-every_setting = pytest.mark.parametrize("setting", SETTINGS)
+QUICK = ("dense and int2", "int8 and int2", "low int4/int2", "12 tokens", "recent a quarter")
+every_setting = pytest.mark.parametrize("setting", slow(SETTINGS, SETTINGS.keys() - QUICK))
 
 
 class Run(NamedTuple):

@@ -448,7 +448,7 @@ def test_words_are_distinct() -> None:
         (lambda: synthetic.one_of("needle", "haystack", "hay", needles.Haystack), "haystack=hay is not one of noise"),
         (lambda: retrieval.niah_multivalue(needles=0), "needles=0"),
         (lambda: aggregation.variable_tracking(chains=0), "chains=0"),
-        (lambda: aggregation.variable_tracking(hops=600), "601 variables"),
+        (lambda: aggregation.variable_tracking(hops=1100), "1101 variables"),
         (lambda: aggregation.common_words(often=2, seldom=2), "often=2"),
         (lambda: aggregation.frequent_words(alpha=1.0), "alpha=1.0"),
         (lambda: ask(retrieval.lines(1100), "short"), "1100 is more than the 1024 keys"),

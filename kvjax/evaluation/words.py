@@ -17,12 +17,12 @@ ADJECTIVES: tuple[str, ...] = tuple(
     cool correct costly cozy cruel crude curious curly curved daily damp dark dear decent deep delicate dense different
     dim direct dirty distant dizzy double dry dull dusty eager early easy elegant empty enormous equal even exact
     exotic expensive extra faint fair famous fancy fast fatal feeble fierce final fine firm flat fluffy foolish foreign
-    formal fragile frank free frequent fresh friendly full funny fuzzy gentle genuine giant glad gloomy golden good
+    formal fragile frank free frequent fresh friendly full funny fuzzy gentle genuine glad gloomy golden good
     graceful grand grateful great greedy green grim grumpy handy happy hard harsh hasty healthy heavy helpful hidden
     high hollow honest hot huge humble hungry icy ideal idle immense innocent jolly joyful juicy keen kind large late
     lazy lean lively lonely long loose loud lovely loyal lucky mad major mean mellow merry mild minor misty modern
     modest moist muddy narrow nasty native naughty near neat nervous new nice nimble noble noisy normal odd old open
-    ordinary oval pale patient perfect plain playful pleasant polite poor popular precious pretty private proper proud
+    ordinary pale patient perfect playful pleasant polite poor popular precious pretty private proper proud
     pure purple quaint quick quiet rapid rare raw ready real recent red regular rich rigid ripe rough round royal rude
     rural rusty sad safe salty secure serious severe shallow sharp shiny short shy silent silly simple slender slim
     slow small smart smooth soft solar solid sour spare special spicy steady steep stiff strange strict strong sudden
@@ -41,14 +41,14 @@ VERBS: tuple[str, ...] = tuple(
     cover crawl create cross cry cure dance dare decide decorate defend deliver depend describe deserve develop dig
     discover discuss divide dive doubt drag draw drift drive earn eat educate embrace employ encourage enjoy enter
     escape examine excuse exercise exist expand expect explain explore extend fail fasten fetch fill find finish fix
-    float fold follow forget forgive frame gather give glue grab greet grow guard guess guide handle hang happen hear
+    float fold follow forget forgive gather give grab greet grow guess guide hang happen hear
     heat help hesitate hide hire hope hug hunt hurry imagine improve include inform inspect introduce invent invite
     join juggle jump keep kick kneel knit knock know laugh launch lead learn lend lift listen live load look lose
     manage measure meet mend mix move multiply notice obey observe obtain occur offer order organize own pack pause
-    perform permit persuade pick plant play please point polish pour practice praise prefer prepare present pretend
+    perform permit persuade pick play please point polish pour practice praise prefer prepare present pretend
     prevent print produce promise protect prove provide publish pull push question raise reach read receive recognize
-    recommend record reflect refuse relax remain remember remind remove repair repeat replace reply report request
-    rescue respond rest return reveal ride roll row rub run sacrifice save scatter scold search sell send separate
+    recommend reflect refuse relax remain remember remind remove repair repeat replace reply report request
+    rescue respond rest return reveal ride row rub run sacrifice save scatter scold search sell send separate
     serve settle shake shape share shelter shine shiver shout show shrug sigh sign sing sit sketch sleep slide smile
     sneeze solve sort speak spend spill spread squeeze stand stare start stay stir stitch stop stretch stroll study
     succeed suggest supply support suppose surprise surround suspect swim switch talk teach tell thank think throw
