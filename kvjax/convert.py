@@ -28,9 +28,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_lorc_flags(parser)
     args = parser.parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # an accelerator's memory is of no use here
     try:
-        convert(args.src, args.dst, args.dtype, args.ignore_config, lorc_options(args))
+        options = lorc_options(args)
+        if options is None:
+            jax.config.update("jax_platforms", "cpu")  # an accelerator is of no use here
+        convert(args.src, args.dst, args.dtype, args.ignore_config, options)
     except InputError as error:
         command.fail(parser.prog, str(error))
 

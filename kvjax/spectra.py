@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float
 from rich.console import Console
@@ -216,7 +215,6 @@ def main(argv: list[str]) -> None:
             raise InputError(f"cannot draw {args.out}: pictures are PNG files, give a name that ends in .png")
         command.check_writable(args.out)
         kept.check_matplotlib()
-    jax.config.update("jax_platforms", "cpu")  # where `kvjax.convert` chooses ranks
     report = describe(args.checkpoint or "demo", _measured(args))
     if args.out is not None:
         picture(report).savefig(args.out, format="png", dpi=150)
