@@ -67,7 +67,11 @@ def frontier(rows: Sequence[Row], title: str) -> "matplotlib.figure.Figure":
     tasks, methods = by_task(rows), dict.fromkeys(row.method for row in rows if row.method != "full")
     styles = {method: style(index) for index, method in enumerate(methods)}
     width = min(len(tasks), 3)
-    figure, panels = blank(len(tasks), width, (3.4, 2.8), 1.1 + 0.2 * len(methods) / width, title)
+    longest = max((len(label_of(method)) for method in methods), default=0)
+    columns = max(
+        1, min(2 * width, int(max(6, 3.4 * width) / (0.08 * longest + 0.8)))
+    )  # a letter of the legend is 0.08"
+    figure, panels = blank(len(tasks), width, (3.4, 2.8), 1.1 + 0.4 * len(methods) / columns, title)
     for (task, members), axes in zip(tasks.items(), panels, strict=True):
         axes.set_title(plain(task), fontsize=11)
         panel(axes, members, styles)
@@ -75,7 +79,7 @@ def frontier(rows: Sequence[Row], title: str) -> "matplotlib.figure.Figure":
     looks |= {plain(label_of(method)): look for method, look in styles.items()}
     if any(row.n < row.largest for row in rows):
         looks["fewer samples than others"] = {"color": "0.4", "marker": "o", **PARTIAL}
-    legend(figure, looks, 2 * width)
+    legend(figure, looks, columns)
     return figure
 
 
