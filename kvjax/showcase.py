@@ -26,7 +26,7 @@ class Showcase(NamedTuple):
 
 def prompts() -> Showcase:
     """One long list and several questions about it, each a prompt of its own."""
-    doc = lines.draw(lines.scoring_rng(seed=1), lines.fitting_lines(TOKENS, 1, ending=0), QUESTIONS)
+    doc = lines.draw(lines.scoring_rng(seed=2), lines.fitting_lines(TOKENS, 1, ending=0), QUESTIONS)
     each = [doc._replace(asked=doc.asked[i : i + 1]) for i in range(QUESTIONS)]
     answers = [lines.answers(one)[0] for one in each]
     texts = [lines.text(one).removesuffix(answer + "\n") for one, answer in zip(each, answers, strict=True)]
