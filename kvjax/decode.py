@@ -131,14 +131,14 @@ class _Allocation:
         if done < self._layers and (budget.every is None or done % budget.every):
             return cache
         unseen = jax.tree.map(jnp.zeros_like, found.info)  # with it, all updates are one program
-        for place, group in enumerate(self._groups):
+        for g, group in enumerate(self._groups):
             if not self._waiting.keys().isdisjoint(group.index):
                 infos = [self._infos.get(layer, unseen) for layer in group.index]
                 seen = jnp.asarray(sum(layer < done for layer in group.index), jnp.int32)
                 index = jnp.asarray(group.index, jnp.int32)
                 slots = _run_allocate(infos, seen, self._length, self._held[index], recipe=self._recipe)
                 self._held = self._held.at[index].set(slots)
-                cache[place] = _trim(cache[place], slots)
+                cache[g] = _trim(cache[g], slots)
         if self._recipe.policy.settle is not None:
             for index, waiting in self._waiting.items():
                 group, place = _place(self._groups, index)

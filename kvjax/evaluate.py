@@ -81,10 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     _check(args, {task.name for task in tasks}, {read_entry(point.method)[0] for point in grid}, settings)
     text = _read_text(args.text)
     command.use_compilation_cache()
-    model = generation.load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
-    against = args.reference and generation.load(
-        args.reference, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config
-    )
+    load = lambda name: generation.load(name, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
+    model, reference = load(args.model), None if args.reference is None else load(args.reference)
     for point in grid:
         generation.check_recipe(model, point.recipe)
     form = args.form or ("short" if args.model is None else "natural")
@@ -96,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     samples = {task.name: task.samples(request) for task in tasks}
     batch = args.batch or max(1, BATCH_TOKENS // max(lengths))
     arguments = {
-        "model": model.name, "reference": against and against.name, "tasks": list(samples),
+        "model": model.name, "reference": reference and reference.name, "tasks": list(samples),
         "methods": list(dict.fromkeys(point.method for point in grid)),
         "budgets": args.budgets and _split(args.budgets), "samples": args.samples, "seed": args.seed,
         "lengths": lengths, "form": form, "question": args.question, "chat": chat, "batch": batch,
@@ -104,10 +102,10 @@ def main(argv: list[str] | None = None) -> None:
         "text": manifest.digest(request.text),
         "dtype": jnp.dtype(model.decoder.dtype).name, "ignore_config": args.ignore_config,
     }  # fmt: skip
+    unseen = args.question == "unseen"
+    evaluation = Evaluation(model, batch=batch, unseen=unseen, chat=chat, reference=reference)
     with runner.results(args.out) as (done, file):
         manifest.write(args.out, [PROG, *argv], arguments, fresh=not done)
-        unseen = args.question == "unseen"
-        evaluation = Evaluation(model, batch=batch, unseen=unseen, chat=chat, reference=against or None)
         run(evaluation, tasks, samples, grid, done, file)
     console.print(f"python -m kvjax.evaluate report {shlex.quote(str(args.out))}", highlight=False)
 

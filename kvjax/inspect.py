@@ -104,20 +104,13 @@ def _check(args: argparse.Namespace) -> None:
         if number is not None and not 1 <= number <= most:
             raise InputError(f"{name.replace('_', '-')} {number} is not a whole number from 1 to {most}")
     if args.out is not None:
-        _check_picture(args.out)
+        kept.check_picture(args.out)
 
 
 def _refuse(why: str, **flags: object) -> None:
     for name, value in flags.items():
         if value is not None:
             raise InputError(f"--{name}: {why}")
-
-
-def _check_picture(path: Path) -> None:
-    if path.suffix.lower() != ".png":
-        raise InputError(f"cannot draw {path}: pictures are PNG files, give a name that ends in .png")
-    command.check_writable(path)
-    kept.check_matplotlib()
 
 
 def _check_range(name: str, value: int | None, size: int) -> None:

@@ -1,6 +1,7 @@
 """What a cache kept: the tokens that each layer and head holds, as marked text and as a picture."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from rich.cells import cell_len
 from rich.text import Text
 
-from kvjax import decode, generation
+from kvjax import command, decode, generation
 from kvjax.errors import InputError
 from kvjax.generation import Generation, Model
 from kvjax.tokenizer import Tokenizer
@@ -178,6 +179,14 @@ def heat(kept: Kept, columns: int = COLUMNS) -> tuple[Float[np.ndarray, "rows bi
     shade = np.where(kept.held, 1.0, LOW * kept.low)
     count = np.add.reduceat(shade.reshape(kept.rows, length), starts, axis=-1)
     return count / np.diff(starts, append=length), size
+
+
+def check_picture(path: Path) -> None:
+    """Raise `InputError` for a picture that cannot be drawn or written, before work is done for it."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"cannot draw {path}: pictures are PNG files, give a name that ends in .png")
+    command.check_writable(path)
+    check_matplotlib()
 
 
 def check_matplotlib() -> None:

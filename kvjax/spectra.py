@@ -211,10 +211,7 @@ def main(argv: list[str]) -> None:
     """Run the command line."""
     args, console = parser().parse_args(argv), Console()
     if args.out is not None:
-        if args.out.suffix.lower() != ".png":
-            raise InputError(f"cannot draw {args.out}: pictures are PNG files, give a name that ends in .png")
-        command.check_writable(args.out)
-        kept.check_matplotlib()
+        kept.check_picture(args.out)
     report = describe(args.checkpoint or "demo", _measured(args))
     if args.out is not None:
         picture(report).savefig(args.out, format="png", dpi=150)

@@ -1,6 +1,5 @@
 """The ranks of a model's low-rank keys and values: what users ask for, and what each layer gets."""
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int
 
 from kvjax.errors import InputError
+from kvjax.models.hf_config import parse_json
 
 FLOOR = 1e-6  # of the largest singular value; smaller ones are noise
 FLAT = 1e-6  # layers whose condition numbers' logarithms differ less are equal
@@ -207,12 +207,7 @@ def read_ranks(path: Path) -> tuple[int | None, Ranks]:
 
     The file is JSON: the ranks of each layer, `[[keys, values], ...]`, or `{"heads": 2, "ranks": [...]}`.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error})") from None
+    content = parse_json(path)
     fields = content if isinstance(content, dict) else {"ranks": content}
     if unknown := sorted(fields.keys() - {"heads", "ranks"}):
         raise InputError(f"{path}: unknown field {unknown[0]}, expected heads and ranks")

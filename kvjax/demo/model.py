@@ -92,11 +92,9 @@ def continued(spec: ModelSpec, seed: int, folder: Path) -> Decoder:
     mine, theirs = np.asarray([(table[name], names[name]) for name in table if name in names]).T
     vectors = np.array(model.embedding[...])
     vectors[mine] = source.embedding[...][theirs]
-    rng = np.random.default_rng(seed)
+    rng, fresh = np.random.default_rng(seed), np.setdiff1d(np.arange(tokens.SIZE), mine)
     for start, stop in itertools.pairwise((v.KEY, v.NUMBER, v.SIZE, tokens.SIZE)):
-        known, new = (
-            np.intersect1d(np.arange(start, stop), ids) for ids in (mine, sorted({*table.values()} - {*mine}))
-        )
+        known, new = (ids[(start <= ids) & (ids < stop)] for ids in (np.sort(mine), fresh))
         if len(known) and len(new):
             like = vectors[known].mean(axis=0), np.cov(vectors[known], rowvar=False)
             vectors[new] = rng.multivariate_normal(*like, size=len(new))

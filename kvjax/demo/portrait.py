@@ -48,8 +48,8 @@ def attention(model: Decoder, ids: Int[Array, " T"]) -> Float[Array, "L N T T"]:
     cos, sin = (x[:, None] for x in rope.angles(spec.rope, spec.head_dim, pos, jnp.asarray(ids.shape[0])))
     x, found = model.embed(ids), []
     for layer in model.layers:
-        q, k, v = layer.project(x)
-        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        q, key, value = layer.project(x)
+        q, k, v = rope.rotate(q, cos, sin), rope.rotate(layer.keys(key), cos, sin), layer.values(value)
         k, v = (jnp.repeat(y, spec.group_size, axis=1) for y in (k, v))
         logits = jnp.einsum("tnh,snh->nts", q, k, preferred_element_type=jnp.float32) * spec.head_dim**-0.5
         probs = jax.nn.softmax(jnp.where(pos <= pos[:, None], logits, -jnp.inf), axis=-1)

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import numpy as np
 
 from kvjax.errors import InputError
-from kvjax.evaluation.results import Line, Row, by_task
+from kvjax.evaluation.results import Line, Row, by_task, model_of
 from kvjax.methods import label_of
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def save(rows: Sequence[Row], lines: Iterable[Line], run: dict[str, Any], direct
       The files, frontier.png first.
     """
     given = run.get("arguments") or {}
-    model = str(given.get("model") or "").rstrip("/").rpartition("/")[-1]
-    what = ", ".join(filter(None, (model, f"question {given['question']}" if given.get("question") else "")))
+    what = ", ".join(filter(None, (model_of(run), f"question {given['question']}" if given.get("question") else "")))
     title = lambda head: f"{head} ({what})" if what else head
     figures = {"frontier": frontier(rows, title("Quality and cache size"))}
     needles: dict[str, list[Line]] = {}
@@ -68,9 +67,8 @@ def frontier(rows: Sequence[Row], title: str) -> "matplotlib.figure.Figure":
     styles = {method: style(index) for index, method in enumerate(methods)}
     width = min(len(tasks), 3)
     longest = max((len(label_of(method)) for method in methods), default=0)
-    columns = max(
-        1, min(2 * width, int(max(6, 3.4 * width) / (0.08 * longest + 0.8)))
-    )  # a letter of the legend is 0.08"
+    fitting = int(max(6, 3.4 * width) / (0.8 + 0.08 * longest))  # inches of an entry of the legend: mark and letters
+    columns = max(1, min(2 * width, fitting))
     figure, panels = blank(len(tasks), width, (3.4, 2.8), 1.1 + 0.4 * len(methods) / columns, title)
     for (task, members), axes in zip(tasks.items(), panels, strict=True):
         axes.set_title(plain(task), fontsize=11)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from kvjax.errors import InputError
 from kvjax.evaluation import pictures
-from kvjax.evaluation.results import Line, Row, aggregate, by_task, read, read_run
+from kvjax.evaluation.results import Line, Row, aggregate, by_task, model_of, read, read_run
 from kvjax.methods import label_of
 
 LABELS = {"score": "score", "perplexity": "perplexity", "kl": "KL [nats]"}
@@ -26,8 +26,6 @@ NOTES = {
     "interval of the samples' mean; p99: 99th percentile of all tokens.",
 }
 PARTIAL = "n = a/b: only a of b samples were run; such a row does not compare with the others."
-
-
 SAME = ("samples", "seed", "lengths", "form", "question", "text", "dtype")  # what makes runs comparable
 
 
@@ -62,8 +60,7 @@ def _other(directory: Path, run: dict[str, Any]) -> list[Line]:
     for name in SAME:
         if given.get(name) != expected.get(name):
             raise InputError(f"{directory}: {name} is {given.get(name)}, not {expected.get(name)}: no common report")
-    model = str(given.get("model")).rstrip("/").rpartition("/")[-1]
-    return [line | {"method": f"{line['method']} ({model})"} for line in lines]
+    return [line | {"method": f"{line['method']} ({model_of(own)})"} for line in lines]
 
 
 def header(run: dict[str, Any]) -> str:

@@ -113,6 +113,11 @@ def read_run(path: Path) -> dict[str, Any]:
     return run if isinstance(run, dict) else {}
 
 
+def model_of(run: dict[str, Any]) -> str:
+    """The last part of the evaluated model's name; "" if it is not known."""
+    return str((run.get("arguments") or {}).get("model") or "").rstrip("/").rpartition("/")[-1]
+
+
 def aggregate(lines: Iterable[Line]) -> list[Row]:
     """Rows by task, then by method and budget in order of first appearance, the full cache first; parts before all."""
     groups: dict[str, dict[tuple, list[Line]]] = {}

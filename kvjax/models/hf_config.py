@@ -69,14 +69,19 @@ _ROPE: dict[RopeType, str] = {
 }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+def parse_json(path: Path) -> Any:
+    """What a JSON file holds."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:
         raise InputError(f"{path}: is not JSON ({error})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    content = parse_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
     return content
