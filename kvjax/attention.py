@@ -29,6 +29,7 @@ def prefill_attention(
     length: Int[Array, " B"],
     *,
     window: int | None = None,
+    until: Int[Array, "B K T"] | None = None,
     block: int = 512,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Exact causal attention over prompts that are padded on the right.
@@ -37,6 +38,7 @@ def prefill_attention(
       q, k, v: rotated queries and keys, values.
       length: tokens of each prompt; padded keys are never attended, padded queries give finite garbage.
       window: sliding window [tokens].
+      until: the last position whose query sees a key; None = all see it.
       block: most tokens per block on both axes; blocks divide T.
 
     Returns:
@@ -48,7 +50,7 @@ def prefill_attention(
     heads, block = k.shape[2], divisor(t, block)
     q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-    cut = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=-2)
+    cut = lambda x, i, axis=-2: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=axis)
 
     def row(i: Array) -> tuple[Array, Array]:
         query, pos = cut(q, i), i * block + jnp.arange(block)
@@ -59,7 +61,10 @@ def prefill_attention(
             distance = pos[:, None] - key_pos
             seen = (distance >= 0) & (distance < (window or t)) & (key_pos < length[:, None, None])
             s = jnp.einsum("bkgqh,bksh->bkgqs", query, cut(k, j), preferred_element_type=jnp.float32) * h**-0.5
-            s = jnp.where(seen[:, None, None], s, EMPTY)
+            seen = seen[:, None]
+            if until is not None:
+                seen = seen & (pos[:, None] <= cut(until[..., None, :], j, axis=-1))
+            s = jnp.where(seen[:, :, None], s, EMPTY)
             m = jnp.maximum(top, s.max(axis=-1))
             e, old = jnp.exp(s - m[..., None]), jnp.exp(top - m)
             more = jnp.einsum("bkgqs,bksh->bkgqh", e.astype(v.dtype), cut(v, j), preferred_element_type=jnp.float32)

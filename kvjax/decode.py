@@ -15,6 +15,7 @@ from kvjax.cache import tier as tiers_
 from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Found, Layers, Recipe, Tiers
 from kvjax.errors import InputError
+from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer
 from kvjax.spec import Lengths, ModelSpec, Prompt, PyTree, Token
@@ -50,6 +51,8 @@ def init_cache(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
             f"{recipe.name}: balanced keys are undone in the query, so they must be rotated when they are written"
             + (", which latents are not: set balance=false" if model.spec.latent else "")
         )
+    if recipe.policy.revise is not None and model.spec.latent is not None:
+        raise InputError(f"{recipe.name}: low-rank keys cannot be merged or evicted by a gate of each head")
     groups = layer_groups(model.spec)
     if len(groups) > 1 and recipe.budget is not None and recipe.budget.whole:
         raise InputError(f"{recipe.name}: full layers need others of equal ranks: convert with rule=uniform")
@@ -197,15 +200,22 @@ def _prefill_layer(
     window: int | None,
 ) -> tuple[Float[Array, "B T D"], Tiers, Found]:
     """One layer over the whole prompt: exact attention, then compression into the layer's rows."""
-    q, key, value = layer.project(x)
+    q, key, value, gate = layer.project(x)
     k, v = layer.keys(key), layer.values(value)
+    olds = tuple(tiers_.layer(t, place) for t in tiers)
+    until, revised = None, ()
+    if recipe.policy.revise is not None:
+        k, v, until, revised = recipe.policy.revise(olds, k, v, gate, length)
+        key, value = k, v
     pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     cos, sin = rope.angles(spec.rope, spec.head_dim, pos, length)  # B T H/2
     q, k = (rope.rotate(y, cos[:, :, None], sin[:, :, None]) for y in (q, k))
-    heads, lse = attention.prefill_attention(q, k, v, length, window=window)
+    q = gates.silence(spec.gate, q, spec.num_kv_heads)
+    heads, lse = attention.prefill_attention(q, k, v, length, window=window, until=until)
     key = key if rotates_at_read(spec, recipe) else k
-    prompt = Prompt(q, k, v, key, value, lse, length, index, spec.num_layers, window, recipe.kernels)
-    olds = tuple(tiers_.layer(t, place) for t in tiers)
+    prompt = Prompt(
+        q, k, v, key, value, lse, length, index, spec.num_layers, window, recipe.kernels, gate=gate, revised=revised
+    )
     views, found = recipe.policy.prefill(olds, prompt)
     tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
     return layer.finish(x, heads), tiers, found
@@ -223,13 +233,14 @@ def _decode_layer(
 ) -> tuple[Float[Array, "B D"], Tiers]:
     """One layer for one token: insert, attend, observe."""
     policy, heads = recipe.policy, spec.num_kv_heads // spec.num_rows
-    q, key, value = layer.project(x)  # B N H, B K R
+    q, key, value, gate = layer.project(x)  # B N H, B K R
     q, k = q.reshape(*key.shape[:2], -1, spec.head_dim), layer.keys(key)
     here = pos[:, None, None]
     at_read = rotates_at_read(spec, recipe)
+    turn = tuple(angle[:, :, 0] for angle in _angles_at(spec, here, pos[:, None] + 1))  # B 1 H/2
     if not at_read:
-        key = rope.rotate(k, *(turn[:, :, 0] for turn in _angles_at(spec, here, pos[:, None] + 1)))
-    token = Token(q, k, key, value, pos, active, index)
+        key = rope.rotate(k, *turn)
+    token = Token(q, k, key, value, pos, active, index, gate, turn)
     tiers = policy.insert(tiers, token)
     length = functools.reduce(jnp.add, (tier.length for tier in tiers))
 
@@ -247,7 +258,7 @@ def _decode_layer(
         return rope.rotate(keys, cos[..., None, :], sin[..., None, :]).reshape(*at.shape, -1)
 
     mean, probs = attention.decode(
-        attention.spread(rope.rotate(q, *angles(query_place)), heads),
+        attention.spread(gates.silence(spec.gate, rope.rotate(q, *angles(query_place)), 1), heads),
         tiers,
         recipe.stores,
         attention.Read(

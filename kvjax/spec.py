@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from pallas_kernels.implementation import Implementation
 
+PyTree = Any
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 
@@ -53,6 +54,22 @@ class LatentSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class GateSpec:
+    """A decision that a retrofitted model takes per token and key/value head; see `kvjax.models.gate`.
+
+    Source: `dmc`, Dynamic Memory Compression (arXiv 2403.09636); `dms`, Dynamic Memory Sparsification (arXiv
+    2506.05345); the released code of both.
+    """
+
+    objective: Literal["dmc", "dms"]  # the token is merged with the one before; that one is evicted `window` tokens on
+    rate: float  # compression rate that the model was trained for: tokens per slot
+    window: int  # tokens: dmc, that a merged slot remembers, 0 = all of them; dms, that stay until they are evicted
+    neuron: int | None = -1  # coordinate of queries and keys that the gate borrows; None = a projection of its own
+    offset: float = 5.0  # of the logit, so that an untrained gate is closed
+    scale: float = 1.0  # of the logit before the offset
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """The shape and the mathematics of one decoder; hashable, hence a static argument of `jit`."""
 
@@ -74,6 +91,7 @@ class ModelSpec:
     qk_norm: bool = False
     family: str = "llama"
     latent: LatentSpec | None = None  # keys and values are low-rank
+    gate: GateSpec | None = None  # decides what a cache keeps
 
     @property
     def group_size(self) -> int:
@@ -102,6 +120,13 @@ class Lengths(NamedTuple):
     padded: int  # tokens of a prompt after padding
 
 
+class Gate(NamedTuple):
+    """What a retrofitted model says of a token's cache entry."""
+
+    logit: Float[Array, "*b K"]  # above 0: merge or evict
+    weight: Float[Array, "*b K"] | tuple = ()  # importance in a merged slot; () where nothing is merged
+
+
 class Prompt(NamedTuple):
     """One layer's view of the prompts during prefill; tokens are padded on the right."""
 
@@ -116,6 +141,8 @@ class Prompt(NamedTuple):
     num_layers: int
     window: int | None  # sliding window of this layer [tokens]
     kernels: Implementation | None = "xla"  # what computes scores
+    gate: Gate | tuple = ()  # [B T K]; () if the model has none
+    revised: PyTree = ()  # what `CachePolicy.revise` left for `CachePolicy.prefill`
 
 
 class Token(NamedTuple):
@@ -128,6 +155,5 @@ class Token(NamedTuple):
     pos: Int[Array, " B"]  # the token's position
     active: Bool[Array, " B"]  # False: the sequence has ended, write nothing
     layer: int
-
-
-PyTree = Any
+    gate: Gate | tuple = ()  # [B K]; () if the model has none
+    turn: tuple[Array, Array] | tuple = ()  # cosines and sines of the token's position [B 1 H/2]

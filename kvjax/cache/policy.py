@@ -24,7 +24,7 @@ from kvjax.cache import tier as tiers_
 from kvjax.cache.budget import Budget, parse_keep
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Tier
-from kvjax.spec import Lengths, ModelSpec, Prompt, PyTree, Token
+from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, PyTree, Token
 from pallas_kernels.implementation import Implementation
 
 Tiers = tuple[Tier, ...]  # one per number format
@@ -46,6 +46,15 @@ class Found(NamedTuple):
     waiting: PyTree = ()  # for `CachePolicy.settle`; kept until the layer's slots are allocated
 
 
+class Revised(NamedTuple):
+    """What the queries of a prompt see in place of its tokens' keys and values."""
+
+    k: Float[Array, "B T K H"]  # before rotation
+    v: Float[Array, "B T K H"]
+    until: Int[Array, "B K T"]  # the last position whose query sees them
+    rest: PyTree = ()  # for `CachePolicy.prefill`, as `Prompt.revised`
+
+
 def append_room(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
     """Room for one more slot in every row of every active sequence."""
     return tuple(tiers_.reserve(t, jnp.where(active[:, None], t.length + 1, 0), 1) for t in tiers)
@@ -60,6 +69,8 @@ class CachePolicy(NamedTuple):
       insert: `(tiers, token) -> tiers`.
       observe: `(tiers, token, probabilities) -> tiers`, one `[B K G S]` per tier, 0 where empty; or None.
       reserve: `(tiers with the L axis, active [B]) -> tiers`, takes pages for what the step may append to each row.
+      revise: `(tiers, k, v, gate [B T K], length [B]) -> Revised`, keys before rotation; before the attention of a
+        prompt; None = queries see the tokens as they are.
       settle: `(tiers, waiting, slots [B K]) -> tiers` fills a layer's rows with what `prefill` let wait until the slots
         were allocated; None = `prefill` has filled them, and they are trimmed.
     """
@@ -70,6 +81,7 @@ class CachePolicy(NamedTuple):
     observe: Callable[[Tiers, Token, tuple[Float[Array, "B K G S"], ...]], Tiers] | None = None
     reserve: Callable[[Tiers, Bool[Array, " B"]], Tiers] = append_room
     settle: Callable[[Tiers, PyTree, Int[Array, "B K"]], Tiers] | None = None
+    revise: Callable[[Tiers, Array, Array, Gate, Int[Array, " B"]], Revised] | None = None
 
 
 class Recipe(NamedTuple):

@@ -63,7 +63,7 @@ def _pass(
 ) -> tuple[Float[Array, "T D"], Float[Array, "2 C n n"]]:
     """A layer over one sequence, and the moments of its keys and values."""
     t = x.shape[0]
-    q, key, value = layer.project(x)
+    q, key, value, _ = layer.project(x)
     cos, sin = (turn[:, None] for turn in rope.angles(spec.rope, spec.head_dim, jnp.arange(t), jnp.asarray(t)))
     q, k, v = rope.rotate(q, cos, sin), rope.rotate(layer.keys(key), cos, sin), layer.values(value)
     heads, _ = prefill_attention(q[None], k[None], v[None], jnp.asarray([t]), window=window)

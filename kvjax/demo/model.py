@@ -138,7 +138,7 @@ def forward(model: Decoder, ids: Int[Array, "B T"], how: Attend = "blocks") -> F
     cos, sin = cos[:, None], sin[:, None]
     x = model.embed(ids)
     for layer in model.layers:
-        q, k, v = layer.project(x)
+        q, k, v, _ = layer.project(x)
         x = layer.finish(x, attention(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, how))
     return model.logits(x)
 

@@ -48,7 +48,7 @@ def attention(model: Decoder, ids: Int[Array, " T"]) -> Float[Array, "L N T T"]:
     cos, sin = (x[:, None] for x in rope.angles(spec.rope, spec.head_dim, pos, jnp.asarray(ids.shape[0])))
     x, found = model.embed(ids), []
     for layer in model.layers:
-        q, key, value = layer.project(x)
+        q, key, value, _ = layer.project(x)
         q, k, v = rope.rotate(q, cos, sin), rope.rotate(layer.keys(key), cos, sin), layer.values(value)
         k, v = (jnp.repeat(y, spec.group_size, axis=1) for y in (k, v))
         logits = jnp.einsum("tnh,snh->nts", q, k, preferred_element_type=jnp.float32) * spec.head_dim**-0.5

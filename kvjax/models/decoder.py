@@ -11,8 +11,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from kvjax.models import gate as gates
 from kvjax.models import rope
-from kvjax.spec import ModelSpec
+from kvjax.spec import Gate, ModelSpec
 
 
 class Linear(nnx.Module):
@@ -116,18 +117,24 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(spec.embed_dim, spec.norm_eps, dtype)
         self.mlp = Mlp(spec, dtype, rngs)
         self.head_dim = spec.head_dim
+        self.gate = spec.gate
+        self.adapter = gates.Adapter(spec, dtype) if spec.gate is not None and spec.gate.neuron is None else None
 
     def project(
         self, x: Float[Array, "*b D"]
-    ) -> tuple[Float[Array, "*b N H"], Float[Array, "*b K R"], Float[Array, "*b K W"]]:
-        """Queries, keys and values before rotation; of low-rank keys and values the latents."""
+    ) -> tuple[Float[Array, "*b N H"], Float[Array, "*b K R"], Float[Array, "*b K W"], Gate | tuple]:
+        """Queries, keys and values before rotation, of low-rank keys and values the latents; and the gate."""
         y, a = self.attention_norm(x), self.attention
         heads = lambda projected: projected.reshape(*x.shape[:-1], -1, self.head_dim)
         q = heads(a.q(y))
         k, v = (p(y) if isinstance(p, LowRank) else heads(p(y)) for p in (a.k, a.v))
         if a.q_norm is not None:
             q = a.q_norm(q)
-        return q, k if isinstance(a.k, LowRank) else self._normed(k), v
+        k = k if isinstance(a.k, LowRank) else self._normed(k)
+        if self.gate is None:
+            return q, k, v, ()
+        gate, q, k = gates.read(self.gate, q, k, None if self.adapter is None else self.adapter(x))
+        return q, k, v, gate
 
     def keys(self, cached: Float[Array, "*b K R"]) -> Float[Array, "*b heads H"]:
         """Keys before rotation."""
@@ -199,9 +206,9 @@ def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     cos, sin = cos[:, None], sin[:, None]
     x = model.embed(tokens)
     for index, layer in enumerate(model.layers):
-        q, key, value = layer.project(x)
+        q, key, value, _ = layer.project(x)
         k, v = layer.keys(key), layer.values(value)
-        q = rope.rotate(q, cos, sin).reshape(b, t, spec.num_kv_heads, spec.group_size, spec.head_dim)
+        q = gates.silence(spec.gate, rope.rotate(q, cos, sin), spec.num_kv_heads).reshape(b, t, spec.num_kv_heads, spec.group_size, spec.head_dim)
         k = rope.rotate(k, cos, sin)
         distance = pos[:, None] - pos[None, :]
         window = spec.window(index)
