@@ -18,7 +18,7 @@ from kvjax.errors import InputError
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer
-from kvjax.spec import Lengths, ModelSpec, Prompt, PyTree, Token
+from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, PyTree, Token
 
 Cache = tuple[Tiers, ...]  # one per group of layers with equal cached widths
 Measure = Callable[[Decoder, Float[Array, "B D"], PyTree], PyTree]
@@ -204,7 +204,7 @@ def _prefill_layer(
     k, v = layer.keys(key), layer.values(value)
     olds = tuple(tiers_.layer(t, place) for t in tiers)
     until, revised = None, ()
-    if recipe.policy.revise is not None:
+    if recipe.policy.revise is not None and isinstance(gate, Gate):
         k, v, until, revised = recipe.policy.revise(olds, k, v, gate, length)
         key, value = k, v
     pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])

@@ -22,7 +22,7 @@ from kvjax.evaluation.task import Sample, Task
 from kvjax.evaluation.tasks import TASKS, make_task
 from kvjax.generate import DTYPES
 from kvjax.generation import Model
-from kvjax.methods import METHODS, default_budget, make, read_entry, taken
+from kvjax.methods import LEARNED, METHODS, default_budget, make, read_entry, taken
 from kvjax.report import list_factories
 
 PROG = "kvjax.evaluate"
@@ -145,7 +145,8 @@ def points(
     method's name.
     """
     grid, left = [], set(stores or {})
-    for entry in METHODS if methods == ["all"] else methods:
+    every = [name for name in METHODS if name not in LEARNED]  # that any model can run
+    for entry in every if methods == ["all"] else methods:
         name, arguments = read_entry(entry)
         takes, common = default_budget(name), taken(name, stores or {})
         left -= common.keys()

@@ -17,9 +17,10 @@ from rich.console import Console
 
 from kvjax import command, generation, showcase
 from kvjax.cache.policy import Recipe
+from kvjax.checkpoint import orbax
 from kvjax.errors import InputError
 from kvjax.generation import Generation, Model
-from kvjax.methods import METHODS, default_budget, make
+from kvjax.methods import METHODS, default_budget, make, of
 from kvjax.report import describe, heading, list_factories, summary
 from kvjax.sampling import Sampling
 
@@ -31,7 +32,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 def parser() -> command.Parser:
     """The command line's flags."""
     p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shared_flags(p, method="full", many="repeatable; ")
+    add_shared_flags(p, method="full, or what a retrofitted checkpoint is made for", many="repeatable; ")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help=f"(default: {NEW_TOKENS})")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     p.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         list_factories(console, METHODS, "method", "what it keeps")
         return
     prompted = bool(args.prompt or args.prompt_file or args.prompt_tokens)
-    method = args.method or ("full" if prompted else showcase.METHOD)
+    method = args.method or (_made_for(args.model) if prompted else showcase.METHOD)
     budget = args.budget if args.budget is not None else default_budget(method)
     recipe = make(method, budget, args.arguments)
     if args.max_new_tokens is None:
@@ -139,6 +140,12 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(describe(model, out, budget)))
     else:
         console.print(summary([out], [heading(recipe, budget)]))
+
+
+def _made_for(model: str | None) -> str:
+    """The method that a checkpoint is made for; only converted ones say so."""
+    path = Path(model or "")
+    return of(orbax.read_spec(path)) if model is not None and orbax.is_orbax(path) else "full"
 
 
 def _check(args: argparse.Namespace, prompted: bool) -> None:

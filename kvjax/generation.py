@@ -12,14 +12,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from kvjax import checkpoint, decode, demo, sampling
-from kvjax.cache import pages
+from kvjax.cache import learned, pages
 from kvjax.cache import tier as tiers_
 from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Recipe
 from kvjax.cache.tier import Bytes
 from kvjax.decode import Cache
 from kvjax.errors import InputError
-from kvjax.methods import full
+from kvjax.methods import make, of
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_generation_config
 from kvjax.sampling import Sampling
@@ -76,6 +76,7 @@ class Generation(NamedTuple):
     logits: np.ndarray  # [B V] after each prompt's last token
     cache: Cache
     recipe: Recipe
+    forced: int = 0  # slots that a learned gate asked for in vain, over all rows; 0 for other methods
 
 
 def load(name: str | Path | None = None, *, dtype: DTypeLike | None = None, ignore_config: Sequence[str] = ()) -> Model:
@@ -112,7 +113,7 @@ def generate(
     Args:
       model: from `load`.
       prompts: texts, or token ids.
-      recipe: from a factory in `kvjax.methods`; None = the full cache.
+      recipe: from a factory in `kvjax.methods`; None = the full cache, or what a retrofitted model was made for.
       questions: what follows each prompt, texts or token ids, "" = nothing; read token by token after the prompt has
         been compressed, so that the method cannot know what will be asked.
       max_new_tokens: most tokens to generate for each prompt.
@@ -125,7 +126,7 @@ def generate(
     >>> len(out.sequences[0].tokens) <= 4
     True
     """
-    recipe, how = recipe or full(), how or Sampling()
+    recipe, how = recipe or make(of(model.spec)), how or Sampling()
     if isinstance(prompts, str):
         raise InputError("prompts is one text: give a list of prompts")
     ids = [tokens(model, prompt) for prompt in prompts]
@@ -155,6 +156,7 @@ def generate(
         logits=np.asarray(answer),
         cache=cache,
         recipe=recipe,
+        forced=learned.forced(cache),
     )
 
 

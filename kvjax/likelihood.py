@@ -18,7 +18,7 @@ from kvjax.cache.tier import Bytes
 from kvjax.decode import Measure
 from kvjax.errors import InputError
 from kvjax.generation import Model, Texts
-from kvjax.methods import full
+from kvjax.methods import full, make, of
 from kvjax.models.decoder import Decoder
 from kvjax.spec import PyTree
 
@@ -50,7 +50,7 @@ def log_likelihood(
       model: from `kvjax.load`.
       prompts: texts, or token ids.
       continuations: one for each prompt; at least one token.
-      recipe: from a factory in `kvjax.methods`; None = the full cache.
+      recipe: from a factory in `kvjax.methods`; None = the full cache, or what a retrofitted model was made for.
 
     >>> import kvjax
     >>> judged, _ = kvjax.log_likelihood(kvjax.load(), [[1, 2, 3]], [[4, 5]])
@@ -62,7 +62,7 @@ def log_likelihood(
     targets = np.zeros((generation.fed_length(fed), len(ids)), np.int32)
     for column, text in enumerate(after):
         targets[: len(text) - 1, column] = text[1:]
-    first, rest, reading = _read(model, recipe or full(), ids, fed, jnp.asarray(targets), _judge)
+    first, rest, reading = _read(model, recipe or make(of(model.spec)), ids, fed, jnp.asarray(targets), _judge)
     start = _judge_first(first, jnp.asarray([text[0] for text in after], jnp.int32))
     judged = []
     for i, text in enumerate(fed):

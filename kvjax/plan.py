@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from kvjax import decode, demo, generation
 from kvjax.arguments import read_argument
-from kvjax.cache.policy import Recipe
+from kvjax.cache.policy import AMOUNTS, Recipe
 from kvjax.cache.tier import Bytes
 from kvjax.checkpoint import orbax
 from kvjax.errors import InputError
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     """A recipe in force and the cache that it would allocate."""
 
     budget: list[int] | None  # slots per row of each layer for one prompt; None = decided by the policy alone
-    decided: str  # "before the prompt", or "after the prompt" when `budget` is only where it starts
+    decided: str  # "before the prompt"; "after the prompt" when `budget` is only where it starts; "by the model"
     stores: list[str]  # number format of each tier
     fold: str  # which vector is cached per token
     rotate: str  # when cached keys are rotated
@@ -54,9 +54,9 @@ def plan(model: Model, recipe: Recipe, context: int, new: int, batch: int = 1) -
         )
     return Plan(
         budget=None
-        if budget is None
+        if budget is None or recipe.policy.revise is not None
         else [int(budget.slots(i, spec.num_layers, context)) for i in range(spec.num_layers)],
-        decided="before the prompt" if budget is None or budget.allocate is None else "after the prompt",
+        decided=_decided(recipe),
         stores=[store.name for store in recipe.stores],
         fold=_fold(spec),
         rotate=f"when {'read' if decode.rotates_at_read(spec, recipe) else 'written'}",
@@ -74,7 +74,7 @@ def arguments(method: str, given: Mapping[str, object]) -> dict[str, object]:
     parameters = inspect.signature(METHODS[method]).parameters
     values = {name: parameter.default for name, parameter in parameters.items() if name != "budget"}
     read = lambda name, value: read_argument(f"method {method}", parameters[name], value)
-    return values | {name: value if name == "decode_budget" else read(name, value) for name, value in given.items()}
+    return values | {name: value if name in AMOUNTS else read(name, value) for name, value in given.items()}
 
 
 def abstract_model(name: str | None, dtype: DTypeLike | None = None, ignore: Collection[str] = ()) -> Model:
@@ -98,6 +98,12 @@ def abstract_model(name: str | None, dtype: DTypeLike | None = None, ignore: Col
     decoder = nnx.eval_shape(lambda: Decoder(one, dtype=native if dtype is None else dtype, rngs=nnx.Rngs(0)))
     decoder.spec = spec
     return Model(decoder, Tokenizer.load(folder), (), "demo" if name is None else name)
+
+
+def _decided(recipe: Recipe) -> str:
+    if recipe.policy.revise is not None:
+        return "by the model"
+    return "before the prompt" if recipe.budget is None or recipe.budget.allocate is None else "after the prompt"
 
 
 def _bytes(model: Model, recipe: Recipe, lengths: Lengths) -> dict[str, int]:

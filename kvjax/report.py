@@ -19,7 +19,7 @@ def describe(model: Model, out: Generation, budget: str | int | None) -> dict[st
         "method": out.recipe.name,
         "stores": [store.name for store in out.recipe.stores],
         "sequences": [sequence._asdict() for sequence in out.sequences],
-        "cache": {"bytes": out.bytes._asdict(), "full_bytes": out.full_bytes, "slots": out.slots},
+        "cache": {"bytes": out.bytes._asdict(), "full_bytes": out.full_bytes, "slots": out.slots, "forced": out.forced},
         "timing": out.timing._asdict(),
         "model": model.name,
         "dtype": jnp.dtype(model.decoder.dtype).name,
@@ -55,7 +55,20 @@ def summary(outs: Sequence[Generation], names: Sequence[str]) -> Table:
     }
     for name, cells in rows.items():
         table.add_row(name, *cells)
+    lines = [line for out in outs if (line := shortage(out))]
+    table.caption = "\n".join(lines) or None
     return table
+
+
+def shortage(out: Generation) -> str | None:
+    """What to say when a cache was too small for what the model wanted to keep."""
+    if not out.forced:
+        return None
+    filled = sum(int(jnp.sum(tier.length)) for tiers in out.cache for tier in tiers)
+    return (
+        f"{out.recipe.name}: {out.forced:,} of {out.forced + filled:,} slots that the model asked for were refused:"
+        " the cache was full; give --set capacity=..."
+    )
 
 
 def kept_fraction(out: Generation) -> float:

@@ -6,6 +6,7 @@
 A process of its own for each target, because the plug-ins change what JAX sees. Needs `pip install '.[aot]'`.
 """
 
+import dataclasses
 import functools
 import glob
 import importlib.util
@@ -272,22 +273,23 @@ def compile_loops(target: Target, methods: list[str]) -> None:
     from flax import nnx
 
     from kvjax import decode, sampling
-    from kvjax.methods import make, read_entry
+    from kvjax.methods import LEARNED, default_budget, make, read_entry
     from kvjax.models.decoder import Decoder
-    from kvjax.spec import Lengths, ModelSpec
+    from kvjax.spec import GateSpec, Lengths, ModelSpec
 
     spec = ModelSpec(
         vocab_size=1024, embed_dim=512, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=128, mlp_dim=1024,
         max_position=32768,
     )  # fmt: skip
-    model = nnx.eval_shape(lambda: Decoder(spec, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     for entry in methods:
         name, arguments = read_entry(entry)
+        gate = GateSpec(name, rate=4.0, window=12 if name == "dmc" else 256) if name in LEARNED else None
+        gated = dataclasses.replace(spec, gate=gate)
+        model = nnx.eval_shape(lambda gated=gated: Decoder(gated, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
         for kernels in ("xla", "tpu" if target.platform == "tpu" else "gpu"):
-            recipe = make(name, None if name == "full" else 2048, {**arguments, "kernels": kernels})
-            cache = jax.eval_shape(
-                lambda recipe=recipe: decode.init_cache(model, recipe, Lengths((16000, 9000), 64, 16384))
-            )
+            recipe = make(name, None if default_budget(name) is None else 2048, {**arguments, "kernels": kernels})
+            init = functools.partial(decode.init_cache, model, recipe, Lengths((16000, 9000), 64, 16384))
+            cache = jax.eval_shape(init)
             chooser = jax.eval_shape(lambda: sampling.chooser(sampling.Sampling(), 2))
             of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
             state = decode.State(cache, of(jnp.int32, 2), of(jnp.int32, 2), of(jnp.bool, 2), of(jnp.int32), None)

@@ -16,7 +16,7 @@ from kvjax import METHODS, decode, demo, methods
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import Recipe
 from kvjax.models.decoder import Decoder, forward
-from kvjax.spec import LatentSpec, RopeSpec
+from kvjax.spec import GateSpec, LatentSpec, RopeSpec
 from tests import oracle
 
 STEPS, BUDGET, WINDOW = 6, 12, 4
@@ -35,6 +35,8 @@ VARIANTS = {name: ARGUMENTS.get(name, {}) for name in METHODS} | {
     "mikv int8": {"store": "int8", "low_store": "int4/int2"},
     "mikv adakv": {"importance": "window", "allocate": "per_head", "window": WINDOW},
     "mikv dynamickv": {"importance": "window", "allocate": "from_scores", "window": WINDOW},
+    "dmc int4": {"store": "int4", "capacity": 8},
+    "dms int8": {"store": "int8", "capacity": 8},
 }
 LLAMA3 = RopeSpec(type="llama3", factor=8.0, original_max_position=32)
 MODELS = {
@@ -43,19 +45,28 @@ MODELS = {
     "mqa": dict(num_layers=2, num_kv_heads=1, qk_norm=True, tie_embeddings=True),
     "windowed": dict(num_layers=1, num_kv_heads=4, windows=(12,), qkv_bias=True, rope=LLAMA3),
     "latent": dict(num_layers=2, max_position=128, latent=LatentSpec(2, ((12, 8), (8, 16)))),
+    "gated": dict(num_layers=2, max_position=128, gate=GateSpec("dmc", rate=1.2, window=3, offset=0.5)),
+    "gated-dms": dict(num_layers=2, max_position=128, gate=GateSpec("dms", rate=1.5, window=3, offset=-1.0)),
     **({"demo": None} if (Path(demo.directory()) / "model.safetensors").exists() else {}),
 }
 BFLOAT16 = ("full int8", "full kivi2", "h2o int4", "d2o int4", "mikv int8")  # variants that are tried in it, too
 LATENT = ("full", "h2o int4", "dynamickv", "d2o", "full kivi2")  # likewise, on latents
+GATED = ("full", "h2o")  # methods that are tried on a model with a gate that they do not look at
 WITH_BUDGET = [name for name in VARIANTS if "budget" in inspect.signature(METHODS[name.split()[0]]).parameters]
 EVICTING = [name for name in WITH_BUDGET if name.split()[0] not in ("mikv", "oracle")]  # what is not kept is gone
-every_method = pytest.mark.parametrize("method", [*METHODS, "full kivi2", "h2o int4", "mikv dynamickv"])
+_METHODS = [*METHODS, "full kivi2", "h2o int4", "mikv dynamickv"]
+every_method = pytest.mark.parametrize("method", _METHODS)
+every_method_and_a_full_cache = pytest.mark.parametrize("method", [*_METHODS, "dmc int4"])  # which refuses slots
 DISTINCT = ("full", "h2o", "snapkv", "dynamickv", "d2o", "mikv")  # methods that differ in more than a score
 
 
 def _is_slow(model: str, name: str) -> bool:
     """Whether a case is left to the slow tests: other models than the first are tried with methods that differ most."""
-    return name != "full" if model == "demo" else model != "gqa" and name in METHODS and name not in DISTINCT
+    if model == "demo":
+        return name != "full"
+    if model == "gated" and name == "h2o":
+        return True  # as the full cache shows, and the likelihood
+    return model not in ("gqa", model_of(name)) and name in METHODS and name not in DISTINCT
 
 
 def slow(names: Iterable[str], some: Container[str]) -> list[Any]:
@@ -63,14 +74,24 @@ def slow(names: Iterable[str], some: Container[str]) -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.slow] if name in some else []) for name in names]
 
 
+def model_of(method: str) -> str:
+    """The model that a method is tried with first: one that was made for it."""
+    return {"dmc": "gated", "dms": "gated-dms"}.get(method.split()[0], "gqa")
+
+
+def _fits(model: str, name: str) -> bool:
+    """Whether a method is tried with a model."""
+    if model_of(name) != "gqa" or model == "gated-dms":
+        return model == model_of(name)
+    some = {"gqa-bf16": (*METHODS, *BFLOAT16), "latent": LATENT, "gated": GATED}
+    return model == "gqa" or name in some.get(model, METHODS)
+
+
 CASES = [
     pytest.param(model, name, marks=[pytest.mark.slow] if _is_slow(model, name) else [])
     for name in VARIANTS
     for model in MODELS
-    if (name in METHODS and model != "latent")
-    or model == "gqa"
-    or (model == "gqa-bf16" and name in BFLOAT16)
-    or (model == "latent" and name in LATENT)
+    if _fits(model, name)
 ]
 every_case = pytest.mark.parametrize(("model", "method"), CASES)
 every_model = pytest.mark.parametrize("model", MODELS)

@@ -64,7 +64,7 @@ def test_latents_are_the_model_of_the_products(name):
 
 
 # Keys that are compared or scaled as they are cached make another choice.
-SAME = [name for name in METHODS if name not in ("d2o", "mikv")]
+SAME = [name for name in METHODS if name not in ("d2o", "mikv", *methods.LEARNED)]
 
 
 @pytest.mark.parametrize("method", slow(SAME, ("full", "tova", "pyramidkv", "adakv", "oracle")))

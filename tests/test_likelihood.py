@@ -10,15 +10,31 @@ import kvjax
 from kvjax import METHODS, generation, methods
 from kvjax.errors import InputError
 from tests import oracle
-from tests.matrix import BATCH, BUDGET, MODELS, assert_close, decoder, every_method, recipe_of, reference, text
+from tests.matrix import (
+    BATCH,
+    BUDGET,
+    MODELS,
+    assert_close,
+    decoder,
+    every_method,
+    model_of,
+    recipe_of,
+    reference,
+    text,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 AFTER = (text(5, 2), text(3, 3), text(1, 4))  # what follows each prompt
 LONGEST = 5
-_slow = lambda model, method: model in ("mqa", "windowed", "demo") or method in ("pyramidkv", "adakv", "tova", "oracle")
+_slow = lambda model, method: (
+    model in ("mqa", "windowed", "demo", "gated-dms")
+    or (model, method) == ("gated", "h2o")
+    or method in ("pyramidkv", "adakv", "tova", "oracle")
+)
 CASES = [
     pytest.param(model, method, marks=[pytest.mark.slow] if _slow(model, method) else [])
-    for model, method in [("gqa", name) for name in METHODS] + [(name, "h2o") for name in MODELS if name != "gqa"]
+    for model, method in [(model_of(name), name) for name in METHODS]
+    + [(name, "h2o") for name in MODELS if name not in ("gqa", "gated-dms")]
 ]
 every_case = pytest.mark.parametrize(("model", "method"), CASES)
 
@@ -57,7 +73,8 @@ def test_log_likelihood_is_that_of_the_steps(model, method):
 
 
 @every_method
-def test_divergence_is_scipys(method, model="gqa"):
+def test_divergence_is_scipys(method):
+    model = model_of(method)
     reference = kvjax.references(wrapped(model), BATCH, AFTER)
     values, _ = kvjax.divergence(wrapped(model), BATCH, AFTER, recipe_of(method, BUDGET), reference)
     ours, full = (scipy.special.softmax(by_hand(model, m).astype(np.float64), axis=-1) for m in (method, "full"))

@@ -22,6 +22,7 @@ from tests.matrix import (
     decoder,
     describe,
     every_method,
+    model_of,
     recipe_of,
     small_budget,
     text,
@@ -70,12 +71,12 @@ def loop(model: Decoder, recipe: Recipe, prompts, stop: int) -> tuple[np.ndarray
 
 @every_method
 def test_the_loop_is_traced_once_and_stops_by_sequence(method):
-    model, recipe = decoder("gqa"), recipe_of(method, BUDGET)
+    model, recipe = decoder(model_of(method)), recipe_of(method, BUDGET)
     with traced_functions() as names:
         tokens, _ = loop(model, recipe, BATCH, stop=-1)
         loop(model, recipe, [text(39, 2), text(29, 2), text(25, 2)], stop=-1)
         assert (tokens >= 0).all()
-        assert tokens[:, :STEPS].tolist() == small_budget("gqa", method).tokens.tolist()
+        assert tokens[:, :STEPS].tolist() == small_budget(model_of(method), method).tokens.tolist()
         stop = int(tokens[0, 4])
         stopped, cache = loop(model, recipe, BATCH, stop)
     assert names.count("decode_loop") == 1
@@ -101,15 +102,17 @@ def test_a_fifth_of_the_prompt_is_a_fifth_of_the_bytes(method):
 @every_method
 def test_extreme_prompts(method):
     """One token, far more than the budget, and up to the context limit."""
-    recipe, network = recipe_of(method, BUDGET), decoder("gqa")
+    recipe, network = recipe_of(method, BUDGET), decoder(model_of(method))
     model, limit, new = Model(network, None, (), "random"), network.spec.max_position, 4
     longest = limit if recipe.positions is not None else limit - new
     out = kvjax.generate(model, [[5], text(longest, 0)], recipe, max_new_tokens=new)
     assert [len(s.tokens) for s in out.sequences] == [new, new]
     assert all(0 <= token < network.spec.vocab_size for s in out.sequences for token in s.tokens)
     assert np.isfinite(out.logits).all()
-    assert_close(out.logits[1], matrix.reference(network, text(longest, 0))[-1], 1e-5)
-    if all(store.is_dense for store in recipe.stores):  # the short one is never compressed
+    exact = recipe.policy.revise is None  # else tokens merge or leave within a prompt
+    if exact:
+        assert_close(out.logits[1], matrix.reference(network, text(longest, 0))[-1], 1e-5)
+    if exact and all(store.is_dense for store in recipe.stores):  # the short one is never compressed
         tokens = [5]
         for _ in range(new):
             tokens.append(int(matrix.reference(network, tokens)[-1].argmax()))

@@ -544,7 +544,7 @@ def test_a_text_needs_a_tokenizer_that_fits(converted, tmp_path, capsys):
 # --- with the methods ---
 
 HALF = ("--lorc", "keep=50%,rule=uniform")
-SELECTING = [name for name in METHODS if name not in ("full", "oracle")]
+SELECTING = [name for name in METHODS if name not in ("full", "oracle", *methods.LEARNED)]
 SLOW = ("full", "h2o", "pyramidkv", "adakv")  # as `test_latent`, the laws, snapkv and dynamickv show
 CASES = [
     pytest.param(name, store, marks=[] if store == "int4" and name not in SLOW else [pytest.mark.slow])

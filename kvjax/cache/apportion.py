@@ -6,7 +6,7 @@ Everything is exact in 32-bit integers and costs a few passes over the scores: n
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 BITS = 31  # of a float that is not negative, as an integer in the same order
 
@@ -21,7 +21,32 @@ def count_best(scores: Float[Array, "R B T"], k: Int[Array, " B"]) -> Int[Array,
     Ties go to the first row. The k-th largest score is found by bisection.
     Cost: 31 counting passes over the scores.
     """
-    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)  # -1 has a negative integer
+    bits, threshold = _kth(scores, k)
+    above, ties = jnp.sum(bits > threshold, axis=2), jnp.sum(bits == threshold, axis=2)
+    return jnp.where(k > 0, above + _in_turn(ties, k - above.sum(axis=0)), 0)
+
+
+def choose_best(scores: Float[Array, "R B T"], k: Int[Array, " B"]) -> Bool[Array, "R B T"]:
+    """Where the k largest scores of all rows together are; all that there are, if they are fewer.
+
+    Args:
+      scores: not negative; -1 where there is none.
+      k: how many.
+
+    Ties go to the first row, in a row to the first.
+    Cost: 31 counting passes over the scores.
+    """
+    bits, threshold = _kth(scores, k)
+    above, ties = bits > threshold, bits == threshold
+    rows, batch, width = bits.shape
+    turn = jnp.cumsum(jnp.moveaxis(ties, 0, 1).reshape(batch, -1), axis=1)
+    turn = jnp.moveaxis(turn.reshape(batch, rows, width), 1, 0)
+    return above | (ties & (turn <= (k - above.sum(axis=(0, 2)))[:, None]))
+
+
+def _kth(scores: Float[Array, "R B T"], k: Int[Array, " B"]) -> tuple[Int[Array, "R B T"], Int[Array, "B 1"]]:
+    """Scores as integers in the same order, and the k-th largest of all rows together; -1 has a negative integer."""
+    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
 
     def halve(_: Int[Array, ""] | int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # count(low) >= k > count(high)
@@ -30,9 +55,7 @@ def count_best(scores: Float[Array, "R B T"], k: Int[Array, " B"]) -> Int[Array,
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     bounds = jnp.zeros_like(k), jnp.full_like(k, jnp.iinfo(jnp.int32).max)
-    threshold = jax.lax.fori_loop(0, BITS, halve, bounds)[0][:, None]
-    above, ties = jnp.sum(bits > threshold, axis=2), jnp.sum(bits == threshold, axis=2)
-    return jnp.where(k > 0, above + _in_turn(ties, k - above.sum(axis=0)), 0)
+    return bits, jax.lax.fori_loop(0, BITS, halve, bounds)[0][:, None]
 
 
 def hand_out(

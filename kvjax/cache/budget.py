@@ -56,13 +56,17 @@ class Budget(NamedTuple):
     ladder: tuple[int, int] = (32, 8)
 
 
-def parse_keep(keep: Keep) -> int | Fraction:
+def parse_keep(keep: Keep, name: str = "budget") -> int | Fraction:
     """Tokens, or the kept fraction of the prompt.
+
+    Args:
+      keep: what was given.
+      name: of the argument, for errors.
 
     >>> parse_keep("512"), parse_keep("20%"), parse_keep("12.5%")
     (512, Fraction(1, 5), Fraction(1, 8))
     """
-    wrong = InputError(f"budget {keep!r} is not a number of tokens (512) or a kept fraction (20%)")
+    wrong = InputError(f"{name} {keep!r} is not a number of tokens (512) or a kept fraction (20%)")
     if isinstance(keep, bool):
         raise wrong
     if isinstance(keep, str):
@@ -79,13 +83,13 @@ def parse_keep(keep: Keep) -> int | Fraction:
     else:
         raise wrong
     if amount <= 0:
-        raise InputError(f"budget {_show(amount)} keeps nothing: give at least 1 token or more than 0%")
+        raise InputError(f"{name} {_show(amount)} keeps nothing: give at least 1 token or more than 0%")
     if isinstance(amount, Fraction):
         if amount > 1:
-            raise InputError(f"budget {_show(amount)} is more than the whole prompt: give at most 100%")
+            raise InputError(f"{name} {_show(amount)} is more than the whole prompt: give at most 100%")
         return amount.limit_denominator(10_000) or Fraction(1, 10_000)
     if amount > LARGEST:
-        raise InputError(f"budget {_show(amount)} is more than any cache holds: give at most {LARGEST}")
+        raise InputError(f"{name} {_show(amount)} is more than any cache holds: give at most {LARGEST}")
     return amount
 
 

@@ -27,6 +27,7 @@ from kvjax.cache.tier import Tier
 from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, PyTree, Token
 from pallas_kernels.implementation import Implementation
 
+AMOUNTS = ("budget", "decode_budget", "capacity")  # arguments of factories: 512 or "20%"
 Tiers = tuple[Tier, ...]  # one per number format
 Positions = Callable[[Int[Array, "B K S"], Int[Array, " B"], Int[Array, "B K"]], Int[Array, "B K S"]]
 Select = Callable[..., tuple[Bool[Array, "B K S"], ...]]
@@ -118,9 +119,9 @@ def cached(factory: Callable[..., Recipe]) -> Callable[..., Recipe]:
     def make(*args: object, **kwargs: object) -> Recipe:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
-        for name in ("budget", "decode_budget"):
+        for name in AMOUNTS:
             if given.arguments.get(name, "") != "":
-                given.arguments[name] = parse_keep(given.arguments[name])
+                given.arguments[name] = parse_keep(given.arguments[name], name)
         return remembered(**given.arguments)
 
     return make

@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import get_args
 
 from kvjax.arguments import read_argument
-from kvjax.cache.policy import Recipe
+from kvjax.cache.policy import AMOUNTS, Recipe
 from kvjax.errors import InputError
 from kvjax.methods.adakv import adakv
 from kvjax.methods.d2o import d2o
+from kvjax.methods.dmc import dmc
+from kvjax.methods.dms import dms
 from kvjax.methods.dynamickv import dynamickv
 from kvjax.methods.full import full
 from kvjax.methods.h2o import h2o
@@ -24,6 +26,7 @@ from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.snapkv import snapkv
 from kvjax.methods.streaming_llm import streaming_llm
 from kvjax.methods.tova import tova
+from kvjax.spec import ModelSpec
 from pallas_kernels.implementation import Implementation
 
 METHODS: dict[str, Callable[..., Recipe]] = {
@@ -37,16 +40,23 @@ METHODS: dict[str, Callable[..., Recipe]] = {
     "dynamickv": dynamickv,
     "d2o": d2o,
     "mikv": mikv,
+    "dmc": dmc,
+    "dms": dms,
     "oracle": oracle,
 }
+
+LEARNED = ("dmc", "dms")  # methods that need a model which was retrofitted for them
 
 KERNELS: dict[str, Implementation | None] = {key: key for key in get_args(Implementation)} | {"auto": None}
 
 __all__ = [
     "KERNELS",
+    "LEARNED",
     "METHODS",
     "adakv",
     "d2o",
+    "dmc",
+    "dms",
     "dynamickv",
     "full",
     "h2o",
@@ -83,12 +93,13 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
         raise InputError("the budget is an option of its own, not a method argument")
     if budget is not None:
         if "budget" not in parameters:
-            raise InputError(f"method {name} keeps everything and takes no budget")
+            why = "lets its model decide" if name in LEARNED else "keeps everything"
+            raise InputError(f"method {name} {why} and takes no budget")
         given["budget"] = budget
     for key, value in given.items():
         if key not in parameters:
             raise InputError(f"method {name} has no argument {key!r}: it takes {', '.join(accepted_arguments(name))}")
-        if key not in ("budget", "decode_budget"):  # parsed by the factory
+        if key not in AMOUNTS:  # parsed by the factory
             given[key] = read_argument(f"method {name}", parameters[key], value)
     recipe = METHODS[name](**given)
     return recipe if kernels == recipe.kernels else recipe._replace(kernels=KERNELS[str(kernels)])
@@ -115,6 +126,16 @@ def read_entry(text: str) -> tuple[str, dict[str, str]]:
             raise InputError(f"method {text!r}: {setting!r} is not one key=value, as in mikv+low_store=int4")
         found[key] = value
     return name, found
+
+
+def of(spec: ModelSpec) -> str:
+    """The method that a model is made for: what its gate decides, or the full cache.
+
+    >>> import kvjax
+    >>> of(kvjax.load().spec)
+    'full'
+    """
+    return "full" if spec.gate is None else spec.gate.objective
 
 
 def taken(name: str, arguments: Mapping[str, str]) -> dict[str, str]:

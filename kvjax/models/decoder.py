@@ -208,7 +208,9 @@ def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     for index, layer in enumerate(model.layers):
         q, key, value, _ = layer.project(x)
         k, v = layer.keys(key), layer.values(value)
-        q = gates.silence(spec.gate, rope.rotate(q, cos, sin), spec.num_kv_heads).reshape(b, t, spec.num_kv_heads, spec.group_size, spec.head_dim)
+        q = gates.silence(spec.gate, rope.rotate(q, cos, sin), spec.num_kv_heads).reshape(
+            b, t, spec.num_kv_heads, spec.group_size, spec.head_dim
+        )
         k = rope.rotate(k, cos, sin)
         distance = pos[:, None] - pos[None, :]
         window = spec.window(index)

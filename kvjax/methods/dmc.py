@@ -1,0 +1,27 @@
+"""DMC: the model merges a token with the ones before it where it has learned to."""
+
+from kvjax.cache import learned
+from kvjax.cache.accumulate import accumulate
+from kvjax.cache.budget import Keep
+from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.quantize import named
+from kvjax.cache.store import KVStore
+
+
+@cached
+def dmc(*, capacity: Keep = "", store: str = "dense") -> Recipe:
+    """Each head appends a token or merges it into its newest slot; needs a model that was retrofitted for it.
+
+    Args:
+      capacity: slots per row for which there is room, as a mean over rows, in tokens or as a share of all tokens, new
+        ones included; "" = what the model's own rate needs, and 1.25% of all tokens. Once it is used up, tokens are
+        merged that the model would have appended.
+      store: number format of slots that take no more tokens, a name of `kvjax.cache.quantize.named`.
+
+    Source: Nawrot et al., ICML 2024 (arXiv 2403.09636); Megatron-LM, branch `dmc`.
+    Differs: see `kvjax.cache.accumulate.accumulate`; the borrowed coordinate is the released code's, the last one.
+    Cost: see `accumulate`.
+    """
+    stored = named(store)
+    stores = (stored,) if stored.is_dense else (stored, KVStore())
+    return Recipe("dmc", accumulate(stored, learned.amount(capacity)), stores, learned.budget())

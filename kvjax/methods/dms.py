@@ -1,0 +1,25 @@
+"""DMS: the model evicts a token some time after it was read where it has learned to."""
+
+from kvjax.cache import learned
+from kvjax.cache.budget import Keep
+from kvjax.cache.delay import delay
+from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.quantize import named
+
+
+@cached
+def dms(*, capacity: Keep = "", store: str = "dense") -> Recipe:
+    """Each head evicts tokens of its choice, a window later; needs a model that was retrofitted for it.
+
+    Args:
+      capacity: slots per row for which there is room, as a mean over rows, in tokens or as a share of all tokens, new
+        ones included, at least the window; "" = what the model's own rate and its window need, and 1.25% of all tokens.
+        Once it is used up, tokens are evicted that the model would have kept.
+      store: number format of slots, a name of `kvjax.cache.quantize.named`.
+
+    Source: Lancucki et al., NeurIPS 2025 (arXiv 2506.05345); Model-Optimizer `experimental/dms`.
+    Differs: see `kvjax.cache.delay.delay`.
+    Cost: see `delay`.
+    """
+    stored = named(store)
+    return Recipe("dms", delay(stored, learned.amount(capacity)), (stored,), learned.budget())
