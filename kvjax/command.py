@@ -50,9 +50,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
         config = read_config(args.config)
         arguments = config.pop("arguments", {})
         flags = config_flags(args.config, config, parser, args)
-        args = parser.parse_args([*flags, *(sys.argv[1:] if argv is None else argv)])
+        args = parser.parse_args([*flags, *given(argv)])
     args.arguments = arguments | flag_arguments(args) | settings
     return args
+
+
+def given(argv: list[str] | None) -> list[str]:
+    """What the command line says."""
+    return sys.argv[1:] if argv is None else argv
 
 
 def flag_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -120,9 +125,16 @@ def config_flags(
             if not isinstance(value, bool):
                 raise InputError(f"{path}: {key} = {value!r} is not true or false")
             flags += [flag] * value
-        elif kind == "_AppendAction":
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise InputError(f"{path}: {key} = {value!r} is not a list of strings")
+        elif kind == "BooleanOptionalAction":
+            if not isinstance(value, bool):
+                raise InputError(f"{path}: {key} = {value!r} is not true or false")
+            flags.append(flag if (flag.startswith("--no-") != value) else actions[key].option_strings[0])
+        elif kind in ("_AppendAction", "_ExtendAction"):
+            items = str if actions[key].type is None else str | int | float
+            if not isinstance(value, list) or not all(isinstance(item, items) for item in value):
+                raise InputError(
+                    f"{path}: {key} = {value!r} is not a list of {'strings' if items is str else 'numbers'}"
+                )
             flags += [] if getattr(given, key) else [f"{flag}={item}" for item in value]
         elif isinstance(value, bool) or not isinstance(value, str | int | float):
             raise InputError(f"{path}: {key} = {value!r} is not a string or a number")

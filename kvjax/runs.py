@@ -1,7 +1,7 @@
-"""What a run leaves on disk: its arguments, its log, its checkpoints and the trained model."""
+"""What a training run leaves on disk so that it can be continued: its arguments, its log, its checkpoints."""
 
-import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,23 +10,21 @@ import orbax.checkpoint as ocp
 from kvjax.errors import InputError
 
 State = TypeVar("State", bound=tuple)
-MAY_CHANGE = ("out", "minutes", "workers", "checkpoint_every")  # of a run that is continued
 
 
-def check(args: argparse.Namespace, fingerprint: str) -> None:
-    """Write `run.json`, or refuse to continue a run with other arguments or on another interpreter's text."""
-    given = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE} | {"corpus": fingerprint}
-    path = args.out / "run.json"
-    args.out.mkdir(parents=True, exist_ok=True)
+def check(out: Path, given: Mapping[str, Any]) -> None:
+    """Write `run.json`, or refuse to continue a run that was given something else."""
+    path = out / "run.json"
+    out.mkdir(parents=True, exist_ok=True)
     if path.exists() and (known := json.loads(path.read_text())) != given:
-        changed = [key for key in given if given[key] != known.get(key)]
+        changed = [key for key in {**known, **given} if given.get(key) != known.get(key)]
         raise InputError(f"{path} is of a run with another {', '.join(changed)}: choose another --out")
     path.write_text(json.dumps(given, indent=2) + "\n")
 
 
-def manager(out: Path, every: int) -> ocp.CheckpointManager:
-    """Checkpoints of a run: the newest two, at multiples of `every` steps."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=every)
+def manager(out: Path, every: int, keep: int = 2) -> ocp.CheckpointManager:
+    """Checkpoints of a run: the newest few, at multiples of `every` steps."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every)
     return ocp.CheckpointManager((out / "checkpoints").absolute(), options=options)
 
 

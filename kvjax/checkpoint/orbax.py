@@ -25,7 +25,7 @@ from kvjax.checkpoint import hf
 from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config, read_json
-from kvjax.spec import LatentSpec, ModelSpec
+from kvjax.spec import GateSpec, LatentSpec, ModelSpec
 
 FORMAT = 2
 ABOUT = "kvjax.json"
@@ -57,17 +57,31 @@ def save(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapp
       the model's size. Weights hardly compress, and compressing holds a second copy, so they are stored plain.
     """
     with _staged(dst) as stage:
-        for name in COPIED:
-            if (src / name).is_file():
-                shutil.copyfile(src / name, stage / name)
-        for name, arrays in _grouped(parts):
-            with _context(max(_IN_FLIGHT, 1 + max(array.nbytes for array in arrays.values()))):
-                try:
-                    ocp.save(str((stage / PARAMS / name).absolute()), arrays)
-                except ValueError as error:  # how tensorstore reports a full or failing disk
-                    raise OSError(_reason(error)) from error
-            del arrays  # before the next part is made
-        (stage / ABOUT).write_text(json.dumps({"format": FORMAT, **about}, indent=2) + "\n")
+        _write(stage, src, parts, about)
+
+
+def save_into(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapping[str, Any]) -> None:
+    """Like `save`, but `dst` exists and holds other things. It is complete once `kvjax.json` is there."""
+    with _staged(dst / "model") as stage:
+        _write(stage, src, parts, about)
+    shutil.rmtree(dst / PARAMS, ignore_errors=True)  # of a call that was killed
+    for path in sorted((dst / "model").iterdir(), key=lambda path: path.name == ABOUT):
+        path.replace(dst / path.name)
+    (dst / "model").rmdir()
+
+
+def _write(stage: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapping[str, Any]) -> None:
+    for name in COPIED:
+        if (src / name).is_file():
+            shutil.copyfile(src / name, stage / name)
+    for name, arrays in _grouped(parts):
+        with _context(max(_IN_FLIGHT, 1 + max(array.nbytes for array in arrays.values()))):
+            try:
+                ocp.save(str((stage / PARAMS / name).absolute()), arrays)
+            except ValueError as error:  # how tensorstore reports a full or failing disk
+                raise OSError(_reason(error)) from error
+        del arrays  # before the next part is made
+    (stage / ABOUT).write_text(json.dumps({"format": FORMAT, **about}, indent=2) + "\n")
 
 
 def load(path: Path, dtype: DTypeLike | None = None, ignore: Collection[str] = ()) -> Decoder:
@@ -124,11 +138,16 @@ def read_spec(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
       ignore: fields of `config.json` to treat as absent, beside those it was converted with.
     """
     about = _about(path)
-    spec = read_config(path, {*about.get("ignore_config", ()), *ignore})
-    if "latent" not in about:
-        return spec
-    heads, ranks = about["latent"]["heads"], about["latent"]["ranks"]
-    return replace(spec, latent=LatentSpec(heads=heads, ranks=tuple((key, value) for key, value in ranks)))
+    spec = read_config(path, ignored(path) | set(ignore))
+    if "latent" in about:
+        heads, ranks = about["latent"]["heads"], about["latent"]["ranks"]
+        spec = replace(spec, latent=LatentSpec(heads=heads, ranks=tuple((key, value) for key, value in ranks)))
+    return replace(spec, gate=GateSpec(**about["gate"])) if "gate" in about else spec
+
+
+def ignored(path: Path) -> set[str]:
+    """Fields of `config.json` that a conversion treated as absent; none if `path` is not a converted checkpoint."""
+    return set(_about(path).get("ignore_config", ())) if is_orbax(path) else set()
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -4,9 +4,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -21,9 +19,9 @@ from kvjax.demo.lines import ANSWER
 from kvjax.errors import InputError
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Linear
+from kvjax.models.training import Attend, attention
 from kvjax.spec import ModelSpec, RopeSpec
 
-Attend = Literal["blocks", "cudnn"]
 CONTEXT = 4096
 RECOGNISABLE, TIED = 0.5, 0.1  # standard deviation of the token vectors: beside what layers add, and if they are tied
 
@@ -103,34 +101,6 @@ def continued(spec: ModelSpec, seed: int, folder: Path) -> Decoder:
     return model
 
 
-def attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], how: Attend
-) -> Float[Array, "B T N H"]:
-    """Causal attention that keeps no matrix of `T x T` for the gradient.
-
-    `blocks`: at most 256 queries with the keys up to their end, computed again for the gradient: a little over half of
-    the products of the full matrix. `cudnn`: the fused kernel of NVIDIA GPUs, for bfloat16 only.
-    """
-    if how == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    b, t, n, h = q.shape
-    heads, size = k.shape[2], min(256, max(128, t // 8))
-    q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
-    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-
-    @jax.checkpoint
-    def block(q: Array, k: Array, v: Array) -> Array:
-        rows, seen = q.shape[3], k.shape[2]
-        score = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * h**-0.5
-        visible = jnp.arange(seen) <= jnp.arange(seen - rows, seen)[:, None]
-        prob = jax.nn.softmax(jnp.where(visible, score, -jnp.inf), axis=-1).astype(v.dtype)
-        return jnp.einsum("bkgts,bksh->bkgth", prob, v)
-
-    starts = range(0, t, size)
-    out = [block(q[..., s : s + size, :], k[:, :, : s + size], v[:, :, : s + size]) for s in starts]
-    return jnp.moveaxis(jnp.concatenate(out, axis=3), 3, 1).reshape(b, t, n, h)
-
-
 def forward(model: Decoder, ids: Int[Array, "B T"], how: Attend = "blocks") -> Float[Array, "B T V"]:
     """Logits at every position: `kvjax.models.decoder.forward` with less memory."""
     spec = model.spec
@@ -139,7 +109,7 @@ def forward(model: Decoder, ids: Int[Array, "B T"], how: Attend = "blocks") -> F
     x = model.embed(ids)
     for layer in model.layers:
         q, k, v, _ = layer.project(x)
-        x = layer.finish(x, attention(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, how))
+        x = layer.finish(x, attention(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, how=how))
     return model.logits(x)
 
 

@@ -23,10 +23,11 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax import Array
 
-from kvjax import command
-from kvjax.demo import checkpoint, corpus, course, data, export, model
+from kvjax import command, runs
+from kvjax.demo import corpus, course, data, export, model
 from kvjax.models.decoder import Decoder
 
+MAY_CHANGE = ("out", "minutes", "workers", "checkpoint_every")  # of a run that is continued
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {},
     "gpu": {
@@ -185,9 +186,9 @@ def train(args: argparse.Namespace) -> Decoder:
     optimize = optimizer(args.learning_rate, args.steps, args.decay)
     step, start = Programs(make_step(graph, optimize, args), args), time.monotonic()
     log, writers = args.out / "log.jsonl", Writers(args)
-    with checkpoint.manager(args.out, args.checkpoint_every) as manager:
+    with runs.manager(args.out, args.checkpoint_every) as manager:
         state = State(params, optimize.init(params), np.asarray(len(course.COURSE) - 1 if args.start else 0))
-        state, done = checkpoint.resume(manager, state, log)
+        state, done = runs.resume(manager, state, log)
         lengths = [length for stage in course.COURSE for length in stage.lengths]
         over = done == args.steps
         while not over:  # at least one block
@@ -200,7 +201,7 @@ def train(args: argparse.Namespace) -> Decoder:
             done, found = block.stop, entry(np.asarray(sums))
             state = State(params, opt, np.asarray(course.advance(stage, found["looked_up"], done / args.steps)))
             line = {"step": done, "stage": stage, "tokens": read, **found}
-            checkpoint.append(log, line | {"seconds": round(time.monotonic() - start, 1)})
+            runs.append(log, line | {"seconds": round(time.monotonic() - start, 1)})
             over = done == args.steps or time.monotonic() - start >= 60 * args.minutes
             manager.save(done, args=ocp.args.StandardSave(tuple(state)), force=over)
     writers.close()
@@ -211,7 +212,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train and write the Hugging Face checkpoint."""
     args = parse(argv)
     command.use_compilation_cache()
-    checkpoint.check(args, corpus.fingerprint())
+    given = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
+    runs.check(args.out, given | {"corpus": corpus.fingerprint()})
     export.write(train(args), args.out / "hf")
 
 

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
@@ -20,19 +21,20 @@ def pool(
       weight: of each token, above 0.
       window: newest tokens of a segment that a mean remembers; 0 = all of them.
 
-    Sums are in float32. Differentiable in everything but `window`.
+    Sums are in float32, or wider if x is. Differentiable in everything but `window`.
 
     Source: DMC (arXiv 2403.09636); Megatron-LM, branch `dmc`, `megatron/contrib/dmc/dmc.py`.
     Cost: `window` multiplications per number, or a scan over the tokens.
     """
-    weight = weight.astype(jnp.float32)
-    sums = segment_sums(x.astype(jnp.float32) * weight[..., None], merge, window=window)
+    wide = np.promote_types(x.dtype, jnp.float32)
+    weight = weight.astype(wide)
+    sums = segment_sums(x.astype(wide) * weight[..., None], merge, window=window)
     return (sums / segment_sums(weight[..., None], merge, window=window)).astype(x.dtype)
 
 
 def segment_sums(x: Float[Array, "B T K n"], merge: Float[Array, "B T K"], *, window: int) -> Float[Array, "B T K n"]:
     """Sums instead of means: `s_t = x_t + merge_t s_{t-1}`, of which `window` terms; arguments as in `pool`."""
-    merge = merge.astype(jnp.float32).at[:, 0].set(0.0)
+    merge = merge.astype(x.dtype).at[:, 0].set(0.0)
     return _scanned(x, merge) if window == 0 else _windowed(x, merge, min(window, x.shape[1]))
 
 

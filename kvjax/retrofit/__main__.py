@@ -1,0 +1,166 @@
+"""Retrofit a checkpoint, so that it decides by itself what its cache merges (DMC) or evicts (DMS).
+
+DST becomes a checkpoint that every command takes as --model. A run that was killed goes on where it was when it is
+started again with the same flags.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from kvjax import command
+from kvjax.errors import InputError
+from kvjax.retrofit import curves
+from kvjax.retrofit.schedule import Schedule
+from kvjax.retrofit.train import RUN, Options, Progress, retrofit
+from kvjax.spec import GateSpec
+
+PROG = "kvjax.retrofit"
+WINDOW = {"dmc": 12, "dms": 256}  # tokens
+SCALE = {"dmc": 1.0, "dms": 100.0}
+FADE, FINISH, RAMP = 250, 2000, 3000  # steps; the ramp's are per unit of the rate
+
+
+def parser() -> command.Parser:
+    """The command line's flags."""
+    p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--model", metavar="SRC", help="Hugging Face directory, hub id or Orbax directory (default: demo)")
+    add("--out", type=Path, metavar="DST", help="the directory to make, or to go on with")
+    add(
+        "--data", nargs="+", action="extend", metavar="FILE", help=".jsonl with text or tokens; others are one document"
+    )
+    add("--cr", type=float, default=4.0, help="compression rate: tokens per slot (default: 4)")
+    add("--config", type=Path, metavar="FILE.toml", help="options from a file; flags take precedence")
+    gate = p.add_argument_group("gate")
+    gate.add_argument("--objective", choices=WINDOW, default="dmc", help="(default: dmc)")
+    gate.add_argument("--window", type=int, help="dmc: tokens that a slot remembers, 0 = all (12); dms: delay (256)")
+    gate.add_argument("--neuron", type=int, default=-1, help="coordinate that the gate borrows (default: -1, the last)")
+    gate.add_argument("--adapter", action="store_true", help="dms: a projection of its own, which alone is trained")
+    gate.add_argument("--offset", type=float, default=5.0, help="how closed gates begin (default: 5)")
+    gate.add_argument("--scale", type=float, help="of what it reads (default: dmc 1; dms 100)")
+    gate.add_argument("--temperature", type=float, default=0.1, help="of relaxed decisions (default: 0.1)")
+    time = p.add_argument_group("schedule")
+    time.add_argument("--fade-steps", type=int, help=f"while the coordinate fades (default: {FADE}; --adapter: 0)")
+    time.add_argument("--ramp-steps", type=int, help=f"while the rate grows (default: {RAMP} x --cr)")
+    time.add_argument("--final-steps", type=int, default=FINISH, help=f"at the final rate (default: {FINISH})")
+    time.add_argument("--learning-rate", type=float, default=3e-5, help="(default: 3e-5)")
+    time.add_argument("--final-learning-rate", type=float, help="of the last step (default: a tenth)")
+    time.add_argument("--minutes", type=float, default=math.inf, help="stop after about so long; start again to go on")
+    train = p.add_argument_group("training")
+    train.add_argument("--length", type=int, default=4096, help="tokens of a sequence (default: 4096)")
+    train.add_argument("--batch", type=int, default=1024, help="sequences of a step (default: 1024)")
+    train.add_argument("--micro-batch", type=int, default=4, help="of them, computed at once (default: 4)")
+    train.add_argument("--distill", action=argparse.BooleanOptionalAction, help="be like SRC (default: only for dms)")
+    train.add_argument("--penalty", type=float, default=1.0, help="weight of too many slots (default: 1)")
+    train.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: float32 on CPU, else bfloat16)")
+    train.add_argument("--weight-decay", type=float, default=0.1, help="(default: 0.1)")
+    train.add_argument("--clip", type=float, default=1.0, help="largest norm of a gradient (default: 1)")
+    train.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True, help="save memory (default)")
+    train.add_argument("--seed", type=int, default=0, help="of order and noise (default: 0)")
+    train.add_argument(
+        "--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field"
+    )
+    files = p.add_argument_group("files")
+    files.add_argument("--export", type=float, nargs="+", action="extend", metavar="CR", help="also write DST/rateCR")
+    files.add_argument("--save-every", type=int, default=100, help="steps (default: 100)")
+    files.add_argument("--keep", type=int, default=2, help="how many of those stay (default: 2)")
+    files.add_argument("--log-every", type=int, default=10, help="steps (default: 10)")
+    return p
+
+
+def options(args: argparse.Namespace) -> Options:
+    """What the flags ask for."""
+    if args.out is None or not args.data:
+        raise InputError("--out DST and --data FILE are needed")
+    if not 1 <= args.cr <= 1000:
+        raise InputError(f"--cr {args.cr:g}: tokens per slot are 1 or more")
+    if args.adapter and args.objective != "dms":
+        raise InputError("--adapter is for --objective dms")
+    least = {"length": 2, "batch": 1, "micro_batch": 1, "final_steps": 0, "save_every": 1, "keep": 1, "log_every": 1}
+    for name, smallest in (least | {"fade_steps": 0, "ramp_steps": 0, "window": 0}).items():
+        if (value := getattr(args, name)) is not None and value < smallest:
+            raise InputError(f"--{name.replace('_', '-')} {value} is less than {smallest}")
+    for name in ("learning_rate", "temperature", "clip", "scale", "penalty"):
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is not above 0")
+    if args.batch % args.micro_batch:
+        raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch}")
+    if args.save_every % args.log_every:
+        raise InputError(f"--save-every {args.save_every} is not a multiple of --log-every {args.log_every}")
+    dms = args.objective == "dms"
+    gate = GateSpec(
+        objective=args.objective,
+        rate=args.cr,
+        window=WINDOW[args.objective] if args.window is None else args.window,
+        neuron=None if args.adapter else args.neuron,
+        offset=args.offset,
+        scale=SCALE[args.objective] if args.scale is None else args.scale,
+    )
+    schedule = Schedule(
+        fade=0 if args.adapter else FADE if args.fade_steps is None else args.fade_steps,
+        ramp=math.ceil(RAMP * args.cr) if args.ramp_steps is None else args.ramp_steps,
+        finish=args.final_steps,
+        rate=args.cr,
+        first_learning_rate=args.learning_rate,
+        last_learning_rate=args.learning_rate / 10 if args.final_learning_rate is None else args.final_learning_rate,
+    )
+    if schedule.steps == 0:
+        raise InputError("the schedule has no steps")
+    native = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return Options(
+        model=args.model,
+        files=tuple(map(Path, args.data)),
+        gate=gate,
+        schedule=schedule,
+        length=args.length,
+        rows=args.batch,
+        together=args.micro_batch,
+        distill=dms if args.distill is None else args.distill,
+        dtype=args.dtype or native,
+        temperature=args.temperature,
+        penalty=args.penalty,
+        weight_decay=args.weight_decay,
+        clip=args.clip,
+        remat=args.remat,
+        seed=args.seed,
+        export=tuple(args.export or ()),
+        log_every=args.log_every,
+        save_every=args.save_every,
+        keep=args.keep,
+        minutes=args.minutes,
+        ignore=tuple(args.ignore_config),
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.config is not None:
+        flags = command.config_flags(args.config, command.read_config(args.config), p, args)
+        args = p.parse_args([*flags, *command.given(argv)])
+    chosen = options(args)
+    command.use_compilation_cache()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[about]}"), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("retrofitting", total=chosen.schedule.steps, about="", visible=False)
+
+        def show(progress: Progress, steps: int) -> None:
+            speed = chosen.log_every * chosen.rows * chosen.length / max(progress.seconds, 1e-9)
+            about = f"loss {progress.text:.3f}  CR {progress.rate:.2f} of {progress.target:.2f}  {speed:,.0f} tokens/s"
+            bar.update(task, completed=progress.step, description=progress.stage, about=about, visible=True)
+
+        complete = retrofit(chosen, args.out, show)
+    curves.save(args.out / RUN)
+    again = "" if complete else " so far; start the same command again to go on"
+    print(f"{args.out}: {curves.describe(args.out / RUN)}{again}")
+
+
+if __name__ == "__main__":
+    command.run(PROG, main)

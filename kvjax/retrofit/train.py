@@ -1,0 +1,280 @@
+"""The training loop of a retrofit.
+
+What a step does is a function of the arguments, the step and the weights alone, and every few steps weights and the
+optimiser's state are written. A run that was killed and started again with the same command ends with the same
+weights, bit for bit on the same machine.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax import Array
+
+from kvjax import checkpoint, demo, runs
+from kvjax.checkpoint import orbax
+from kvjax.errors import InputError
+from kvjax.generation import Model
+from kvjax.models.hf_config import read_generation_config
+from kvjax.retrofit import data, objective, weights
+from kvjax.retrofit.data import Stream
+from kvjax.retrofit.objective import Batch, Losses, Relax
+from kvjax.retrofit.schedule import Schedule
+from kvjax.retrofit.weights import Params
+from kvjax.spec import GateSpec, ModelSpec
+from kvjax.tokenizer import Tokenizer
+
+RUN = "run"  # folder of the run, in that of the checkpoint
+MEASURED = 16  # sequences that a checkpoint's rate is measured on
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a model is retrofitted; the defaults are the paper's where it has any."""
+
+    model: str | None
+    files: tuple[Path, ...]
+    gate: GateSpec  # its rate is the target
+    schedule: Schedule
+    length: int = 4096  # tokens of a sequence
+    rows: int = 1024  # sequences of a step
+    together: int = 4  # of them, that are computed at once
+    distill: bool = False
+    dtype: str = "float32"  # of matrix products
+    temperature: float = 0.1
+    penalty: float = 1.0  # weight
+    weight_decay: float = 0.1
+    clip: float = 1.0  # largest norm of a step's gradient
+    remat: bool = True
+    seed: int = 0
+    export: tuple[float, ...] = ()  # rates at which a checkpoint is written on the way
+    log_every: int = 10
+    save_every: int = 100
+    keep: int = 2  # checkpoints to continue from
+    minutes: float = float("inf")
+    ignore: tuple[str, ...] = ()
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that is continued must agree on, as JSON has it."""
+        free = ("files", "keep", "minutes", "save_every", "log_every", "remat", "export")
+        found = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
+        return json.loads(json.dumps(found | {"schedule": self.schedule._asdict(), "model": str(self.model)}))
+
+
+class State(NamedTuple):
+    """What a step changes."""
+
+    params: Params
+    opt: optax.OptState
+
+
+class Progress(NamedTuple):
+    """What is shown and logged after some steps; means over them."""
+
+    step: int
+    stage: str
+    target: float  # tokens per slot
+    rate: float  # of the decisions that were made, with noise
+    loss: float
+    text: float
+    penalty: float
+    tokens: int  # read by then
+    seconds: float  # of these steps
+
+
+def optimizer(options: Options) -> optax.GradientTransformation:
+    """AdamW with clipping for a learning rate of 1: steps are scaled by theirs."""
+    matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
+    adam = optax.adamw(1.0, b1=0.9, b2=0.95, weight_decay=options.weight_decay, mask=matrices)
+    return optax.chain(optax.clip_by_global_norm(options.clip), adam)
+
+
+class Step:
+    """The compiled update; one program while the coordinate fades, one for what follows."""
+
+    def __init__(self, options: Options, plain: ModelSpec, base: Params | None):
+        self._options, self.plain, self._base = options, plain, base
+        self._gated = dataclasses.replace(plain, gate=options.gate)
+        self.optimize = optimizer(options)
+        self._run = jax.jit(self._update, static_argnames="fading", donate_argnames=("params", "opt"))
+        self.measure = jax.jit(self._measure)
+
+    def __call__(self, state: State, batch: Batch, step: int) -> tuple[State, Losses]:
+        """One step."""
+        schedule = self._options.schedule
+        numbers = (schedule.target(step), schedule.learning_rate(step), schedule.keep(step))
+        key = jax.random.fold_in(jax.random.key(self._options.seed), step)
+        fading = schedule.stage(step)[0] == "fade"
+        params, opt, losses = self._run(
+            state.params, state.opt, self._base, batch, key, *map(np.float32, numbers), fading=fading
+        )
+        return State(params, opt), losses
+
+    def _update(
+        self, params: Params, opt: Any, base: Params | None, batch: Batch, key: Array, target: Array, rate: Array,
+        keep: Array, *, fading: bool,
+    ) -> tuple[Params, Any, Losses]:  # fmt: skip
+        options, gate = self._options, self._options.gate
+        names = [name for name in params if fading or weights.trained(name, gate)]
+        frozen = {name: leaf for name, leaf in params.items() if name not in names}
+        teacher = None if base is None else weights.to_model(base, self.plain, options.dtype)
+
+        def loss(trained: Params, batch: Batch, key: Array) -> tuple[Array, Losses]:
+            spec = self.plain if fading else self._gated
+            model = weights.to_model(frozen | trained, spec, options.dtype)
+            relax = Relax(key, options.temperature)
+            found = objective.losses(
+                model, batch, target, relax, base=teacher, weight=options.penalty, remat=options.remat,
+                fading=(gate, keep) if fading else None,
+            )  # fmt: skip
+            return found.total, found
+
+        trained = {name: params[name] for name in names}
+        some = lambda x: x.reshape(-1, options.together, *x.shape[1:])
+        batches = jax.tree.map(some, batch)
+        keys = jax.random.split(key, batches.ids.shape[0])
+
+        def add(total: Any, one: tuple[Batch, Array]) -> tuple[Any, None]:
+            (_, found), grads = jax.value_and_grad(loss, has_aux=True)(trained, *one)
+            return jax.tree.map(jnp.add, total, (grads, found)), None
+
+        shapes = jax.eval_shape(
+            jax.value_and_grad(loss, has_aux=True), trained, jax.tree.map(lambda x: x[0], batches), key
+        )
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[1], shapes[0][1]))
+        total, _ = jax.lax.scan(add, zero, (batches, keys))
+        grads, found = jax.tree.map(lambda x: x / batches.ids.shape[0], total)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            updates, opt = self.optimize.update(grads, opt, trained)
+        trained = jax.tree.map(jnp.add, trained, jax.tree.map(lambda x: rate * x, updates))
+        return frozen | trained, opt, found
+
+    def _measure(self, params: Params, batch: Batch) -> Array:
+        model = weights.to_model(params, self._gated, self._options.dtype)
+        return objective.run(model, batch, None)[2].mean(axis=1)
+
+    def begin(self, state: State, step: int) -> State:
+        """The state with which a step begins: in the first of a stage the optimiser starts anew, and gates are made."""
+        schedule = self._options.schedule
+        if not schedule.begins(step):
+            return state
+        params = state.params
+        if step == schedule.fade:
+            params = weights.begin_gates(params, self._gated)
+        fading = schedule.stage(step)[0] == "fade"
+        names = [name for name in params if fading or weights.trained(name, self._options.gate)]
+        return State(params, self.optimize.init({name: params[name] for name in names}))
+
+
+def retrofit(options: Options, out: Path, show: Callable[[Progress, int], None] = lambda progress, steps: None) -> bool:
+    """Retrofit a model into the folder `out`.
+
+    Args:
+      options: how.
+      out: becomes a converted checkpoint; `out/run` holds the log and what is needed to continue, `out/rate...` the
+        checkpoints that were asked for on the way.
+      show: called every few steps with the progress and the steps in all.
+
+    Returns:
+      Whether it is complete; it is not when `options.minutes` were over.
+    """
+    source, spec, stream, src = _prepare(options)
+    runs.check(out / RUN, options.identity() | {"data": stream.fingerprint})
+    schedule, log = options.schedule, out / RUN / "log.jsonl"
+    base = {path: leaf.astype(options.dtype, copy=True) for path, leaf in source.items()} if options.distill else None
+    step = Step(options, spec, base)
+    began = time.monotonic()
+    with runs.manager(out / RUN, options.save_every, options.keep) as manager:
+        state, done = _resume(manager, step, State(source, ()), schedule, log)
+        over = done == schedule.steps
+        while not over:
+            block, since = range(done, min(done + options.log_every, schedule.steps)), time.monotonic()
+            pending: list[Losses] = []
+            for index in block:
+                batch = data.batch(stream, options.seed, index, options.rows, options.length)
+                state, losses = step(step.begin(state, index), batch, index)
+                pending.append(losses)
+                for rate in options.export:
+                    if schedule.target(index + 1) >= rate > schedule.target(index):
+                        _export(out / f"rate{rate:g}", src, options, step, state.params, stream, into=False)
+            done = block.stop
+            progress, merged = _summary(pending, done, options, since)
+            runs.append(log, progress._asdict() | {"merged": merged})
+            show(progress, schedule.steps)
+            over = done == schedule.steps or time.monotonic() - began >= 60 * options.minutes
+            manager.save(done, args=ocp.args.StandardSave(tuple(state)), force=over)
+    over = done == schedule.steps
+    if over and not orbax.is_orbax(out):
+        _export(out, src, options, step, state.params, stream, into=True)
+    return over
+
+
+def _prepare(options: Options) -> tuple[Params, ModelSpec, Stream, Path]:
+    """The weights, the model without gates, the data, and where the model came from."""
+    name = str(demo.directory()) if options.model is None else options.model
+    decoder, src = checkpoint.load_model(name, jnp.float32, options.ignore)
+    model = Model(decoder, Tokenizer.load(src), read_generation_config(src), options.model or "demo")
+    spec, gate = model.spec, options.gate
+    if spec.gate is not None:
+        raise InputError(f"{model.name} is retrofitted already, to a rate of {spec.gate.rate:g}: start from its source")
+    if spec.latent is not None:
+        raise InputError(f"{model.name} has low-rank keys, which a gate of each head cannot merge or evict")
+    if gate.neuron is not None and not -spec.head_dim <= gate.neuron < spec.head_dim:
+        raise InputError(f"--neuron {gate.neuron}: heads of {model.name} have {spec.head_dim} coordinates")
+    if options.length > spec.max_position:
+        raise InputError(f"--length {options.length} is more than the context limit ({spec.max_position})")
+    stream = data.read(options.files, model, options.length)
+    return weights.of_model(model.decoder), spec, stream, src
+
+
+def _resume(
+    manager: ocp.CheckpointManager, step: Step, first: State, schedule: Schedule, log: Path
+) -> tuple[State, int]:
+    """The state of the newest checkpoint, or the first one."""
+    done = manager.latest_step() or 0
+    if not done:
+        log.unlink(missing_ok=True)
+        return first, 0
+    like = step.begin(first, 0)
+    if done > schedule.fade:
+        like = step.begin(like, schedule.fade)
+    return runs.resume(manager, like, log)
+
+
+def _summary(pending: Sequence[Losses], done: int, options: Options, since: float) -> tuple[Progress, list]:
+    found = jax.tree.map(lambda *x: np.mean(np.stack(x), axis=0, dtype=np.float64), *pending)
+    stage, schedule = options.schedule.stage(done - 1)[0], options.schedule
+    progress = Progress(
+        step=done,
+        stage=stage,
+        target=round(schedule.target(done - 1), 4),
+        rate=round(1 / max(1 - float(found.merged.mean()), 1e-6), 4),
+        loss=round(float(found.total), 5),
+        text=round(float(found.text), 5),
+        penalty=round(float(found.penalty), 5),
+        tokens=done * options.rows * options.length,
+        seconds=round(time.monotonic() - since, 2),
+    )
+    return progress, np.round(found.merged, 3).tolist()
+
+
+def _export(dst: Path, src: Path, options: Options, step: Step, params: Params, stream: Stream, *, into: bool) -> None:
+    """Write a checkpoint that `generate` can use, with the rate that its decisions have without noise."""
+    if orbax.is_orbax(dst):
+        return
+    count = -(-MEASURED // options.together)
+    batches = (data.batch(stream, options.seed + 1, i, options.together, options.length) for i in range(count))
+    merged = np.mean([step.measure(params, batch) for batch in batches], axis=0)
+    gate = dataclasses.replace(options.gate, rate=round(1 / max(1 - float(merged.mean()), 1e-6), 3))
+    spec = dataclasses.replace(step.plain, gate=gate)
+    about = weights.about(src.name, {*options.ignore, *orbax.ignored(src)}, spec, options.dtype, merged)
+    save = orbax.save_into if into else orbax.save
+    save(dst, src, weights.parts(params, spec, options.dtype), about)
