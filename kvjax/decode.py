@@ -112,6 +112,8 @@ def prefill(
             window=spec.window(index),
         )
         filled = allocation.after(filled, found)
+    if recipe.policy.fit is not None:
+        filled = [_fit(tiers, length, recipe) for tiers in filled]
     return _last_logits(model, x, length), tuple(filled)
 
 
@@ -174,6 +176,16 @@ def _settle(tiers: Tiers, waiting: PyTree, place: Int[Array, ""], slots: Int[Arr
     olds = tuple(tiers_.layer(t, place) for t in tiers)
     views = recipe.policy.settle(olds, waiting, slots)
     return tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
+
+
+def _fit(tiers: Tiers, length: Int[Array, " B"], recipe: Recipe) -> Tiers:
+    """Leave pools the pages that they will need."""
+    assert recipe.policy.fit is not None
+    tiers, sizes = recipe.policy.fit(tiers, length)
+    return tuple(_resize(t, size=n) if n < t.free.shape[0] else t for t, n in zip(tiers, sizes, strict=True))
+
+
+_resize = jax.jit(tiers_.resize, static_argnames=("size",))
 
 
 @jax.jit

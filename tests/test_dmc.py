@@ -77,18 +77,20 @@ def _contents(tier: tiers_.Tier) -> tiers_.Slots:
     return tiers_.take(view, jnp.broadcast_to(jnp.arange(view.capacity), (*view.length.shape, view.capacity)))
 
 
+@pytest.mark.parametrize(("offset", "trained"), [(0.5, 2.0), (-0.5, 2.0), (-2.0, 4.0)])
 @pytest.mark.parametrize("method", methods.LEARNED)
-@pytest.mark.parametrize("rate", [2, 4, 8])
-@pytest.mark.parametrize(("heads", "width"), [(2, 32), (4, 128)])
-def test_bytes_are_those_of_the_rate(method, rate, heads, width):
-    """2,048 tokens in float32: at most 1 / rate and 5% of the full cache, all arrays counted."""
-    gate = GateSpec(method, float(rate), 12 if method == "dmc" else 16)
-    model = oracle.random_model(0, num_layers=4, num_kv_heads=heads, head_dim=width, gate=gate)
-    for prompt in (1600, 2000, 2047):
-        lengths = kvjax.Lengths((prompt, prompt), 2048 - prompt, decode.padded_length(prompt))
-        cache = jax.eval_shape(lambda lengths=lengths: decode.init_cache(model, methods.make(method), lengths))
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-        assert size <= (1 / rate + 0.05) * 2 * 4 * 4 * heads * width * 2 * 2048
+def test_bytes_are_those_of_the_rate_that_is_measured(method, offset, trained):
+    """2,048 tokens in float32: at most 1 / rate and 5% of the full cache, all arrays counted, and nothing refused."""
+    model = oracle.random_model(1, num_layers=2, head_dim=32, gate=GateSpec(method, trained, 12, offset=offset))
+    prompts, new = tokens(2, 2000).tolist(), 48
+    _, cache = oracle.start(model, methods.make(method), prompts, new)
+    (tier,) = cache[0]
+    rate = 2000 / float(np.mean(tier.length))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    assert size <= (1 / rate + 0.05) * 2 * 2 * 2 * 2 * 32 * 4 * 2048
+    assert not np.any(tier.calib["forced"]) and rate > 1.1
+    share, room = np.asarray(tier.length).sum(axis=(0, 2)) / 2000, np.asarray(tier.calib["room"])[0, :, 0]
+    assert (room >= np.asarray(tier.length).sum(axis=(0, 2)) + np.minimum(1.5 * new * share, 4 * new)).all()
 
 
 @pytest.mark.parametrize("arguments", [{}, {"store": "int4"}])

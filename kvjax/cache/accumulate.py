@@ -11,6 +11,7 @@ The open segment's slot is the last one of its row. Stores of few bits encode a 
 until then it lies in a second tier of one slot per row, as it is.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -130,7 +131,8 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
         tier = tiers_.put(tier, tier.length[..., None], codes, where & ~merge[..., None])
         return tier, tiers_.put(open_, jnp.zeros_like(pos), new, where)
 
-    return CachePolicy(init, prefill, insert, reserve=learned.grant, revise=revise)
+    fit = functools.partial(learned.fit, capacity=capacity)
+    return CachePolicy(init, prefill, insert, reserve=learned.grant, fit=fit, revise=revise)
 
 
 def _window(tier: Tier) -> int:

@@ -7,6 +7,7 @@ then the token that is read takes its slot. `calib` says of the newest `w + 1` t
     evict     whether the gate said so
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -109,4 +110,5 @@ def delay(store: KVStore, capacity: Capacity) -> CachePolicy:
         new = Slots(k, v, jnp.broadcast_to(pos, where.shape))
         return (tiers_.put(tier, slot[..., None], new, where),)
 
-    return CachePolicy(init, prefill, insert, reserve=learned.grant, revise=revise)
+    fit = functools.partial(learned.fit, capacity=capacity)
+    return CachePolicy(init, prefill, insert, reserve=learned.grant, fit=fit, revise=revise)

@@ -10,6 +10,7 @@ row, those that it may fill in the next step. In `calib` of the first tier:
 
     room      slots that the rows of the sequence may fill, all layers together
     floor     of these, what every layer of the prompt may fill at least
+    new       tokens that may follow the prompt
     forced    tokens of a row that asked for a slot in vain
 """
 
@@ -33,9 +34,9 @@ from kvjax.cache.tier import Tier
 from kvjax.errors import InputError
 from kvjax.spec import GateSpec, Lengths, ModelSpec
 
-LADDER = (32, 8)
-FINE = (128, 8)  # of the pool: what a rung adds is no room for any sequence
-SPARE = Fraction(1, 80)  # of all tokens: slots beside those that the trained rate needs
+LADDER = (32, 8)  # of the pool: what a rung adds is no room for any sequence
+PROMPT = 2  # times the slots that the trained rate needs, while a prompt is read
+LATER = 1.5  # times the slots that new tokens need at the prompt's own rate
 
 Capacity = int | Fraction | None
 
@@ -72,7 +73,7 @@ def rooms(gate: GateSpec, capacity: Capacity, lengths: Lengths, rows: int, least
 
     Args:
       gate: the trained rate.
-      capacity: slots per row, or a fraction of all tokens; None = what the rate needs, and `SPARE`.
+      capacity: slots per row, or a fraction of all tokens; None = `PROMPT` times what the rate needs.
       lengths: of the prompts, and how many tokens follow.
       rows: of a sequence, over all layers.
       least: slots that a row cannot do without, where it has so many tokens.
@@ -80,7 +81,7 @@ def rooms(gate: GateSpec, capacity: Capacity, lengths: Lengths, rows: int, least
     total = np.asarray(lengths.prompt, np.int64) + lengths.new
     if capacity is None:
         # A token that will be evicted waits for it.
-        wanted = np.ceil(rows * (total / gate.rate + (least - 1) * (1 - 1 / gate.rate) + total * float(SPARE)))
+        wanted = np.ceil(rows * (PROMPT * total / gate.rate + (least - 1) * (1 - 1 / gate.rate)))
     else:
         wanted = share(rows * total, capacity) if isinstance(capacity, Fraction) else total * 0 + rows * capacity
     return np.clip(wanted, rows * np.minimum(least, total), np.minimum(rows * total, LARGEST - 1)).astype(np.int64)
@@ -108,8 +109,8 @@ def init(
       elsewhere: slots of each row that are counted but lie in another tier.
       calib: the policy's own state, every leaf `[L B K ...]`.
 
-    A sequence's prompt leaves the new tokens half of the slots that would be theirs if all tokens had as many; a layer
-    leaves every later one half of an even share.
+    The pool is for the prompt; `fit` makes it smaller. A sequence's prompt leaves the new tokens half of the slots that
+    would be theirs if all tokens had as many; a layer leaves every later one half of an even share.
     """
     shape = (len(layers.index), len(lengths.prompt), spec.num_rows)
     prompt, rows = np.asarray(lengths.prompt, np.int64), shape[0] * shape[2]
@@ -119,18 +120,20 @@ def init(
     floor = np.maximum(first // (2 * shape[0]), shape[2] * needed)
     budget = np.repeat(floor[None], shape[0], axis=0)
     budget[0] = first - (shape[0] - 1) * floor
-    page = pages.page_size(pages.ladder(int(-(-room // rows).max()), *LADDER))
+    row = np.minimum(-(-room // rows), np.ceil((prompt + lengths.new) / gate.rate)).max()
+    page = pages.page_size(pages.ladder(int(row), *LADDER))
     # Each row may have a page that holds nothing yet, taken for a token that was merged after all.
     slots = int(np.sum(room + rows * (page - elsewhere)))
     spread = lambda x: jnp.asarray(np.broadcast_to(x[..., None], shape), jnp.int32)
     shared = {"room": spread(room), "floor": spread(floor), "forced": jnp.zeros(shape, jnp.int32)}
+    shared["new"] = jnp.full(shape, lengths.new, jnp.int32)
     return tiers_.init(
         layers=shape[0],
         batch=shape[1],
         heads=shape[2],
         row=pages.ladder(int(prompt.max()) + lengths.new, *LADDER),
         page=page,
-        slots=pages.ladder(slots, *FINE),
+        slots=pages.ladder(slots, *LADDER),
         widths=layers.widths,
         store=store,
         dtype=dtype,
@@ -168,6 +171,29 @@ def hand_on(
     """What the next layer of a prompt may fill; layers that have been read keep what they have."""
     following = jnp.stack(infos)[seen - 1]
     return jnp.where((jnp.arange(len(infos)) >= seen)[:, None, None], following, LARGEST)
+
+
+def fit(tiers: Tiers, length: Int[Array, " B"], *, capacity: Capacity) -> tuple[Tiers, tuple[int, ...]]:
+    """The room that sequences need once their prompts have been read, and the pages for it; see `CachePolicy.fit`.
+
+    Args:
+      tiers: of all layers; where there is a second one, it holds one slot per row.
+      length: tokens of each prompt.
+      capacity: None = new tokens may need `LATER` times as many slots as the prompt's; else all that is left of it.
+    """
+    tier, *rest = tiers
+    layers, _, heads = tier.length.shape
+    rows, tokens = layers * heads, np.asarray(length, np.int64)
+    used = sum(np.asarray(each.length, np.int64) for each in tiers).sum(axis=(0, 2))
+    new, room = (np.asarray(tier.calib[name], np.int64)[0, :, 0] for name in ("new", "room"))
+    more = np.minimum(rows * new, room - used)
+    if capacity is None:
+        more = np.minimum(more, np.ceil(LATER * new * used / tokens).astype(np.int64) + rows)
+    room = used + more
+    slots = int(np.sum(room + rows * (tier.page - len(rest))))
+    spread = jnp.asarray(np.broadcast_to(room[:, None], tier.length.shape), jnp.int32)
+    size = -(-pages.ladder(slots, *LADDER) // tier.page)
+    return (tier._replace(calib=tier.calib | {"room": spread}), *rest), (size, *(t.free.shape[0] for t in rest))
 
 
 def budget() -> Budget:

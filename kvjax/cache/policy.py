@@ -70,6 +70,8 @@ class CachePolicy(NamedTuple):
       insert: `(tiers, token) -> tiers`.
       observe: `(tiers, token, probabilities) -> tiers`, one `[B K G S]` per tier, 0 where empty; or None.
       reserve: `(tiers with the L axis, active [B]) -> tiers`, takes pages for what the step may append to each row.
+      fit: `(tiers with the L axis, length [B]) -> (tiers, pages)`, on the host after the last layer: pages that each
+        tier's pool needs from now on; None = it stays as it is.
       revise: `(tiers, k, v, gate [B T K], length [B]) -> Revised`, keys before rotation; before the attention of a
         prompt; None = queries see the tokens as they are.
       settle: `(tiers, waiting, slots [B K]) -> tiers` fills a layer's rows with what `prefill` let wait until the slots
@@ -82,6 +84,7 @@ class CachePolicy(NamedTuple):
     observe: Callable[[Tiers, Token, tuple[Float[Array, "B K G S"], ...]], Tiers] | None = None
     reserve: Callable[[Tiers, Bool[Array, " B"]], Tiers] = append_room
     settle: Callable[[Tiers, PyTree, Int[Array, "B K"]], Tiers] | None = None
+    fit: Callable[[Tiers, Int[Array, " B"]], tuple[Tiers, tuple[int, ...]]] | None = None
     revise: Callable[[Tiers, Array, Array, Gate, Int[Array, " B"]], Revised] | None = None
 
 

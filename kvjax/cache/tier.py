@@ -247,6 +247,24 @@ def with_scores(tier: Tier, score: Float[Array, "B K S"]) -> Tier:
     return tier._replace(score=tier.score.at[tier.table].set(paged, mode="drop"))
 
 
+def resize(tier: Tier, size: int) -> Tier:
+    """The tier with a pool of `size` pages, at least as many as its rows hold: a copy."""
+    before, place = tier.free.shape[0], jnp.arange(size, dtype=jnp.int32)
+    held = jnp.zeros(before, bool).at[tier.table].set(True, mode="drop")
+    number, count = jnp.cumsum(held, dtype=jnp.int32) - 1, jnp.sum(held, dtype=jnp.int32)
+    source = jnp.zeros(size, jnp.int32).at[jnp.where(held, number, size)].set(jnp.arange(before), mode="drop")
+    pick = lambda tree: jax.tree.map(lambda x: x[source], tree)
+    return tier._replace(
+        k=pick(tier.k),
+        v=pick(tier.v),
+        pos=pick(tier.pos),
+        score=pick(tier.score),
+        table=jnp.where(tier.table < before, number[jnp.minimum(tier.table, before - 1)], size),
+        free=jnp.minimum(place + count, size - 1),
+        num_free=size - count,
+    )
+
+
 def nbytes(tier: Tier) -> Bytes:
     """Allocated bytes of a tier by part. Reads `length` back to the host."""
     size = lambda tree: sum(_bytes(x) for x in jax.tree.leaves(tree))

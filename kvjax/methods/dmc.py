@@ -14,8 +14,9 @@ def dmc(*, capacity: Keep = "", store: str = "dense") -> Recipe:
 
     Args:
       capacity: slots per row for which there is room, as a mean over rows, in tokens or as a share of all tokens, new
-        ones included; "" = what the model's own rate needs, and 1.25% of all tokens. Once it is used up, tokens are
-        merged that the model would have appended.
+        ones included. Once it is used up, tokens are merged that the model would have appended. "" = while the prompt
+        is read, twice what the model's own rate needs; then what the prompt has filled, and for new tokens half as
+        much again as they need at its rate.
       store: number format of slots that take no more tokens, a name of `kvjax.cache.quantize.named`.
 
     Source: Nawrot et al., ICML 2024 (arXiv 2403.09636); Megatron-LM, branch `dmc`.

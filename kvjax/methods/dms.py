@@ -13,8 +13,8 @@ def dms(*, capacity: Keep = "", store: str = "dense") -> Recipe:
 
     Args:
       capacity: slots per row for which there is room, as a mean over rows, in tokens or as a share of all tokens, new
-        ones included, at least the window; "" = what the model's own rate and its window need, and 1.25% of all tokens.
-        Once it is used up, tokens are evicted that the model would have kept.
+        ones included, at least the window. Once it is used up, tokens are evicted that the model would have kept. "" =
+        as in `dmc`, and the window.
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: Lancucki et al., NeurIPS 2025 (arXiv 2506.05345); Model-Optimizer `experimental/dms`.
