@@ -15,11 +15,15 @@ State = TypeVar("State", bound=tuple)
 def check(out: Path, given: Mapping[str, Any]) -> None:
     """Write `run.json`, or refuse to continue a run that was given something else."""
     path = out / "run.json"
-    out.mkdir(parents=True, exist_ok=True)
-    if path.exists() and (known := json.loads(path.read_text())) != given:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}") from None
+    if not path.exists():
+        path.write_text(json.dumps(given, indent=2) + "\n")
+    elif (known := json.loads(path.read_text())) != given:
         changed = [key for key in {**known, **given} if given.get(key) != known.get(key)]
         raise InputError(f"{path} is of a run with another {', '.join(changed)}: choose another --out")
-    path.write_text(json.dumps(given, indent=2) + "\n")
 
 
 def manager(out: Path, every: int, keep: int = 2) -> ocp.CheckpointManager:

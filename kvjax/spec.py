@@ -62,9 +62,9 @@ class GateSpec:
     """
 
     objective: Literal["dmc", "dms"]  # the token is merged with the one before; that one is evicted `window` tokens on
-    rate: float  # compression rate that the model was trained for: tokens per slot
+    rate: float  # compression rate: tokens per slot, as measured when the model was trained
     window: int  # tokens: dmc, that a merged slot remembers, 0 = all of them; dms, that stay until they are evicted
-    neuron: int | None = -1  # coordinate of queries and keys that the gate borrows; None = a projection of its own
+    neuron: int | None = -1  # coordinate that the gate borrows, see `kvjax.models.gate`; None = a projection of its own
     offset: float = 5.0  # of the logit, so that an untrained gate is closed
     scale: float = 1.0  # of the logit before the offset
 

@@ -73,13 +73,15 @@ def loop(model: Decoder, recipe: Recipe, prompts, stop: int) -> tuple[np.ndarray
 def test_the_loop_is_traced_once_and_stops_by_sequence(method):
     model, recipe = decoder(model_of(method)), recipe_of(method, BUDGET)
     with traced_functions() as names:
-        tokens, _ = loop(model, recipe, BATCH, stop=-1)
-        loop(model, recipe, [text(39, 2), text(29, 2), text(25, 2)], stop=-1)
+        tokens, first = loop(model, recipe, BATCH, stop=-1)
+        _, second = loop(model, recipe, [text(39, 2), text(29, 2), text(25, 2)], stop=-1)
         assert (tokens >= 0).all()
         assert tokens[:, :STEPS].tolist() == small_budget(model_of(method), method).tokens.tolist()
         stop = int(tokens[0, 4])
         stopped, cache = loop(model, recipe, BATCH, stop)
-    assert names.count("decode_loop") == 1
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(cache)] for cache in (first, second)]
+    assert shapes[0] == shapes[1] or recipe.policy.fit is not None  # cut to what a prompt has filled
+    assert names.count("decode_loop") == (1 if shapes[0] == shapes[1] else 2)
     for b, row in enumerate(tokens.tolist()):
         end = row.index(stop) + 1 if stop in row else len(row)
         assert stopped[b].tolist() == row[:end] + [-1] * (len(row) - end)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,6 +178,7 @@ def test_stages_and_what_they_aim_at() -> None:
     assert schedule.learning_rate(25) == schedule.learning_rate(30) == 1e-3
     assert schedule.learning_rate(38) == pytest.approx(1e-4)
     assert [step for step in range(38) if schedule.begins(step)] == [0, 10, 30]
+    assert [step for step in range(38) if schedule.passes(step, 2.5)] == [19]
 
 
 def test_documents_are_packed_and_every_epoch_sees_them_all(texts: Path) -> None:
@@ -243,6 +245,9 @@ def test_a_stopped_run_goes_on(tmp_path: Path, texts: Path, capsys: pytest.Captu
     with pytest.raises(InputError, match="another seed"):
         run(whole, texts, "--seed", "1")
     run(whole, texts)  # is complete
+    shutil.rmtree(whole / "run")
+    with pytest.raises(InputError, match="is a checkpoint already"):
+        run(whole, texts)
     with pytest.raises(InputError, match="retrofitted already"):
         command.main(["--model", str(whole), "--out", str(tmp_path / "again"), "--data", str(texts), *TINY])
     capsys.readouterr()
@@ -251,7 +256,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, texts: Path, capsys: pytest.Captu
 
 
 def test_an_adapter_alone_is_trained(tmp_path: Path, texts: Path) -> None:
-    run(tmp_path, texts, "--objective", "dms", "--adapter", "--window", "8", "--distill")
+    run(tmp_path, texts, "--objective", "dms", "--adapter", "--fade-steps", "0", "--window", "8")
     model, source = orbax.load(tmp_path, np.float32), kvjax.load(dtype=jnp.float32).decoder
     assert model.spec.gate == GateSpec("dms", model.spec.gate.rate, 8, None, 5.0, 100.0)
     for layer, before in zip(model.layers, source.layers, strict=True):
@@ -283,6 +288,8 @@ def test_wrong_data_is_one_line(tmp_path: Path, name: str) -> None:
         ('{"tokens": [1, true]}', "line 1: is neither"),
         ('{"tokens": [1, 99999]}', "not in the vocabulary"),
         ('{"text": ""}', "line 1: is neither"),
+        ('{"text": " "}', "line 1 is empty"),
+        ('{"text": "\\ud800"}', "line 1: has half a surrogate"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -300,6 +307,14 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         (["--save-every", "3"], "multiple"),
         (["--adapter"], "--objective dms"),
         (["--neuron", "32"], "32 coordinates"),
+        (["--export", "5"], "--export 5"),
+        (["--export", "2", "--ramp-steps", "0"], "without a ramp"),
+        (["--ramp-steps", "0", "--final-steps", "0"], "never trained"),
+        (["--objective", "dms", "--window", "31"], "would ever lose one"),
+        (["--objective", "dms", "--adapter"], "leave --fade-steps out"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--final-learning-rate", "-1"], "not above 0"),
+        (["--out", __file__], "is a file"),
         (["--length", "5000"], "context limit"),
         (["--learning-rate", "0"], "not above 0"),
         (["--data", "/nowhere.txt"], "cannot read /nowhere.txt"),

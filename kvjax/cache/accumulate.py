@@ -49,7 +49,7 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
     Source: DMC (arXiv 2403.09636), Algorithm 1; Megatron-LM, branch `dmc`, `megatron/contrib/dmc/`.
     Differs: a prompt is read at once; a window is summed from its tokens, where the released code adds and subtracts;
       refused tokens (the paper's memory is unbounded).
-    Cost: at prefill `window` multiplications per number; per step as many additions, and `(window + 1) (R + W + 1)`
+    Cost: at prefill `window` multiplications per number; per step as many additions, and `window (R + W + 1)`
       numbers in float32 per row.
     """
     learned.check_store("dmc", store)

@@ -3,7 +3,7 @@
 A gate says of each token whether it takes a slot. How many will is known in the mean only, from the rate that the model
 was trained for, and rows differ widely. So all rows of a sequence share one room, whatever its batch mates do. Once it
 is used up, tokens that ask for a slot are refused one: they are forced to do what the policy does with those that do
-not ask.
+not ask. With fewer slots left than rows, the lowest layers are offered them.
 
 A layer's `tier.budget` is, until its prompt has been read, the slots that its rows may fill together; afterwards, per
 row, those that it may fill in the next step. In `calib` of the first tier:
@@ -162,7 +162,7 @@ def refuse(
 def found(tier: Tier, filled: Int[Array, "B K"]) -> Found:
     """What a layer's prompt leaves to the next layer, when its rows have filled so many slots."""
     left = tier.budget[:, :1] - filled.sum(axis=-1, keepdims=True)
-    return Found(left + tier.calib["floor"])
+    return Found(jnp.broadcast_to(left + tier.calib["floor"], filled.shape))
 
 
 def hand_on(
@@ -184,7 +184,7 @@ def fit(tiers: Tiers, length: Int[Array, " B"], *, capacity: Capacity) -> tuple[
     tier, *rest = tiers
     layers, _, heads = tier.length.shape
     rows, tokens = layers * heads, np.asarray(length, np.int64)
-    used = sum(np.asarray(each.length, np.int64) for each in tiers).sum(axis=(0, 2))
+    used = np.sum([np.asarray(each.length, np.int64) for each in tiers], axis=0).sum(axis=(0, 2))
     new, room = (np.asarray(tier.calib[name], np.int64)[0, :, 0] for name in ("new", "room"))
     more = np.minimum(rows * new, room - used)
     if capacity is None:

@@ -62,12 +62,14 @@ def save(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapp
 
 def save_into(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapping[str, Any]) -> None:
     """Like `save`, but `dst` exists and holds other things. It is complete once `kvjax.json` is there."""
-    with _staged(dst / "model") as stage:
+    made = dst / ".model"
+    for left in (made, dst / PARAMS):  # by a call that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with _staged(made) as stage:
         _write(stage, src, parts, about)
-    shutil.rmtree(dst / PARAMS, ignore_errors=True)  # of a call that was killed
-    for path in sorted((dst / "model").iterdir(), key=lambda path: path.name == ABOUT):
+    for path in sorted(made.iterdir(), key=lambda path: path.name == ABOUT):
         path.replace(dst / path.name)
-    (dst / "model").rmdir()
+    made.rmdir()
 
 
 def _write(stage: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapping[str, Any]) -> None:

@@ -5,8 +5,8 @@
     dms    logit = scale * query[neuron] - offset           evict the token before it, `window` tokens on; first query
            logit = scale * adapter(x) - offset              likewise, with a projection of the residual stream
 
-A coordinate that the gate borrows carries nothing else: it is zero before rotation, and in queries after rotation too,
-so that it does not reach a score.
+A coordinate that the gate borrows carries nothing else: `dmc` has it zero in all queries and keys before rotation, and
+in queries after rotation too; `dms` in each group's first query, before and after. So it does not reach a score.
 
 Source: Megatron-LM, branch `dmc`, `megatron/contrib/dmc/dmc.py`; Model-Optimizer `experimental/dms/dms/core.py`.
 Differs: the released DMC code sets the coordinate of rotated keys to zero as well, which no score can tell.

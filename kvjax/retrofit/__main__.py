@@ -6,7 +6,9 @@ started again with the same flags.
 
 import argparse
 import math
+import sys
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 from rich.console import Console
@@ -20,10 +22,16 @@ from kvjax.retrofit.schedule import Schedule
 from kvjax.retrofit.train import RUN, Options, Progress, retrofit
 from kvjax.spec import GateSpec
 
+T = TypeVar("T")
 PROG = "kvjax.retrofit"
 WINDOW = {"dmc": 12, "dms": 256}  # tokens
 SCALE = {"dmc": 1.0, "dms": 100.0}
-FADE, FINISH, RAMP = 250, 2000, 3000  # steps; the ramp's are per unit of the rate
+FADE, FINISH, RAMP = (
+    250,
+    {"dmc": 2000, "dms": 34},
+    {"dmc": 3000, "dms": 100},
+)  # steps; the ramp's are per unit of the rate
+DECAY = {"dmc": 0.1, "dms": 0.0}
 
 
 def parser() -> command.Parser:
@@ -47,8 +55,8 @@ def parser() -> command.Parser:
     gate.add_argument("--temperature", type=float, default=0.1, help="of relaxed decisions (default: 0.1)")
     time = p.add_argument_group("schedule")
     time.add_argument("--fade-steps", type=int, help=f"while the coordinate fades (default: {FADE}; --adapter: 0)")
-    time.add_argument("--ramp-steps", type=int, help=f"while the rate grows (default: {RAMP} x --cr)")
-    time.add_argument("--final-steps", type=int, default=FINISH, help=f"at the final rate (default: {FINISH})")
+    time.add_argument("--ramp-steps", type=int, help="while the rate grows (default: --cr x 3000; dms: x 100)")
+    time.add_argument("--final-steps", type=int, help="at the final rate (default: 2000; dms: 34)")
     time.add_argument("--learning-rate", type=float, default=3e-5, help="(default: 3e-5)")
     time.add_argument("--final-learning-rate", type=float, help="of the last step (default: a tenth)")
     time.add_argument("--minutes", type=float, default=math.inf, help="stop after about so long; start again to go on")
@@ -59,7 +67,7 @@ def parser() -> command.Parser:
     train.add_argument("--distill", action=argparse.BooleanOptionalAction, help="be like SRC (default: only for dms)")
     train.add_argument("--penalty", type=float, default=1.0, help="weight of too many slots (default: 1)")
     train.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: float32 on CPU, else bfloat16)")
-    train.add_argument("--weight-decay", type=float, default=0.1, help="(default: 0.1)")
+    train.add_argument("--weight-decay", type=float, help="(default: 0.1; dms: 0)")
     train.add_argument("--clip", type=float, default=1.0, help="largest norm of a gradient (default: 1)")
     train.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True, help="save memory (default)")
     train.add_argument("--seed", type=int, default=0, help="of order and noise (default: 0)")
@@ -82,13 +90,22 @@ def options(args: argparse.Namespace) -> Options:
         raise InputError(f"--cr {args.cr:g}: tokens per slot are 1 or more")
     if args.adapter and args.objective != "dms":
         raise InputError("--adapter is for --objective dms")
-    least = {"length": 2, "batch": 1, "micro_batch": 1, "final_steps": 0, "save_every": 1, "keep": 1, "log_every": 1}
-    for name, smallest in (least | {"fade_steps": 0, "ramp_steps": 0, "window": 0}).items():
+    least = {"length": 2, "batch": 1, "micro_batch": 1, "seed": 0, "save_every": 1, "keep": 1, "log_every": 1}
+    for name, smallest in (least | {"fade_steps": 0, "ramp_steps": 0, "final_steps": 0, "window": 0}).items():
         if (value := getattr(args, name)) is not None and value < smallest:
             raise InputError(f"--{name.replace('_', '-')} {value} is less than {smallest}")
-    for name in ("learning_rate", "temperature", "clip", "scale", "penalty"):
+    for name in ("learning_rate", "final_learning_rate", "temperature", "clip", "scale", "penalty"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is not above 0")
+    if not math.isfinite(args.offset) or not 0 <= (args.weight_decay or 0) < math.inf:
+        raise InputError(f"--offset {args.offset:g}, --weight-decay {args.weight_decay}: not such numbers")
+    for rate in args.export or ():
+        if not 1 < rate <= args.cr:
+            raise InputError(f"--export {rate:g} is not above 1 and up to --cr {args.cr:g}")
+    if args.adapter and args.fade_steps:
+        raise InputError("--adapter borrows nothing that could fade: leave --fade-steps out")
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out {args.out} is a file")
     if args.batch % args.micro_batch:
         raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch}")
     if args.save_every % args.log_every:
@@ -97,21 +114,25 @@ def options(args: argparse.Namespace) -> Options:
     gate = GateSpec(
         objective=args.objective,
         rate=args.cr,
-        window=WINDOW[args.objective] if args.window is None else args.window,
+        window=_chosen(args.window, WINDOW[args.objective]),
         neuron=None if args.adapter else args.neuron,
         offset=args.offset,
-        scale=SCALE[args.objective] if args.scale is None else args.scale,
+        scale=_chosen(args.scale, SCALE[args.objective]),
     )
     schedule = Schedule(
-        fade=0 if args.adapter else FADE if args.fade_steps is None else args.fade_steps,
-        ramp=math.ceil(RAMP * args.cr) if args.ramp_steps is None else args.ramp_steps,
-        finish=args.final_steps,
+        fade=0 if args.adapter else _chosen(args.fade_steps, FADE),
+        ramp=_chosen(args.ramp_steps, math.ceil(RAMP[args.objective] * args.cr)),
+        finish=_chosen(args.final_steps, FINISH[args.objective]),
         rate=args.cr,
         first_learning_rate=args.learning_rate,
         last_learning_rate=args.learning_rate / 10 if args.final_learning_rate is None else args.final_learning_rate,
     )
-    if schedule.steps == 0:
-        raise InputError("the schedule has no steps")
+    if schedule.steps == schedule.fade:
+        raise InputError("the gates are never trained: give --ramp-steps or --final-steps")
+    if args.export and not schedule.ramp:
+        raise InputError("--export: without a ramp no rate is passed on the way")
+    if dms and gate.window + 1 >= args.length:
+        raise InputError(f"--window {gate.window}: no sequence of {args.length} tokens would ever lose one")
     native = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return Options(
         model=args.model,
@@ -121,11 +142,11 @@ def options(args: argparse.Namespace) -> Options:
         length=args.length,
         rows=args.batch,
         together=args.micro_batch,
-        distill=dms if args.distill is None else args.distill,
+        distill=_chosen(args.distill, dms),
         dtype=args.dtype or native,
         temperature=args.temperature,
         penalty=args.penalty,
-        weight_decay=args.weight_decay,
+        weight_decay=_chosen(args.weight_decay, DECAY[args.objective]),
         clip=args.clip,
         remat=args.remat,
         seed=args.seed,
@@ -136,6 +157,10 @@ def options(args: argparse.Namespace) -> Options:
         minutes=args.minutes,
         ignore=tuple(args.ignore_config),
     )
+
+
+def _chosen(given: T | None, default: T) -> T:
+    return default if given is None else given
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -152,12 +177,16 @@ def main(argv: list[str] | None = None) -> None:
         task = bar.add_task("retrofitting", total=chosen.schedule.steps, about="", visible=False)
 
         def show(progress: Progress, steps: int) -> None:
-            speed = chosen.log_every * chosen.rows * chosen.length / max(progress.seconds, 1e-9)
+            block = (progress.step - 1) % chosen.log_every + 1
+            speed = block * chosen.rows * chosen.length / max(progress.seconds, 1e-9)
             about = f"loss {progress.text:.3f}  CR {progress.rate:.2f} of {progress.target:.2f}  {speed:,.0f} tokens/s"
             bar.update(task, completed=progress.step, description=progress.stage, about=about, visible=True)
 
         complete = retrofit(chosen, args.out, show)
-    curves.save(args.out / RUN)
+    try:
+        curves.save(args.out / RUN)
+    except ModuleNotFoundError:
+        print("no picture: pip install 'kvjax[eval]' for matplotlib", file=sys.stderr)
     again = "" if complete else " so far; start the same command again to go on"
     print(f"{args.out}: {curves.describe(args.out / RUN)}{again}")
 

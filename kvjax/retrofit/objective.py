@@ -7,7 +7,9 @@
     penalty = max(0, 1 - 1 / rate - mean hard alpha) of each sequence, the gradient going straight through to alpha
 
 Source: DMC (arXiv 2403.09636), Megatron-LM branch `dmc`; DMS (arXiv 2506.05345), Model-Optimizer `experimental/dms`.
-Differs: the divergence from the base model is KL(base || model), the released DMS code has the two exchanged.
+Differs: the divergence from the base model is KL(base || model), the released DMS code has the two exchanged; decisions
+  are closed where a document begins; while the borrowed coordinate fades, that of rotated keys is left as it is
+  (queries lose theirs before and after rotation), which is the same where nothing is left.
 """
 
 from typing import NamedTuple
@@ -181,8 +183,6 @@ def losses(
     like = None if base is None else jax.lax.stop_gradient(run(base, batch, None, remat=False)[0])
     text = _text(model, x, batch.ids[:, 1:], base, like)
     penalty = jnp.maximum(0.0, 1 - 1 / rate - decided.mean(axis=(0, 2))).mean()
-    if fading is not None:
-        penalty = jnp.zeros_like(penalty)
     return Losses(text + weight * penalty, text, penalty, merged.mean(axis=1))
 
 

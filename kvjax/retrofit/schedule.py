@@ -50,6 +50,10 @@ class Schedule(NamedTuple):
         share = {"fade": 0.0, "ramp": done / max(self.ramp, 1), "finish": 1.0}[stage]
         return 1 + (self.rate - 1) * share
 
+    def passes(self, step: int, rate: float) -> bool:
+        """Whether the target reaches a rate with this step."""
+        return self.stage(step)[0] == "ramp" and self.target(step + 1) >= rate > self.target(step)
+
     def learning_rate(self, step: int) -> float:
         """Constant, in the last stage half a cosine down to what it ends with."""
         stage, done = self.stage(step)

@@ -38,7 +38,7 @@ MEASURED = 16  # sequences that a checkpoint's rate is measured on
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a model is retrofitted; the defaults are the paper's where it has any."""
+    """How a model is retrofitted; the defaults are those of DMC's paper where it has any."""
 
     model: str | None
     files: tuple[Path, ...]
@@ -119,8 +119,8 @@ class Step:
         return State(params, opt), losses
 
     def _update(
-        self, params: Params, opt: Any, base: Params | None, batch: Batch, key: Array, target: Array, rate: Array,
-        keep: Array, *, fading: bool,
+        self, params: Params, opt: Any, base: Params | None, batch: Batch, key: Array, target: Array,
+        learning_rate: Array, keep: Array, *, fading: bool,
     ) -> tuple[Params, Any, Losses]:  # fmt: skip
         options, gate = self._options, self._options.gate
         names = [name for name in params if fading or weights.trained(name, gate)]
@@ -154,7 +154,7 @@ class Step:
         grads, found = jax.tree.map(lambda x: x / batches.ids.shape[0], total)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
             updates, opt = self.optimize.update(grads, opt, trained)
-        trained = jax.tree.map(jnp.add, trained, jax.tree.map(lambda x: rate * x, updates))
+        trained = jax.tree.map(jnp.add, trained, jax.tree.map(lambda x: learning_rate * x, updates))
         return frozen | trained, opt, found
 
     def _measure(self, params: Params, batch: Batch) -> Array:
@@ -187,23 +187,28 @@ def retrofit(options: Options, out: Path, show: Callable[[Progress, int], None] 
       Whether it is complete; it is not when `options.minutes` were over.
     """
     source, spec, stream, src = _prepare(options)
+    if out.resolve() == src.resolve():
+        raise InputError(f"{out} is the model itself: choose another --out")
     runs.check(out / RUN, options.identity() | {"data": stream.fingerprint})
     schedule, log = options.schedule, out / RUN / "log.jsonl"
     base = {path: leaf.astype(options.dtype, copy=True) for path, leaf in source.items()} if options.distill else None
     step = Step(options, spec, base)
     began = time.monotonic()
     with runs.manager(out / RUN, options.save_every, options.keep) as manager:
-        state, done = _resume(manager, step, State(source, ()), schedule, log)
+        state, done = _resume(manager, step, source, schedule, log)
+        del source
+        _check_exports(out, options, done)
         over = done == schedule.steps
         while not over:
-            block, since = range(done, min(done + options.log_every, schedule.steps)), time.monotonic()
+            end = min((done // options.log_every + 1) * options.log_every, schedule.steps)
+            block, since = range(done, end), time.monotonic()
             pending: list[Losses] = []
             for index in block:
                 batch = data.batch(stream, options.seed, index, options.rows, options.length)
                 state, losses = step(step.begin(state, index), batch, index)
                 pending.append(losses)
                 for rate in options.export:
-                    if schedule.target(index + 1) >= rate > schedule.target(index):
+                    if schedule.passes(index, rate):
                         _export(out / f"rate{rate:g}", src, options, step, state.params, stream, into=False)
             done = block.stop
             progress, merged = _summary(pending, done, options, since)
@@ -236,17 +241,29 @@ def _prepare(options: Options) -> tuple[Params, ModelSpec, Stream, Path]:
 
 
 def _resume(
-    manager: ocp.CheckpointManager, step: Step, first: State, schedule: Schedule, log: Path
+    manager: ocp.CheckpointManager, step: Step, source: Params, schedule: Schedule, log: Path
 ) -> tuple[State, int]:
     """The state of the newest checkpoint, or the first one."""
-    done = manager.latest_step() or 0
-    if not done:
-        log.unlink(missing_ok=True)
-        return first, 0
-    like = step.begin(first, 0)
+    state, done = State(source, ()), manager.latest_step() or 0
+    if done:  # shapes only: the optimiser's state is twice as large as the weights
+        state = jax.eval_shape(lambda params: step.begin(State(params, ()), 0), source)
     if done > schedule.fade:
-        like = step.begin(like, schedule.fade)
-    return runs.resume(manager, like, log)
+        state = jax.eval_shape(lambda state: step.begin(state, schedule.fade), state)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = lambda x: x.update(sharding=here) if isinstance(x, jax.ShapeDtypeStruct) else x
+    return runs.resume(manager, jax.tree.map(placed, state), log)
+
+
+def _check_exports(out: Path, options: Options, done: int) -> None:
+    """Raise `InputError` if a checkpoint that is to be written stands there already, or can no longer be made."""
+    for rate in options.export:
+        exists = orbax.is_orbax(out / f"rate{rate:g}")
+        if exists and not done:
+            raise InputError(f"{out / f'rate{rate:g}'} is of another run: remove it or choose another --out")
+        if not exists and done and options.schedule.target(done) >= rate:
+            raise InputError(f"--export {rate:g}: the run has passed that rate")
+    if orbax.is_orbax(out) and done < options.schedule.steps:
+        raise InputError(f"{out} is a checkpoint already: remove it or choose another --out")
 
 
 def _summary(pending: Sequence[Losses], done: int, options: Options, since: float) -> tuple[Progress, list]:
