@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     """A recipe in force and the cache that it would allocate."""
 
     budget: list[int] | None  # slots per row of each layer for one prompt; None = decided by the policy alone
-    decided: str  # "before the prompt"; "after the prompt" when `budget` is only where it starts; "by the model"
+    decided: str  # "before the prompt"; "after the prompt" when `budget` is only where it starts; "by the model; ..."
     stores: list[str]  # number format of each tier
     fold: str  # which vector is cached per token
     rotate: str  # when cached keys are rotated
@@ -102,7 +102,7 @@ def abstract_model(name: str | None, dtype: DTypeLike | None = None, ignore: Col
 
 def _decided(recipe: Recipe) -> str:
     if recipe.policy.revise is not None:
-        return "by the model"
+        return "by the model; bytes are those while the prompt is read"
     return "before the prompt" if recipe.budget is None or recipe.budget.allocate is None else "after the prompt"
 
 

@@ -75,6 +75,6 @@ def test_a_generation_says_what_was_forced():
 def test_a_plan_says_that_the_model_decides(method):
     model = Model(gated_model(method, 3, 2, 0.0), None, (), "random")
     planned = plan.plan(model, methods.make(method, None, {"capacity": "50%", "store": "int8"}), 1000, 24, batch=2)
-    assert (planned.budget, planned.decided) == (None, "by the model")
+    assert planned.budget is None and planned.decided.startswith("by the model")
     assert 0 < planned.bytes["total"] < planned.full_bytes
     assert plan.arguments(method, {"capacity": "50%"}) == {"capacity": "50%", "store": "dense"}
