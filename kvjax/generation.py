@@ -92,10 +92,17 @@ def load(name: str | Path | None = None, *, dtype: DTypeLike | None = None, igno
     >>> model.spec.num_kv_heads
     2
     """
+    return load_from(name, dtype=dtype, ignore_config=ignore_config)[0]
+
+
+def load_from(
+    name: str | Path | None, *, dtype: DTypeLike | None = None, ignore_config: Sequence[str] = ()
+) -> tuple[Model, Path]:
+    """Like `load`, and the directory that the checkpoint's files are in."""
     path = demo.directory() if name is None else name
     decoder, directory = checkpoint.load_model(str(path), dtype, ignore_config)
     label = "demo" if name is None else str(name)
-    return Model(decoder, Tokenizer.load(directory), read_generation_config(directory), label)
+    return Model(decoder, Tokenizer.load(directory), read_generation_config(directory), label), directory
 
 
 def generate(

@@ -3,11 +3,8 @@
 import dataclasses
 import itertools
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -24,6 +21,7 @@ from kvjax.demo import vocabulary as v
 from kvjax.errors import InputError
 from kvjax.models import decoder
 from kvjax.spec import RopeSpec
+from tests.killing import CPU, kill
 
 TEXT = "The text of the tests.\nIt has a few lines, and none of them is a needle.\n" * 9
 TINY = ["--steps", "6", "--block", "1", "--checkpoint-every", "1", "--tokens-per-batch", "128", "--max-length", "64"]
@@ -159,18 +157,11 @@ def test_a_token_without_a_namesake_gets_a_vector_like_its_kinds(tmp_path: Path)
 @pytest.mark.slow
 def test_killed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     flags = [*TINY, "--steps", "40", "--checkpoint-every", "2"]
     command = lambda out: [sys.executable, "-m", "kvjax.demo.train", "--out", str(out), *flags]
-    subprocess.run(command(whole), env=environment, check=True, capture_output=True)
-    log = killed / "log.jsonl"
-    for steps in np.sort(np.random.default_rng(0).choice(np.arange(2, 38), 5, replace=False)).tolist():
-        process = subprocess.Popen(command(killed), env=environment, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= steps):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
-    subprocess.run(command(killed), env=environment, check=True, capture_output=True)
+    subprocess.run(command(whole), env=CPU, check=True, capture_output=True)
+    kill(command(killed), killed / "log.jsonl", range(2, 38))
+    subprocess.run(command(killed), env=CPU, check=True, capture_output=True)
     _same(killed, whole)
 
 

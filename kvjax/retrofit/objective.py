@@ -58,7 +58,6 @@ class _Seen(NamedTuple):
     v: Float[Array, "B T K H"]
     bias: Float[Array, "B K T"]
     decided: Float[Array, "B K"]  # share of hard decisions, differentiable
-    merged: Float[Array, "B K"]
 
 
 def decide(gate: Gate, starts: Bool[Array, "B T"], relax: Relax | None) -> tuple[Array, Array, Array]:
@@ -81,7 +80,7 @@ def see(spec: GateSpec, gate: Gate, k: Array, v: Array, starts: Bool[Array, "B T
     if spec.objective == "dmc":
         assert not isinstance(gate.weight, tuple)
         k, v = (segment_merge.pool(x, alpha, gate.weight, window=spec.window) for x in (k, v))
-    return _Seen(k, v, bias, hard.mean(axis=1), jax.lax.stop_gradient(hard).mean(axis=1))
+    return _Seen(k, v, bias, hard.mean(axis=1))
 
 
 def attend(
@@ -92,8 +91,8 @@ def attend(
     turn: tuple[Array, Array],
     spec: ModelSpec,
     window: int | None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B K"], Float[Array, "B K"]]:
-    """One layer; also what its gate decided, differentiable and not."""
+) -> tuple[Float[Array, "B T D"], Float[Array, "B K"]]:
+    """One layer; also what its gate decided, differentiable."""
     gate_spec = spec.gate
     assert gate_spec is not None
     q, k, v, gate = layer.project(x)
@@ -102,7 +101,7 @@ def attend(
     q = gates.silence(gate_spec, rope.rotate(q, *turn), spec.num_kv_heads)
     free = gate_spec.window if gate_spec.objective == "dms" else 0
     heads = training.attention(q, rope.rotate(seen.k, *turn), seen.v, bias=seen.bias, free=free, window=window)
-    return layer.finish(x, heads), seen.decided, seen.merged
+    return layer.finish(x, heads), seen.decided
 
 
 def fade(
@@ -125,8 +124,8 @@ def run(
     *,
     remat: bool = False,
     fading: tuple[GateSpec, Array] | None = None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "L B K"], Float[Array, "L B K"]]:
-    """The last layer's outputs, and what the gates decided, differentiable and not.
+) -> tuple[Float[Array, "B T D"], Float[Array, "L B K"]]:
+    """The last layer's outputs, and the share of tokens that the gates merge or evict, differentiable.
 
     Args:
       model: with gates, or without and `fading`.
@@ -138,21 +137,20 @@ def run(
     spec, ids, starts = model.spec, batch.ids[:, :-1], batch.starts[:, :-1]
     cos, sin = rope.angles(spec.rope, spec.head_dim, jnp.arange(ids.shape[1]), jnp.asarray(ids.shape[1]))
     turn, x = (cos[:, None], sin[:, None]), model.embed(ids)
-    decided, merged = [], []
+    decided = []
     none = jnp.zeros((ids.shape[0], spec.num_kv_heads))
     for index, layer in enumerate(model.layers):
         window = spec.window(index)
         if fading is not None:
-            one = lambda layer, x, turn, w=window: (fade(layer, x, fading[1], turn, spec, fading[0], w), none, none)
+            one = lambda layer, x, turn, w=window: (fade(layer, x, fading[1], turn, spec, fading[0], w), none)
         elif spec.gate is None:
-            one = lambda layer, x, turn, w=window: (_plain(layer, x, turn, spec, w), none, none)
+            one = lambda layer, x, turn, w=window: (_plain(layer, x, turn, spec, w), none)
         else:
             noise = None if relax is None else relax._replace(key=jax.random.fold_in(relax.key, index))
             one = lambda layer, x, turn, w=window, noise=noise: attend(layer, x, starts, noise, turn, spec, w)
-        x, hard, taken = (jax.checkpoint(one) if remat else one)(layer, x, turn)
+        x, hard = (jax.checkpoint(one) if remat else one)(layer, x, turn)
         decided.append(hard)
-        merged.append(taken)
-    return x, jnp.stack(decided), jnp.stack(merged)
+    return x, jnp.stack(decided)
 
 
 def _plain(layer: Layer, x: Array, turn: tuple[Array, Array], spec: ModelSpec, window: int | None) -> Array:
@@ -179,11 +177,11 @@ def losses(
       base: the model to be like; None = the text is learned.
       weight: of the penalty.
     """
-    x, decided, merged = run(model, batch, relax, remat=remat, fading=fading)
+    x, decided = run(model, batch, relax, remat=remat, fading=fading)
     like = None if base is None else jax.lax.stop_gradient(run(base, batch, None, remat=False)[0])
     text = _text(model, x, batch.ids[:, 1:], base, like)
     penalty = jnp.maximum(0.0, 1 - 1 / rate - decided.mean(axis=(0, 2))).mean()
-    return Losses(text + weight * penalty, text, penalty, merged.mean(axis=1))
+    return Losses(text + weight * penalty, text, penalty, jax.lax.stop_gradient(decided).mean(axis=1))
 
 
 def _text(model: Decoder, x: Array, targets: Array, base: Decoder | None, like: Array | None) -> Float[Array, ""]:

@@ -19,18 +19,15 @@ import optax
 import orbax.checkpoint as ocp
 from jax import Array
 
-from kvjax import checkpoint, demo, runs
+from kvjax import generation, runs
 from kvjax.checkpoint import orbax
 from kvjax.errors import InputError
-from kvjax.generation import Model
-from kvjax.models.hf_config import read_generation_config
 from kvjax.retrofit import data, objective, weights
 from kvjax.retrofit.data import Stream
 from kvjax.retrofit.objective import Batch, Losses, Relax
 from kvjax.retrofit.schedule import Schedule
 from kvjax.retrofit.weights import Params
 from kvjax.spec import GateSpec, ModelSpec
-from kvjax.tokenizer import Tokenizer
 
 RUN = "run"  # folder of the run, in that of the checkpoint
 MEASURED = 16  # sequences that a checkpoint's rate is measured on
@@ -159,7 +156,7 @@ class Step:
 
     def _measure(self, params: Params, batch: Batch) -> Array:
         model = weights.to_model(params, self._gated, self._options.dtype)
-        return objective.run(model, batch, None)[2].mean(axis=1)
+        return objective.run(model, batch, None)[1].mean(axis=1)
 
     def begin(self, state: State, step: int) -> State:
         """The state with which a step begins: in the first of a stage the optimiser starts anew, and gates are made."""
@@ -224,9 +221,7 @@ def retrofit(options: Options, out: Path, show: Callable[[Progress, int], None] 
 
 def _prepare(options: Options) -> tuple[Params, ModelSpec, Stream, Path]:
     """The weights, the model without gates, the data, and where the model came from."""
-    name = str(demo.directory()) if options.model is None else options.model
-    decoder, src = checkpoint.load_model(name, jnp.float32, options.ignore)
-    model = Model(decoder, Tokenizer.load(src), read_generation_config(src), options.model or "demo")
+    model, src = generation.load_from(options.model, dtype=jnp.float32, ignore_config=options.ignore)
     spec, gate = model.spec, options.gate
     if spec.gate is not None:
         raise InputError(f"{model.name} is retrofitted already, to a rate of {spec.gate.rate:g}: start from its source")

@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from kvjax.checkpoint import hf
+from kvjax.models import gate as gates
 from kvjax.models.decoder import Decoder
 from kvjax.spec import GateSpec, ModelSpec
 
@@ -49,9 +50,8 @@ def _silenced(path: str, leaf: Array, spec: ModelSpec, gate: GateSpec) -> Array:
         return leaf
     if gate.objective == "dms" and module == "k":
         return leaf
-    every = spec.group_size if gate.objective == "dms" else 1
     heads = leaf.reshape(*leaf.shape[:-1], -1, spec.head_dim)
-    return heads.at[..., ::every, gate.neuron].set(0).reshape(leaf.shape)
+    return gates.silence(gate, heads, spec.num_kv_heads).reshape(leaf.shape)
 
 
 def trained(path: str, gate: GateSpec) -> bool:
