@@ -223,7 +223,7 @@ def _prefill_layer(
     cos, sin = rope.angles(spec.rope, spec.head_dim, pos, length)  # B T H/2
     q, k = (rope.rotate(y, cos[:, :, None], sin[:, :, None]) for y in (q, k))
     q = gates.silence(spec.gate, q, spec.num_kv_heads)
-    heads, lse = attention.prefill_attention(q, k, v, length, window=window, until=until)
+    heads, lse = attention.prefill_attention(q, k, v, length, window=window, until=until, kernels=recipe.kernels)
     key = key if rotates_at_read(spec, recipe) else k
     prompt = Prompt(
         q, k, v, key, value, lse, length, index, spec.num_layers, window, recipe.kernels, gate=gate, revised=revised

@@ -188,6 +188,9 @@ def cases(target: str) -> Iterator[Case]:
             yield Case("decode_attention", "Llama-3-8B", store, 32768, 16)
     for context in (8192, 32768):
         yield Case("column_sums", "Llama-3-8B", "", context, 1)
+        if target in TPUS:  # cuDNN is not compiled ahead of time
+            yield Case("attention", "Llama-3-8B", "", context, 1)
+            yield Case("attention", "Llama-3-8B", "", context, 1, {"window": 4096})
     if target not in THOROUGH:
         return
     for model in MODELS:
@@ -248,7 +251,26 @@ def column_sums(target: Target, case: Case) -> tuple[Callable, tuple]:
     return sums, (*vectors, jax.ShapeDtypeStruct((b, k * g, t), jnp.float32), jax.ShapeDtypeStruct((b,), jnp.int32))
 
 
-KERNELS = {"decode_attention": decode_attention, "column_sums": column_sums}
+def attention(target: Target, case: Case) -> tuple[Callable, tuple]:
+    """A function and its arguments, as for `column_sums`."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.prefill_attention import attention
+
+    k, g, h = MODELS[case.model]
+
+    def attend(*args: Any) -> Any:
+        *vectors, length = args
+        vectors = (jnp.moveaxis(x, 1, 2) for x in vectors)
+        out, lse = attention(*vectors, length, implementation="tpu", **case.options)
+        return jnp.moveaxis(out, 1, 2), lse
+
+    vectors = [jax.ShapeDtypeStruct((case.batch, n, case.context, h), jnp.bfloat16) for n in (k * g, k, k)]
+    return attend, (*vectors, jax.ShapeDtypeStruct((case.batch,), jnp.int32))
+
+
+KERNELS = {"decode_attention": decode_attention, "column_sums": column_sums, "attention": attention}
 
 
 def compile_kernels(target: Target) -> None:

@@ -1,11 +1,13 @@
 """The kernels' references against dense attention in numpy, at every block size."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.attention import prefill_attention
 from pallas_kernels.decode_attention import decode_attention, merge, probabilities
+from pallas_kernels.prefill_attention import attention, gpu, tpu
 from pallas_kernels.prefill_scores import column_sums
 
 B, K, G, H, PAGE, M = 2, 3, 2, 8, 8, 5
@@ -80,16 +82,26 @@ def causal(q, k, length, window):
     return np.where(real, p / np.maximum(p.sum(-1, keepdims=True), 1e-300), 0), p.sum(-1)
 
 
+XLA = functools.partial(attention, implementation="xla")
+PREFILL = {
+    "blocks of 16": functools.partial(XLA, block=16),
+    "blocks of 64": functools.partial(XLA, block=64),
+    "tpu": functools.partial(attention, implementation="interpret"),
+    "tpu, blocks of 128": functools.partial(tpu.attention, block=128, interpret=True),
+    "gpu": functools.partial(gpu.attention, implementation="xla"),  # what cuDNN is asked for
+}
+
+
 @pytest.mark.parametrize("window", [None, 5, 40])
-@pytest.mark.parametrize("block", [16, 64])
-def test_prefill_attention_and_column_sums_are_dense_attention(window, block):
-    rng, t, n, heads = np.random.default_rng(1), 64, 4, 2
-    length = np.array([64, 37, 1], np.int32)
+@pytest.mark.parametrize("run", PREFILL)
+def test_prefill_attention_and_column_sums_are_dense_attention(window, run):
+    rng, t, n, heads = np.random.default_rng(1), 64 if run != "tpu, blocks of 128" else 300, 4, 2
+    length = np.array([t, 37, 1], np.int32)
     q = rng.normal(size=(3, t, n, H)).astype(np.float32)
     k, v = (rng.normal(size=(3, t, heads, H)).astype(np.float32) for _ in range(2))
     prob, total = causal(q, k, length, window)
     args = [jnp.asarray(x) for x in (q, k, v, length)]
-    o, lse = prefill_attention(*args, window=window, block=block)
+    o, lse = PREFILL[run](*args, window=window)
     want = np.einsum("bnts,bsnh->btnh", prob, np.repeat(v, n // heads, axis=2))
     real = np.arange(t) < length[:, None]
     np.testing.assert_allclose(np.asarray(o)[real], want[real], atol=1e-5)
@@ -97,5 +109,30 @@ def test_prefill_attention_and_column_sums_are_dense_attention(window, block):
         np.moveaxis(np.asarray(lse), 1, 2)[real], np.log(np.moveaxis(total, 1, 2)[real]), atol=1e-5
     )
     assert np.isfinite(np.asarray(o)).all()
-    sums = column_sums(args[0], args[1], lse, args[3], scale=H**-0.5, window=window, block=block)
+    sums = column_sums(args[0], args[1], lse, args[3], scale=H**-0.5, window=window, block=16)
     np.testing.assert_allclose(sums, prob.reshape(3, -1, t, t).sum(2), atol=1e-5)
+
+
+def test_prefill_attention_in_kernels_is_that_of_xla_in_bfloat16():
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 200, n, 128)), jnp.bfloat16) for n in (4, 2, 2))
+    runs = (XLA, PREFILL["tpu"], PREFILL["gpu"])
+    (want, lse), *others = (run(q, k, v, jnp.asarray([200])) for run in runs)
+    for o, found in others:
+        assert o.dtype == jnp.bfloat16 and found.dtype == jnp.float32
+        np.testing.assert_allclose(np.asarray(o, np.float32), np.asarray(want, np.float32), atol=2e-2)
+        np.testing.assert_allclose(found, lse, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "until", "message"),
+    [
+        (jnp.float32, 64, None, "16 bits, these are float32"),
+        (jnp.bfloat16, 512, None, "these have 512"),
+        (jnp.bfloat16, 64, jnp.zeros((1, 1, 8), jnp.int32), "for a while only are for xla"),
+    ],
+)
+def test_the_gpu_kernel_says_which_prompts_it_cannot_read(dtype, width, until, message):
+    x = jnp.zeros((1, 8, 1, width), dtype)
+    with pytest.raises(NotImplementedError, match=message):
+        attention(x, x, x, jnp.asarray([8]), until=until, implementation="gpu")

@@ -1,0 +1,72 @@
+"""Attention over prompts in plain jnp: the contract, and the XLA path on every platform."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from pallas_kernels.blocks import divisor
+from pallas_kernels.decode_attention.reference import EMPTY
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    length: Int[Array, " B"],
+    *,
+    window: int | None = None,
+    until: Int[Array, "B K T"] | None = None,
+    block: int = 512,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Exact causal attention over prompts that are padded on the right.
+
+    Args:
+      q, k, v: rotated queries and keys, values.
+      length: tokens of each prompt; padded keys are never attended, padded queries give finite garbage.
+      window: sliding window [tokens].
+      until: the last position whose query sees a key; None = all see it.
+      block: most tokens per block on both axes; blocks divide T.
+
+    Returns:
+      The heads' outputs, and the log-sum-exp of each query's scaled logits in float32.
+
+    Cost: T^2/2 products, in blocks with an online softmax (arXiv 2112.05682): memory grows with T, not with its square.
+    """
+    b, t, n, h = q.shape
+    heads, block = k.shape[2], divisor(t, block)
+    q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    cut = lambda x, i, axis=-2: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=axis)
+
+    def row(i: Array) -> tuple[Array, Array]:
+        query, pos = cut(q, i), i * block + jnp.arange(block)
+
+        def column(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            o, total, top = carry
+            key_pos = j * block + jnp.arange(block)
+            distance = pos[:, None] - key_pos
+            seen = (distance >= 0) & (distance < (window or t)) & (key_pos < length[:, None, None])
+            s = jnp.einsum("bkgqh,bksh->bkgqs", query, cut(k, j), preferred_element_type=jnp.float32) * h**-0.5
+            seen = seen[:, None]
+            if until is not None:
+                seen = seen & (pos[:, None] <= cut(until[..., None, :], j, axis=-1))
+            s = jnp.where(seen[:, :, None], s, EMPTY)
+            m = jnp.maximum(top, s.max(axis=-1))
+            e, old = jnp.exp(s - m[..., None]), jnp.exp(top - m)
+            more = jnp.einsum("bkgqs,bksh->bkgqh", e.astype(v.dtype), cut(v, j), preferred_element_type=jnp.float32)
+            return o * old[..., None] + more, total * old + e.sum(axis=-1), m
+
+        shape = query.shape[:-1]
+        empty = (
+            jnp.zeros(query.shape, jnp.float32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.full(shape, EMPTY, jnp.float32),
+        )
+        first = 0 if window is None else jnp.maximum(i - 1 - window // block, 0)
+        o, total, top = jax.lax.fori_loop(first, i + 1, column, empty)
+        return (o / total[..., None]).astype(v.dtype), top + jnp.log(total)
+
+    o, lse = jax.lax.map(row, jnp.arange(t // block))  # blocks B K G block (H)
+    o = jnp.moveaxis(o, 0, 3).reshape(b, n, t, h)
+    return jnp.moveaxis(o, 1, 2), jnp.moveaxis(lse, 0, 3).reshape(b, n, t)
