@@ -20,7 +20,7 @@ from kvjax.generate import main as generate
 from kvjax.models import rope, training
 from kvjax.models.decoder import forward
 from kvjax.retrofit import __main__ as command
-from kvjax.retrofit import data, objective, weights
+from kvjax.retrofit import data, objective, train, weights
 from kvjax.retrofit.objective import Batch, Relax
 from kvjax.retrofit.schedule import Schedule
 from kvjax.spec import Gate, GateSpec, RopeSpec
@@ -246,11 +246,31 @@ def test_a_stopped_run_goes_on(tmp_path: Path, texts: Path, capsys: pytest.Captu
     shutil.rmtree(whole / "run")
     with pytest.raises(InputError, match="is a checkpoint already"):
         run(whole, texts)
-    with pytest.raises(InputError, match="retrofitted already"):
-        command.main(["--model", str(whole), "--out", str(tmp_path / "again"), "--data", str(texts), *TINY])
     capsys.readouterr()
     generate(["--model", str(whole), "--prompt", "river: 217 130", "--max-new-tokens", "2", "--json"])
     assert json.loads(capsys.readouterr().out)["method"] == "dmc"
+
+
+def test_a_retrofitted_model_is_retrofitted_further() -> None:
+    """It keeps its gates, and the target grows from its own rate."""
+    options = lambda *flags: command.options(command.parser().parse_args(["--out", "o", "--data", "d", *TINY, *flags]))
+    gate = dataclasses.replace(options().gate, rate=1.5)
+    further = train.continued(options("--fade-steps", "0"), gate, "m")
+    assert [further.schedule.target(step) for step in (0, 3, 6, 9)] == [1.5, 1.75, 2, 2]
+    for flags, message in (
+        ([], "give --fade-steps 0"),
+        (["--fade-steps", "0", "--window", "4"], "with window 12, not 4"),
+        (["--fade-steps", "0", "--cr", "1.4"], "ask for more than 1.4"),
+        (["--fade-steps", "0", "--export", "1.2"], "ask for more than 1.2"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train.continued(options(*flags), gate, "m")
+    model = random_model(7, gate=gate)
+    params = weights.of_model(model)
+    state = train.Step(further, model.spec, None).begin(train.State(params, ()), 0)
+    assert all(state.params[path] is leaf for path, leaf in params.items())
+    plain = train.Step(further, dataclasses.replace(model.spec, gate=None), None).begin(train.State(params, ()), 0)
+    assert not np.any(plain.params["layers.0.attention.k.kernel"].reshape(-1, model.spec.head_dim)[:, -1])
 
 
 def test_an_adapter_alone_is_trained(tmp_path: Path, texts: Path) -> None:

@@ -1,7 +1,7 @@
 """When a retrofit does what: three stages, each with a learning rate; the optimiser starts anew in each.
 
     fade      what the gate will borrow is scaled down to nothing; not needed by a gate with weights of its own
-    ramp      the target rate grows from 1, linearly in the step
+    ramp      the target rate grows from 1, or from what the model has, linearly in the step
     finish    the target stays, the learning rate falls
 
 Source: DMC (arXiv 2403.09636); Megatron-LM, branch `dmc`, `examples/dmc/train.sh`, `get_prior_and_cr`.
@@ -22,6 +22,7 @@ class Schedule(NamedTuple):
     rate: float  # tokens per slot in the end
     first_learning_rate: float
     last_learning_rate: float  # at the end of the last stage
+    start: float = 1.0  # tokens per slot that the model has
 
     @property
     def steps(self) -> int:
@@ -48,7 +49,7 @@ class Schedule(NamedTuple):
         """The rate that a step aims at."""
         stage, done = self.stage(step)
         share = {"fade": 0.0, "ramp": done / max(self.ramp, 1), "finish": 1.0}[stage]
-        return 1 + (self.rate - 1) * share
+        return self.start + (self.rate - self.start) * share
 
     def passes(self, step: int, rate: float) -> bool:
         """Whether the target reaches a rate with this step."""

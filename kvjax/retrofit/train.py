@@ -97,9 +97,9 @@ def optimizer(options: Options) -> optax.GradientTransformation:
 class Step:
     """The compiled update; one program while the coordinate fades, one for what follows."""
 
-    def __init__(self, options: Options, plain: ModelSpec, base: Params | None):
-        self._options, self.plain, self._base = options, plain, base
-        self._gated = dataclasses.replace(plain, gate=options.gate)
+    def __init__(self, options: Options, source: ModelSpec, base: Params | None):
+        self._options, self._source, self._base = options, source, base
+        self.gated = dataclasses.replace(source, gate=options.gate)
         self.optimize = optimizer(options)
         self._run = jax.jit(self._update, static_argnames="fading", donate_argnames=("params", "opt"))
         self.measure = jax.jit(self._measure)
@@ -122,10 +122,10 @@ class Step:
         options, gate = self._options, self._options.gate
         names = [name for name in params if fading or weights.trained(name, gate)]
         frozen = {name: leaf for name, leaf in params.items() if name not in names}
-        teacher = None if base is None else weights.to_model(base, self.plain, options.dtype)
+        teacher = None if base is None else weights.to_model(base, self._source, options.dtype)
 
         def loss(trained: Params, batch: Batch, key: Array) -> tuple[Array, Losses]:
-            spec = self.plain if fading else self._gated
+            spec = self._source if fading else self.gated
             model = weights.to_model(frozen | trained, spec, options.dtype)
             relax = Relax(key, options.temperature)
             found = objective.losses(
@@ -155,7 +155,7 @@ class Step:
         return frozen | trained, opt, found
 
     def _measure(self, params: Params, batch: Batch) -> Array:
-        model = weights.to_model(params, self._gated, self._options.dtype)
+        model = weights.to_model(params, self.gated, self._options.dtype)
         return objective.run(model, batch, None)[1].mean(axis=1)
 
     def begin(self, state: State, step: int) -> State:
@@ -164,8 +164,8 @@ class Step:
         if not schedule.begins(step):
             return state
         params = state.params
-        if step == schedule.fade:
-            params = weights.begin_gates(params, self._gated)
+        if step == schedule.fade and self._source.gate is None:
+            params = weights.begin_gates(params, self.gated)
         fading = schedule.stage(step)[0] == "fade"
         names = [name for name in params if fading or weights.trained(name, self._options.gate)]
         return State(params, self.optimize.init({name: params[name] for name in names}))
@@ -183,7 +183,7 @@ def retrofit(options: Options, out: Path, show: Callable[[Progress, int], None] 
     Returns:
       Whether it is complete; it is not when `options.minutes` were over.
     """
-    source, spec, stream, src = _prepare(options)
+    options, source, spec, stream, src = _prepare(options)
     if out.resolve() == src.resolve():
         raise InputError(f"{out} is the model itself: choose another --out")
     runs.check(out / RUN, options.identity() | {"data": stream.fingerprint})
@@ -219,12 +219,12 @@ def retrofit(options: Options, out: Path, show: Callable[[Progress, int], None] 
     return over
 
 
-def _prepare(options: Options) -> tuple[Params, ModelSpec, Stream, Path]:
-    """The weights, the model without gates, the data, and where the model came from."""
+def _prepare(options: Options) -> tuple[Options, Params, ModelSpec, Stream, Path]:
+    """The options, with the rate that the model has; its weights and shape, the data, and where the model came from."""
     model, src = generation.load_from(options.model, dtype=jnp.float32, ignore_config=options.ignore)
     spec, gate = model.spec, options.gate
     if spec.gate is not None:
-        raise InputError(f"{model.name} is retrofitted already, to a rate of {spec.gate.rate:g}: start from its source")
+        options = continued(options, spec.gate, model.name)
     if spec.latent is not None:
         raise InputError(f"{model.name} has low-rank keys, which a gate of each head cannot merge or evict")
     if gate.neuron is not None and not -spec.head_dim <= gate.neuron < spec.head_dim:
@@ -232,7 +232,21 @@ def _prepare(options: Options) -> tuple[Params, ModelSpec, Stream, Path]:
     if options.length > spec.max_position:
         raise InputError(f"--length {options.length} is more than the context limit ({spec.max_position})")
     stream = data.read(options.files, model, options.length)
-    return weights.of_model(model.decoder), spec, stream, src
+    return options, weights.of_model(model.decoder), spec, stream, src
+
+
+def continued(options: Options, gate: GateSpec, name: str) -> Options:
+    """The options for a model that is retrofitted already: it keeps its gate, and its rate grows from where it is."""
+    for field in ("objective", "window", "neuron", "offset", "scale"):
+        asked, found = getattr(options.gate, field), getattr(gate, field)
+        if asked != found:
+            raise InputError(f"{name} is retrofitted already, with {field} {found}, not {asked}: they must agree")
+    if options.schedule.fade:
+        raise InputError(f"{name} is retrofitted already, nothing is left to fade: give --fade-steps 0")
+    least = min((options.gate.rate, *options.export))
+    if least <= gate.rate:
+        raise InputError(f"{name} has a rate of {gate.rate:g} already: ask for more than {least:g}")
+    return dataclasses.replace(options, schedule=options.schedule._replace(start=gate.rate))
 
 
 def _resume(
@@ -286,7 +300,7 @@ def _export(dst: Path, src: Path, options: Options, step: Step, params: Params, 
     batches = (data.batch(stream, options.seed + 1, i, options.together, options.length) for i in range(count))
     merged = np.mean([step.measure(params, batch) for batch in batches], axis=0)
     gate = dataclasses.replace(options.gate, rate=round(1 / max(1 - float(merged.mean()), 1e-6), 3))
-    spec = dataclasses.replace(step.plain, gate=gate)
+    spec = dataclasses.replace(step.gated, gate=gate)
     about = weights.about(src.name, {*options.ignore, *orbax.ignored(src)}, spec, options.dtype, merged)
     save = orbax.save_into if into else orbax.save
     save(dst, src, weights.parts(params, spec, options.dtype), about)
