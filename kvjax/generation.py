@@ -83,7 +83,8 @@ def load(name: str | Path | None = None, *, dtype: DTypeLike | None = None, igno
     """Load a checkpoint.
 
     Args:
-      name: a Hugging Face directory, an Orbax directory made by `kvjax.convert`, or a hub id; None = the demo model.
+      name: a Hugging Face directory, an Orbax directory made by `kvjax.convert`, a hub id, or a shipped checkpoint:
+        `demo` (None as well) or `demo-dmc`.
       dtype: of weights, activations and cache; None = float32 on CPU, bfloat16 elsewhere.
       ignore_config: config fields that may be ignored although kvjax does not know them.
 
@@ -99,8 +100,7 @@ def load_from(
     name: str | Path | None, *, dtype: DTypeLike | None = None, ignore_config: Sequence[str] = ()
 ) -> tuple[Model, Path]:
     """Like `load`, and the directory that the checkpoint's files are in."""
-    path = demo.directory() if name is None else name
-    decoder, directory = checkpoint.load_model(str(path), dtype, ignore_config)
+    decoder, directory = checkpoint.load_model(str(demo.find(name)), dtype, ignore_config)
     label = "demo" if name is None else str(name)
     return Model(decoder, Tokenizer.load(directory), read_generation_config(directory), label), directory
 

@@ -86,7 +86,7 @@ def abstract_model(name: str | None, dtype: DTypeLike | None = None, ignore: Col
       dtype: of weights and cache; None = float32 on CPU, bfloat16 elsewhere.
       ignore: config fields that may be ignored although kvjax does not know them.
     """
-    path = demo.directory() if name is None else Path(name)
+    path = Path(demo.find(name))
     if not path.exists():
         raise InputError(f"{path}: no such directory or config.json; a dry run downloads nothing")
     folder, file = (path, path / "config.json") if path.is_dir() else (path.parent, path)

@@ -222,7 +222,7 @@ def main(argv: list[str]) -> None:
 
 
 def _measured(args: argparse.Namespace) -> Measured:
-    source = args.checkpoint or str(demo.directory())
+    source = str(demo.find(args.checkpoint))
     if orbax.is_orbax(Path(source)):
         for name, value in vars(args).items():
             if name.startswith("lorc") and value != parser().get_default(name):

@@ -234,7 +234,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, texts: Path, capsys: pytest.Captu
     same(stopped, whole)
     assert [entry["step"] for entry in logged(whole)] == list(range(2, 15, 2))
     assert [entry["stage"] for entry in logged(whole)] == ["fade"] * 2 + ["ramp"] * 3 + ["finish"] * 2
-    assert (whole / "run" / "curves.png").stat().st_size > 1000
+    assert all((whole / "run" / f"{name}.png").stat().st_size > 1000 for name in ("curves", "rates"))
     for made in (whole, whole / "rate1.5"):
         spec = orbax.read_spec(made)
         assert spec.gate is not None and spec.gate.objective == "dmc" and spec.gate.window == 12

@@ -185,6 +185,8 @@ def main(argv: list[str] | None = None) -> None:
         complete = retrofit(chosen, args.out, show)
     try:
         curves.save(args.out / RUN)
+        if complete:
+            curves.save_rates(args.out, args.out / RUN / "rates.png")
     except ModuleNotFoundError:
         print("no picture: pip install 'kvjax[eval]' for matplotlib", file=sys.stderr)
     again = "" if complete else " so far; start the same command again to go on"

@@ -1,9 +1,12 @@
-"""What a retrofit's log says: a picture of loss and compression rate over steps, and a line of words."""
+"""What a retrofit has done: pictures of loss and rate over steps and of what each head has learned, and a line."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from kvjax.checkpoint import orbax
 from kvjax.evaluation.pictures import COLOURS
 
 
@@ -40,3 +43,25 @@ def save(run: Path) -> Path:
         axes.legend(fontsize=8)
     figure.savefig(run / "curves.png", dpi=150)
     return run / "curves.png"
+
+
+def save_rates(checkpoint: Path, picture: Path) -> Path:
+    """Draw how many tokens each layer and head of a retrofitted checkpoint puts into a slot, as it notes them."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    rates = 1 / np.maximum(np.asarray(json.loads((checkpoint / orbax.ABOUT).read_text())["slots"]), 1e-3)  # L K
+    layers, heads = rates.shape
+    figure = Figure(figsize=(2.5 + 0.6 * heads, 1.5 + 0.4 * layers), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(rates, cmap="Blues", norm=LogNorm(1, max(2.0, float(rates.max()))), aspect="auto")
+    axes.set(xlabel="key/value head", ylabel="layer", xticks=range(heads), yticks=range(layers))
+    axes.set_title(f"Tokens per slot, {1 / (1 / rates).mean():.2f} in all", fontsize=10)
+    if rates.size <= 256:  # else the numbers would overlap
+        dark = rates > np.sqrt(rates.max())
+        for (layer, head), rate in np.ndenumerate(rates):
+            label = f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
+            axes.text(head, layer, label, ha="center", va="center", fontsize=8, color="w" if dark[layer, head] else "k")
+    figure.colorbar(image, ax=axes, format="%g")
+    figure.savefig(picture, dpi=150)
+    return picture
