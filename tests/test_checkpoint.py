@@ -424,6 +424,18 @@ def test_a_damaged_conversion_is_refused(tmp_path, source):
         orbax.load(dst)
 
 
+def test_a_converted_checkpoint_in_another_dtype(tmp_path, source):
+    first, second = tmp_path / "first", tmp_path / "second"
+    convert(str(source), first)
+    convert(str(first), second, "bfloat16")
+    for got, want in zip(*map(jax.tree.leaves, (orbax.load(second), orbax.load(first, jnp.bfloat16))), strict=True):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(got, want)
+    assert {path.name for path in second.iterdir()} == {path.name for path in first.iterdir()}
+    with pytest.raises(InputError, match="already, in bfloat16"):
+        convert(str(second), tmp_path / "third", "bfloat16")
+
+
 def test_convert_refuses(tmp_path, source, monkeypatch):
     convert(str(source), tmp_path / "dst")
     before = sorted(tmp_path.rglob("*"))

@@ -523,6 +523,8 @@ def test_what_cannot_be_done_is_one_line(flags, converted, tmp_path, monkeypatch
 def test_a_converted_checkpoint_is_not_converted_again(converted, tmp_path, capsys):
     narrow = converted("llama", "--lorc", "keep=60%")
     assert_refused(capsys, narrow, tmp_path / "again", ["--lorc", "keep=50%"], "is a converted checkpoint already")
+    kvjax.convert.main([str(narrow), str(tmp_path / "cast"), "--dtype", "bfloat16"])
+    assert orbax.read_spec(tmp_path / "cast") == orbax.read_spec(narrow)
 
 
 def test_a_text_needs_a_tokenizer_that_fits(converted, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Convert a Hugging Face checkpoint to Orbax."""
+"""Convert a Hugging Face checkpoint to Orbax, or an Orbax checkpoint to another dtype."""
 
 import functools
 from collections.abc import Collection, Iterator
@@ -26,7 +26,7 @@ def convert(
     """Convert the checkpoint `source` into the new directory `dst`, with a progress bar on stderr.
 
     Args:
-      source: a Hugging Face directory or a hub id.
+      source: a Hugging Face directory, a hub id, or a converted checkpoint that is wanted in another dtype.
       dst: the directory to make.
       dtype: one of `DTYPES`; None keeps each tensor's own.
       ignore: fields of `config.json` to treat as absent; noted in `dst`, so that loading it needs no flag.
@@ -41,7 +41,8 @@ def convert(
     if dst.exists():
         raise InputError(f"{dst}: exists already; remove it or choose another directory")
     if orbax.is_orbax(Path(source)):
-        raise InputError(f"{source}: is a converted checkpoint already")
+        _cast(Path(source), dst, dtype, ignore, low_rank)
+        return
     src = hf.resolve(source)
     spec = read_config(src, ignore)
     weights = hf.locate(src, spec)
@@ -57,6 +58,17 @@ def convert(
             about |= lorc.about(made, low_rank)
             parts = lorc.factor(parts, made)
         orbax.save(dst, src, parts, about)
+
+
+def _cast(src: Path, dst: Path, dtype: str | None, ignore: Collection[str], low_rank: lorc.Options | None) -> None:
+    """A converted checkpoint in another dtype; low-rank and retrofitted ones stay what they are."""
+    about = orbax.read_about(src)
+    if low_rank is not None:
+        raise InputError(f"{src}: is a converted checkpoint already: --lorc is for what it was made from")
+    if dtype in (None, about["dtype"]):
+        raise InputError(f"{src}: is a converted checkpoint already, in {about['dtype']}: only --dtype can change it")
+    about |= {"dtype": dtype, "ignore_config": sorted({*orbax.ignored(src), *ignore})}
+    orbax.save(dst, src, orbax.read_parts(src, np.dtype(dtype)), about)
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def load(path: Path, dtype: DTypeLike | None = None, ignore: Collection[str] = (
       may keep a few hundred MB of the buffers below 32 MiB.
     """
     spec = read_spec(path, ignore)
-    wanted, tree = hf.abstract(spec, dtype or _about(path)["dtype"])
+    wanted, tree = hf.abstract(spec, dtype or read_about(path)["dtype"])
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     arrays = {}
     try:
@@ -132,6 +132,19 @@ def read(path: Path, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]
         raise InputError(f"{path}: params cannot be read, convert the source again ({_reason(error)})") from error
 
 
+def read_parts(path: Path, dtype: np.dtype) -> Iterator[tuple[str, hf.Part]]:
+    """The parts of a converted checkpoint, as it groups them, in another dtype.
+
+    Cost: host memory of the largest, in both.
+    """
+    for part in sorted((path / PARAMS).absolute().iterdir()):
+        try:
+            arrays = ocp.load(str(part), ocp.metadata(str(part)).metadata)
+        except (ValueError, OSError) as error:
+            raise InputError(f"{part}: cannot be read ({_reason(error)})") from error
+        yield part.name, {name: np.asarray(array).astype(dtype) for name, array in arrays.items()}
+
+
 def read_spec(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
     """The model in a converted checkpoint: its `config.json`, as the conversion read and changed it.
 
@@ -139,7 +152,7 @@ def read_spec(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
       path: the directory; its parameters need not be there.
       ignore: fields of `config.json` to treat as absent, beside those it was converted with.
     """
-    about = _about(path)
+    about = read_about(path)
     spec = read_config(path, ignored(path) | set(ignore))
     if "latent" in about:
         heads, ranks = about["latent"]["heads"], about["latent"]["ranks"]
@@ -149,10 +162,11 @@ def read_spec(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
 
 def ignored(path: Path) -> set[str]:
     """Fields of `config.json` that a conversion treated as absent; none if `path` is not a converted checkpoint."""
-    return set(_about(path).get("ignore_config", ())) if is_orbax(path) else set()
+    return set(read_about(path).get("ignore_config", ())) if is_orbax(path) else set()
 
 
-def _about(path: Path) -> dict[str, Any]:
+def read_about(path: Path) -> dict[str, Any]:
+    """What a converted checkpoint notes of itself."""
     about = read_json(path / ABOUT)
     if about.get("format") != FORMAT:
         raise InputError(f"{path}: format {about.get('format')!r}, this kvjax reads {FORMAT}; convert the source again")
