@@ -21,6 +21,8 @@ from pallas_kernels.implementation import Implementation
 
 PyTree = Any
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+Norm = Literal["rms", "layer"]
+Activation = Literal["silu", "gelu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +91,10 @@ class ModelSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    norm: Norm = "rms"  # root mean square; LayerNorm with a bias
+    parallel_norms: Literal[0, 1, 2] = 0  # norms of attention and MLP that run side by side; 0 = one after the other
+    activation: Activation = "silu"  # of the MLP; `gelu` is exact
+    gated_mlp: bool = True  # the MLP has a second projection that its activation multiplies
     family: str = "llama"
     latent: LatentSpec | None = None  # keys and values are low-rank
     gate: GateSpec | None = None  # decides what a cache keeps

@@ -154,7 +154,7 @@ def test_loading_reads_the_largest_first(source, monkeypatch):
     assert len(sizes) == 21 and sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("name", ["llama_biases", "qwen2_tied", "internlm2"])
+@pytest.mark.parametrize("name", ["llama_biases", "qwen2_tied", "internlm2", "falcon_7b"])
 def test_parts_are_the_model_in_its_order(tmp_path, name):
     path = golden.write_checkpoint(name, tmp_path)
     spec, calls = read_config(path), []
@@ -163,7 +163,8 @@ def test_parts_are_the_model_in_its_order(tmp_path, name):
     assert list(parts) == ["embedding", *(f"layers.{i}" for i in range(spec.num_layers)), "head"]
     assert {part: list(arrays) for part, arrays in parts.items()} == hf.parts(weights)
     assert set(parts["embedding"]) == {"embedding"}
-    assert set(parts["head"]) == {"norm.scale"} | (set() if spec.tie_embeddings else {"head.kernel"})
+    norm = {f"norm.{leaf}" for leaf in ("scale", "bias")[: 2 if spec.norm == "layer" else 1]}
+    assert set(parts["head"]) == norm | (set() if spec.tie_embeddings else {"head.kernel"})
     assert all(target.startswith("layers.1.") for target in parts["layers.1"])
     arrays = {target: array for part in parts.values() for target, array in part.items()}
     targets, tree = hf.abstract(spec, jnp.float32)
@@ -306,7 +307,7 @@ def test_resolve_hub(monkeypatch, tmp_path):
 # --- Orbax ---
 
 
-@pytest.mark.parametrize("name", ["llama_biases", "qwen2_tied", "internlm2"])
+@pytest.mark.parametrize("name", ["llama_biases", "qwen2_tied", "internlm2", "falcon_40b"])
 def test_a_converted_model_is_the_same(tmp_path, name):
     source = golden.write_checkpoint(name, tmp_path / "source", np.float16)
     (source / "tokenizer_config.json").write_text("{}")
@@ -482,7 +483,7 @@ def test_memory_is_bounded_by_parts(tmp_path):
         for target, leaf in leaves:
             shape = hf._stored_shape(target, leaf.shape, spec)
             weight = rng.integers(-99, 99, shape, np.int8).astype(ml_dtypes.bfloat16)
-            weights[hf._source(target, spec.family)] = weight
+            weights[hf._source(target, spec)] = weight
         save_file(weights, path / "model.safetensors")
         size = sum(weight.nbytes for weight in weights.values())
         for step in ("convert", "load"):

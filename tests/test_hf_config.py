@@ -26,7 +26,7 @@ def refusal(config, *words, ignore=()):
 
 
 def test_defaults_are_the_families_own():
-    llama, mistral, qwen2, qwen3, internlm2 = (parse_config({"model_type": name}) for name in FAMILIES)
+    llama, mistral, qwen2, qwen3, internlm2, falcon = (parse_config({"model_type": name}) for name in FAMILIES)
     assert (llama.vocab_size, llama.embed_dim, llama.mlp_dim, llama.num_layers) == (32000, 4096, 11008, 32)
     assert (llama.num_heads, llama.num_kv_heads, llama.head_dim, llama.max_position) == (32, 32, 128, 2048)
     assert (llama.norm_eps, llama.rope, llama.tie_embeddings) == (1e-6, RopeSpec(10000.0), False)
@@ -152,9 +152,35 @@ def test_windows():
         refusal({"model_type": family, "num_hidden_layers": 3, "layer_types": types} | used, "layer_types", "3 layers")
 
 
+def test_falcon():
+    def falcon(**fields):
+        spec = parse_config({"model_type": "falcon", "num_attention_heads": 8, "hidden_size": 64} | fields)
+        return spec.num_kv_heads, spec.parallel_norms, spec.mlp_dim
+
+    spec = parse_config({"model_type": "falcon"})
+    assert (spec.vocab_size, spec.embed_dim, spec.num_heads, spec.head_dim, spec.mlp_dim) == (65024, 4544, 71, 64, 18176)
+    assert (spec.norm, spec.norm_eps, spec.activation, spec.gated_mlp, spec.tie_embeddings) == (
+        ("layer", 1e-5, "gelu", False, True)
+    )
+    assert falcon(num_kv_heads=4) == (1, 1, 256)  # which only the new architecture reads
+    assert falcon(multi_query=False, parallel_attn=False, ffn_hidden_size=80) == (8, 0, 80)
+    assert falcon(new_decoder_architecture=True, num_kv_heads=4) == (4, 2, 256)
+    assert falcon(new_decoder_architecture=True, multi_query=True, num_ln_in_parallel_attn=1) == (8, 1, 256)
+    biased = parse_config({"model_type": "falcon", "bias": True})
+    assert biased.qkv_bias and biased.o_bias and biased.mlp_bias
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
+        ({"model_type": "falcon", "alibi": True}, ["alibi = True", "rotary"]),
+        ({"model_type": "falcon", "activation": "relu"}, ["activation = 'relu'", "'gelu'"]),
+        ({"model_type": "falcon", "num_ln_in_parallel_attn": 2}, ["num_ln_in_parallel_attn = 2"]),
+        ({"model_type": "falcon", "new_decoder_architecture": True, "parallel_attn": False}, ["parallel_attn = False"]),
+        ({"model_type": "falcon", "ffn_hidden_size": 0}, ["ffn_hidden_size = 0"]),
+        ({"model_type": "falcon", "layer_norm_epsilon": 0}, ["layer_norm_epsilon = 0"]),
+        ({"model_type": "falcon", "num_kv_heads": 7, "new_decoder_architecture": True}, ["num_attention_heads = 71"]),
+        ({"activation": "gelu"}, ["activation = 'gelu'"]),
         ({"model_type": "gemma2"}, ["'gemma2'", *FAMILIES]),
         ({"model_type": ["llama"]}, ["['llama']", "unknown family"]),
         ({"model_type": None}, ["unknown family", *FAMILIES]),

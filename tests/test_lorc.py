@@ -84,7 +84,7 @@ def write(spec: ModelSpec, arrays: dict[str, np.ndarray], directory: Path, **fie
     }
     (directory / "config.json").write_text(json.dumps(config))
     tensors = {
-        hf._source(path, spec.family): np.ascontiguousarray(array.T if path.endswith(".kernel") else array)
+        hf._source(path, spec): np.ascontiguousarray(array.T if path.endswith(".kernel") else array)
         for path, array in arrays.items()
     }
     save_file(tensors, directory / "model.safetensors")

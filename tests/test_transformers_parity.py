@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers")
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-MODELS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+MODELS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "falcon": "Falcon"}
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
 ROPES = [
@@ -46,8 +46,9 @@ def test_default_configs_agree(family):
     theirs = getattr(transformers, f"{MODELS[family]}Config")()
     bare, full = parse_config({"model_type": family}), parse_config(json.loads(theirs.to_json_string(use_diff=False)))
     assert bare == full
-    assert full.num_kv_heads == theirs.num_key_value_heads
-    assert full.norm_eps == theirs.rms_norm_eps
+    if family != "falcon":  # which has other names
+        assert full.num_kv_heads == theirs.num_key_value_heads
+        assert full.norm_eps == theirs.rms_norm_eps
     assert full.tie_embeddings == theirs.tie_word_embeddings
     assert full.rope.theta == theirs.rope_parameters["rope_theta"]
 
@@ -103,7 +104,16 @@ def random_fields(rng, family):
         "qwen2": {"use_sliding_window": flag(), "sliding_window": 5, "max_window_layers": 1},
         "qwen3": {"use_sliding_window": flag(), "max_window_layers": 1, "sliding_window": 5, "attention_bias": flag()},
     }
-    return fields | extra[family]
+    if family != "falcon":
+        return fields | extra[family]
+    for name in ("intermediate_size", "num_key_value_heads", "head_dim"):
+        del fields[name]
+    layout = [
+        {"multi_query": True},
+        {"multi_query": False, "parallel_attn": False},
+        {"new_decoder_architecture": True, "num_kv_heads": kv, "num_ln_in_parallel_attn": int(rng.integers(1, 3))},
+    ][int(rng.integers(3))]
+    return fields | layout | {"bias": flag(), "hidden_size": kv * group * head_dim}
 
 
 @pytest.mark.parametrize("seed", range(3))

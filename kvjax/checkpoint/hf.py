@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 
 from kvjax.errors import InputError
@@ -32,6 +33,7 @@ _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.
 
 # kvjax's module -> the checkpoint's. Modules of a layer are relative to the layer.
 _LLAMA = {
+    "layers": "model.layers",
     "embedding": "model.embed_tokens",
     "norm": "model.norm",
     "head": "lm_head",
@@ -48,6 +50,7 @@ _LLAMA = {
     "mlp.down": "mlp.down_proj",
 }
 _INTERNLM2 = {
+    "layers": "model.layers",
     "embedding": "model.tok_embeddings",
     "norm": "model.norm",
     "head": "output",
@@ -61,7 +64,22 @@ _INTERNLM2 = {
     "mlp.up": "feed_forward.w3",
     "mlp.down": "feed_forward.w2",
 }
-_NAMES = {"internlm2": _INTERNLM2}  # every other family has Llama's names
+_FALCON = {
+    "layers": "transformer.h",
+    "embedding": "transformer.word_embeddings",
+    "norm": "transformer.ln_f",
+    "head": "lm_head",
+    "attention_norm": "input_layernorm",
+    "attention.q": "self_attention.query_key_value",
+    "attention.k": "self_attention.query_key_value",
+    "attention.v": "self_attention.query_key_value",
+    "attention.o": "self_attention.dense",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.up": "mlp.dense_h_to_4h",
+    "mlp.down": "mlp.dense_4h_to_h",
+}
+_FALCON_TWO_NORMS = {"attention_norm": "ln_attn", "mlp_norm": "ln_mlp"}
+_NAMES = {"internlm2": _INTERNLM2, "falcon": _FALCON}  # every other family has Llama's names
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -133,7 +151,7 @@ def locate(path: Path, spec: ModelSpec) -> Weights:
     Raises `InputError` where names, shapes or dtypes are not those of the model. Reads headers only.
     """
     targets, _ = abstract(spec, np.float32)
-    sources = {target: _source(target, spec.family) for target in targets}
+    sources = {target: _source(target, spec) for target in targets}
     stored = headers(path)
     _check_names(path, spec, stored, set(sources.values()))
     for target, source in sources.items():
@@ -256,7 +274,8 @@ def _read(stored: Stored) -> np.ndarray:
 def _array(target: str, weights: Weights, dtype: DTypeLike | None) -> np.ndarray:
     """One parameter: its rows of its tensor, transposed where it is a kernel, cast, finite."""
     stored = weights.stored[target]
-    array = _select(_read(stored), target, weights.spec)
+    array, packed = _read(stored), _rows(target, weights.spec)
+    array = array if packed is None else array[packed[0]]
     array = np.ascontiguousarray(array.T if target.endswith(".kernel") else array)
     array = array if dtype is None else array.astype(dtype, copy=False)
     if not np.isfinite([array.min(), array.max()]).all():  # both propagate NaN
@@ -264,36 +283,36 @@ def _array(target: str, weights: Weights, dtype: DTypeLike | None) -> np.ndarray
     return array
 
 
-def _source(target: str, family: str) -> str:
+def _source(target: str, spec: ModelSpec) -> str:
     """The checkpoint's name of a parameter."""
-    names = _NAMES.get(family, _LLAMA)
+    names = _NAMES.get(spec.family, _LLAMA)
+    if spec.family == "falcon" and spec.parallel_norms == 2:
+        names = names | _FALCON_TWO_NORMS
     if target == "embedding":
         return f"{names[target]}.weight"
     module, _, leaf = target.rpartition(".")
     layer = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
-    module = f"model.layers.{layer[1]}.{names[layer[2]]}" if layer else names[module]
+    module = f"{names['layers']}.{layer[1]}.{names[layer[2]]}" if layer else names[module]
     return f"{module}.{_LEAVES[leaf]}"
 
 
-def _is_packed(target: str, spec: ModelSpec) -> bool:
-    return spec.family == "internlm2" and bool(re.search(r"\.attention\.[qkv]\.", target))
+def _rows(target: str, spec: ModelSpec) -> tuple[Int[np.ndarray, " rows"], int] | None:
+    """Which rows of a packed tensor are a parameter's, and how many it has; None = it has a tensor of its own."""
+    *_, owner, module, _ = ("", "", *target.split("."))
+    if spec.family in ("internlm2", "falcon") and owner == "attention" and module in ("q", "k", "v"):
+        # For each key/value head its G query heads, its key, its value.
+        rows = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+        packed = np.arange(rows).reshape(spec.num_kv_heads, spec.group_size + 2, spec.head_dim)
+        part = {"q": slice(0, -2), "k": slice(-2, -1), "v": slice(-1, None)}[module]
+        return packed[:, part].reshape(-1), rows
+    return None
 
 
 def _stored_shape(target: str, shape: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:
     """The shape that the checkpoint's tensor for a parameter must have; torch's `Linear` is [out, in]."""
     shape = shape[::-1] if target.endswith(".kernel") else shape
-    if _is_packed(target, spec):
-        shape = ((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, *shape[1:])
-    return shape
-
-
-def _select(array: np.ndarray, target: str, spec: ModelSpec) -> np.ndarray:
-    """A parameter's rows of a packed tensor: for each key/value head its G query heads, its key, its value."""
-    if not _is_packed(target, spec):
-        return array
-    rows = array.reshape(spec.num_kv_heads, spec.group_size + 2, spec.head_dim, *array.shape[1:])
-    part = {"q": slice(0, -2), "k": slice(-2, -1), "v": slice(-1, None)}[target.split(".")[-2]]
-    return rows[:, part].reshape(-1, *array.shape[1:])
+    packed = _rows(target, spec)
+    return shape if packed is None else (packed[1], *shape[1:])
 
 
 def _check(stored: Stored, shape: tuple[int, ...]) -> None:
@@ -310,7 +329,7 @@ def _check_names(path: Path, spec: ModelSpec, stored: Collection[str], expected:
     missing = sorted(expected.difference(stored))
     if missing:
         raise InputError(f"{path}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
-    spare = {_source("head.kernel", spec.family)} if spec.tie_embeddings else set()
+    spare = {_source("head.kernel", spec)} if spec.tie_embeddings else set()
     extra = sorted(n for n in set(stored) - expected - spare if not n.endswith("rotary_emb.inv_freq"))
     if extra:
         raise InputError(f"{path}: tensor {extra[0]} has no place in a {spec.family} model ({len(extra)} have none)")

@@ -1,8 +1,11 @@
-"""One configurable Llama-family decoder in Flax NNX: weights only, the cache is passed in and out.
+"""One configurable decoder in Flax NNX: weights only, the cache is passed in and out.
 
-Covers Llama, Mistral, Qwen2, Qwen3 and InternLM2. The differences are fields of `ModelSpec`. Layers are a list and
+Covers Llama, Mistral, Qwen2, Qwen3, InternLM2 and Falcon. The differences are fields of `ModelSpec`. Layers are a list and
 are unrolled: scanning over stacked weights copies every layer's weights on GPU and is slower on CPU.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ from jaxtyping import Float, Int
 
 from kvjax.models import gate as gates
 from kvjax.models import rope
-from kvjax.spec import Gate, ModelSpec
+from kvjax.spec import Activation, Gate, ModelSpec
 
 
 class Linear(nnx.Module):
@@ -65,17 +68,22 @@ class LowRank(nnx.Module):
         return y.reshape(*mean.shape[:-1], self.head_dim)
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm in float32 (arXiv 1910.07467)."""
+class Norm(nnx.Module):
+    """The norm of `ModelSpec.norm`, in float32: root mean square (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450)."""
 
-    def __init__(self, width: int, eps: float, dtype: DTypeLike):
+    def __init__(self, spec: ModelSpec, width: int, dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((width,), dtype))
-        self.eps = eps
+        self.bias = nnx.Param(jnp.zeros((width,), dtype)) if spec.norm == "layer" else None
+        self.eps = spec.norm_eps
 
     def __call__(self, x: Float[Array, "*b width"]) -> Float[Array, "*b width"]:
         y = x.astype(jnp.float32)
+        if self.bias is not None:
+            y = y - y.mean(axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * self.scale[...]
+        if self.bias is None:
+            return y.astype(x.dtype) * self.scale[...]
+        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -89,20 +97,28 @@ class Attention(nnx.Module):
         else:
             self.k, self.v = (LowRank(spec, rank, dtype, rngs) for rank in spec.widths(index))
         self.o = Linear(n * h, d, spec.o_bias, dtype, rngs)
-        self.q_norm = RMSNorm(h, spec.norm_eps, dtype) if spec.qk_norm else None
-        self.k_norm = RMSNorm(h, spec.norm_eps, dtype) if spec.qk_norm else None
+        self.q_norm = Norm(spec, h, dtype) if spec.qk_norm else None
+        self.k_norm = Norm(spec, h, dtype) if spec.qk_norm else None
+
+
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
 
 
 class Mlp(nnx.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))` (arXiv 2002.05202)."""
+    """`down(act(gate(x)) * up(x))` (arXiv 2002.05202), or without a gate `down(act(up(x)))`."""
 
     def __init__(self, spec: ModelSpec, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.gate = Linear(spec.embed_dim, spec.mlp_dim, spec.mlp_bias, dtype, rngs)
+        self.gate = Linear(spec.embed_dim, spec.mlp_dim, spec.mlp_bias, dtype, rngs) if spec.gated_mlp else None
         self.up = Linear(spec.embed_dim, spec.mlp_dim, spec.mlp_bias, dtype, rngs)
         self.down = Linear(spec.mlp_dim, spec.embed_dim, spec.mlp_bias, dtype, rngs)
+        self.activation = spec.activation
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        act, up = ACTIVATIONS[self.activation], self.up(x)
+        return self.down(act(up) if self.gate is None else act(self.gate(x)) * up)
 
 
 class Layer(nnx.Module):
@@ -112,10 +128,12 @@ class Layer(nnx.Module):
     """
 
     def __init__(self, spec: ModelSpec, index: int, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(spec.embed_dim, spec.norm_eps, dtype)
+        norm = lambda: Norm(spec, spec.embed_dim, dtype)
+        self.attention_norm = norm()
         self.attention = Attention(spec, index, dtype, rngs)
-        self.mlp_norm = RMSNorm(spec.embed_dim, spec.norm_eps, dtype)
+        self.mlp_norm = norm() if spec.parallel_norms != 1 else None
         self.mlp = Mlp(spec, dtype, rngs)
+        self.parallel = spec.parallel_norms > 0
         self.head_dim = spec.head_dim
         self.gate = spec.gate
         self.adapter = gates.Adapter(spec, dtype) if spec.gate is not None and spec.gate.neuron is None else None
@@ -157,8 +175,9 @@ class Layer(nnx.Module):
 
     def finish(self, x: Float[Array, "*b D"], heads: Float[Array, "*b N H"]) -> Float[Array, "*b D"]:
         """Add the attention's output and the feed-forward network to the residual stream."""
-        x = x + self.attention.o(heads.reshape(*x.shape[:-1], -1).astype(x.dtype))
-        return x + self.mlp(self.mlp_norm(x))
+        after = x + self.attention.o(heads.reshape(*x.shape[:-1], -1).astype(x.dtype))
+        norm = self.attention_norm if self.mlp_norm is None else self.mlp_norm
+        return after + self.mlp(norm(x if self.parallel else after))
 
 
 class Decoder(nnx.Module):
@@ -175,7 +194,7 @@ class Decoder(nnx.Module):
         shape = (spec.vocab_size, spec.embed_dim)
         self.embedding = nnx.Param((jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype))
         self.layers = nnx.List([Layer(spec, i, dtype, rngs) for i in range(spec.num_layers)])
-        self.norm = RMSNorm(spec.embed_dim, spec.norm_eps, dtype)
+        self.norm = Norm(spec, spec.embed_dim, dtype)
         self.head = None if spec.tie_embeddings else Linear(spec.embed_dim, spec.vocab_size, False, dtype, rngs)
 
     @property

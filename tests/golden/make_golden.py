@@ -1,7 +1,9 @@
-"""Make the golden files with transformers and torch: `python tests/golden/make_golden.py`."""
+"""Make the golden files with transformers and torch: `python tests/golden/make_golden.py [NAME ...]`."""
 
 import copy
 import json
+import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ SMALL = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+_LLAMA_ONLY = ("intermediate_size", "num_key_value_heads")
+SMALL_FALCON = {name: value for name, value in SMALL.items() if name not in _LLAMA_ONLY}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -46,14 +50,23 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6}}, 4),
     "qwen2_window": ("qwen2", QWEN_WINDOW | {"num_hidden_layers": 3}, 5),
     "qwen3": ("qwen3", {"head_dim": 16, "rope_parameters": {"rope_theta": 1e6}}, 5),
+    "falcon_7b": ("falcon", {}, 5),
+    "falcon_40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}, 5),
+    "falcon_sequential": (
+        "falcon",
+        {"multi_query": False, "parallel_attn": False, "ffn_hidden_size": 40, "tie_word_embeddings": False},
+        4,
+    ),
     "internlm2": ("llama", {"num_key_value_heads": 2, "num_attention_heads": 6, "hidden_size": 48}, 4),
 }
 PROMPT, NEW = 40, 12
 
 
-def main() -> None:
-    """Write every golden file."""
+def main(names: Collection[str]) -> None:
+    """Write the golden files of these names, all without any."""
     for name, (family, fields, dialect) in CASES.items():
+        if names and name not in names:
+            continue
         content = next(filter(None, (make(seed, family, fields) for seed in range(100))))
         config, weights = content.pop("config"), content.pop("weights")
         if dialect == 4:
@@ -76,8 +89,9 @@ def make(seed: int, family: str, fields: dict[str, Any]) -> dict[str, Any] | Non
         "mistral": transformers.MistralForCausalLM,
         "qwen2": transformers.Qwen2ForCausalLM,
         "qwen3": transformers.Qwen3ForCausalLM,
+        "falcon": transformers.FalconForCausalLM,
     }[family]
-    fields = SMALL | fields  # transformers writes into the dict that it is given
+    fields = (SMALL_FALCON if family == "falcon" else SMALL) | fields  # transformers writes into the dict that it is given
     config = model_class.config_class(**json.loads(json.dumps(fields)), attn_implementation="eager")
     model = model_class(config).eval().float()
     with torch.no_grad():
@@ -91,7 +105,7 @@ def make(seed: int, family: str, fields: dict[str, Any]) -> dict[str, Any] | Non
     if greedy is None or recomputed is None:
         return None
     weights = {key: value.numpy() for key, value in model.state_dict().items()}
-    if fields.get("tie_word_embeddings"):
+    if config.tie_word_embeddings:
         del weights["lm_head.weight"]
     saved = json.loads(config.to_json_string(use_diff=False))
     return {
@@ -167,4 +181,4 @@ def to_internlm2(
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
