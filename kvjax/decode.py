@@ -64,6 +64,22 @@ def rotates_at_read(spec: ModelSpec, recipe: Recipe) -> bool:
     return recipe.rotate == "read" or spec.latent is not None
 
 
+def check_turn(spec: ModelSpec, recipe: Recipe, prompt: int, reach: int) -> None:
+    """Raise `InputError` where keys would be cached under frequencies that their sequence outgrows.
+
+    Args:
+      spec, recipe: the model and the method.
+      prompt: tokens of a prompt.
+      reach: tokens that are read of the sequence in the end.
+    """
+    turn = spec.rope.original_max_position
+    if spec.rope.type == "longrope" and prompt <= turn < reach and not rotates_at_read(spec, recipe):
+        raise InputError(
+            f"the model has other rotary frequencies beyond {turn} tokens, which cached keys of a prompt of {prompt} "
+            f"cannot follow: end at {turn} tokens, not {reach}, or begin with a longer prompt"
+        )
+
+
 def padded_length(longest: int) -> int:
     """Tokens that a prompt is padded to: 8 rungs per power of two, so that a new length rarely recompiles."""
     return pages.ladder(longest, steps=8, smallest=64)
@@ -299,7 +315,7 @@ def _angles(
     """
     if recipe.positions is None:
         return lambda at: _angles_at(spec, at, pos[:, None] + 1)
-    if spec.rope.type == "dynamic":  # as long as the cache is
+    if spec.rope.follows_length:  # as long as the cache is
         return lambda at: _angles_at(spec, at, length)
     cos, sin = rope.angles(spec.rope, spec.head_dim, jnp.arange(capacity), jnp.asarray(capacity))
     return lambda at: (cos[at], sin[at])

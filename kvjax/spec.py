@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from pallas_kernels.implementation import Implementation
 
 PyTree = Any
-RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu"]
 
@@ -40,8 +40,15 @@ class RopeSpec:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
+    short_factors: tuple[float, ...] = ()  # longrope: of each pair's wavelength, up to `original_max_position` tokens
+    long_factors: tuple[float, ...] = ()  # longrope: in longer sequences
     truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+    @property
+    def follows_length(self) -> bool:
+        """Whether the frequencies depend on how many tokens a sequence has."""
+        return self.type in ("dynamic", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from kvjax.models.hf_config import FAMILIES, parse_config, read_config, read_gen
 from kvjax.spec import RopeSpec
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.0, 4.0]}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 
 
@@ -26,7 +27,7 @@ def refusal(config, *words, ignore=()):
 
 
 def test_defaults_are_the_families_own():
-    llama, mistral, qwen2, qwen3, internlm2, falcon = (parse_config({"model_type": name}) for name in FAMILIES)
+    llama, mistral, qwen2, qwen3, internlm2, *_ = (parse_config({"model_type": name}) for name in FAMILIES)
     assert (llama.vocab_size, llama.embed_dim, llama.mlp_dim, llama.num_layers) == (32000, 4096, 11008, 32)
     assert (llama.num_heads, llama.num_kv_heads, llama.head_dim, llama.max_position) == (32, 32, 128, 2048)
     assert (llama.norm_eps, llama.rope, llama.tie_embeddings) == (1e-6, RopeSpec(10000.0), False)
@@ -158,7 +159,13 @@ def test_falcon():
         return spec.num_kv_heads, spec.parallel_norms, spec.mlp_dim
 
     spec = parse_config({"model_type": "falcon"})
-    assert (spec.vocab_size, spec.embed_dim, spec.num_heads, spec.head_dim, spec.mlp_dim) == (65024, 4544, 71, 64, 18176)
+    assert (spec.vocab_size, spec.embed_dim, spec.num_heads, spec.head_dim, spec.mlp_dim) == (
+        65024,
+        4544,
+        71,
+        64,
+        18176,
+    )
     assert (spec.norm, spec.norm_eps, spec.activation, spec.gated_mlp, spec.tie_embeddings) == (
         ("layer", 1e-5, "gelu", False, True)
     )
@@ -168,6 +175,19 @@ def test_falcon():
     assert falcon(new_decoder_architecture=True, multi_query=True, num_ln_in_parallel_attn=1) == (8, 1, 256)
     biased = parse_config({"model_type": "falcon", "bias": True})
     assert biased.qkv_bias and biased.o_bias and biased.mlp_bias
+
+
+def test_phi3():
+    spec = parse_config({"model_type": "phi3"})
+    assert (spec.vocab_size, spec.embed_dim, spec.num_kv_heads, spec.mlp_dim) == (32064, 3072, 32, 8192)
+    assert (spec.norm_eps, spec.windows, spec.max_position) == (1e-5, (), 4096)
+    small = {"model_type": "phi3", "hidden_size": 8, "num_attention_heads": 2, "sliding_window": 2047}
+    assert parse_config(small).windows == (2047,) * 32
+    for name in ("longrope", "su", "yarn"):  # the last two are what it was called
+        spec = parse_config(small | {"rope_scaling": LONGROPE | {"rope_type": name}, "max_position_embeddings": 131072})
+        assert (spec.rope.type, spec.rope.original_max_position, spec.max_position) == ("longrope", 4096, 131072)
+        assert (spec.rope.short_factors, spec.rope.long_factors) == ((1.0, 1.5), (1.0, 4.0))
+        assert spec.rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
 
 
 @pytest.mark.parametrize(
@@ -181,6 +201,10 @@ def test_falcon():
         ({"model_type": "falcon", "layer_norm_epsilon": 0}, ["layer_norm_epsilon = 0"]),
         ({"model_type": "falcon", "num_kv_heads": 7, "new_decoder_architecture": True}, ["num_attention_heads = 71"]),
         ({"activation": "gelu"}, ["activation = 'gelu'"]),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.75}, ["partial_rotary_factor = 0.75"]),
+        ({"rope_scaling": LONGROPE | {"short_factor": None}}, ["rope_scaling.short_factor = None", "list"]),
+        ({"rope_scaling": LONGROPE | {"long_factor": [1.0, -1.0]}}, ["rope_scaling.long_factor = -1.0"]),
+        ({"rope_scaling": LONGROPE}, ["short_factor and long_factor have 2 and 2", "expected 64"]),
         ({"model_type": "gemma2"}, ["'gemma2'", *FAMILIES]),
         ({"model_type": ["llama"]}, ["['llama']", "unknown family"]),
         ({"model_type": None}, ["unknown family", *FAMILIES]),
@@ -203,8 +227,8 @@ def test_falcon():
         ({"rope_theta": -1.0}, ["rope_theta = -1.0"]),
         ({"rope_scaling": [1]}, ["rope_scaling = [1]"]),
         (
-            {"rope_scaling": {"type": "longrope", "factor": 2.0}},
-            ["'longrope'", "default, linear, dynamic, llama3, yarn"],
+            {"rope_scaling": {"type": "ntk", "factor": 2.0}},
+            ["'ntk'", "default, linear, dynamic, llama3, yarn, longrope"],
         ),
         ({"rope_scaling": {"type": ["linear"]}}, ["rope_scaling.rope_type = ['linear']"]),
         ({"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor = None"]),

@@ -79,7 +79,9 @@ _FALCON = {
     "mlp.down": "mlp.dense_4h_to_h",
 }
 _FALCON_TWO_NORMS = {"attention_norm": "ln_attn", "mlp_norm": "ln_mlp"}
-_NAMES = {"internlm2": _INTERNLM2, "falcon": _FALCON}  # every other family has Llama's names
+_PHI3 = _LLAMA | dict.fromkeys(("attention.q", "attention.k", "attention.v"), "self_attn.qkv_proj")
+_PHI3 |= dict.fromkeys(("mlp.gate", "mlp.up"), "mlp.gate_up_proj")
+_NAMES = {"internlm2": _INTERNLM2, "falcon": _FALCON, "phi3": _PHI3}  # every other family has Llama's names
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -305,6 +307,13 @@ def _rows(target: str, spec: ModelSpec) -> tuple[Int[np.ndarray, " rows"], int] 
         packed = np.arange(rows).reshape(spec.num_kv_heads, spec.group_size + 2, spec.head_dim)
         part = {"q": slice(0, -2), "k": slice(-2, -1), "v": slice(-1, None)}[module]
         return packed[:, part].reshape(-1), rows
+    if spec.family == "phi3":  # one after the other
+        kv_size = spec.num_kv_heads * spec.head_dim
+        sizes = {"q": spec.num_heads * spec.head_dim, "k": kv_size, "v": kv_size}
+        sizes = {"attention": sizes, "mlp": dict.fromkeys(("gate", "up"), spec.mlp_dim)}.get(owner, {})
+        if module in sizes:
+            start = sum(islice(sizes.values(), list(sizes).index(module)))
+            return np.arange(start, start + sizes[module]), sum(sizes.values())
     return None
 
 

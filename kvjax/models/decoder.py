@@ -1,7 +1,7 @@
 """One configurable decoder in Flax NNX: weights only, the cache is passed in and out.
 
-Covers Llama, Mistral, Qwen2, Qwen3, InternLM2 and Falcon. The differences are fields of `ModelSpec`. Layers are a list and
-are unrolled: scanning over stacked weights copies every layer's weights on GPU and is slower on CPU.
+Covers Llama, Mistral, Qwen2, Qwen3, InternLM2, Falcon and Phi-3. The differences are fields of `ModelSpec`. Layers are
+a list and are unrolled: scanning over stacked weights copies every layer's weights on GPU and is slower on CPU.
 """
 
 import functools

@@ -25,6 +25,8 @@ _MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_
 _QWEN_SIZES = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
 _QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _QWEN2 = _LLAMA | _QWEN_SIZES | _QWEN_WINDOWS | {"num_key_value_heads": 32}
+_PHI3 = {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096}
+_PHI3 |= {"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None}
 _FALCON = {"vocab_size": 65024, "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71}
 _FALCON |= {"num_kv_heads": None, "ffn_hidden_size": None, "max_position_embeddings": 2048, "alibi": False}
 _FALCON |= {"layer_norm_epsilon": 1e-5, "bias": False, "tie_word_embeddings": True, "multi_query": True}
@@ -36,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": _QWEN2 | {"head_dim": 128, "attention_bias": False},
     "internlm2": _LLAMA | {"vocab_size": 103168, "bias": True},
     "falcon": _FALCON,
+    "phi3": _LLAMA | _PHI3,
 }
 
 _READ = set(
@@ -83,7 +86,12 @@ def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Mod
         fields = _falcon_sizes(fields)
     embed_dim, layers = positive(fields, "hidden_size"), positive(fields, "num_hidden_layers")
     heads, kv_heads, head_dim = _heads(fields, embed_dim)
-    rope, max_position = parse_rope(config, positive(fields, "max_position_embeddings"), family)
+    rope, max_position = parse_rope(FAMILIES[family] | config, positive(fields, "max_position_embeddings"), family)
+    if rope.type == "longrope" and {len(rope.short_factors), len(rope.long_factors)} != {head_dim // 2}:
+        raise InputError(
+            f"config.json: short_factor and long_factor have {len(rope.short_factors)} and {len(rope.long_factors)} "
+            f"numbers, expected {head_dim // 2} for heads of {head_dim}"
+        )
     return ModelSpec(
         vocab_size=positive(fields, "vocab_size"),
         embed_dim=embed_dim,
@@ -210,7 +218,8 @@ def _heads(fields: Mapping[str, Any], embed_dim: int) -> tuple[int, int, int]:
 def _windows(fields: Mapping[str, Any], given: Any, family: str) -> tuple[int | None, ...]:
     """Sliding window of each layer; () when no layer has one."""
     layers, first = fields["num_hidden_layers"], fields.get("max_window_layers", 0)
-    used = fields.get("sliding_window") is not None and (family == "mistral" or flag(fields, "use_sliding_window"))
+    used = family in ("mistral", "phi3") or flag(fields, "use_sliding_window")
+    used = used and fields.get("sliding_window") is not None
     window = positive(fields, "sliding_window") if used else None
     if not isinstance(first, int):
         raise InputError(f"config.json: max_window_layers = {first!r}, expected an integer")

@@ -19,7 +19,9 @@ _ROPE: dict[RopeType, str] = {
     "dynamic": "factor",
     "llama3": "factor low_freq_factor high_freq_factor",
     "yarn": "factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate",
+    "longrope": "factor attention_factor short_factor long_factor",
 }
+_OLD_NAMES = {"phi3": {"su": "longrope", "yarn": "longrope"}}
 
 
 def parse_rope(config: Mapping[str, Any], max_position: int, family: str) -> tuple[RopeSpec, int]:
@@ -32,6 +34,7 @@ def parse_rope(config: Mapping[str, Any], max_position: int, family: str) -> tup
     if not isinstance(block, dict):
         raise InputError(f"config.json: {where} = {block!r}, expected an object or null")
     kind = block.get("rope_type", block.get("type", "default"))
+    kind = _OLD_NAMES.get(family, {}).get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in _ROPE:
         raise InputError(f"config.json: {where}.rope_type = {kind!r} is not supported; kvjax has {', '.join(_ROPE)}")
     known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *_ROPE[kind].split()}
@@ -41,11 +44,13 @@ def parse_rope(config: Mapping[str, Any], max_position: int, family: str) -> tup
     if kind == "default":
         return rope, max_position
     original = max_position if kind in ("linear", "dynamic") else _original(config, block, max_position)
-    if kind == "yarn" and block.get("factor") is None:
+    if kind in ("yarn", "longrope") and block.get("factor") is None:
         block["factor"] = max_position / original
     rope = replace(rope, factor=number(block, "factor", f"{where}."), original_max_position=original)
     if kind == "llama3":
         return _llama3(block, rope, f"{where}."), max_position
+    if kind == "longrope":
+        return _longrope(block, rope, f"{where}."), max_position
     limit = max(max_position, int(original * rope.factor))
     return (_yarn(block, rope, f"{where}.") if kind == "yarn" else rope), limit
 
@@ -61,6 +66,23 @@ def _llama3(block: Mapping[str, Any], rope: RopeSpec, prefix: str) -> RopeSpec:
     if low >= high:
         raise InputError(f"config.json: {prefix}low_freq_factor = {low} must be below high_freq_factor = {high}")
     return replace(rope, low_freq_factor=low, high_freq_factor=high)
+
+
+def _longrope(block: Mapping[str, Any], rope: RopeSpec, prefix: str) -> RopeSpec:
+    """Source: transformers `_compute_longrope_parameters`."""
+
+    def factors(name: str) -> tuple[float, ...]:
+        given = block.get(name)
+        if not isinstance(given, list) or not given:
+            raise InputError(f"config.json: {prefix}{name} = {given!r}, expected a list of numbers")
+        return tuple(number({name: factor}, name, prefix) for factor in given)
+
+    if block.get("attention_factor") is not None:
+        attention = number(block, "attention_factor", prefix)
+    else:
+        attention = math.sqrt(1 + max(math.log(rope.factor), 0.0) / math.log(rope.original_max_position))
+    short, long = factors("short_factor"), factors("long_factor")
+    return replace(rope, attention_factor=attention, short_factors=short, long_factors=long)
 
 
 def _yarn(block: Mapping[str, Any], rope: RopeSpec, prefix: str) -> RopeSpec:

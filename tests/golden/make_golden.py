@@ -32,6 +32,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 1.5, 3.0, 4.0],
+}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 # name -> (family, fields beside SMALL, dialect of config.json)
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -57,6 +63,8 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         {"multi_query": False, "parallel_attn": False, "ffn_hidden_size": 40, "tie_word_embeddings": False},
         4,
     ),
+    "phi3_window": ("phi3", {"sliding_window": 9}, 5),
+    "phi3_longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}, 5),
     "internlm2": ("llama", {"num_key_value_heads": 2, "num_attention_heads": 6, "hidden_size": 48}, 4),
 }
 PROMPT, NEW = 40, 12
@@ -89,9 +97,12 @@ def make(seed: int, family: str, fields: dict[str, Any]) -> dict[str, Any] | Non
         "mistral": transformers.MistralForCausalLM,
         "qwen2": transformers.Qwen2ForCausalLM,
         "qwen3": transformers.Qwen3ForCausalLM,
+        "phi3": transformers.Phi3ForCausalLM,
         "falcon": transformers.FalconForCausalLM,
     }[family]
-    fields = (SMALL_FALCON if family == "falcon" else SMALL) | fields  # transformers writes into the dict that it is given
+    fields = (
+        SMALL_FALCON if family == "falcon" else SMALL
+    ) | fields  # transformers writes into the dict that it is given
     config = model_class.config_class(**json.loads(json.dumps(fields)), attn_implementation="eager")
     model = model_class(config).eval().float()
     with torch.no_grad():
