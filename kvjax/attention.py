@@ -18,6 +18,7 @@ from pallas_kernels import prefill_scores
 from pallas_kernels.blocks import divisor
 from pallas_kernels.decode_attention import EMPTY
 from pallas_kernels.implementation import Implementation
+from pallas_kernels.soft_cap import soft_cap
 
 T = TypeVar("T")
 
@@ -28,6 +29,8 @@ def prefill_attention(
     v: Float[Array, "B T K H"],
     length: Int[Array, " B"],
     *,
+    scale: float | None = None,
+    cap: float | None = None,
     window: int | None = None,
     until: Int[Array, "B K T"] | None = None,
     block: int = 512,
@@ -37,6 +40,8 @@ def prefill_attention(
     Args:
       q, k, v: rotated queries and keys, values.
       length: tokens of each prompt; padded keys are never attended, padded queries give finite garbage.
+      scale: factor on the logits; None = H ** -0.5.
+      cap: bounds them, see `soft_cap`.
       window: sliding window [tokens].
       until: the last position whose query sees a key; None = all see it.
       block: most tokens per block on both axes; blocks divide T.
@@ -47,7 +52,7 @@ def prefill_attention(
     Cost: T^2/2 products, in blocks with an online softmax (arXiv 2112.05682): memory grows with T, not with its square.
     """
     b, t, n, h = q.shape
-    heads, block = k.shape[2], divisor(t, block)
+    heads, block, scale = k.shape[2], divisor(t, block), h**-0.5 if scale is None else scale
     q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
     cut = lambda x, i, axis=-2: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=axis)
@@ -60,7 +65,8 @@ def prefill_attention(
             key_pos = j * block + jnp.arange(block)
             distance = pos[:, None] - key_pos
             seen = (distance >= 0) & (distance < (window or t)) & (key_pos < length[:, None, None])
-            s = jnp.einsum("bkgqh,bksh->bkgqs", query, cut(k, j), preferred_element_type=jnp.float32) * h**-0.5
+            s = jnp.einsum("bkgqh,bksh->bkgqs", query, cut(k, j), preferred_element_type=jnp.float32) * scale
+            s = soft_cap(s, cap)
             seen = seen[:, None]
             if until is not None:
                 seen = seen & (pos[:, None] <= cut(until[..., None, :], j, axis=-1))
@@ -105,7 +111,8 @@ def _query_column_sums(prompt: Prompt, recent: int | None) -> Float[Array, "B N 
         prefill_scores.column_sums,
         prompt.kernels,
         *(prompt.q, prompt.k, prompt.lse, prompt.length),
-        scale=prompt.q.shape[-1] ** -0.5,
+        scale=prompt.scale,
+        cap=prompt.cap,
         window=prompt.window,
         recent=recent,
     )
@@ -138,7 +145,8 @@ def window_sums(prompt: Prompt, size: int) -> Float[Array, "B K T"]:
     at = jnp.maximum(pos, 0)
     q = jnp.take_along_axis(prompt.q, at[..., None, None], axis=1).reshape(b, size, heads, n // heads, h)
     lse = jnp.take_along_axis(prompt.lse, at[:, None], axis=2).reshape(b, heads, n // heads, size)
-    s = jnp.einsum("bwkgh,bskh->bkgws", q, prompt.k, preferred_element_type=jnp.float32) * h**-0.5
+    s = jnp.einsum("bwkgh,bskh->bkgws", q, prompt.k, preferred_element_type=jnp.float32) * prompt.scale
+    s = soft_cap(s, prompt.cap)
     distance = pos[..., None] - jnp.arange(t)
     seen = (pos[..., None] >= 0) & (distance >= 0) & (distance < (prompt.window or t))
     p = jnp.where(seen[:, None, None], jnp.exp(s - lse[..., None]), 0.0)
@@ -162,6 +170,7 @@ class Read(NamedTuple):
 
     Attributes:
       scale: of the products of queries and keys.
+      cap: of those.
       after: of a sliding window.
       place: of slots.
       expand_key: of cached keys.
@@ -170,6 +179,7 @@ class Read(NamedTuple):
     """
 
     scale: float
+    cap: float | None = None
     after: Int[Array, "B K"] | None = None
     place: Callable[[Int[Array, "B K s"]], Int[Array, "B K s"]] | None = None
     expand_key: Callable[[Float[Array, "B K s R"], Int[Array, "B K s"]], Float[Array, "B K s H"]] | None = None
@@ -207,6 +217,7 @@ def decode(
             tier.length,
             None if isinstance(tier.pos, tuple) else tier.pos,
             scale=read.scale,
+            cap=read.cap,
             after=read.after,
             decode_key=store.key.decode,
             decode_value=store.value.decode,

@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import kvjax.convert
-from kvjax.checkpoint import hf, load_model, orbax
+from kvjax.checkpoint import hf, load_model, names, orbax
 from kvjax.checkpoint.convert import convert
 from kvjax.errors import InputError
 from kvjax.models.decoder import forward
@@ -336,11 +336,11 @@ def test_arrays_larger_than_the_bytes_in_flight(tmp_path, source, monkeypatch):
 
 def test_every_part_is_a_checkpoint_and_small_neighbours_share_one(tmp_path, source, monkeypatch):
     every = {"embedding", "layers.0", "layers.1", "head"}  # of 12, 31, 31 and 13 kB
-    for together, names in ((2**20, {"embedding"}), (40000, {"embedding", "layers.1"}), (0, every)):
+    for together, found in ((2**20, {"embedding"}), (40000, {"embedding", "layers.1"}), (0, every)):
         monkeypatch.setattr(orbax, "_TOGETHER", together)
         dst = tmp_path / str(together)
         convert(str(source), dst)
-        assert {file.name for file in (dst / "params").iterdir()} == names
+        assert {file.name for file in (dst / "params").iterdir()} == found
         assert_same(orbax.load(dst), hf.load(source, jnp.float32))
 
 
@@ -481,9 +481,9 @@ def test_memory_is_bounded_by_parts(tmp_path):
         leaves = hf.abstract(spec, jnp.bfloat16)[0].items()
         weights = {}
         for target, leaf in leaves:
-            shape = hf._stored_shape(target, leaf.shape, spec)
+            shape = names.stored_shape(target, leaf.shape, spec)
             weight = rng.integers(-99, 99, shape, np.int8).astype(ml_dtypes.bfloat16)
-            weights[hf._source(target, spec)] = weight
+            weights[names.source(target, spec)] = weight
         save_file(weights, path / "model.safetensors")
         size = sum(weight.nbytes for weight in weights.values())
         for step in ("convert", "load"):

@@ -68,11 +68,12 @@ def test_partials_over_disjoint_slots_merge_exactly(paged):
         np.testing.assert_allclose(np.asarray(a)[some], np.asarray(b)[some], rtol=1e-5, atol=1e-6)
 
 
-def causal(q, k, length, window):
+def causal(q, k, length, window, scale, cap):
     """Attention matrices `[B N T T]`, padded queries and keys empty."""
     t, n = q.shape[1], q.shape[2]
     k = np.repeat(k, n // k.shape[2], axis=2)
-    s = np.einsum("btnh,bsnh->bnts", q, k).astype(np.float64) * q.shape[-1] ** -0.5
+    s = np.einsum("btnh,bsnh->bnts", q, k).astype(np.float64) * scale
+    s = s if cap is None else cap * np.tanh(s / cap)
     distance = np.arange(t)[:, None] - np.arange(t)
     seen = (distance >= 0) & (distance < (window or t)) & (np.arange(t) < length[:, None, None])
     p = np.exp(np.where(seen[:, None], s, -np.inf))
@@ -80,16 +81,16 @@ def causal(q, k, length, window):
     return np.where(real, p / np.maximum(p.sum(-1, keepdims=True), 1e-300), 0), p.sum(-1)
 
 
-@pytest.mark.parametrize("window", [None, 5, 40])
+@pytest.mark.parametrize("window, scale, cap", [(None, None, None), (5, None, None), (40, 0.7, 1.5)])
 @pytest.mark.parametrize("block", [16, 64])
-def test_prefill_attention_and_column_sums_are_dense_attention(window, block):
+def test_prefill_attention_and_column_sums_are_dense_attention(window, scale, cap, block):
     rng, t, n, heads = np.random.default_rng(1), 64, 4, 2
     length = np.array([64, 37, 1], np.int32)
     q = rng.normal(size=(3, t, n, H)).astype(np.float32)
     k, v = (rng.normal(size=(3, t, heads, H)).astype(np.float32) for _ in range(2))
-    prob, total = causal(q, k, length, window)
+    prob, total = causal(q, k, length, window, scale or H**-0.5, cap)
     args = [jnp.asarray(x) for x in (q, k, v, length)]
-    o, lse = prefill_attention(*args, window=window, block=block)
+    o, lse = prefill_attention(*args, scale=scale, cap=cap, window=window, block=block)
     want = np.einsum("bnts,bsnh->btnh", prob, np.repeat(v, n // heads, axis=2))
     real = np.arange(t) < length[:, None]
     np.testing.assert_allclose(np.asarray(o)[real], want[real], atol=1e-5)
@@ -97,5 +98,5 @@ def test_prefill_attention_and_column_sums_are_dense_attention(window, block):
         np.moveaxis(np.asarray(lse), 1, 2)[real], np.log(np.moveaxis(total, 1, 2)[real]), atol=1e-5
     )
     assert np.isfinite(np.asarray(o)).all()
-    sums = column_sums(args[0], args[1], lse, args[3], scale=H**-0.5, window=window, block=block)
+    sums = column_sums(args[0], args[1], lse, args[3], scale=scale or H**-0.5, cap=cap, window=window, block=block)
     np.testing.assert_allclose(sums, prob.reshape(3, -1, t, t).sum(2), atol=1e-5)

@@ -11,7 +11,8 @@ _ONE = (
 )
 # Fields that change nothing at these values: in every family, and in one.
 _NEUTRAL = {"hidden_act": ("silu", "swish")} | dict.fromkeys(_ONE.split(), (1,))
-_NEUTRAL_OF = {"falcon": {"activation": ("gelu",)}}
+_GELU = {"hidden_activation": ("gelu_pytorch_tanh",), "hidden_act": ("gelu_pytorch_tanh",)}
+_NEUTRAL_OF = {"falcon": {"activation": ("gelu",)}, "gemma2": _GELU, "gemma3_text": _GELU}
 _HARMLESS = set(
     """
     _name_or_path name_or_path _commit_hash _attn_implementation attn_implementation _attn_implementation_autoset
@@ -20,7 +21,7 @@ _HARMLESS = set(
     return_dict output_hidden_states output_attentions output_scores return_dict_in_generate chunk_size_feed_forward
     finetuning_task id2label label2id num_labels problem_type task_specific_params tokenizer_class prefix is_decoder
     classifier_dropout gradient_checkpointing max_sequence_length unsloth_fixed unsloth_version finetuned
-    is_llama_config transformers.js_config
+    is_llama_config transformers.js_config cache_implementation
     bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id forced_bos_token_id
     forced_eos_token_id max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups
     diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size

@@ -1,7 +1,8 @@
 """One configurable decoder in Flax NNX: weights only, the cache is passed in and out.
 
-Covers Llama, Mistral, Qwen2, Qwen3, InternLM2, Falcon and Phi-3. The differences are fields of `ModelSpec`. Layers are
-a list and are unrolled: scanning over stacked weights copies every layer's weights on GPU and is slower on CPU.
+Covers Llama, Mistral, Qwen2, Qwen3, InternLM2, Falcon, Phi-3, Gemma 2 and Gemma 3. The differences are fields of
+`ModelSpec`. Layers are a list and are unrolled: scanning over stacked weights copies every layer's weights on GPU and
+is slower on CPU.
 """
 
 import functools
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.spec import Activation, Gate, ModelSpec
+from pallas_kernels.soft_cap import soft_cap
 
 
 class Linear(nnx.Module):
@@ -72,7 +74,8 @@ class Norm(nnx.Module):
     """The norm of `ModelSpec.norm`, in float32: root mean square (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450)."""
 
     def __init__(self, spec: ModelSpec, width: int, dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.kind = spec.norm
+        self.scale = nnx.Param((jnp.zeros if spec.norm == "rms+1" else jnp.ones)((width,), dtype))
         self.bias = nnx.Param(jnp.zeros((width,), dtype)) if spec.norm == "layer" else None
         self.eps = spec.norm_eps
 
@@ -81,9 +84,11 @@ class Norm(nnx.Module):
         if self.bias is not None:
             y = y - y.mean(axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        if self.bias is None:
+        if self.kind == "rms":
             return y.astype(x.dtype) * self.scale[...]
-        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        scale = self.scale[...].astype(jnp.float32)
+        y = y * (1 + scale if self.kind == "rms+1" else scale)
+        return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -104,6 +109,7 @@ class Attention(nnx.Module):
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 
 
@@ -133,6 +139,8 @@ class Layer(nnx.Module):
         self.attention = Attention(spec, index, dtype, rngs)
         self.mlp_norm = norm() if spec.parallel_norms != 1 else None
         self.mlp = Mlp(spec, dtype, rngs)
+        self.attention_post_norm = norm() if spec.post_norms else None
+        self.mlp_post_norm = norm() if spec.post_norms else None
         self.parallel = spec.parallel_norms > 0
         self.head_dim = spec.head_dim
         self.gate = spec.gate
@@ -175,9 +183,11 @@ class Layer(nnx.Module):
 
     def finish(self, x: Float[Array, "*b D"], heads: Float[Array, "*b N H"]) -> Float[Array, "*b D"]:
         """Add the attention's output and the feed-forward network to the residual stream."""
-        after = x + self.attention.o(heads.reshape(*x.shape[:-1], -1).astype(x.dtype))
+        attended = self.attention.o(heads.reshape(*x.shape[:-1], -1).astype(x.dtype))
+        after = x + (attended if self.attention_post_norm is None else self.attention_post_norm(attended))
         norm = self.attention_norm if self.mlp_norm is None else self.mlp_norm
-        return after + self.mlp(norm(x if self.parallel else after))
+        fed = self.mlp(norm(x if self.parallel else after))
+        return after + (fed if self.mlp_post_norm is None else self.mlp_post_norm(fed))
 
 
 class Decoder(nnx.Module):
@@ -204,13 +214,18 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
         """Token vectors."""
-        return self.embedding[...][tokens]
+        return scaled(self.spec, self.embedding[...][tokens])
 
     def logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Next-token logits in float32."""
         x = self.norm(x)
         y = x @ self.embedding[...].T if self.head is None else self.head(x)
-        return y.astype(jnp.float32)
+        return soft_cap(y.astype(jnp.float32), self.spec.logit_cap)
+
+
+def scaled(spec: ModelSpec, vectors: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+    """Token vectors as the first layer reads them."""
+    return vectors if spec.embed_scale == 1 else vectors * jnp.asarray(spec.embed_scale, vectors.dtype)
 
 
 def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
@@ -221,10 +236,9 @@ def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     spec = model.spec
     b, t = tokens.shape
     pos = jnp.arange(t)
-    cos, sin = rope.angles(spec.rope, spec.head_dim, pos, jnp.asarray(t))
-    cos, sin = cos[:, None], sin[:, None]
     x = model.embed(tokens)
     for index, layer in enumerate(model.layers):
+        cos, sin = (turn[:, None] for turn in rope.angles(spec.rotary(index), spec.head_dim, pos, jnp.asarray(t)))
         q, key, value, _ = layer.project(x)
         k, v = layer.keys(key), layer.values(value)
         q = gates.silence(spec.gate, rope.rotate(q, cos, sin), spec.num_kv_heads).reshape(
@@ -234,8 +248,8 @@ def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         distance = pos[:, None] - pos[None, :]
         window = spec.window(index)
         visible = (distance >= 0) & (distance < (window or t))
-        score = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * spec.head_dim**-0.5
-        prob = jax.nn.softmax(jnp.where(visible, score, -jnp.inf), axis=-1).astype(v.dtype)
+        score = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * spec.scale
+        prob = jax.nn.softmax(jnp.where(visible, soft_cap(score, spec.score_cap), -jnp.inf), axis=-1).astype(v.dtype)
         heads = jnp.einsum("bkgts,bskh->btkgh", prob, v)
         x = layer.finish(x, heads.reshape(b, t, spec.num_heads, spec.head_dim))
     return model.logits(x)

@@ -14,7 +14,7 @@ from typing import Any
 
 from kvjax.errors import InputError
 from kvjax.models.config_fields import flag, number, positive, refuse_unknown
-from kvjax.models.rope_config import parse_rope
+from kvjax.models.rope_config import parse_ropes
 from kvjax.spec import ModelSpec
 
 # The fields of each family that are read, with the default of the family's own configuration class.
@@ -31,6 +31,13 @@ _FALCON = {"vocab_size": 65024, "hidden_size": 4544, "num_hidden_layers": 32, "n
 _FALCON |= {"num_kv_heads": None, "ffn_hidden_size": None, "max_position_embeddings": 2048, "alibi": False}
 _FALCON |= {"layer_norm_epsilon": 1e-5, "bias": False, "tie_word_embeddings": True, "multi_query": True}
 _FALCON |= {"parallel_attn": True, "new_decoder_architecture": False, "num_ln_in_parallel_attn": None}
+_GEMMA2 = {"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
+_GEMMA2 |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192}
+_GEMMA2 |= {"tie_word_embeddings": True, "attention_bias": False, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+_GEMMA2 |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_GEMMA3 = {"vocab_size": 262208, "max_position_embeddings": 131072, "final_logit_softcapping": None}
+_GEMMA3 |= {"sliding_window_pattern": None, "_sliding_window_pattern": None, "rope_local_base_freq": None}
+_GEMMA = ("gemma2", "gemma3_text")
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA | {"attention_bias": False, "mlp_bias": False},
     "mistral": _LLAMA | _MISTRAL | {"sliding_window": 4096},
@@ -39,6 +46,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "internlm2": _LLAMA | {"vocab_size": 103168, "bias": True},
     "falcon": _FALCON,
     "phi3": _LLAMA | _PHI3,
+    "gemma2": _LLAMA | _GEMMA2,
+    "gemma3_text": {k: v for k, v in (_LLAMA | _GEMMA2 | _GEMMA3).items() if k != "attn_logit_softcapping"},
 }
 
 _READ = set(
@@ -82,11 +91,15 @@ def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Mod
     refuse_unknown(config, {*FAMILIES[family], *_READ}, "", family)
     fields = FAMILIES[family] | {name: value for name, value in config.items() if name in FAMILIES[family]}
     mathematics = _falcon(fields) if family == "falcon" else _llama(fields, family)
+    if family in _GEMMA:
+        mathematics |= _gemma(fields)
     if family == "falcon":
         fields = _falcon_sizes(fields)
     embed_dim, layers = positive(fields, "hidden_size"), positive(fields, "num_hidden_layers")
     heads, kv_heads, head_dim = _heads(fields, embed_dim)
-    rope, max_position = parse_rope(FAMILIES[family] | config, positive(fields, "max_position_embeddings"), family)
+    rope, window_rope, max_position = parse_ropes(
+        FAMILIES[family] | config, positive(fields, "max_position_embeddings"), family
+    )
     if rope.type == "longrope" and {len(rope.short_factors), len(rope.long_factors)} != {head_dim // 2}:
         raise InputError(
             f"config.json: short_factor and long_factor have {len(rope.short_factors)} and {len(rope.long_factors)} "
@@ -102,6 +115,7 @@ def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Mod
         mlp_dim=positive(fields, "intermediate_size"),
         max_position=max_position,
         rope=rope,
+        window_rope=window_rope,
         norm_eps=number(fields, "rms_norm_eps"),
         windows=_windows(fields, config.get("layer_types"), family),
         tie_embeddings=flag(fields, "tie_word_embeddings"),
@@ -117,7 +131,21 @@ def _llama(fields: Mapping[str, Any], family: str) -> dict[str, Any]:
         "qkv_bias": bias or family == "qwen2",
         "o_bias": bias,
         "mlp_bias": flag(fields, "mlp_bias"),
-        "qk_norm": family == "qwen3",
+        "qk_norm": family in ("qwen3", "gemma3_text"),
+    }
+
+
+def _gemma(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells Gemma 2 and 3 from Llama."""
+    cap = lambda name: None if fields.get(name) is None else number(fields, name)
+    return {
+        "norm": "rms+1",
+        "post_norms": True,
+        "activation": "gelu_tanh",
+        "embed_scale": positive(fields, "hidden_size") ** 0.5,
+        "score_scale": number(fields, "query_pre_attn_scalar") ** -0.5,
+        "score_cap": cap("attn_logit_softcapping"),
+        "logit_cap": cap("final_logit_softcapping"),
     }
 
 
@@ -181,7 +209,7 @@ def _drop(config: Mapping[str, Any], ignore: Collection[str]) -> dict[str, Any]:
 def _family(config: Mapping[str, Any]) -> str:
     """The family by `model_type`, else by `architectures`; the two must agree."""
     architectures = config.get("architectures") or []
-    by_class = {f"{name}forcausallm": name for name in FAMILIES}
+    by_class = {f"{name.removesuffix('_text')}forcausallm": name for name in FAMILIES}
     family = config.get("model_type")
     if not family and architectures:
         family = by_class.get(str(architectures[0]).casefold(), architectures[0])
@@ -218,17 +246,24 @@ def _heads(fields: Mapping[str, Any], embed_dim: int) -> tuple[int, int, int]:
 def _windows(fields: Mapping[str, Any], given: Any, family: str) -> tuple[int | None, ...]:
     """Sliding window of each layer; () when no layer has one."""
     layers, first = fields["num_hidden_layers"], fields.get("max_window_layers", 0)
-    used = family in ("mistral", "phi3") or flag(fields, "use_sliding_window")
-    used = used and fields.get("sliding_window") is not None
+    used = family in ("mistral", "phi3", *_GEMMA) or flag(fields, "use_sliding_window")
+    used = used and (fields.get("sliding_window") is not None or family in _GEMMA)
     window = positive(fields, "sliding_window") if used else None
     if not isinstance(first, int):
         raise InputError(f"config.json: max_window_layers = {first!r}, expected an integer")
-    types = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
+    slides = lambda layer: layer >= first
+    if family in _GEMMA:  # every so many layers one looks at everything
+        given_pattern = fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern")
+        pattern = 2 if family == "gemma2" else 6
+        if given_pattern is not None:
+            pattern = positive({"sliding_window_pattern": given_pattern}, "sliding_window_pattern")
+        slides = lambda layer: (layer + 1) % pattern > 0
+    types = ["sliding_attention" if window and slides(layer) else "full_attention" for layer in range(layers)]
     if given is not None:
         accepted = ["full_attention", "sliding_attention"] if window else ["full_attention"]
         fits = isinstance(given, list) and len(given) == layers and all(kind in accepted for kind in given)
-        # Only Qwen's models look at `layer_types`; elsewhere it may say no more than the other fields do.
-        if not fits or ("qwen" not in family and given != types):
+        # Only Qwen's and Gemma's models look at `layer_types`; elsewhere it may say no more than the other fields do.
+        if not fits or ("qwen" not in family and family not in _GEMMA and given != types):
             raise InputError(
                 f"config.json: layer_types = {given} does not fit a {family} model of {layers} layers with "
                 f"sliding window {window}; each may be {' or '.join(accepted)}"

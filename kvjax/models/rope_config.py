@@ -55,6 +55,30 @@ def parse_rope(config: Mapping[str, Any], max_position: int, family: str) -> tup
     return (_yarn(block, rope, f"{where}.") if kind == "yarn" else rope), limit
 
 
+def parse_ropes(config: Mapping[str, Any], max_position: int, family: str) -> tuple[RopeSpec, RopeSpec | None, int]:
+    """The rotary embeddings of all layers and, where it is another, of those with a sliding window; the limit.
+
+    Differs: Gemma 3's `max_position_embeddings` counts tokens after scaling, so that nothing stretches it.
+    """
+    if family != "gemma3_text":
+        rope, limit = parse_rope(config, max_position, family)
+        return rope, None, limit
+    both = config.get("rope_parameters") or {}
+    if not isinstance(both, dict):
+        raise InputError(f"config.json: rope_parameters = {both!r}, expected an object or null")
+    refuse_unknown(both, {"full_attention", "sliding_attention"}, "rope_parameters.", family)
+    whole = {
+        "rope_theta": config.get("rope_theta") or 1e6,
+        "rope_parameters": config.get("rope_scaling") or both.get("full_attention"),
+    }
+    local = {
+        "rope_theta": config.get("rope_local_base_freq") or 1e4,
+        "rope_parameters": both.get("sliding_attention"),
+    }
+    rope, window_rope = (parse_rope(one, max_position, family)[0] for one in (whole, local))
+    return rope, window_rope, max_position
+
+
 def _original(config: Mapping[str, Any], block: Mapping[str, Any], max_position: int) -> int:
     """Tokens the model was trained on before `llama3` or `yarn` scaling; the outer field wins, as in transformers."""
     name = "original_max_position_embeddings"

@@ -38,6 +38,11 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [1.0, 1.5, 3.0, 4.0],
 }
+GEMMA = {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 12, "num_hidden_layers": 3}
+GEMMA_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 # name -> (family, fields beside SMALL, dialect of config.json)
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -65,6 +70,8 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "phi3_window": ("phi3", {"sliding_window": 9}, 5),
     "phi3_longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}, 5),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, 4),
+    "gemma3": ("gemma3", GEMMA | {"rope_parameters": GEMMA_ROPES, "_sliding_window_pattern": 3}, 5),
     "internlm2": ("llama", {"num_key_value_heads": 2, "num_attention_heads": 6, "hidden_size": 48}, 4),
 }
 PROMPT, NEW = 40, 12
@@ -98,6 +105,8 @@ def make(seed: int, family: str, fields: dict[str, Any]) -> dict[str, Any] | Non
         "qwen2": transformers.Qwen2ForCausalLM,
         "qwen3": transformers.Qwen3ForCausalLM,
         "phi3": transformers.Phi3ForCausalLM,
+        "gemma2": transformers.Gemma2ForCausalLM,
+        "gemma3": transformers.Gemma3ForCausalLM,
         "falcon": transformers.FalconForCausalLM,
     }[family]
     fields = (
