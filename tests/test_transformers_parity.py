@@ -29,6 +29,8 @@ MODELS = {
     "qwen3": "Qwen3",
     "falcon": "Falcon",
     "phi3": "Phi3",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
 }
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -58,16 +60,21 @@ ROPES = [
 ]
 
 
+def config_class(family):
+    return getattr(transformers, f"{MODELS[family]}ForCausalLM").config_class
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_default_configs_agree(family):
-    theirs = getattr(transformers, f"{MODELS[family]}Config")()
+    theirs = config_class(family)()
     bare, full = parse_config({"model_type": family}), parse_config(json.loads(theirs.to_json_string(use_diff=False)))
     assert bare == full
     if family != "falcon":  # which has other names
         assert full.num_kv_heads == theirs.num_key_value_heads
         assert full.norm_eps == theirs.rms_norm_eps
     assert full.tie_embeddings == theirs.tie_word_embeddings
-    assert full.rope.theta == theirs.rope_parameters["rope_theta"]
+    ropes = theirs.rope_parameters
+    assert full.rope.theta == ropes.get("full_attention", ropes)["rope_theta"]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -121,6 +128,11 @@ def random_fields(rng, family):
         "qwen2": {"use_sliding_window": flag(), "sliding_window": 5, "max_window_layers": 1},
         "qwen3": {"use_sliding_window": flag(), "max_window_layers": 1, "sliding_window": 5, "attention_bias": flag()},
     }
+    if "gemma" in family:
+        del fields["rope_parameters"]
+        caps = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0} if family == "gemma2" else {}
+        scalar = int(rng.integers(4, 20))
+        return fields | caps | {"sliding_window": 5, "query_pre_attn_scalar": scalar, "num_hidden_layers": 3}
     if family == "phi3":
         del fields["head_dim"]
         return fields | {"hidden_size": kv * group * head_dim, "sliding_window": [None, 5][flag()]}
@@ -142,7 +154,7 @@ def test_logits_agree(tmp_path, family, seed):
     rng = np.random.default_rng([seed, len(family), ord(family[-1])])
     fields = random_fields(rng, family)
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{MODELS[family]}Config")(**fields, attn_implementation="eager")
+    config = config_class(family)(**fields, attn_implementation="eager")
     theirs = getattr(transformers, f"{MODELS[family]}ForCausalLM")(config).eval().float()
     with torch.no_grad():
         for weight in theirs.parameters():
