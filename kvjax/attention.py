@@ -16,6 +16,7 @@ from pallas_kernels import decode_attention as kernel
 from pallas_kernels import prefill_attention as prefill_kernel
 from pallas_kernels import prefill_scores
 from pallas_kernels.implementation import Implementation
+from pallas_kernels.soft_cap import soft_cap
 
 T = TypeVar("T")
 
@@ -26,12 +27,14 @@ def prefill_attention(
     v: Float[Array, "B T K H"],
     length: Int[Array, " B"],
     *,
+    scale: float | None = None,
+    cap: float | None = None,
     window: int | None = None,
     until: Int[Array, "B K T"] | None = None,
     kernels: Implementation | None = "xla",
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Exact causal attention over prompts, and its log-sum-exps: `pallas_kernels.prefill_attention`."""
-    options = {"window": window, "until": until}
+    options = {"scale": scale, "cap": cap, "window": window, "until": until}
     return _kernel_or_xla("attention over a prompt", prefill_kernel.attention, kernels, q, k, v, length, **options)
 
 
@@ -55,7 +58,8 @@ def _query_column_sums(prompt: Prompt, recent: int | None) -> Float[Array, "B N 
         prefill_scores.column_sums,
         prompt.kernels,
         *(prompt.q, prompt.k, prompt.lse, prompt.length),
-        scale=prompt.q.shape[-1] ** -0.5,
+        scale=prompt.scale,
+        cap=prompt.cap,
         window=prompt.window,
         recent=recent,
     )
@@ -88,7 +92,8 @@ def window_sums(prompt: Prompt, size: int) -> Float[Array, "B K T"]:
     at = jnp.maximum(pos, 0)
     q = jnp.take_along_axis(prompt.q, at[..., None, None], axis=1).reshape(b, size, heads, n // heads, h)
     lse = jnp.take_along_axis(prompt.lse, at[:, None], axis=2).reshape(b, heads, n // heads, size)
-    s = jnp.einsum("bwkgh,bskh->bkgws", q, prompt.k, preferred_element_type=jnp.float32) * h**-0.5
+    s = jnp.einsum("bwkgh,bskh->bkgws", q, prompt.k, preferred_element_type=jnp.float32) * prompt.scale
+    s = soft_cap(s, prompt.cap)
     distance = pos[..., None] - jnp.arange(t)
     seen = (pos[..., None] >= 0) & (distance >= 0) & (distance < (prompt.window or t))
     p = jnp.where(seen[:, None, None], jnp.exp(s - lse[..., None]), 0.0)
@@ -112,6 +117,7 @@ class Read(NamedTuple):
 
     Attributes:
       scale: of the products of queries and keys.
+      cap: of those.
       after: of a sliding window.
       place: of slots.
       expand_key: of cached keys.
@@ -120,6 +126,7 @@ class Read(NamedTuple):
     """
 
     scale: float
+    cap: float | None = None
     after: Int[Array, "B K"] | None = None
     place: Callable[[Int[Array, "B K s"]], Int[Array, "B K s"]] | None = None
     expand_key: Callable[[Float[Array, "B K s R"], Int[Array, "B K s"]], Float[Array, "B K s H"]] | None = None
@@ -157,6 +164,7 @@ def decode(
             tier.length,
             None if isinstance(tier.pos, tuple) else tier.pos,
             scale=read.scale,
+            cap=read.cap,
             after=read.after,
             decode_key=store.key.decode,
             decode_value=store.value.decode,

@@ -18,7 +18,7 @@ from kvjax.errors import InputError
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer
-from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, PyTree, Token
+from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, PyTree, RopeSpec, Token
 
 Cache = tuple[Tiers, ...]  # one per group of layers with equal cached widths
 Measure = Callable[[Decoder, Float[Array, "B D"], PyTree], PyTree]
@@ -62,6 +62,22 @@ def init_cache(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
 def rotates_at_read(spec: ModelSpec, recipe: Recipe) -> bool:
     """Whether keys are cached before rotation."""
     return recipe.rotate == "read" or spec.latent is not None
+
+
+def check_turn(spec: ModelSpec, recipe: Recipe, prompt: int, reach: int) -> None:
+    """Raise `InputError` where keys would be cached under frequencies that their sequence outgrows.
+
+    Args:
+      spec, recipe: the model and the method.
+      prompt: tokens of a prompt.
+      reach: tokens that are read of the sequence in the end.
+    """
+    turn = spec.rope.original_max_position
+    if spec.rope.type == "longrope" and prompt <= turn < reach and not rotates_at_read(spec, recipe):
+        raise InputError(
+            f"the model has other rotary frequencies beyond {turn} tokens, which cached keys of a prompt of {prompt} "
+            f"cannot follow: end at {turn} tokens, not {reach}, or begin with a longer prompt"
+        )
 
 
 def padded_length(longest: int) -> int:
@@ -110,6 +126,7 @@ def prefill(
             spec=spec,
             recipe=recipe,
             window=spec.window(index),
+            rotary=spec.rotary(index),
         )
         filled = allocation.after(filled, found)
     if recipe.policy.fit is not None:
@@ -198,7 +215,7 @@ def _last_logits(model: Decoder, x: Float[Array, "B T D"], length: Int[Array, " 
     return model.logits(jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0])
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "recipe", "window"), donate_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnames=("spec", "recipe", "window", "rotary"), donate_argnums=(1, 2))
 def _prefill_layer(
     layer: Layer,
     x: Float[Array, "B T D"],
@@ -210,6 +227,7 @@ def _prefill_layer(
     spec: ModelSpec,
     recipe: Recipe,
     window: int | None,
+    rotary: RopeSpec,
 ) -> tuple[Float[Array, "B T D"], Tiers, Found]:
     """One layer over the whole prompt: exact attention, then compression into the layer's rows."""
     q, key, value, gate = layer.project(x)
@@ -220,13 +238,17 @@ def _prefill_layer(
         k, v, until, revised = recipe.policy.revise(olds, k, v, gate, length)
         key, value = k, v
     pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    cos, sin = rope.angles(spec.rope, spec.head_dim, pos, length)  # B T H/2
+    cos, sin = rope.angles(rotary, spec.head_dim, pos, length)  # B T H/2
     q, k = (rope.rotate(y, cos[:, :, None], sin[:, :, None]) for y in (q, k))
     q = gates.silence(spec.gate, q, spec.num_kv_heads)
-    heads, lse = attention.prefill_attention(q, k, v, length, window=window, until=until, kernels=recipe.kernels)
+    options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "until": until, "kernels": recipe.kernels}
+    heads, lse = attention.prefill_attention(q, k, v, length, **options)
     key = key if rotates_at_read(spec, recipe) else k
     prompt = Prompt(
-        q, k, v, key, value, lse, length, index, spec.num_layers, window, recipe.kernels, gate=gate, revised=revised
+        *(q, k, v, key, value, lse, length, index, spec.num_layers, window, spec.scale, spec.score_cap),
+        kernels=recipe.kernels,
+        gate=gate,
+        revised=revised,
     )
     views, found = recipe.policy.prefill(olds, prompt)
     tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
@@ -244,12 +266,12 @@ def _decode_layer(
     active: Array,
 ) -> tuple[Float[Array, "B D"], Tiers]:
     """One layer for one token: insert, attend, observe."""
-    policy, heads = recipe.policy, spec.num_kv_heads // spec.num_rows
+    policy, heads, rotary = recipe.policy, spec.num_kv_heads // spec.num_rows, spec.rotary(index)
     q, key, value, gate = layer.project(x)  # B N H, B K R
     q, k = q.reshape(*key.shape[:2], -1, spec.head_dim), layer.keys(key)
     here = pos[:, None, None]
     at_read = rotates_at_read(spec, recipe)
-    turn = tuple(angle[:, :, 0] for angle in _angles_at(spec, here, pos[:, None] + 1))  # B 1 H/2
+    turn = tuple(angle[:, :, 0] for angle in _angles_at(rotary, spec.head_dim, here, pos[:, None] + 1))  # B 1 H/2
     if not at_read:
         key = rope.rotate(k, *turn)
     token = Token(q, k, key, value, pos, active, index, gate, turn)
@@ -258,7 +280,7 @@ def _decode_layer(
 
     place = lambda at: at if recipe.positions is None else recipe.positions(at, pos, length)
     query_place = place(jnp.broadcast_to(here, (*key.shape[:2], 1)))
-    angles = _angles(spec, recipe, sum(tier.capacity for tier in tiers), pos, length)
+    angles = _angles(spec, rotary, recipe, sum(tier.capacity for tier in tiers), pos, length)
     window = spec.window(index)
 
     def expand_key(cached: Float[Array, "B K s R"], at: Int[Array, "B K s"]) -> Float[Array, "B K s keys"]:
@@ -274,7 +296,8 @@ def _decode_layer(
         tiers,
         recipe.stores,
         attention.Read(
-            scale=spec.head_dim**-0.5,
+            scale=spec.scale,
+            cap=spec.score_cap,
             after=None if window is None else jnp.broadcast_to(query_place[..., 0] - window, key.shape[:2]),
             place=None if recipe.positions is None else place,
             expand_key=expand_key if at_read else None,
@@ -290,28 +313,28 @@ def _decode_layer(
 
 
 def _angles(
-    spec: ModelSpec, recipe: Recipe, capacity: int, pos: Int[Array, " B"], length: Int[Array, "B K"]
+    spec: ModelSpec, rotary: RopeSpec, recipe: Recipe, capacity: int, pos: Int[Array, " B"], length: Int[Array, "B K"]
 ) -> Callable[[Int[Array, "B K s"]], tuple[Float[Array, "B K s half"], Float[Array, "B K s half"]]]:
     """A function that gives the cosines and sines of places.
 
-    Places in the cache are below its capacity: a table, which all layers and steps share, saves a sine and a cosine per
-    number that is read.
+    Places in the cache are below its capacity: a table, which equal layers and all steps share, saves a sine and a
+    cosine per number that is read.
     """
     if recipe.positions is None:
-        return lambda at: _angles_at(spec, at, pos[:, None] + 1)
-    if spec.rope.type == "dynamic":  # as long as the cache is
-        return lambda at: _angles_at(spec, at, length)
-    cos, sin = rope.angles(spec.rope, spec.head_dim, jnp.arange(capacity), jnp.asarray(capacity))
+        return lambda at: _angles_at(rotary, spec.head_dim, at, pos[:, None] + 1)
+    if rotary.follows_length:  # as long as the cache is
+        return lambda at: _angles_at(rotary, spec.head_dim, at, length)
+    cos, sin = rope.angles(rotary, spec.head_dim, jnp.arange(capacity), jnp.asarray(capacity))
     return lambda at: (cos[at], sin[at])
 
 
 def _angles_at(
-    spec: ModelSpec, pos: Int[Array, "B #K s"], seq_len: Int[Array, "B #K"]
+    rotary: RopeSpec, head_dim: int, pos: Int[Array, "B #K s"], seq_len: Int[Array, "B #K"]
 ) -> tuple[Float[Array, "B #K s half"], Float[Array, "B #K s half"]]:
     """Cosines and sines of positions, `seq_len` tokens into the sequence."""
     shape = jnp.broadcast_shapes(pos.shape[:-1], seq_len.shape)
     pos = jnp.broadcast_to(pos, (*shape, pos.shape[-1]))
-    return rope.angles(spec.rope, spec.head_dim, pos, jnp.broadcast_to(seq_len, shape))
+    return rope.angles(rotary, head_dim, pos, jnp.broadcast_to(seq_len, shape))
 
 
 def decode_step(

@@ -143,6 +143,7 @@ def generate(
     check(model.spec, ids, after)
     for prompt, question in zip(ids, after, strict=True):
         _check_new(model.spec, recipe, len(prompt), len(question), max_new_tokens)
+        decode.check_turn(model.spec, recipe, len(prompt), len(prompt) + len(question) + max_new_tokens - 1)
     how.check()
     check_kernels(recipe)
     whole = [prompt + question for prompt, question in zip(ids, after, strict=True)]

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kvjax import generation
+from kvjax import decode, generation
 from kvjax.cache.policy import Recipe
 from kvjax.cache.tier import Bytes
 from kvjax.decode import Measure
@@ -121,6 +121,8 @@ def _read(
     model: Model, recipe: Recipe, ids: list[list[int]], after: list[list[int]], given: PyTree, measure: Measure
 ) -> tuple[Array, PyTree, Reading]:
     """Prefill, then feed; logits after the prompts, what was measured `[Q B ...]`, and what it cost."""
+    for prompt, text in zip(ids, after, strict=True):
+        decode.check_turn(model.spec, recipe, len(prompt), len(prompt) + len(text))
     logits, cache = generation.prefill(model, recipe, ids, max(map(len, after)))
     _, cache, measured = generation.feed(model, recipe, logits, cache, ids, after, given, measure)
     lengths = [len(prompt) + len(text) for prompt, text in zip(ids, after, strict=True)]

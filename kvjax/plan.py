@@ -52,6 +52,7 @@ def plan(model: Model, recipe: Recipe, context: int, new: int, batch: int = 1) -
         raise InputError(
             f"prompt ({context} tokens) and max-new-tokens ({new}) pass the context limit ({spec.max_position})"
         )
+    decode.check_turn(spec, recipe, context, context + new - 1)
     return Plan(
         budget=None
         if budget is None or recipe.policy.revise is not None

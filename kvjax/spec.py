@@ -20,7 +20,9 @@ from jaxtyping import Bool, Float, Int
 from pallas_kernels.implementation import Implementation
 
 PyTree = Any
-RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+Norm = Literal["rms", "rms+1", "layer"]
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +40,15 @@ class RopeSpec:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
+    short_factors: tuple[float, ...] = ()  # longrope: of each pair's wavelength, up to `original_max_position` tokens
+    long_factors: tuple[float, ...] = ()  # longrope: in longer sequences
     truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+    @property
+    def follows_length(self) -> bool:
+        """Whether the frequencies depend on how many tokens a sequence has."""
+        return self.type in ("dynamic", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +98,16 @@ class ModelSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    norm: Norm = "rms"  # root mean square, times scale or `1 + scale`; LayerNorm with a bias
+    parallel_norms: Literal[0, 1, 2] = 0  # norms of attention and MLP that run side by side; 0 = one after the other
+    post_norms: bool = False  # what attention and MLP add to the residual stream is normed
+    activation: Activation = "silu"  # of the MLP; `gelu` is exact
+    gated_mlp: bool = True  # the MLP has a second projection that its activation multiplies
+    embed_scale: float = 1.0  # of token vectors; not where they are the head
+    score_scale: float | None = None  # of the products of queries and keys; None = H ** -0.5
+    score_cap: float | None = None  # bounds those smoothly, see `pallas_kernels.soft_cap`
+    logit_cap: float | None = None  # likewise the model's logits
+    window_rope: RopeSpec | None = None  # of layers with a sliding window; None = `rope`
     family: str = "llama"
     latent: LatentSpec | None = None  # keys and values are low-rank
     gate: GateSpec | None = None  # decides what a cache keeps
@@ -103,6 +122,11 @@ class ModelSpec:
         """K of a cache: rows of a sequence in each layer."""
         return self.num_kv_heads // (self.latent.heads if self.latent else 1)
 
+    @property
+    def scale(self) -> float:
+        """Factor on the products of queries and keys."""
+        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
+
     def widths(self, layer: int) -> tuple[int, int]:
         """R and W, the numbers that a row caches for a token's key and for its value."""
         return self.latent.ranks[layer] if self.latent else (self.head_dim, self.head_dim)
@@ -110,6 +134,10 @@ class ModelSpec:
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer [tokens], None for full attention."""
         return self.windows[layer] if self.windows else None
+
+    def rotary(self, layer: int) -> RopeSpec:
+        """The rotary embedding of a layer."""
+        return self.rope if self.window_rope is None or self.window(layer) is None else self.window_rope
 
 
 class Lengths(NamedTuple):
@@ -140,6 +168,8 @@ class Prompt(NamedTuple):
     layer: int | Int[Array, ""]
     num_layers: int
     window: int | None  # sliding window of this layer [tokens]
+    scale: float  # of the products of queries and keys
+    cap: float | None = None  # bounds those, see `pallas_kernels.soft_cap`
     kernels: Implementation | None = "xla"  # what computes scores
     gate: Gate | tuple = ()  # [B T K]; () if the model has none
     revised: PyTree = ()  # what `CachePolicy.revise` left for `CachePolicy.prefill`

@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import kvjax.convert
-from kvjax.checkpoint import hf, load_model, orbax
+from kvjax.checkpoint import hf, load_model, names, orbax
 from kvjax.checkpoint.convert import convert
 from kvjax.errors import InputError
 from kvjax.models.decoder import forward
@@ -154,7 +154,7 @@ def test_loading_reads_the_largest_first(source, monkeypatch):
     assert len(sizes) == 21 and sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("name", ["llama_biases", "qwen2_tied", "internlm2"])
+@pytest.mark.parametrize("name", ["llama_biases", "qwen2_tied", "internlm2", "falcon_7b"])
 def test_parts_are_the_model_in_its_order(tmp_path, name):
     path = golden.write_checkpoint(name, tmp_path)
     spec, calls = read_config(path), []
@@ -163,7 +163,8 @@ def test_parts_are_the_model_in_its_order(tmp_path, name):
     assert list(parts) == ["embedding", *(f"layers.{i}" for i in range(spec.num_layers)), "head"]
     assert {part: list(arrays) for part, arrays in parts.items()} == hf.parts(weights)
     assert set(parts["embedding"]) == {"embedding"}
-    assert set(parts["head"]) == {"norm.scale"} | (set() if spec.tie_embeddings else {"head.kernel"})
+    norm = {f"norm.{leaf}" for leaf in ("scale", "bias")[: 2 if spec.norm == "layer" else 1]}
+    assert set(parts["head"]) == norm | (set() if spec.tie_embeddings else {"head.kernel"})
     assert all(target.startswith("layers.1.") for target in parts["layers.1"])
     arrays = {target: array for part in parts.values() for target, array in part.items()}
     targets, tree = hf.abstract(spec, jnp.float32)
@@ -306,7 +307,7 @@ def test_resolve_hub(monkeypatch, tmp_path):
 # --- Orbax ---
 
 
-@pytest.mark.parametrize("name", ["llama_biases", "qwen2_tied", "internlm2"])
+@pytest.mark.parametrize("name", ["llama_biases", "qwen2_tied", "internlm2", "falcon_40b"])
 def test_a_converted_model_is_the_same(tmp_path, name):
     source = golden.write_checkpoint(name, tmp_path / "source", np.float16)
     (source / "tokenizer_config.json").write_text("{}")
@@ -335,11 +336,11 @@ def test_arrays_larger_than_the_bytes_in_flight(tmp_path, source, monkeypatch):
 
 def test_every_part_is_a_checkpoint_and_small_neighbours_share_one(tmp_path, source, monkeypatch):
     every = {"embedding", "layers.0", "layers.1", "head"}  # of 12, 31, 31 and 13 kB
-    for together, names in ((2**20, {"embedding"}), (40000, {"embedding", "layers.1"}), (0, every)):
+    for together, found in ((2**20, {"embedding"}), (40000, {"embedding", "layers.1"}), (0, every)):
         monkeypatch.setattr(orbax, "_TOGETHER", together)
         dst = tmp_path / str(together)
         convert(str(source), dst)
-        assert {file.name for file in (dst / "params").iterdir()} == names
+        assert {file.name for file in (dst / "params").iterdir()} == found
         assert_same(orbax.load(dst), hf.load(source, jnp.float32))
 
 
@@ -492,9 +493,9 @@ def test_memory_is_bounded_by_parts(tmp_path):
         leaves = hf.abstract(spec, jnp.bfloat16)[0].items()
         weights = {}
         for target, leaf in leaves:
-            shape = hf._stored_shape(target, leaf.shape, spec)
+            shape = names.stored_shape(target, leaf.shape, spec)
             weight = rng.integers(-99, 99, shape, np.int8).astype(ml_dtypes.bfloat16)
-            weights[hf._source(target, spec.family)] = weight
+            weights[names.source(target, spec)] = weight
         save_file(weights, path / "model.safetensors")
         size = sum(weight.nbytes for weight in weights.values())
         for step in ("convert", "load"):

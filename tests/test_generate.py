@@ -15,6 +15,7 @@ from jaxtyping import TypeCheckError
 import kvjax
 from kvjax import command, generation, sampling
 from kvjax.checkpoint.convert import convert
+from kvjax.errors import InputError
 from kvjax.generate import main
 from kvjax.generation import Model
 from kvjax.retrofit import __main__ as retrofit
@@ -328,6 +329,20 @@ def test_equal_arguments_give_the_same_recipe():
     assert h2o() is h2o("20%") is h2o(budget="20%", recent=0.5)
     assert h2o(256) is h2o("256") is kvjax.methods.make("h2o", "256") is h2o(np.int64(256))
     assert h2o(256) is not h2o(257)
+
+
+def test_a_sequence_does_not_outgrow_the_frequencies_of_its_cached_keys(tmp_path):
+    model = kvjax.load(golden.write_checkpoint("phi3_longrope", tmp_path))  # others beyond 32 tokens
+    run = lambda tokens, new, **kwargs: kvjax.generate(model, [[1] * tokens], max_new_tokens=new, **kwargs)
+    run(28, 5)
+    run(33, 5)
+    with pytest.raises(InputError, match=r"frequencies beyond 32 tokens.*of 28.*not 33"):
+        run(28, 6)
+    with pytest.raises(InputError, match="frequencies beyond 32"):
+        run(28, 1, questions=[[1] * 5])
+    with pytest.raises(InputError, match="frequencies beyond 32"):
+        kvjax.log_likelihood(model, [[1] * 28], [[1] * 5], kvjax.methods.full())
+    run(28, 6, recipe=kvjax.methods.streaming_llm(12))  # rotates keys when it reads them
 
 
 @pytest.mark.parametrize("name", ["mistral_window", "llama_dynamic"])

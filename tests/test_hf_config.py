@@ -11,6 +11,7 @@ from kvjax.models.hf_config import FAMILIES, parse_config, read_config, read_gen
 from kvjax.spec import RopeSpec
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.0, 4.0]}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 
 
@@ -26,7 +27,7 @@ def refusal(config, *words, ignore=()):
 
 
 def test_defaults_are_the_families_own():
-    llama, mistral, qwen2, qwen3, internlm2 = (parse_config({"model_type": name}) for name in FAMILIES)
+    llama, mistral, qwen2, qwen3, internlm2, *_ = (parse_config({"model_type": name}) for name in FAMILIES)
     assert (llama.vocab_size, llama.embed_dim, llama.mlp_dim, llama.num_layers) == (32000, 4096, 11008, 32)
     assert (llama.num_heads, llama.num_kv_heads, llama.head_dim, llama.max_position) == (32, 32, 128, 2048)
     assert (llama.norm_eps, llama.rope, llama.tie_embeddings) == (1e-6, RopeSpec(10000.0), False)
@@ -152,10 +153,107 @@ def test_windows():
         refusal({"model_type": family, "num_hidden_layers": 3, "layer_types": types} | used, "layer_types", "3 layers")
 
 
+def test_falcon():
+    def falcon(**fields):
+        spec = parse_config({"model_type": "falcon", "num_attention_heads": 8, "hidden_size": 64} | fields)
+        return spec.num_kv_heads, spec.parallel_norms, spec.mlp_dim
+
+    spec = parse_config({"model_type": "falcon"})
+    assert (spec.vocab_size, spec.embed_dim, spec.num_heads, spec.head_dim, spec.mlp_dim) == (
+        65024,
+        4544,
+        71,
+        64,
+        18176,
+    )
+    assert (spec.norm, spec.norm_eps, spec.activation, spec.gated_mlp, spec.tie_embeddings) == (
+        ("layer", 1e-5, "gelu", False, True)
+    )
+    assert falcon(num_kv_heads=4) == (1, 1, 256)  # which only the new architecture reads
+    assert falcon(multi_query=False, parallel_attn=False, ffn_hidden_size=80) == (8, 0, 80)
+    assert falcon(new_decoder_architecture=True, num_kv_heads=4) == (4, 2, 256)
+    assert falcon(new_decoder_architecture=True, multi_query=True, num_ln_in_parallel_attn=1) == (8, 1, 256)
+    biased = parse_config({"model_type": "falcon", "bias": True})
+    assert biased.qkv_bias and biased.o_bias and biased.mlp_bias
+
+
+def test_gemma():
+    spec = parse_config({"model_type": "gemma2", "num_hidden_layers": 4, "hidden_act": "gelu_pytorch_tanh"})
+    assert (spec.vocab_size, spec.embed_dim, spec.mlp_dim, spec.max_position) == (256000, 2304, 9216, 8192)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.tie_embeddings) == (8, 4, 256, True)
+    assert (spec.norm, spec.post_norms, spec.activation, spec.qk_norm) == ("rms+1", True, "gelu_tanh", False)
+    assert (spec.embed_scale, spec.scale, spec.score_cap, spec.logit_cap) == (48.0, 1 / 16, 50.0, 30.0)
+    assert (spec.windows, spec.window_rope, spec.rope.theta) == ((4096, None) * 2, None, 1e4)
+    given = {"query_pre_attn_scalar": 144, "attn_logit_softcapping": None, "layer_types": ["full_attention"] * 26}
+    spec = parse_config({"model_type": "gemma2"} | given)
+    assert (spec.scale, spec.score_cap, spec.logit_cap, spec.windows) == (1 / 12, None, 30.0, (None,) * 26)
+
+
+def test_gemma3():
+    """As its checkpoints have it, and as transformers 5 writes it."""
+    old = {
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window_pattern": 6,
+        "cache_implementation": "hybrid",
+    }
+    full, local = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, {"rope_type": "default", "rope_theta": 1e4}
+    new = {
+        "rope_parameters": {"full_attention": full, "sliding_attention": local},
+        "_sliding_window_pattern": 6,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
+    }
+    shared = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 7}
+    first, second = (parse_config(shared | fields) for fields in (old, new))
+    assert first == second
+    assert (first.qk_norm, first.score_cap, first.logit_cap, first.max_position) == (True, None, None, 131072)
+    assert first.windows == (4096,) * 5 + (None, 4096)
+    rotary = [first.rotary(layer) for layer in range(7)]
+    assert rotary[5] == first.rope == RopeSpec(1e6, "linear", 8.0, 131072)
+    assert {*rotary[:5], rotary[6]} == {RopeSpec(1e4)}
+    bare = parse_config(shared)
+    assert (bare.rope, bare.window_rope, bare.windows) == (RopeSpec(1e6), RopeSpec(1e4), first.windows)
+
+
+def test_phi3():
+    spec = parse_config({"model_type": "phi3"})
+    assert (spec.vocab_size, spec.embed_dim, spec.num_kv_heads, spec.mlp_dim) == (32064, 3072, 32, 8192)
+    assert (spec.norm_eps, spec.windows, spec.max_position) == (1e-5, (), 4096)
+    small = {"model_type": "phi3", "hidden_size": 8, "num_attention_heads": 2, "sliding_window": 2047}
+    assert parse_config(small).windows == (2047,) * 32
+    for name in ("longrope", "su", "yarn"):  # the last two are what it was called
+        spec = parse_config(small | {"rope_scaling": LONGROPE | {"rope_type": name}, "max_position_embeddings": 131072})
+        assert (spec.rope.type, spec.rope.original_max_position, spec.max_position) == ("longrope", 4096, 131072)
+        assert (spec.rope.short_factors, spec.rope.long_factors) == ((1.0, 1.5), (1.0, 4.0))
+        assert spec.rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"model_type": "gemma2"}, ["'gemma2'", *FAMILIES]),
+        ({"model_type": "falcon", "alibi": True}, ["alibi = True", "rotary"]),
+        ({"model_type": "falcon", "activation": "relu"}, ["activation = 'relu'", "'gelu'"]),
+        ({"model_type": "falcon", "num_ln_in_parallel_attn": 2}, ["num_ln_in_parallel_attn = 2"]),
+        ({"model_type": "falcon", "new_decoder_architecture": True, "parallel_attn": False}, ["parallel_attn = False"]),
+        ({"model_type": "falcon", "ffn_hidden_size": 0}, ["ffn_hidden_size = 0"]),
+        ({"model_type": "falcon", "layer_norm_epsilon": 0}, ["layer_norm_epsilon = 0"]),
+        ({"model_type": "falcon", "num_kv_heads": 7, "new_decoder_architecture": True}, ["num_attention_heads = 71"]),
+        ({"activation": "gelu"}, ["activation = 'gelu'"]),
+        ({"model_type": "gemma3"}, ["'gemma3'", "gemma3_text"]),
+        ({"model_type": "gemma3_text", "architectures": ["Gemma3ForConditionalGeneration"]}, ["architectures"]),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, ["attn_logit_softcapping = 50.0"]),
+        ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e4}}, ["rope_parameters.rope_theta"]),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": "x"}, ["sliding_window_pattern = 'x'"]),
+        ({"model_type": "gemma2", "hidden_activation": "gelu"}, ["hidden_activation = 'gelu'", "gelu_pytorch_tanh"]),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, ["query_pre_attn_scalar = 0"]),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, ["use_bidirectional_attention = True"]),
+        ({"model_type": "gemma2", "sliding_window": None}, ["sliding_window = None"]),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.75}, ["partial_rotary_factor = 0.75"]),
+        ({"rope_scaling": LONGROPE | {"short_factor": None}}, ["rope_scaling.short_factor = None", "list"]),
+        ({"rope_scaling": LONGROPE | {"long_factor": [1.0, -1.0]}}, ["rope_scaling.long_factor = -1.0"]),
+        ({"rope_scaling": LONGROPE}, ["short_factor and long_factor have 2 and 2", "expected 64"]),
+        ({"model_type": "gemma"}, ["'gemma'", *FAMILIES]),
         ({"model_type": ["llama"]}, ["['llama']", "unknown family"]),
         ({"model_type": None}, ["unknown family", *FAMILIES]),
         ({"model_type": None, "architectures": ["GemmaForCausalLM"]}, ["GemmaForCausalLM", "unknown family"]),
@@ -177,8 +275,8 @@ def test_windows():
         ({"rope_theta": -1.0}, ["rope_theta = -1.0"]),
         ({"rope_scaling": [1]}, ["rope_scaling = [1]"]),
         (
-            {"rope_scaling": {"type": "longrope", "factor": 2.0}},
-            ["'longrope'", "default, linear, dynamic, llama3, yarn"],
+            {"rope_scaling": {"type": "ntk", "factor": 2.0}},
+            ["'ntk'", "default, linear, dynamic, llama3, yarn, longrope"],
         ),
         ({"rope_scaling": {"type": ["linear"]}}, ["rope_scaling.rope_type = ['linear']"]),
         ({"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor = None"]),

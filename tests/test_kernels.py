@@ -70,11 +70,12 @@ def test_partials_over_disjoint_slots_merge_exactly(paged):
         np.testing.assert_allclose(np.asarray(a)[some], np.asarray(b)[some], rtol=1e-5, atol=1e-6)
 
 
-def causal(q, k, length, window):
+def causal(q, k, length, window, scale, cap):
     """Attention matrices `[B N T T]`, padded queries and keys empty."""
     t, n = q.shape[1], q.shape[2]
     k = np.repeat(k, n // k.shape[2], axis=2)
-    s = np.einsum("btnh,bsnh->bnts", q, k).astype(np.float64) * q.shape[-1] ** -0.5
+    s = np.einsum("btnh,bsnh->bnts", q, k).astype(np.float64) * scale
+    s = s if cap is None else cap * np.tanh(s / cap)
     distance = np.arange(t)[:, None] - np.arange(t)
     seen = (distance >= 0) & (distance < (window or t)) & (np.arange(t) < length[:, None, None])
     p = np.exp(np.where(seen[:, None], s, -np.inf))
@@ -92,16 +93,18 @@ PREFILL = {
 }
 
 
-@pytest.mark.parametrize("window", [None, 5, 40])
+@pytest.mark.parametrize("window, scale, cap", [(None, None, None), (5, None, None), (40, 0.7, 1.5)])
 @pytest.mark.parametrize("run", PREFILL)
-def test_prefill_attention_and_column_sums_are_dense_attention(window, run):
+def test_prefill_attention_and_column_sums_are_dense_attention(window, scale, cap, run):
     rng, t, n, heads = np.random.default_rng(1), 64 if run != "tpu, blocks of 128" else 300, 4, 2
     length = np.array([t, 37, 1], np.int32)
     q = rng.normal(size=(3, t, n, H)).astype(np.float32)
     k, v = (rng.normal(size=(3, t, heads, H)).astype(np.float32) for _ in range(2))
-    prob, total = causal(q, k, length, window)
+    prob, total = causal(q, k, length, window, scale or H**-0.5, cap)
     args = [jnp.asarray(x) for x in (q, k, v, length)]
-    o, lse = PREFILL[run](*args, window=window)
+    if run == "gpu" and cap is not None:
+        pytest.skip("cuDNN has no soft cap")
+    o, lse = PREFILL[run](*args, scale=scale, cap=cap, window=window)
     want = np.einsum("bnts,bsnh->btnh", prob, np.repeat(v, n // heads, axis=2))
     real = np.arange(t) < length[:, None]
     np.testing.assert_allclose(np.asarray(o)[real], want[real], atol=1e-5)
@@ -109,7 +112,7 @@ def test_prefill_attention_and_column_sums_are_dense_attention(window, run):
         np.moveaxis(np.asarray(lse), 1, 2)[real], np.log(np.moveaxis(total, 1, 2)[real]), atol=1e-5
     )
     assert np.isfinite(np.asarray(o)).all()
-    sums = column_sums(args[0], args[1], lse, args[3], scale=H**-0.5, window=window, block=16)
+    sums = column_sums(args[0], args[1], lse, args[3], scale=scale or H**-0.5, cap=cap, window=window, block=16)
     np.testing.assert_allclose(sums, prob.reshape(3, -1, t, t).sum(2), atol=1e-5)
 
 
@@ -125,14 +128,15 @@ def test_prefill_attention_in_kernels_is_that_of_xla_in_bfloat16():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "until", "message"),
+    ("dtype", "width", "options", "message"),
     [
-        (jnp.float32, 64, None, "16 bits, these are float32"),
-        (jnp.bfloat16, 512, None, "these have 512"),
-        (jnp.bfloat16, 64, jnp.zeros((1, 1, 8), jnp.int32), "for a while only are for xla"),
+        (jnp.float32, 64, {}, "16 bits, these are float32"),
+        (jnp.bfloat16, 512, {}, "these have 512"),
+        (jnp.bfloat16, 64, {"cap": 30.0}, "no soft cap"),
+        (jnp.bfloat16, 64, {"until": jnp.zeros((1, 1, 8), jnp.int32)}, "for a while only are for xla"),
     ],
 )
-def test_the_gpu_kernel_says_which_prompts_it_cannot_read(dtype, width, until, message):
+def test_the_gpu_kernel_says_which_prompts_it_cannot_read(dtype, width, options, message):
     x = jnp.zeros((1, 8, 1, width), dtype)
     with pytest.raises(NotImplementedError, match=message):
-        attention(x, x, x, jnp.asarray([8]), until=until, implementation="gpu")
+        attention(x, x, x, jnp.asarray([8]), implementation="gpu", **options)

@@ -27,7 +27,7 @@ from kvjax import METHODS, command, decode, methods
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import Recipe
 from kvjax.cache.tier import Bytes
-from kvjax.checkpoint import calibration, hf, load_model, orbax
+from kvjax.checkpoint import calibration, hf, load_model, names, orbax
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config
 from kvjax.spec import LatentSpec, Lengths, ModelSpec
@@ -84,7 +84,7 @@ def write(spec: ModelSpec, arrays: dict[str, np.ndarray], directory: Path, **fie
     }
     (directory / "config.json").write_text(json.dumps(config))
     tensors = {
-        hf._source(path, spec.family): np.ascontiguousarray(array.T if path.endswith(".kernel") else array)
+        names.source(path, spec): np.ascontiguousarray(array.T if path.endswith(".kernel") else array)
         for path, array in arrays.items()
     }
     save_file(tensors, directory / "model.safetensors")

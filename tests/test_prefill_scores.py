@@ -15,7 +15,7 @@ STRICT = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", u
 
 
 @functools.cache
-def prompts(lengths, n, heads, h, dtype=jnp.float32, window=None, recent=None, t=T):
+def prompts(lengths, n, heads, h, dtype=jnp.float32, window=None, recent=None, cap=None, t=T):
     """Arguments of `column_sums` and what it should return; padding holds numbers that would be seen in any sum."""
     rng = np.random.default_rng(n + h + t)
     q = np.asarray(jnp.asarray(2 * rng.normal(size=(len(lengths), t, n, h)), dtype), np.float64)
@@ -27,6 +27,7 @@ def prompts(lengths, n, heads, h, dtype=jnp.float32, window=None, recent=None, t
             for i in range(length):
                 first = 0 if window is None else max(i - window + 1, 0)
                 logits = k[b, first : i + 1, head // (n // heads)] @ q[b, i, head] / np.sqrt(h)
+                logits = logits if cap is None else cap * np.tanh(logits / cap)
                 lse[b, head, i] = logits.max() + np.log(np.exp(logits - logits.max()).sum())
                 if recent is None or i >= length - recent:
                     sums[b, head, first : i + 1] += np.exp(logits - lse[b, head, i])
@@ -37,7 +38,7 @@ def prompts(lengths, n, heads, h, dtype=jnp.float32, window=None, recent=None, t
 def agree(run, *args, rtol=1e-5, **kwargs):
     """Whether an implementation returns the sums of `prompts`, relative to the largest of them."""
     inputs, want = prompts(*args, **kwargs)
-    chosen = {name: kwargs[name] for name in ("window", "recent") if name in kwargs}
+    chosen = {name: kwargs[name] for name in ("window", "recent", "cap") if name in kwargs}
     got = np.asarray(run(*inputs, scale=inputs[0].shape[-1] ** -0.5, **chosen))
     np.testing.assert_allclose(got, want, rtol=0, atol=rtol * want.max())
 
@@ -52,6 +53,11 @@ every = pytest.mark.parametrize("run", [XLA, INTERPRETED, TPU], ids=["xla", "gpu
 @pytest.mark.parametrize("window, recent", [(5, None), (40, None), (None, 1), (None, 16), (5, 16), (40, 70)])
 def test_windows_and_recent_queries(run, window, recent):
     agree(run, (T, 1, 63, 65), 2, 1, 64, window=window, recent=recent)
+
+
+@every
+def test_capped_logits(run):
+    agree(run, (T, 101), 2, 1, 64, window=40, cap=2.0)
 
 
 @every

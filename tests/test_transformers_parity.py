@@ -22,9 +22,25 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers")
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-MODELS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+MODELS = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "falcon": "Falcon",
+    "phi3": "Phi3",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+}
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+LONGROPE = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 2048,
+    "short_factor": np.linspace(1, 1.5, 64).tolist(),
+    "long_factor": np.linspace(1, 40, 64).tolist(),
+}
 ROPES = [
     {"rope_type": "default", "rope_theta": 5e5},
     {"rope_type": "linear", "factor": 3.0},
@@ -38,18 +54,27 @@ ROPES = [
     YARN | {"beta_fast": 4.0, "beta_slow": 4.0, "truncate": False},
     YARN | {"beta_fast": 500.0, "beta_slow": 400.0},  # the ramp ends before it begins
     YARN | {"factor": None},
+    LONGROPE,
+    LONGROPE | {"factor": 16.0, "rope_theta": 1e6},
+    LONGROPE | {"attention_factor": 1.25},
 ]
+
+
+def config_class(family):
+    return getattr(transformers, f"{MODELS[family]}ForCausalLM").config_class
 
 
 @pytest.mark.parametrize("family", MODELS)
 def test_default_configs_agree(family):
-    theirs = getattr(transformers, f"{MODELS[family]}Config")()
+    theirs = config_class(family)()
     bare, full = parse_config({"model_type": family}), parse_config(json.loads(theirs.to_json_string(use_diff=False)))
     assert bare == full
-    assert full.num_kv_heads == theirs.num_key_value_heads
-    assert full.norm_eps == theirs.rms_norm_eps
+    if family != "falcon":  # which has other names
+        assert full.num_kv_heads == theirs.num_key_value_heads
+        assert full.norm_eps == theirs.rms_norm_eps
     assert full.tie_embeddings == theirs.tie_word_embeddings
-    assert full.rope.theta == theirs.rope_parameters["rope_theta"]
+    ropes = theirs.rope_parameters
+    assert full.rope.theta == ropes.get("full_attention", ropes)["rope_theta"]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -64,7 +89,7 @@ def test_qwen_windows_agree(family, used, first, window):
     assert [spec.window(layer) for layer in range(4)] == expected
 
 
-@pytest.mark.parametrize("parameters", ROPES, ids=lambda p: "-".join(map(str, p.values())))
+@pytest.mark.parametrize("parameters", ROPES, ids=lambda p: "-".join(str(x) for x in p.values() if type(x) is not list))
 @pytest.mark.parametrize("length", [100, 20000])
 def test_rotary_tables_agree(parameters, length):
     fields = {"hidden_size": 256, "num_attention_heads": 2, "max_position_embeddings": 8192}
@@ -103,16 +128,33 @@ def random_fields(rng, family):
         "qwen2": {"use_sliding_window": flag(), "sliding_window": 5, "max_window_layers": 1},
         "qwen3": {"use_sliding_window": flag(), "max_window_layers": 1, "sliding_window": 5, "attention_bias": flag()},
     }
-    return fields | extra[family]
+    if "gemma" in family:
+        del fields["rope_parameters"]
+        caps = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0} if family == "gemma2" else {}
+        scalar = int(rng.integers(4, 20))
+        return fields | caps | {"sliding_window": 5, "query_pre_attn_scalar": scalar, "num_hidden_layers": 3}
+    if family == "phi3":
+        del fields["head_dim"]
+        return fields | {"hidden_size": kv * group * head_dim, "sliding_window": [None, 5][flag()]}
+    if family != "falcon":
+        return fields | extra[family]
+    for name in ("intermediate_size", "num_key_value_heads", "head_dim"):
+        del fields[name]
+    layout = [
+        {"multi_query": True},
+        {"multi_query": False, "parallel_attn": False},
+        {"new_decoder_architecture": True, "num_kv_heads": kv, "num_ln_in_parallel_attn": int(rng.integers(1, 3))},
+    ][int(rng.integers(3))]
+    return fields | layout | {"bias": flag(), "hidden_size": kv * group * head_dim}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("family", MODELS)
 def test_logits_agree(tmp_path, family, seed):
     rng = np.random.default_rng([seed, len(family), ord(family[-1])])
     fields = random_fields(rng, family)
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{MODELS[family]}Config")(**fields, attn_implementation="eager")
+    config = config_class(family)(**fields, attn_implementation="eager")
     theirs = getattr(transformers, f"{MODELS[family]}ForCausalLM")(config).eval().float()
     with torch.no_grad():
         for weight in theirs.parameters():

@@ -18,8 +18,8 @@ from kvjax.attention import prefill_attention
 from kvjax.checkpoint import hf
 from kvjax.errors import InputError
 from kvjax.models import rope
-from kvjax.models.decoder import Layer, Linear
-from kvjax.spec import ModelSpec
+from kvjax.models.decoder import Layer, Linear, scaled
+from kvjax.spec import ModelSpec, RopeSpec
 from kvjax.tokenizer import Tokenizer
 
 SEQUENCES, LENGTH = 16, 1024  # at most; of tokens
@@ -39,12 +39,13 @@ def moments(weights: hf.Weights, ids: Int[np.ndarray, "B T"], n: int) -> Iterato
     """
     spec = weights.spec
     (embedding,) = (array for _, array in hf.read(weights, ["embedding"], jnp.float32))
-    x = embedding[ids]
+    x = np.array(scaled(spec, jnp.asarray(embedding[ids])))
     del embedding
     for index in range(spec.num_layers):
         layer, total = _layer(weights, index), np.zeros((2, spec.num_kv_heads * spec.head_dim // n, n, n))
+        window, rotary = spec.window(index), spec.rotary(index)
         for row in range(len(x)):
-            x[row], found = _pass(layer, jnp.asarray(x[row]), spec=spec, window=spec.window(index), n=n)
+            x[row], found = _pass(layer, jnp.asarray(x[row]), spec=spec, window=window, rotary=rotary, n=n)
             total += np.asarray(found)
         yield total.astype(np.float32)
 
@@ -57,16 +58,18 @@ def _layer(weights: hf.Weights, index: int) -> Layer:
     return jax.tree.unflatten(tree, [jax.device_put(arrays.pop(f"{name}.{path}")) for path in wanted])
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "window", "n"))
+@functools.partial(jax.jit, static_argnames=("spec", "window", "rotary", "n"))
 def _pass(
-    layer: Layer, x: Float[Array, "T D"], *, spec: ModelSpec, window: int | None, n: int
+    layer: Layer, x: Float[Array, "T D"], *, spec: ModelSpec, window: int | None, rotary: RopeSpec, n: int
 ) -> tuple[Float[Array, "T D"], Float[Array, "2 C n n"]]:
     """A layer over one sequence, and the moments of its keys and values."""
     t = x.shape[0]
     q, key, value, _ = layer.project(x)
-    cos, sin = (turn[:, None] for turn in rope.angles(spec.rope, spec.head_dim, jnp.arange(t), jnp.asarray(t)))
+    cos, sin = (turn[:, None] for turn in rope.angles(rotary, spec.head_dim, jnp.arange(t), jnp.asarray(t)))
     q, k, v = rope.rotate(q, cos, sin), rope.rotate(layer.keys(key), cos, sin), layer.values(value)
-    heads, _ = prefill_attention(q[None], k[None], v[None], jnp.asarray([t]), window=window)
+    heads, _ = prefill_attention(
+        q[None], k[None], v[None], jnp.asarray([t]), scale=spec.scale, cap=spec.score_cap, window=window
+    )
     y, projections = layer.attention_norm(x), (layer.attention.k, layer.attention.v)
     found = [(y @ p.kernel[...]).reshape(t, -1, n) for p in projections if isinstance(p, Linear)]
     return layer.finish(x, heads[0]), jnp.stack([jnp.einsum("tcn,tcm->cnm", out, out) for out in found])

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from kvjax.checkpoint import names
 from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config, read_json
@@ -29,40 +30,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-
-# kvjax's module -> the checkpoint's. Modules of a layer are relative to the layer.
-_LLAMA = {
-    "embedding": "model.embed_tokens",
-    "norm": "model.norm",
-    "head": "lm_head",
-    "attention_norm": "input_layernorm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.o": "self_attn.o_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-}
-_INTERNLM2 = {
-    "embedding": "model.tok_embeddings",
-    "norm": "model.norm",
-    "head": "output",
-    "attention_norm": "attention_norm",
-    "attention.q": "attention.wqkv",
-    "attention.k": "attention.wqkv",
-    "attention.v": "attention.wqkv",
-    "attention.o": "attention.wo",
-    "mlp_norm": "ffn_norm",
-    "mlp.gate": "feed_forward.w1",
-    "mlp.up": "feed_forward.w3",
-    "mlp.down": "feed_forward.w2",
-}
-_NAMES = {"internlm2": _INTERNLM2}  # every other family has Llama's names
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
 class Stored(NamedTuple):
@@ -133,11 +100,11 @@ def locate(path: Path, spec: ModelSpec) -> Weights:
     Raises `InputError` where names, shapes or dtypes are not those of the model. Reads headers only.
     """
     targets, _ = abstract(spec, np.float32)
-    sources = {target: _source(target, spec.family) for target in targets}
+    sources = {target: names.source(target, spec) for target in targets}
     stored = headers(path)
     _check_names(path, spec, stored, set(sources.values()))
     for target, source in sources.items():
-        _check(stored[source], _stored_shape(target, targets[target].shape, spec))
+        _check(stored[source], names.stored_shape(target, targets[target].shape, spec))
     sizes = {target: leaf.size for target, leaf in targets.items()}
     order = sorted(targets, key=lambda target: -sizes[target])
     return Weights(spec, {target: stored[sources[target]] for target in order}, sizes)
@@ -172,8 +139,8 @@ def parts(weights: Weights) -> dict[str, list[str]]:
 
     They are "embedding", "layers.0" and so on, and "head", which has the final norm and, unless it is tied, the head.
     """
-    names = ("embedding", *(f"layers.{layer}" for layer in range(weights.spec.num_layers)), "head")
-    targets: dict[str, list[str]] = {name: [] for name in names}
+    called = ("embedding", *(f"layers.{layer}" for layer in range(weights.spec.num_layers)), "head")
+    targets: dict[str, list[str]] = {name: [] for name in called}
     for target in weights.stored:
         part = re.match(r"embedding|layers\.\d+", target)
         targets[part[0] if part else "head"].append(target)
@@ -256,44 +223,13 @@ def _read(stored: Stored) -> np.ndarray:
 def _array(target: str, weights: Weights, dtype: DTypeLike | None) -> np.ndarray:
     """One parameter: its rows of its tensor, transposed where it is a kernel, cast, finite."""
     stored = weights.stored[target]
-    array = _select(_read(stored), target, weights.spec)
+    array, packed = _read(stored), names.rows(target, weights.spec)
+    array = array if packed is None else array[packed[0]]
     array = np.ascontiguousarray(array.T if target.endswith(".kernel") else array)
     array = array if dtype is None else array.astype(dtype, copy=False)
     if not np.isfinite([array.min(), array.max()]).all():  # both propagate NaN
         raise InputError(f"{stored.file}: tensor {stored.name} has NaN or infinite weights")
     return array
-
-
-def _source(target: str, family: str) -> str:
-    """The checkpoint's name of a parameter."""
-    names = _NAMES.get(family, _LLAMA)
-    if target == "embedding":
-        return f"{names[target]}.weight"
-    module, _, leaf = target.rpartition(".")
-    layer = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
-    module = f"model.layers.{layer[1]}.{names[layer[2]]}" if layer else names[module]
-    return f"{module}.{_LEAVES[leaf]}"
-
-
-def _is_packed(target: str, spec: ModelSpec) -> bool:
-    return spec.family == "internlm2" and bool(re.search(r"\.attention\.[qkv]\.", target))
-
-
-def _stored_shape(target: str, shape: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:
-    """The shape that the checkpoint's tensor for a parameter must have; torch's `Linear` is [out, in]."""
-    shape = shape[::-1] if target.endswith(".kernel") else shape
-    if _is_packed(target, spec):
-        shape = ((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, *shape[1:])
-    return shape
-
-
-def _select(array: np.ndarray, target: str, spec: ModelSpec) -> np.ndarray:
-    """A parameter's rows of a packed tensor: for each key/value head its G query heads, its key, its value."""
-    if not _is_packed(target, spec):
-        return array
-    rows = array.reshape(spec.num_kv_heads, spec.group_size + 2, spec.head_dim, *array.shape[1:])
-    part = {"q": slice(0, -2), "k": slice(-2, -1), "v": slice(-1, None)}[target.split(".")[-2]]
-    return rows[:, part].reshape(-1, *array.shape[1:])
 
 
 def _check(stored: Stored, shape: tuple[int, ...]) -> None:
@@ -310,7 +246,7 @@ def _check_names(path: Path, spec: ModelSpec, stored: Collection[str], expected:
     missing = sorted(expected.difference(stored))
     if missing:
         raise InputError(f"{path}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
-    spare = {_source("head.kernel", spec.family)} if spec.tie_embeddings else set()
+    spare = {names.source("head.kernel", spec)} if spec.tie_embeddings else set()
     extra = sorted(n for n in set(stored) - expected - spare if not n.endswith("rotary_emb.inv_freq"))
     if extra:
         raise InputError(f"{path}: tensor {extra[0]} has no place in a {spec.family} model ({len(extra)} have none)")

@@ -1,8 +1,12 @@
-"""One configurable Llama-family decoder in Flax NNX: weights only, the cache is passed in and out.
+"""One configurable decoder in Flax NNX: weights only, the cache is passed in and out.
 
-Covers Llama, Mistral, Qwen2, Qwen3 and InternLM2. The differences are fields of `ModelSpec`. Layers are a list and
-are unrolled: scanning over stacked weights copies every layer's weights on GPU and is slower on CPU.
+Covers Llama, Mistral, Qwen2, Qwen3, InternLM2, Falcon, Phi-3, Gemma 2 and Gemma 3. The differences are fields of
+`ModelSpec`. Layers are a list and are unrolled: scanning over stacked weights copies every layer's weights on GPU and
+is slower on CPU.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +17,8 @@ from jaxtyping import Float, Int
 
 from kvjax.models import gate as gates
 from kvjax.models import rope
-from kvjax.spec import Gate, ModelSpec
+from kvjax.spec import Activation, Gate, ModelSpec
+from pallas_kernels.soft_cap import soft_cap
 
 
 class Linear(nnx.Module):
@@ -65,17 +70,25 @@ class LowRank(nnx.Module):
         return y.reshape(*mean.shape[:-1], self.head_dim)
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm in float32 (arXiv 1910.07467)."""
+class Norm(nnx.Module):
+    """The norm of `ModelSpec.norm`, in float32: root mean square (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450)."""
 
-    def __init__(self, width: int, eps: float, dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones((width,), dtype))
-        self.eps = eps
+    def __init__(self, spec: ModelSpec, width: int, dtype: DTypeLike):
+        self.kind = spec.norm
+        self.scale = nnx.Param((jnp.zeros if spec.norm == "rms+1" else jnp.ones)((width,), dtype))
+        self.bias = nnx.Param(jnp.zeros((width,), dtype)) if spec.norm == "layer" else None
+        self.eps = spec.norm_eps
 
     def __call__(self, x: Float[Array, "*b width"]) -> Float[Array, "*b width"]:
         y = x.astype(jnp.float32)
+        if self.bias is not None:
+            y = y - y.mean(axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * self.scale[...]
+        if self.kind == "rms":
+            return y.astype(x.dtype) * self.scale[...]
+        scale = self.scale[...].astype(jnp.float32)
+        y = y * (1 + scale if self.kind == "rms+1" else scale)
+        return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -89,20 +102,29 @@ class Attention(nnx.Module):
         else:
             self.k, self.v = (LowRank(spec, rank, dtype, rngs) for rank in spec.widths(index))
         self.o = Linear(n * h, d, spec.o_bias, dtype, rngs)
-        self.q_norm = RMSNorm(h, spec.norm_eps, dtype) if spec.qk_norm else None
-        self.k_norm = RMSNorm(h, spec.norm_eps, dtype) if spec.qk_norm else None
+        self.q_norm = Norm(spec, h, dtype) if spec.qk_norm else None
+        self.k_norm = Norm(spec, h, dtype) if spec.qk_norm else None
+
+
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class Mlp(nnx.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))` (arXiv 2002.05202)."""
+    """`down(act(gate(x)) * up(x))` (arXiv 2002.05202), or without a gate `down(act(up(x)))`."""
 
     def __init__(self, spec: ModelSpec, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.gate = Linear(spec.embed_dim, spec.mlp_dim, spec.mlp_bias, dtype, rngs)
+        self.gate = Linear(spec.embed_dim, spec.mlp_dim, spec.mlp_bias, dtype, rngs) if spec.gated_mlp else None
         self.up = Linear(spec.embed_dim, spec.mlp_dim, spec.mlp_bias, dtype, rngs)
         self.down = Linear(spec.mlp_dim, spec.embed_dim, spec.mlp_bias, dtype, rngs)
+        self.activation = spec.activation
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        act, up = ACTIVATIONS[self.activation], self.up(x)
+        return self.down(act(up) if self.gate is None else act(self.gate(x)) * up)
 
 
 class Layer(nnx.Module):
@@ -112,10 +134,14 @@ class Layer(nnx.Module):
     """
 
     def __init__(self, spec: ModelSpec, index: int, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(spec.embed_dim, spec.norm_eps, dtype)
+        norm = lambda: Norm(spec, spec.embed_dim, dtype)
+        self.attention_norm = norm()
         self.attention = Attention(spec, index, dtype, rngs)
-        self.mlp_norm = RMSNorm(spec.embed_dim, spec.norm_eps, dtype)
+        self.mlp_norm = norm() if spec.parallel_norms != 1 else None
         self.mlp = Mlp(spec, dtype, rngs)
+        self.attention_post_norm = norm() if spec.post_norms else None
+        self.mlp_post_norm = norm() if spec.post_norms else None
+        self.parallel = spec.parallel_norms > 0
         self.head_dim = spec.head_dim
         self.gate = spec.gate
         self.adapter = gates.Adapter(spec, dtype) if spec.gate is not None and spec.gate.neuron is None else None
@@ -157,8 +183,11 @@ class Layer(nnx.Module):
 
     def finish(self, x: Float[Array, "*b D"], heads: Float[Array, "*b N H"]) -> Float[Array, "*b D"]:
         """Add the attention's output and the feed-forward network to the residual stream."""
-        x = x + self.attention.o(heads.reshape(*x.shape[:-1], -1).astype(x.dtype))
-        return x + self.mlp(self.mlp_norm(x))
+        attended = self.attention.o(heads.reshape(*x.shape[:-1], -1).astype(x.dtype))
+        after = x + (attended if self.attention_post_norm is None else self.attention_post_norm(attended))
+        norm = self.attention_norm if self.mlp_norm is None else self.mlp_norm
+        fed = self.mlp(norm(x if self.parallel else after))
+        return after + (fed if self.mlp_post_norm is None else self.mlp_post_norm(fed))
 
 
 class Decoder(nnx.Module):
@@ -175,7 +204,7 @@ class Decoder(nnx.Module):
         shape = (spec.vocab_size, spec.embed_dim)
         self.embedding = nnx.Param((jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype))
         self.layers = nnx.List([Layer(spec, i, dtype, rngs) for i in range(spec.num_layers)])
-        self.norm = RMSNorm(spec.embed_dim, spec.norm_eps, dtype)
+        self.norm = Norm(spec, spec.embed_dim, dtype)
         self.head = None if spec.tie_embeddings else Linear(spec.embed_dim, spec.vocab_size, False, dtype, rngs)
 
     @property
@@ -185,13 +214,18 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
         """Token vectors."""
-        return self.embedding[...][tokens]
+        return scaled(self.spec, self.embedding[...][tokens])
 
     def logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Next-token logits in float32."""
         x = self.norm(x)
         y = x @ self.embedding[...].T if self.head is None else self.head(x)
-        return y.astype(jnp.float32)
+        return soft_cap(y.astype(jnp.float32), self.spec.logit_cap)
+
+
+def scaled(spec: ModelSpec, vectors: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+    """Token vectors as the first layer reads them."""
+    return vectors if spec.embed_scale == 1 else vectors * jnp.asarray(spec.embed_scale, vectors.dtype)
 
 
 def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
@@ -202,10 +236,9 @@ def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     spec = model.spec
     b, t = tokens.shape
     pos = jnp.arange(t)
-    cos, sin = rope.angles(spec.rope, spec.head_dim, pos, jnp.asarray(t))
-    cos, sin = cos[:, None], sin[:, None]
     x = model.embed(tokens)
     for index, layer in enumerate(model.layers):
+        cos, sin = (turn[:, None] for turn in rope.angles(spec.rotary(index), spec.head_dim, pos, jnp.asarray(t)))
         q, key, value, _ = layer.project(x)
         k, v = layer.keys(key), layer.values(value)
         q = gates.silence(spec.gate, rope.rotate(q, cos, sin), spec.num_kv_heads).reshape(
@@ -215,8 +248,8 @@ def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         distance = pos[:, None] - pos[None, :]
         window = spec.window(index)
         visible = (distance >= 0) & (distance < (window or t))
-        score = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * spec.head_dim**-0.5
-        prob = jax.nn.softmax(jnp.where(visible, score, -jnp.inf), axis=-1).astype(v.dtype)
+        score = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * spec.scale
+        prob = jax.nn.softmax(jnp.where(visible, soft_cap(score, spec.score_cap), -jnp.inf), axis=-1).astype(v.dtype)
         heads = jnp.einsum("bkgts,bskh->btkgh", prob, v)
         x = layer.finish(x, heads.reshape(b, t, spec.num_heads, spec.head_dim))
     return model.logits(x)

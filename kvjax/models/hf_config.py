@@ -8,14 +8,14 @@ Source: transformers 5.23, `configuration_utils.py`, `modeling_rope_utils.py`, `
 """
 
 import json
-import math
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kvjax.errors import InputError
-from kvjax.spec import ModelSpec, RopeSpec, RopeType
+from kvjax.models.config_fields import flag, number, positive, refuse_unknown
+from kvjax.models.rope_config import parse_ropes
+from kvjax.spec import ModelSpec
 
 # The fields of each family that are read, with the default of the family's own configuration class.
 _SIZES = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 2048}
@@ -25,48 +25,35 @@ _MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_
 _QWEN_SIZES = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
 _QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _QWEN2 = _LLAMA | _QWEN_SIZES | _QWEN_WINDOWS | {"num_key_value_heads": 32}
+_PHI3 = {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096}
+_PHI3 |= {"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None}
+_FALCON = {"vocab_size": 65024, "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71}
+_FALCON |= {"num_kv_heads": None, "ffn_hidden_size": None, "max_position_embeddings": 2048, "alibi": False}
+_FALCON |= {"layer_norm_epsilon": 1e-5, "bias": False, "tie_word_embeddings": True, "multi_query": True}
+_FALCON |= {"parallel_attn": True, "new_decoder_architecture": False, "num_ln_in_parallel_attn": None}
+_GEMMA2 = {"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
+_GEMMA2 |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192}
+_GEMMA2 |= {"tie_word_embeddings": True, "attention_bias": False, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+_GEMMA2 |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_GEMMA3 = {"vocab_size": 262208, "max_position_embeddings": 131072, "final_logit_softcapping": None}
+_GEMMA3 |= {"sliding_window_pattern": None, "_sliding_window_pattern": None, "rope_local_base_freq": None}
+_GEMMA = ("gemma2", "gemma3_text")
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA | {"attention_bias": False, "mlp_bias": False},
     "mistral": _LLAMA | _MISTRAL | {"sliding_window": 4096},
     "qwen2": _QWEN2,
     "qwen3": _QWEN2 | {"head_dim": 128, "attention_bias": False},
     "internlm2": _LLAMA | {"vocab_size": 103168, "bias": True},
+    "falcon": _FALCON,
+    "phi3": _LLAMA | _PHI3,
+    "gemma2": _LLAMA | _GEMMA2,
+    "gemma3_text": {k: v for k, v in (_LLAMA | _GEMMA2 | _GEMMA3).items() if k != "attn_logit_softcapping"},
 }
 
 _READ = set(
     "model_type architectures layer_types "
     "rope_theta rope_scaling rope_parameters original_max_position_embeddings".split()
 )
-_ONE = (
-    "partial_rotary_factor factor attention_factor logits_scaling logit_scale embedding_multiplier residual_multiplier"
-)
-_NEUTRAL = {"hidden_act": ("silu", "swish")} | dict.fromkeys(_ONE.split(), (1,))
-_HARMLESS = set(
-    """
-    _name_or_path name_or_path _commit_hash _attn_implementation attn_implementation _attn_implementation_autoset
-    attn_implementation_internal transformers_version torch_dtype dtype use_cache initializer_range attention_dropout
-    hidden_dropout resid_pdrop embd_pdrop attn_pdrop pretraining_tp auto_map torchscript use_bfloat16 tf_legacy_loss
-    return_dict output_hidden_states output_attentions output_scores return_dict_in_generate chunk_size_feed_forward
-    finetuning_task id2label label2id num_labels problem_type task_specific_params tokenizer_class prefix is_decoder
-    classifier_dropout gradient_checkpointing max_sequence_length unsloth_fixed unsloth_version finetuned
-    is_llama_config transformers.js_config
-    bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id forced_bos_token_id
-    forced_eos_token_id max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups
-    diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    """.split()
-)
-_EMPTY = (None, "", [], {})
-
-# The fields of each rope type; `original_max_position_embeddings` may always be there.
-_ROPE: dict[RopeType, str] = {
-    "default": "",
-    "linear": "factor",
-    "dynamic": "factor",
-    "llama3": "factor low_freq_factor high_freq_factor",
-    "yarn": "factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate",
-}
 
 
 def parse_json(path: Path) -> Any:
@@ -101,31 +88,95 @@ def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Mod
     """The model that the content of a `config.json` describes; see `read_config`."""
     config = _drop(config, ignore)
     family = _family(config)
-    _refuse_unknown(config, {*FAMILIES[family], *_READ}, "", family)
+    refuse_unknown(config, {*FAMILIES[family], *_READ}, "", family)
     fields = FAMILIES[family] | {name: value for name, value in config.items() if name in FAMILIES[family]}
-    embed_dim, layers = _positive(fields, "hidden_size"), _positive(fields, "num_hidden_layers")
+    mathematics = _falcon(fields) if family == "falcon" else _llama(fields, family)
+    if family in _GEMMA:
+        mathematics |= _gemma(fields)
+    if family == "falcon":
+        fields = _falcon_sizes(fields)
+    embed_dim, layers = positive(fields, "hidden_size"), positive(fields, "num_hidden_layers")
     heads, kv_heads, head_dim = _heads(fields, embed_dim)
-    rope, max_position = _rope(config, _positive(fields, "max_position_embeddings"), family)
-    bias = _flag(fields, "attention_bias") or _flag(fields, "bias")
+    rope, window_rope, max_position = parse_ropes(
+        FAMILIES[family] | config, positive(fields, "max_position_embeddings"), family
+    )
+    if rope.type == "longrope" and {len(rope.short_factors), len(rope.long_factors)} != {head_dim // 2}:
+        raise InputError(
+            f"config.json: short_factor and long_factor have {len(rope.short_factors)} and {len(rope.long_factors)} "
+            f"numbers, expected {head_dim // 2} for heads of {head_dim}"
+        )
     return ModelSpec(
-        vocab_size=_positive(fields, "vocab_size"),
+        vocab_size=positive(fields, "vocab_size"),
         embed_dim=embed_dim,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp_dim=_positive(fields, "intermediate_size"),
+        mlp_dim=positive(fields, "intermediate_size"),
         max_position=max_position,
         rope=rope,
-        norm_eps=_number(fields, "rms_norm_eps"),
+        window_rope=window_rope,
+        norm_eps=number(fields, "rms_norm_eps"),
         windows=_windows(fields, config.get("layer_types"), family),
-        tie_embeddings=_flag(fields, "tie_word_embeddings"),
-        qkv_bias=bias or family == "qwen2",
-        o_bias=bias,
-        mlp_bias=_flag(fields, "mlp_bias"),
-        qk_norm=family == "qwen3",
+        tie_embeddings=flag(fields, "tie_word_embeddings"),
         family=family,
+        **mathematics,
     )
+
+
+def _llama(fields: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """What tells Llama and its relatives apart."""
+    bias = flag(fields, "attention_bias") or flag(fields, "bias")
+    return {
+        "qkv_bias": bias or family == "qwen2",
+        "o_bias": bias,
+        "mlp_bias": flag(fields, "mlp_bias"),
+        "qk_norm": family in ("qwen3", "gemma3_text"),
+    }
+
+
+def _gemma(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells Gemma 2 and 3 from Llama."""
+    cap = lambda name: None if fields.get(name) is None else number(fields, name)
+    return {
+        "norm": "rms+1",
+        "post_norms": True,
+        "activation": "gelu_tanh",
+        "embed_scale": positive(fields, "hidden_size") ** 0.5,
+        "score_scale": number(fields, "query_pre_attn_scalar") ** -0.5,
+        "score_cap": cap("attn_logit_softcapping"),
+        "logit_cap": cap("final_logit_softcapping"),
+    }
+
+
+def _falcon(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells Falcon from Llama; `new_decoder_architecture` is that of Falcon-40B."""
+    bias, new, parallel = (flag(fields, name) for name in ("bias", "new_decoder_architecture", "parallel_attn"))
+    norms = (2 if new else 1) if fields["num_ln_in_parallel_attn"] is None else fields["num_ln_in_parallel_attn"]
+    if flag(fields, "alibi"):
+        raise InputError("config.json: alibi = True is not supported; kvjax reads falcon models with rotary embeddings")
+    if norms not in ((1, 2) if new else (1,)) or (new and not parallel):
+        raise InputError(
+            f"config.json: new_decoder_architecture = {new}, parallel_attn = {parallel}, num_ln_in_parallel_attn = "
+            f"{norms}: no such falcon model; 2 norms are for the new architecture, which is always parallel"
+        )
+    biases = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), bias)
+    kind = {"norm": "layer", "activation": "gelu", "gated_mlp": False}
+    return biases | kind | {"parallel_norms": norms if parallel else 0}
+
+
+def _falcon_sizes(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Falcon's sizes under Llama's names."""
+    embed_dim, heads = positive(fields, "hidden_size"), positive(fields, "num_attention_heads")
+    given = heads if fields["num_kv_heads"] is None else positive(fields, "num_kv_heads")
+    if flag(fields, "new_decoder_architecture"):
+        kv_heads = given
+    else:
+        kv_heads = 1 if flag(fields, "multi_query") else heads
+    inner = 4 * embed_dim if fields["ffn_hidden_size"] is None else positive(fields, "ffn_hidden_size")
+    norm_eps = number(fields, "layer_norm_epsilon")
+    sizes = {"num_key_value_heads": kv_heads, "head_dim": None, "intermediate_size": inner, "rms_norm_eps": norm_eps}
+    return {**fields, **sizes}
 
 
 def read_generation_config(path: Path) -> tuple[int, ...]:
@@ -158,7 +209,7 @@ def _drop(config: Mapping[str, Any], ignore: Collection[str]) -> dict[str, Any]:
 def _family(config: Mapping[str, Any]) -> str:
     """The family by `model_type`, else by `architectures`; the two must agree."""
     architectures = config.get("architectures") or []
-    by_class = {f"{name}forcausallm": name for name in FAMILIES}
+    by_class = {f"{name.removesuffix('_text')}forcausallm": name for name in FAMILIES}
     family = config.get("model_type")
     if not family and architectures:
         family = by_class.get(str(architectures[0]).casefold(), architectures[0])
@@ -176,129 +227,46 @@ def _family(config: Mapping[str, Any]) -> str:
     return family
 
 
-def _refuse_unknown(config: Mapping[str, Any], known: Collection[str], prefix: str, family: str) -> None:
-    """Raise for the first field that may change the model's output and is not implemented."""
-    for name, value in config.items():
-        if name in known or name in _HARMLESS or value in _EMPTY or value is False or value in _NEUTRAL.get(name, ()):
-            continue
-        wanted = f" (only {' or '.join(map(repr, _NEUTRAL[name]))} is)" if name in _NEUTRAL else ""
-        raise InputError(
-            f"config.json: {prefix}{name} = {value!r} is not supported for {family} models{wanted}; "
-            f"if it does not change the model's output, pass --ignore-config {prefix}{name}"
-        )
-
-
 def _heads(fields: Mapping[str, Any], embed_dim: int) -> tuple[int, int, int]:
     """Query heads, key/value heads and the width of a head; null means as many, and an even share of the model."""
-    heads = _positive(fields, "num_attention_heads")
-    kv_heads = heads if fields["num_key_value_heads"] is None else _positive(fields, "num_key_value_heads")
+    heads = positive(fields, "num_attention_heads")
+    kv_heads = heads if fields["num_key_value_heads"] is None else positive(fields, "num_key_value_heads")
     if heads % kv_heads:
         raise InputError(
             f"config.json: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
         )
     if fields["head_dim"] is None and embed_dim % heads:
         raise InputError(f"config.json: hidden_size = {embed_dim} is not a multiple of num_attention_heads = {heads}")
-    head_dim = embed_dim // heads if fields["head_dim"] is None else _positive(fields, "head_dim")
+    head_dim = embed_dim // heads if fields["head_dim"] is None else positive(fields, "head_dim")
     if head_dim % 2:
         raise InputError(f"config.json: head_dim = {head_dim} is odd; rotary embeddings need an even one")
     return heads, kv_heads, head_dim
 
 
-def _positive(fields: Mapping[str, Any], name: str) -> int:
-    value = fields[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"config.json: {name} = {value!r}, expected a positive integer")
-    return value
-
-
-def _number(fields: Mapping[str, Any], name: str, prefix: str = "") -> float:
-    value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise InputError(f"config.json: {prefix}{name} = {value!r}, expected a positive number")
-    return float(value)
-
-
-def _flag(fields: Mapping[str, Any], name: str) -> bool:
-    value = fields.get(name)
-    if not isinstance(value, bool | None):
-        raise InputError(f"config.json: {name} = {value!r}, expected true or false")
-    return bool(value)
-
-
 def _windows(fields: Mapping[str, Any], given: Any, family: str) -> tuple[int | None, ...]:
     """Sliding window of each layer; () when no layer has one."""
     layers, first = fields["num_hidden_layers"], fields.get("max_window_layers", 0)
-    used = fields.get("sliding_window") is not None and (family == "mistral" or _flag(fields, "use_sliding_window"))
-    window = _positive(fields, "sliding_window") if used else None
+    used = family in ("mistral", "phi3", *_GEMMA) or flag(fields, "use_sliding_window")
+    used = used and (fields.get("sliding_window") is not None or family in _GEMMA)
+    window = positive(fields, "sliding_window") if used else None
     if not isinstance(first, int):
         raise InputError(f"config.json: max_window_layers = {first!r}, expected an integer")
-    types = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
+    slides = lambda layer: layer >= first
+    if family in _GEMMA:  # every so many layers one looks at everything
+        given_pattern = fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern")
+        pattern = 2 if family == "gemma2" else 6
+        if given_pattern is not None:
+            pattern = positive({"sliding_window_pattern": given_pattern}, "sliding_window_pattern")
+        slides = lambda layer: (layer + 1) % pattern > 0
+    types = ["sliding_attention" if window and slides(layer) else "full_attention" for layer in range(layers)]
     if given is not None:
         accepted = ["full_attention", "sliding_attention"] if window else ["full_attention"]
         fits = isinstance(given, list) and len(given) == layers and all(kind in accepted for kind in given)
-        # Only Qwen's models look at `layer_types`; elsewhere it may say no more than the other fields do.
-        if not fits or ("qwen" not in family and given != types):
+        # Only Qwen's and Gemma's models look at `layer_types`; elsewhere it may say no more than the other fields do.
+        if not fits or ("qwen" not in family and family not in _GEMMA and given != types):
             raise InputError(
                 f"config.json: layer_types = {given} does not fit a {family} model of {layers} layers with "
                 f"sliding window {window}; each may be {' or '.join(accepted)}"
             )
         types = given
     return tuple(window if kind == "sliding_attention" else None for kind in types) if window else ()
-
-
-def _rope(config: Mapping[str, Any], max_position: int, family: str) -> tuple[RopeSpec, int]:
-    """The rotary embedding and the context limit it gives [tokens].
-
-    Differs: `linear`, `dynamic` and `yarn` stretch the limit by their factor, where transformers has no limit.
-    """
-    where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    block = config.get(where) or {}
-    if not isinstance(block, dict):
-        raise InputError(f"config.json: {where} = {block!r}, expected an object or null")
-    kind = block.get("rope_type", block.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _ROPE:
-        raise InputError(f"config.json: {where}.rope_type = {kind!r} is not supported; kvjax has {', '.join(_ROPE)}")
-    known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *_ROPE[kind].split()}
-    _refuse_unknown(block, known, f"{where}.", family)
-    block = {"rope_theta": config.get("rope_theta") or 10000.0} | block
-    rope = RopeSpec(_number(block, "rope_theta", f"{where}."), kind)
-    if kind == "default":
-        return rope, max_position
-    original = max_position if kind in ("linear", "dynamic") else _original(config, block, max_position)
-    if kind == "yarn" and block.get("factor") is None:
-        block["factor"] = max_position / original
-    rope = replace(rope, factor=_number(block, "factor", f"{where}."), original_max_position=original)
-    if kind == "llama3":
-        return _llama3(block, rope, f"{where}."), max_position
-    limit = max(max_position, int(original * rope.factor))
-    return (_yarn(block, rope, f"{where}.") if kind == "yarn" else rope), limit
-
-
-def _original(config: Mapping[str, Any], block: Mapping[str, Any], max_position: int) -> int:
-    """Tokens the model was trained on before `llama3` or `yarn` scaling; the outer field wins, as in transformers."""
-    name = "original_max_position_embeddings"
-    return _positive(config if config.get(name) is not None else {name: max_position, **block}, name)
-
-
-def _llama3(block: Mapping[str, Any], rope: RopeSpec, prefix: str) -> RopeSpec:
-    low, high = (_number(block, name, prefix) for name in ("low_freq_factor", "high_freq_factor"))
-    if low >= high:
-        raise InputError(f"config.json: {prefix}low_freq_factor = {low} must be below high_freq_factor = {high}")
-    return replace(rope, low_freq_factor=low, high_freq_factor=high)
-
-
-def _yarn(block: Mapping[str, Any], rope: RopeSpec, prefix: str) -> RopeSpec:
-    """Source: transformers `_compute_yarn_parameters`."""
-
-    def mscale(weight: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
-
-    if block.get("attention_factor") is not None:
-        attention = _number(block, "attention_factor", prefix)
-    elif block.get("mscale") and block.get("mscale_all_dim"):
-        attention = mscale(_number(block, "mscale", prefix)) / mscale(_number(block, "mscale_all_dim", prefix))
-    else:
-        attention = mscale(1.0)
-    beta = {"beta_fast": block.get("beta_fast") or 32, "beta_slow": block.get("beta_slow") or 1}
-    beta = {name: _number(beta, name, prefix) for name in beta}
-    return replace(rope, attention_factor=attention, truncate=bool(block.get("truncate", True)), **beta)

@@ -18,10 +18,10 @@ def frequencies(rope: RopeSpec, head_dim: int, seq_len: Int[Array, " *b"]) -> Fl
     Args:
       rope: the rule.
       head_dim: H, even.
-      seq_len: tokens seen so far; only `dynamic` depends on it.
+      seq_len: tokens seen so far; only `dynamic` and `longrope` depend on it.
 
-    Source: transformers `modeling_rope_utils.py` (`default`, `linear`, `dynamic`, `llama3`, `yarn`).
-    Differs: `dynamic` uses each sequence's own length where transformers takes the longest of the batch,
+    Source: transformers `modeling_rope_utils.py` (`default`, `linear`, `dynamic`, `llama3`, `yarn`, `longrope`).
+    Differs: `dynamic` and `longrope` use each sequence's own length where transformers takes the longest of the batch,
       so that a sequence does not depend on its batch mates.
     """
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
@@ -37,6 +37,8 @@ def frequencies(rope: RopeSpec, head_dim: int, seq_len: Int[Array, " *b"]) -> Fl
         inv = _llama3(rope, inv)
     elif rope.type == "yarn":
         inv = _yarn(rope, inv, head_dim)
+    elif rope.type == "longrope":
+        inv = inv / _longrope(rope, seq_len)
     return inv
 
 
@@ -62,6 +64,12 @@ def _yarn(rope: RopeSpec, inv: Array, head_dim: int) -> Array:
     ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / ((high - low) or 0.001)
     keep = 1 - jnp.clip(ramp, 0.0, 1.0)
     return inv / rope.factor * (1 - keep) + inv * keep
+
+
+def _longrope(rope: RopeSpec, seq_len: Array) -> Array:
+    """How far each wavelength is stretched (arXiv 2402.13753); longer sequences have factors of their own."""
+    long = (seq_len > rope.original_max_position)[..., None]
+    return jnp.where(long, jnp.asarray(rope.long_factors), jnp.asarray(rope.short_factors))
 
 
 def angles(

@@ -8,6 +8,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from pallas_kernels.soft_cap import soft_cap
+
 Attend = Literal["blocks", "cudnn"]
 
 
@@ -18,6 +20,8 @@ def attention(
     *,
     bias: Float[Array, "B K T"] | None = None,
     free: int = 0,
+    scale: float | None = None,
+    cap: float | None = None,
     window: int | None = None,
     how: Attend = "blocks",
 ) -> Float[Array, "B T N H"]:
@@ -27,14 +31,17 @@ def attention(
       q, k, v: rotated queries and keys, values.
       bias: added to the logits of a key for queries that are more than `free` tokens behind it.
       free: tokens.
+      scale: factor on the logits; None = H ** -0.5.
+      cap: bounds them before the bias is added, see `soft_cap`.
       window: sliding window [tokens].
       how: `blocks`: at most 256 queries with the keys up to their end, computed again for the gradient, a little over
         half of the products of the full matrix. `cudnn`: the fused kernel of NVIDIA GPUs, for bfloat16 and no bias.
     """
     if how == "cudnn":
-        assert bias is None and window is None
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        assert bias is None and window is None and cap is None
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=scale, implementation="cudnn")
     b, t, n, h = q.shape
+    scale = h**-0.5 if scale is None else scale
     heads, size = k.shape[2], min(256, max(128, t // 8))
     q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
@@ -44,7 +51,8 @@ def attention(
     @jax.checkpoint
     def block(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
         rows, seen = q.shape[3], k.shape[2]
-        score = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=wide) * h**-0.5
+        score = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=wide) * scale
+        score = soft_cap(score, cap)
         distance = jnp.arange(seen - rows, seen)[:, None] - jnp.arange(seen)
         if bias is not None:
             score = score + jnp.where(distance > free, bias[:, :, None, None], 0.0)

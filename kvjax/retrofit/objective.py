@@ -12,7 +12,7 @@ Differs: the divergence from the base model is KL(base || model), the released D
   (queries lose theirs before and after rotation), which is the same where nothing is left.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from kvjax.models import gate as gates
 from kvjax.models import rope, training
 from kvjax.models.decoder import Decoder, Layer
-from kvjax.spec import Gate, GateSpec, ModelSpec
+from kvjax.spec import Gate, GateSpec, ModelSpec, RopeSpec
 from pallas_kernels import segment_merge
 
 LOGITS = 2**25  # of a sequence that are held at once
@@ -100,7 +100,7 @@ def attend(
     seen = see(gate_spec, gate, k, v, starts, relax)
     q = gates.silence(gate_spec, rope.rotate(q, *turn), spec.num_kv_heads)
     free = gate_spec.window if gate_spec.objective == "dms" else 0
-    heads = training.attention(q, rope.rotate(seen.k, *turn), seen.v, bias=seen.bias, free=free, window=window)
+    heads = _attention(spec, q, rope.rotate(seen.k, *turn), seen.v, bias=seen.bias, free=free, window=window)
     return layer.finish(x, heads), seen.decided
 
 
@@ -114,7 +114,7 @@ def fade(
     if gate.objective == "dmc":
         k = part(k, k.at[..., gate.neuron].set(0))
     q, k = quiet(rope.rotate(quiet(q), *turn)), rope.rotate(k, *turn)
-    return layer.finish(x, training.attention(q, k, v, window=window))
+    return layer.finish(x, _attention(spec, q, k, v, window=window))
 
 
 def run(
@@ -135,8 +135,8 @@ def run(
       fading: the gate to come, and how much is left of what it will borrow.
     """
     spec, ids, starts = model.spec, batch.ids[:, :-1], batch.starts[:, :-1]
-    cos, sin = rope.angles(spec.rope, spec.head_dim, jnp.arange(ids.shape[1]), jnp.asarray(ids.shape[1]))
-    turn, x = (cos[:, None], sin[:, None]), model.embed(ids)
+    turns = {rotary: _turn(spec, rotary, ids.shape[1]) for rotary in map(spec.rotary, range(spec.num_layers))}
+    x = model.embed(ids)
     decided = []
     none = jnp.zeros((ids.shape[0], spec.num_kv_heads))
     for index, layer in enumerate(model.layers):
@@ -148,14 +148,24 @@ def run(
         else:
             noise = None if relax is None else relax._replace(key=jax.random.fold_in(relax.key, index))
             one = lambda layer, x, turn, w=window, noise=noise: attend(layer, x, starts, noise, turn, spec, w)
-        x, hard = (jax.checkpoint(one) if remat else one)(layer, x, turn)
+        x, hard = (jax.checkpoint(one) if remat else one)(layer, x, turns[spec.rotary(index)])
         decided.append(hard)
     return x, jnp.stack(decided)
 
 
+def _turn(spec: ModelSpec, rotary: RopeSpec, tokens: int) -> tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]:
+    cos, sin = rope.angles(rotary, spec.head_dim, jnp.arange(tokens), jnp.asarray(tokens))
+    return cos[:, None], sin[:, None]
+
+
+def _attention(spec: ModelSpec, *args: Any, **kwargs: Any) -> Float[Array, "B T N H"]:
+    """Attention with the model's scale and cap."""
+    return training.attention(*args, scale=spec.scale, cap=spec.score_cap, **kwargs)
+
+
 def _plain(layer: Layer, x: Array, turn: tuple[Array, Array], spec: ModelSpec, window: int | None) -> Array:
     q, k, v, _ = layer.project(x)
-    return layer.finish(x, training.attention(rope.rotate(q, *turn), rope.rotate(k, *turn), v, window=window))
+    return layer.finish(x, _attention(spec, rope.rotate(q, *turn), rope.rotate(k, *turn), v, window=window))
 
 
 def losses(

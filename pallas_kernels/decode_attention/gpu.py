@@ -38,6 +38,7 @@ from pallas_kernels.codes import (
     width_of,
 )
 from pallas_kernels.decode_attention.reference import EMPTY, Partial
+from pallas_kernels.soft_cap import soft_cap
 
 LOG2E = math.log2(math.e)
 PROGRAMS = 2 * 132  # that fill a chip: two for each multiprocessor of an H200
@@ -209,7 +210,7 @@ def _kernel(*refs: Any, tree: Any, key: _Format, value: _Format, page: int, bloc
         accs, zeros, l, m = carry
         at = _Block(ref["table"], row, i, page, block, length)
         s = _scores(ref["k"], at, query, sums, key, interpret) * scale
-        s = s if cap is None else cap * jnp.tanh(s / cap)
+        s = soft_cap(s, cap)
         seen = at.slot < length
         if ref["after"] is not None:
             seen &= at.position(ref["pos"]) > ref["after"][row]

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from pallas_kernels.codes import DENSE
+from pallas_kernels.soft_cap import soft_cap
 
 EMPTY = -1e30  # the logit of a slot that is not there; finite, so that differences of two of them are not NaN
 
@@ -97,7 +98,7 @@ def decode_attention(
         if slots is not None:
             seen &= jax.lax.dynamic_slice_in_dim(slots, i * width, width, axis=2)
         s = jnp.einsum("bkgh,bksh->bkgs", q, key, preferred_element_type=jnp.float32) * scale
-        s = s if cap is None else cap * jnp.tanh(s / cap)
+        s = soft_cap(s, cap)
         s = jnp.where(seen[:, :, None], s, EMPTY)
         m = jnp.maximum(carry.m, s.max(axis=-1))
         e = jnp.where(seen[:, :, None], jnp.exp(s - m[..., None]), 0.0)

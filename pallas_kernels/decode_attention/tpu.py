@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.codes import DENSE, Affine, Dense, Float8, Piece, assemble, groups_of, pieces, whole, width_of
 from pallas_kernels.decode_attention.reference import EMPTY, Partial
+from pallas_kernels.soft_cap import soft_cap
 
 LANES = 128
 SLOTS = 2048  # of a step, which costs about 300 bundles whatever it does
@@ -171,7 +172,7 @@ def _kernel(
         for j in range(each):
             k, v, pos = jax.tree.unflatten(tree, pages[j * tree.num_leaves : (j + 1) * tree.num_leaves])
             s = _scores(_Page(k, across[0], key), query) * scale
-            s = s if cap is None else cap * jnp.tanh(s / cap)
+            s = soft_cap(s, cap)
             slot = first + j * page + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
             seen = slot < length
             if windowed:

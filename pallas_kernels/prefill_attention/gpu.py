@@ -14,6 +14,8 @@ def attention(
     v: Float[Array, "B T K H"],
     length: Int[Array, " B"],
     *,
+    scale: float | None = None,
+    cap: float | None = None,
     window: int | None = None,
     implementation: str = "cudnn",
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
@@ -32,10 +34,12 @@ def attention(
         raise NotImplementedError(f"cuDNN attends in 16 bits, these are {q.dtype}")
     if q.shape[-1] > WIDEST or q.shape[-1] % 8:
         raise NotImplementedError(f"cuDNN takes heads of up to {WIDEST} numbers in eights, these have {q.shape[-1]}")
+    if cap is not None:
+        raise NotImplementedError("cuDNN has no soft cap of logits")
     before = None if window is None else (window - 1, 0)
     with jax.numpy_dtype_promotion("standard"):  # it mixes dtypes
         out, lse = jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, local_window_size=before, return_residual=True,
+            q, k, v, scale=scale, is_causal=True, local_window_size=before, return_residual=True,
             implementation=implementation,  # pyright: ignore
         )  # fmt: skip
     return out, jnp.moveaxis(lse, 1, 2).astype(jnp.float32)

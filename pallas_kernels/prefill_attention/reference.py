@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.blocks import divisor
 from pallas_kernels.decode_attention.reference import EMPTY
+from pallas_kernels.soft_cap import soft_cap
 
 
 def attention(
@@ -15,6 +16,8 @@ def attention(
     v: Float[Array, "B T K H"],
     length: Int[Array, " B"],
     *,
+    scale: float | None = None,
+    cap: float | None = None,
     window: int | None = None,
     until: Int[Array, "B K T"] | None = None,
     block: int = 512,
@@ -24,6 +27,8 @@ def attention(
     Args:
       q, k, v: rotated queries and keys, values.
       length: tokens of each prompt; padded keys are never attended, padded queries give finite garbage.
+      scale: factor on the logits; None = H ** -0.5.
+      cap: bounds them, see `soft_cap`; None = it does not.
       window: sliding window [tokens].
       until: the last position whose query sees a key; None = all see it.
       block: most tokens per block on both axes; blocks divide T.
@@ -34,7 +39,7 @@ def attention(
     Cost: T^2/2 products, in blocks with an online softmax (arXiv 2112.05682): memory grows with T, not with its square.
     """
     b, t, n, h = q.shape
-    heads, block = k.shape[2], divisor(t, block)
+    heads, block, scale = k.shape[2], divisor(t, block), h**-0.5 if scale is None else scale
     q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
     cut = lambda x, i, axis=-2: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=axis)
@@ -47,7 +52,8 @@ def attention(
             key_pos = j * block + jnp.arange(block)
             distance = pos[:, None] - key_pos
             seen = (distance >= 0) & (distance < (window or t)) & (key_pos < length[:, None, None])
-            s = jnp.einsum("bkgqh,bksh->bkgqs", query, cut(k, j), preferred_element_type=jnp.float32) * h**-0.5
+            s = jnp.einsum("bkgqh,bksh->bkgqs", query, cut(k, j), preferred_element_type=jnp.float32) * scale
+            s = soft_cap(s, cap)
             seen = seen[:, None]
             if until is not None:
                 seen = seen & (pos[:, None] <= cut(until[..., None, :], j, axis=-1))

@@ -19,6 +19,8 @@ def attention(
     v: Float[Array, "B T K H"],
     length: Int[Array, " B"],
     *,
+    scale: float | None = None,
+    cap: float | None = None,
     window: int | None = None,
     block: int = 1024,
     interpret: bool = False,
@@ -39,14 +41,16 @@ def attention(
     heads, padded, width = k.shape[2], pl.cdiv(t, LANES) * LANES, pl.cdiv(h, LANES) * LANES
     fill = lambda x: jnp.pad(x, ((0, 0), (0, padded - t), (0, 0), (0, width - h)))
     of_heads = lambda x: jnp.moveaxis(fill(x), 1, 2)  # B N T H
-    run = _kernel(padded, n // heads, window, block, interpret)
-    query = of_heads(q * jnp.asarray(h**-0.5, q.dtype)).reshape(b, heads, n // heads, padded, width)
+    run = _kernel(padded, n // heads, cap, window, block, interpret)
+    query = of_heads(q * jnp.asarray(h**-0.5 if scale is None else scale, q.dtype)).reshape(
+        b, heads, n // heads, padded, width
+    )
     out, (lse,) = jax.vmap(jax.vmap(run))(query, of_heads(k), of_heads(v))
     out = jnp.moveaxis(out.reshape(b, n, padded, width), 1, 2)
     return out[:, :t, :, :h], lse.reshape(b, n, padded)[..., :t]
 
 
-def _kernel(tokens: int, heads: int, window: int | None, block: int, interpret: bool) -> Any:
+def _kernel(tokens: int, heads: int, cap: float | None, window: int | None, block: int, interpret: bool) -> Any:
     """For the query heads of one key/value head; returns the heads' outputs and, in a tuple, log-sum-exps."""
     shape = (tokens, tokens)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
@@ -54,6 +58,7 @@ def _kernel(tokens: int, heads: int, window: int | None, block: int, interpret: 
     return splash.make_splash_mqa_single_device(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(block_q=size, block_kv=size),
+        attn_logits_soft_cap=cap,
         save_residuals=True,
         interpret=interpret,
     )

@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Float, Int
 
 from pallas_kernels.prefill_scores.reference import first_query, query_blocks
+from pallas_kernels.soft_cap import soft_cap
 
 LOG2E = math.log2(math.e)
 NARROWEST = 16  # numbers of a piece of the head: the least inner width of a matrix product
@@ -29,6 +30,7 @@ def column_sums(
     length: Int[Array, " B"],
     *,
     scale: float,
+    cap: float | None = None,
     window: int | None = None,
     recent: int | None = None,
     block: int | None = None,
@@ -47,7 +49,7 @@ def column_sums(
     block = block or (32 if single else 128)
     body = functools.partial(
         _kernel, pieces=_pieces(h, 32 if single else 128), keys=block, queries=queries or min(block, 64), scale=scale,
-        reach=min(window or t, t), recent=recent,
+        cap=cap, reach=min(window or t, t), recent=recent,
     )  # fmt: skip
     return pl.pallas_call(
         body,
@@ -72,7 +74,7 @@ def _pieces(width: int, widest: int) -> list[pl.Slice]:
 
 
 def _kernel(q_ref: Any, k_ref: Any, lse_ref: Any, length_ref: Any, out_ref: Any, *, pieces: list[pl.Slice], keys: int,
-            queries: int, scale: float, reach: int, recent: int | None) -> None:  # fmt: skip
+            queries: int, scale: float, cap: float | None, reach: int, recent: int | None) -> None:  # fmt: skip
     t, n = q_ref.shape[1:3]
     row, column = pl.program_id(0), pl.program_id(1)
     b, head = row // n, row % n
@@ -97,7 +99,8 @@ def _kernel(q_ref: Any, k_ref: Any, lse_ref: Any, length_ref: Any, out_ref: Any,
         at = lse_ref.at[b, head, pl.ds(i * queries, queries)]
         lse = plt.load(at, mask=pos < t, other=0) if masked and t % queries else at[...]
         s = functools.reduce(jnp.add, (_dot(x, y) for x, y in zip(key, query, strict=True)))
-        p = jnp.exp2(s * (scale * LOG2E) - (lse * LOG2E)[None, :])
+        s = s * (scale * LOG2E) if cap is None else soft_cap(s * scale, cap) * LOG2E
+        p = jnp.exp2(s - (lse * LOG2E)[None, :])
         if masked:
             distance = pos[None, :] - key_pos[:, None]
             seen = (distance >= 0) & (distance < reach) & ((pos >= start) & (pos < length))[None, :]

@@ -6,6 +6,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.blocks import divisor
+from pallas_kernels.soft_cap import soft_cap
 
 
 def column_sums(
@@ -15,6 +16,7 @@ def column_sums(
     length: Int[Array, " B"],
     *,
     scale: float,
+    cap: float | None = None,
     window: int | None = None,
     recent: int | None = None,
     block: int = 512,
@@ -26,6 +28,7 @@ def column_sums(
       lse: log-sum-exp of each query's scaled logits, saved by the attention pass.
       length: tokens of each prompt; padded queries and keys count nothing.
       scale: factor on the logits.
+      cap: logits become `cap tanh(logit / cap)` (Gemma 2); None = they stay.
       window: sliding window [tokens].
       recent: only the last so many queries of each prompt count (SnapKV's window); None = all do.
       block: most tokens per block on both axes; blocks divide T.
@@ -52,6 +55,7 @@ def column_sums(
             seen = (distance >= 0) & (distance < reach)
             seen = seen & ((pos >= start[:, None]) & (pos < length[:, None]))[:, :, None]
             s = jnp.einsum("bkgqh,bksh->bkgqs", cut(q), key, preferred_element_type=jnp.float32) * scale
+            s = soft_cap(s, cap)
             p = jnp.where(seen[:, None, None], jnp.exp(s - cut(lse)[..., None]), 0.0)
             return total + p.sum(axis=3)
 

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from pallas_kernels.prefill_scores.reference import first_query, query_blocks
+from pallas_kernels.soft_cap import soft_cap
 
 LANES = 128
 
@@ -30,6 +31,7 @@ def column_sums(
     length: Int[Array, " B"],
     *,
     scale: float,
+    cap: float | None = None,
     window: int | None = None,
     recent: int | None = None,
     block: int = 1024,
@@ -57,7 +59,7 @@ def column_sums(
 
     flat = lambda x: jnp.moveaxis(x, 1, 2).reshape(-1, t, h)
     sums = pl.pallas_call(
-        functools.partial(_kernel, heads=n, block=block, scale=scale, reach=reach, recent=recent),
+        functools.partial(_kernel, heads=n, block=block, scale=scale, cap=cap, reach=reach, recent=recent),
         out_shape=jax.ShapeDtypeStruct((b * n, 1, t), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -78,7 +80,7 @@ def column_sums(
 
 
 def _kernel(length_ref: Any, q_ref: Any, k_ref: Any, lse_ref: Any, out_ref: Any, acc_ref: Any, *, heads: int,
-            block: int, scale: float, reach: int, recent: int | None) -> None:  # fmt: skip
+            block: int, scale: float, cap: float | None, reach: int, recent: int | None) -> None:  # fmt: skip
     row, column, step = (pl.program_id(axis) for axis in range(3))
     length = length_ref[row // heads]
     start = first_query(length, recent)
@@ -93,7 +95,7 @@ def _kernel(length_ref: Any, q_ref: Any, k_ref: Any, lse_ref: Any, out_ref: Any,
         precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
         dims = (((1,), (1,)), ((), ()))
         s = jax.lax.dot_general(k_ref[0], q_ref[0], dims, precision=precision, preferred_element_type=jnp.float32)
-        p = jnp.exp(s * scale - lse_ref[0])
+        p = jnp.exp(soft_cap(s * scale, cap) - lse_ref[0])
         if masked:
             pos = i * block + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
             distance = pos - column * block - jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)

@@ -1,7 +1,9 @@
-"""Make the golden files with transformers and torch: `python tests/golden/make_golden.py`."""
+"""Make the golden files with transformers and torch: `python tests/golden/make_golden.py [NAME ...]`."""
 
 import copy
 import json
+import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ SMALL = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+_LLAMA_ONLY = ("intermediate_size", "num_key_value_heads")
+SMALL_FALCON = {name: value for name, value in SMALL.items() if name not in _LLAMA_ONLY}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -28,6 +32,17 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 1.5, 3.0, 4.0],
+}
+GEMMA = {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 12, "num_hidden_layers": 3}
+GEMMA_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 # name -> (family, fields beside SMALL, dialect of config.json)
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -46,14 +61,27 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6}}, 4),
     "qwen2_window": ("qwen2", QWEN_WINDOW | {"num_hidden_layers": 3}, 5),
     "qwen3": ("qwen3", {"head_dim": 16, "rope_parameters": {"rope_theta": 1e6}}, 5),
+    "falcon_7b": ("falcon", {}, 5),
+    "falcon_40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}, 5),
+    "falcon_sequential": (
+        "falcon",
+        {"multi_query": False, "parallel_attn": False, "ffn_hidden_size": 40, "tie_word_embeddings": False},
+        4,
+    ),
+    "phi3_window": ("phi3", {"sliding_window": 9}, 5),
+    "phi3_longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}, 5),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, 4),
+    "gemma3": ("gemma3", GEMMA | {"rope_parameters": GEMMA_ROPES, "_sliding_window_pattern": 3}, 5),
     "internlm2": ("llama", {"num_key_value_heads": 2, "num_attention_heads": 6, "hidden_size": 48}, 4),
 }
 PROMPT, NEW = 40, 12
 
 
-def main() -> None:
-    """Write every golden file."""
+def main(names: Collection[str]) -> None:
+    """Write the golden files of these names, all without any."""
     for name, (family, fields, dialect) in CASES.items():
+        if names and name not in names:
+            continue
         content = next(filter(None, (make(seed, family, fields) for seed in range(100))))
         config, weights = content.pop("config"), content.pop("weights")
         if dialect == 4:
@@ -76,8 +104,14 @@ def make(seed: int, family: str, fields: dict[str, Any]) -> dict[str, Any] | Non
         "mistral": transformers.MistralForCausalLM,
         "qwen2": transformers.Qwen2ForCausalLM,
         "qwen3": transformers.Qwen3ForCausalLM,
+        "phi3": transformers.Phi3ForCausalLM,
+        "gemma2": transformers.Gemma2ForCausalLM,
+        "gemma3": transformers.Gemma3ForCausalLM,
+        "falcon": transformers.FalconForCausalLM,
     }[family]
-    fields = SMALL | fields  # transformers writes into the dict that it is given
+    fields = (
+        SMALL_FALCON if family == "falcon" else SMALL
+    ) | fields  # transformers writes into the dict that it is given
     config = model_class.config_class(**json.loads(json.dumps(fields)), attn_implementation="eager")
     model = model_class(config).eval().float()
     with torch.no_grad():
@@ -91,7 +125,7 @@ def make(seed: int, family: str, fields: dict[str, Any]) -> dict[str, Any] | Non
     if greedy is None or recomputed is None:
         return None
     weights = {key: value.numpy() for key, value in model.state_dict().items()}
-    if fields.get("tie_word_embeddings"):
+    if config.tie_word_embeddings:
         del weights["lm_head.weight"]
     saved = json.loads(config.to_json_string(use_diff=False))
     return {
@@ -167,4 +201,4 @@ def to_internlm2(
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,0 +1,112 @@
+"""Where a Hugging Face checkpoint has a parameter: the tensor's name, and its rows of a tensor that packs several."""
+
+import re
+from itertools import islice
+
+import numpy as np
+from jaxtyping import Int
+
+from kvjax.spec import ModelSpec
+
+# kvjax's module -> the checkpoint's. Modules of a layer are relative to the layer.
+_LLAMA = {
+    "layers": "model.layers",
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "attention_norm": "input_layernorm",
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.o": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+_INTERNLM2 = {
+    "layers": "model.layers",
+    "embedding": "model.tok_embeddings",
+    "norm": "model.norm",
+    "head": "output",
+    "attention_norm": "attention_norm",
+    "attention.q": "attention.wqkv",
+    "attention.k": "attention.wqkv",
+    "attention.v": "attention.wqkv",
+    "attention.o": "attention.wo",
+    "mlp_norm": "ffn_norm",
+    "mlp.gate": "feed_forward.w1",
+    "mlp.up": "feed_forward.w3",
+    "mlp.down": "feed_forward.w2",
+}
+_FALCON = {
+    "layers": "transformer.h",
+    "embedding": "transformer.word_embeddings",
+    "norm": "transformer.ln_f",
+    "head": "lm_head",
+    "attention_norm": "input_layernorm",
+    "attention.q": "self_attention.query_key_value",
+    "attention.k": "self_attention.query_key_value",
+    "attention.v": "self_attention.query_key_value",
+    "attention.o": "self_attention.dense",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.up": "mlp.dense_h_to_4h",
+    "mlp.down": "mlp.dense_4h_to_h",
+}
+_FALCON_TWO_NORMS = {"attention_norm": "ln_attn", "mlp_norm": "ln_mlp"}
+_PHI3 = _LLAMA | dict.fromkeys(("attention.q", "attention.k", "attention.v"), "self_attn.qkv_proj")
+_PHI3 |= dict.fromkeys(("mlp.gate", "mlp.up"), "mlp.gate_up_proj")
+_GEMMA = _LLAMA | {
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+_NAMES = {  # every other family has Llama's names
+    "internlm2": _INTERNLM2,
+    "falcon": _FALCON,
+    "phi3": _PHI3,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+}
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+
+def source(target: str, spec: ModelSpec) -> str:
+    """The checkpoint's name of a parameter."""
+    names = _NAMES.get(spec.family, _LLAMA)
+    if spec.family == "falcon" and spec.parallel_norms == 2:
+        names = names | _FALCON_TWO_NORMS
+    if target == "embedding":
+        return f"{names[target]}.weight"
+    module, _, leaf = target.rpartition(".")
+    layer = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
+    module = f"{names['layers']}.{layer[1]}.{names[layer[2]]}" if layer else names[module]
+    return f"{module}.{_LEAVES[leaf]}"
+
+
+def rows(target: str, spec: ModelSpec) -> tuple[Int[np.ndarray, " rows"], int] | None:
+    """Which rows of a packed tensor are a parameter's, and how many it has; None = it has a tensor of its own."""
+    *_, owner, module, _ = ("", "", *target.split("."))
+    if spec.family in ("internlm2", "falcon") and owner == "attention" and module in ("q", "k", "v"):
+        # For each key/value head its G query heads, its key, its value.
+        total = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+        packed = np.arange(total).reshape(spec.num_kv_heads, spec.group_size + 2, spec.head_dim)
+        part = {"q": slice(0, -2), "k": slice(-2, -1), "v": slice(-1, None)}[module]
+        return packed[:, part].reshape(-1), total
+    if spec.family == "phi3":  # one after the other
+        kv_size = spec.num_kv_heads * spec.head_dim
+        sizes = {"q": spec.num_heads * spec.head_dim, "k": kv_size, "v": kv_size}
+        sizes = {"attention": sizes, "mlp": dict.fromkeys(("gate", "up"), spec.mlp_dim)}.get(owner, {})
+        if module in sizes:
+            start = sum(islice(sizes.values(), list(sizes).index(module)))
+            return np.arange(start, start + sizes[module]), sum(sizes.values())
+    return None
+
+
+def stored_shape(target: str, shape: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:
+    """The shape that the checkpoint's tensor for a parameter must have; torch's `Linear` is [out, in]."""
+    shape = shape[::-1] if target.endswith(".kernel") else shape
+    packed = rows(target, spec)
+    return shape if packed is None else (packed[1], *shape[1:])

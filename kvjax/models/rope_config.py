@@ -1,0 +1,126 @@
+"""The rotary embedding in a checkpoint's `config.json`: both dialects of transformers.
+
+Source: transformers 5.23, `modeling_rope_utils.py`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from kvjax.errors import InputError
+from kvjax.models.config_fields import number, positive, refuse_unknown
+from kvjax.spec import RopeSpec, RopeType
+
+# The fields of each rope type; `original_max_position_embeddings` may always be there.
+_ROPE: dict[RopeType, str] = {
+    "default": "",
+    "linear": "factor",
+    "dynamic": "factor",
+    "llama3": "factor low_freq_factor high_freq_factor",
+    "yarn": "factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate",
+    "longrope": "factor attention_factor short_factor long_factor",
+}
+_OLD_NAMES = {"phi3": {"su": "longrope", "yarn": "longrope"}}
+
+
+def parse_rope(config: Mapping[str, Any], max_position: int, family: str) -> tuple[RopeSpec, int]:
+    """The rotary embedding and the context limit it gives [tokens].
+
+    Differs: `linear`, `dynamic` and `yarn` stretch the limit by their factor, where transformers has no limit.
+    """
+    where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    block = config.get(where) or {}
+    if not isinstance(block, dict):
+        raise InputError(f"config.json: {where} = {block!r}, expected an object or null")
+    kind = block.get("rope_type", block.get("type", "default"))
+    kind = _OLD_NAMES.get(family, {}).get(kind, kind) if isinstance(kind, str) else kind
+    if not isinstance(kind, str) or kind not in _ROPE:
+        raise InputError(f"config.json: {where}.rope_type = {kind!r} is not supported; kvjax has {', '.join(_ROPE)}")
+    known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *_ROPE[kind].split()}
+    refuse_unknown(block, known, f"{where}.", family)
+    block = {"rope_theta": config.get("rope_theta") or 10000.0} | block
+    rope = RopeSpec(number(block, "rope_theta", f"{where}."), kind)
+    if kind == "default":
+        return rope, max_position
+    original = max_position if kind in ("linear", "dynamic") else _original(config, block, max_position)
+    if kind in ("yarn", "longrope") and block.get("factor") is None:
+        block["factor"] = max_position / original
+    rope = replace(rope, factor=number(block, "factor", f"{where}."), original_max_position=original)
+    if kind == "llama3":
+        return _llama3(block, rope, f"{where}."), max_position
+    if kind == "longrope":
+        return _longrope(block, rope, f"{where}."), max_position
+    limit = max(max_position, int(original * rope.factor))
+    return (_yarn(block, rope, f"{where}.") if kind == "yarn" else rope), limit
+
+
+def parse_ropes(config: Mapping[str, Any], max_position: int, family: str) -> tuple[RopeSpec, RopeSpec | None, int]:
+    """The rotary embeddings of all layers and, where it is another, of those with a sliding window; the limit.
+
+    Differs: Gemma 3's `max_position_embeddings` counts tokens after scaling, so that nothing stretches it.
+    """
+    if family != "gemma3_text":
+        rope, limit = parse_rope(config, max_position, family)
+        return rope, None, limit
+    both = config.get("rope_parameters") or {}
+    if not isinstance(both, dict):
+        raise InputError(f"config.json: rope_parameters = {both!r}, expected an object or null")
+    refuse_unknown(both, {"full_attention", "sliding_attention"}, "rope_parameters.", family)
+    whole = {
+        "rope_theta": config.get("rope_theta") or 1e6,
+        "rope_parameters": config.get("rope_scaling") or both.get("full_attention"),
+    }
+    local = {
+        "rope_theta": config.get("rope_local_base_freq") or 1e4,
+        "rope_parameters": both.get("sliding_attention"),
+    }
+    rope, window_rope = (parse_rope(one, max_position, family)[0] for one in (whole, local))
+    return rope, window_rope, max_position
+
+
+def _original(config: Mapping[str, Any], block: Mapping[str, Any], max_position: int) -> int:
+    """Tokens the model was trained on before `llama3` or `yarn` scaling; the outer field wins, as in transformers."""
+    name = "original_max_position_embeddings"
+    return positive(config if config.get(name) is not None else {name: max_position, **block}, name)
+
+
+def _llama3(block: Mapping[str, Any], rope: RopeSpec, prefix: str) -> RopeSpec:
+    low, high = (number(block, name, prefix) for name in ("low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        raise InputError(f"config.json: {prefix}low_freq_factor = {low} must be below high_freq_factor = {high}")
+    return replace(rope, low_freq_factor=low, high_freq_factor=high)
+
+
+def _longrope(block: Mapping[str, Any], rope: RopeSpec, prefix: str) -> RopeSpec:
+    """Source: transformers `_compute_longrope_parameters`."""
+
+    def factors(name: str) -> tuple[float, ...]:
+        given = block.get(name)
+        if not isinstance(given, list) or not given:
+            raise InputError(f"config.json: {prefix}{name} = {given!r}, expected a list of numbers")
+        return tuple(number({name: factor}, name, prefix) for factor in given)
+
+    if block.get("attention_factor") is not None:
+        attention = number(block, "attention_factor", prefix)
+    else:
+        attention = math.sqrt(1 + max(math.log(rope.factor), 0.0) / math.log(rope.original_max_position))
+    short, long = factors("short_factor"), factors("long_factor")
+    return replace(rope, attention_factor=attention, short_factors=short, long_factors=long)
+
+
+def _yarn(block: Mapping[str, Any], rope: RopeSpec, prefix: str) -> RopeSpec:
+    """Source: transformers `_compute_yarn_parameters`."""
+
+    def mscale(weight: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if block.get("attention_factor") is not None:
+        attention = number(block, "attention_factor", prefix)
+    elif block.get("mscale") and block.get("mscale_all_dim"):
+        attention = mscale(number(block, "mscale", prefix)) / mscale(number(block, "mscale_all_dim", prefix))
+    else:
+        attention = mscale(1.0)
+    beta = {"beta_fast": block.get("beta_fast") or 32, "beta_slow": block.get("beta_slow") or 1}
+    beta = {name: number(beta, name, prefix) for name in beta}
+    return replace(rope, attention_factor=attention, truncate=bool(block.get("truncate", True)), **beta)
