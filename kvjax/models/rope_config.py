@@ -76,6 +76,8 @@ def parse_ropes(config: Mapping[str, Any], max_position: int, family: str) -> tu
         "rope_parameters": both.get("sliding_attention"),
     }
     rope, window_rope = (parse_rope(one, max_position, family)[0] for one in (whole, local))
+    if "longrope" in (rope.type, window_rope.type):
+        raise InputError(f"config.json: rope_type = 'longrope' is not supported for {family} models")
     return rope, window_rope, max_position
 
 
