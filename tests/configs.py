@@ -1,7 +1,7 @@
 """What the files in configs/ say of themselves, and the table of them.
 
     python -m tests.configs                # writes the table anew
-    python -m tests.configs kivi2 mikv     # runs what these files say first, and writes down what the demo model answers
+    python -m tests.configs kivi2 mikv     # runs first what these files say, and notes what the demo model answers
 
 The comment at the top of a file says what it reproduces, how it is run, and what the demo model then answers; what has
 not been measured is `?`.
