@@ -6,6 +6,7 @@ A run that was killed goes on where it stopped when it is started again with the
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -14,18 +15,19 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvjax import command, generation
+from kvjax import command, generation, plan
 from kvjax.errors import InputError
 from kvjax.evaluation import manifest, report, runner
 from kvjax.evaluation.runner import Evaluation, Point
 from kvjax.evaluation.task import Sample, Task
 from kvjax.evaluation.tasks import TASKS, make_task
-from kvjax.generate import DTYPES
+from kvjax.generate import DTYPES, add_method_flags
 from kvjax.generation import Model
 from kvjax.methods import LEARNED, METHODS, default_budget, make, read_entry, taken
 from kvjax.report import list_factories
 
 PROG = "kvjax.evaluate"
+Entry = tuple[str, str | int | None]  # a method as `read_entry` takes it; its budget, None = the default
 BATCH_TOKENS = 8192  # tokens of the prompts that are run together
 LENGTHS = {"short": (512, 1024), "natural": (2048, 4096)}
 
@@ -39,9 +41,15 @@ def parser() -> command.Parser:
     )
     p.add_argument("--tasks", metavar="T,...", help=f"of {', '.join(TASKS)}")
     p.add_argument(
-        "--methods", default="all", metavar="M,...", help="names such as h2o or mikv+low_store=int4 (default: all)"
+        "--methods", metavar="M,...", help="names such as h2o or mikv+low_store=int4 (default: all, or --config's)"
     )
-    p.add_argument("--budgets", metavar="B,...", help="such as 10%%,20%%,512 (default: each method's own)")
+    p.add_argument(
+        "--config", type=Path, action="append", default=[], metavar="FILE.toml",
+        help="a method with its budget, as kvjax.generate reads it; repeatable; flags take precedence",
+    )  # fmt: skip
+    p.add_argument(
+        "--budgets", metavar="B,...", help="such as 10%%,20%%,512 (default: each method's own, or its config's)"
+    )
     p.add_argument("--samples", type=int, default=50, metavar="N", help="per task and length or data set (default: 50)")
     p.add_argument("--out", type=Path, metavar="DIR", help="where results go; an earlier run's folder continues it")
     p.add_argument("--lengths", metavar="N,...", help="of prompt and answer together [tokens] (default: by --form)")
@@ -77,7 +85,10 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("give --tasks and --out, or: report DIR")
     settings = _settings(args.set)
     tasks = [make_task(name, settings.get(name)) for name in _split(args.tasks)]
-    grid = points(_split(args.methods), args.budgets and _split(args.budgets), settings, command.stores(args))
+    stores = command.stores(args)
+    names = ("" if args.config else "all") if args.methods is None else args.methods
+    entries = [*_named(names), *(configured(file, settings, stores) for file in args.config)]
+    grid = points(entries, args.budgets and _split(args.budgets), settings, stores)
     _check(args, {task.name for task in tasks}, {read_entry(point.method)[0] for point in grid}, settings)
     text = _read_text(args.text)
     command.use_compilation_cache()
@@ -133,30 +144,52 @@ def run(
             jax.clear_caches()  # the next point's programs are others: a long grid would fill the memory with code
 
 
+def configured(path: Path, settings: dict[str, dict[str, str]], stores: dict[str, str]) -> Entry:
+    """The method of a config file, with the arguments that are not the method's defaults; its budget.
+
+    `settings` and `stores` are the command line's, which take the place of the file's.
+    """
+    p = command.Parser(prog=PROG)
+    add_method_flags(p, method="none")
+    args = command.parse(p, ["--config", str(path)])
+    if args.method is None:
+        raise InputError(f"{path} names no method")
+    given = stores.keys() | settings.get(args.method, {}).keys()
+    chosen = {key: value for key, value in args.arguments.items() if key not in given}
+    make(args.method, args.budget, chosen)  # raises what is wrong with them
+    usual = plan.arguments(args.method, {}) | {"kernels": "xla"}
+    own = {key: value for key, value in chosen.items() if value != usual[key]}
+    return "".join([args.method, *(f"+{key}={value}" for key, value in own.items())]), args.budget
+
+
 def points(
-    methods: list[str],
+    entries: Sequence[Entry],
     budgets: list[str] | None,
     settings: dict[str, dict[str, str]] | None = None,
     stores: dict[str, str] | None = None,
 ) -> list[Point]:
     """The grid's methods with their budgets; a method that takes no budget appears once.
 
-    `settings` are arguments of the methods that they name, `stores` of all that have them: these become part of the
-    method's name.
+    `budgets` are those of all methods; None = an entry's own, or its method's default. `settings` are arguments of the
+    methods that they name, `stores` of all that have them: these become part of the method's name.
     """
     grid, left = [], set(stores or {})
-    every = [name for name in METHODS if name not in LEARNED]  # that any model can run
-    for entry in every if methods == ["all"] else methods:
+    for entry, own in entries:
         name, arguments = read_entry(entry)
         takes, common = default_budget(name), taken(name, stores or {})
         left -= common.keys()
         full_name = entry + "".join(f"+{key}={value}" for key, value in common.items() if key not in arguments)
         given = common | (settings or {}).get(name, {}) | arguments
-        for budget in [takes] if takes is None or not budgets else budgets:
+        for budget in [takes if own is None else own] if takes is None or not budgets else budgets:
             grid.append(Point(full_name, budget, make(name, budget, given)))
     if left:
         raise InputError(f"no method of this run takes {', '.join(sorted(left))}")
     return list({(point.method, str(point.budget)): point for point in grid}.values())
+
+
+def _named(methods: str) -> list[Entry]:
+    every = [name for name in METHODS if name not in LEARNED]  # that any model can run
+    return [(entry, None) for entry in (every if methods == "all" else _split(methods))]
 
 
 def _split(names: str) -> list[str]:

@@ -61,15 +61,20 @@ def add_shared_flags(p: argparse.ArgumentParser, *, method: str, many: str = "")
     p.add_argument("--prompt-file", action="append", metavar="FILE", help=f"{many}a prompt from a file")
     p.add_argument("--prompt-tokens", action="append", metavar="1,2,3", help=f"{many}a prompt as token ids")
     p.add_argument("--chat", action="store_true", help="wrap a prompt in the checkpoint's chat template")
+    add_method_flags(p, method=method)
+    p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
+    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def add_method_flags(p: argparse.ArgumentParser, *, method: str) -> None:
+    """Flags that say which method and how, as a config file does."""
     p.add_argument("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: {method})")
     p.add_argument("--budget", metavar="512|20%", help="slots per row, in tokens or as a share of the prompt")
     p.add_argument("--decode-budget", metavar="512|20%", help="slots per row while decoding (default: by method)")
     command.add_store_flags(p)
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the method")
     p.add_argument("--config", type=Path, metavar="FILE.toml", help="options from a file; flags take precedence")
-    p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
-    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
-    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
 def read_texts(args: argparse.Namespace) -> list[str]:

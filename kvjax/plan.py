@@ -67,7 +67,7 @@ def plan(model: Model, recipe: Recipe, context: int, new: int, batch: int = 1) -
 
 
 def arguments(method: str, given: Mapping[str, object]) -> dict[str, object]:
-    """All of a method's own arguments with the values in force.
+    """All of a method's own arguments with the values in force; `kernels` is not one of them.
 
     >>> arguments("snapkv", {"window": "16"})
     {'window': 16, 'kernel': 5, 'pooling': 'avg', 'ada': False, 'decode_budget': '', 'store': 'dense'}
@@ -75,7 +75,8 @@ def arguments(method: str, given: Mapping[str, object]) -> dict[str, object]:
     parameters = inspect.signature(METHODS[method]).parameters
     values = {name: parameter.default for name, parameter in parameters.items() if name != "budget"}
     read = lambda name, value: read_argument(f"method {method}", parameters[name], value)
-    return values | {name: value if name in AMOUNTS else read(name, value) for name, value in given.items()}
+    own = {name: value for name, value in given.items() if name != "kernels"}
+    return values | {name: value if name in AMOUNTS else read(name, value) for name, value in own.items()}
 
 
 def abstract_model(name: str | None, dtype: DTypeLike | None = None, ignore: Collection[str] = ()) -> Model:

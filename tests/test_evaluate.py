@@ -84,6 +84,29 @@ def test_an_unseen_question_is_read_after_compression(tmp_path):
     assert [line["kept"] for line in seen] != [line["kept"] for line in found]
 
 
+CONFIG = 'method = "snapkv"\nbudget = "20%"\nstore = "int8"\n[arguments]\nwindow = 4\nkernel = 5\n'
+
+
+def test_a_config_is_a_method_with_its_budget(tmp_path):
+    (tmp_path / "snapkv.toml").write_text(CONFIG)
+    (tmp_path / "full.toml").write_text('method = "full"')
+    configs = "--config", str(tmp_path / "snapkv.toml"), "--config", str(tmp_path / "full.toml")
+    found = run(tmp_path / "a", "--tasks", "lines", *configs)
+    assert {(x["method"], x["budget"]) for x in found} == {("snapkv+window=4+store=int8", "20%"), ("full", None)}
+    run(tmp_path / "b", "--tasks", "lines", "--methods", "snapkv+window=4+store=int8,full", "--budgets", "20%")
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+
+
+def test_flags_take_precedence_over_a_config(tmp_path):
+    (tmp_path / "a.toml").write_text(CONFIG)
+    settings, stores = {"snapkv": {"window": "8"}}, {"store": "int4"}
+    entries = [("h2o", None), evaluate.configured(tmp_path / "a.toml", settings, stores)]
+    grid = evaluate.points(entries, None, settings, stores)
+    assert [(point.method, point.budget) for point in grid] == [("h2o+store=int4", "20%"), ("snapkv+store=int4", "20%")]
+    assert grid[1].recipe is methods.snapkv(budget="20%", window=8, store="int4")
+    assert [point.budget for point in evaluate.points(entries, ["32"])] == ["32", "32"]
+
+
 def test_teacher_forced_tasks_measure_the_continuation(tmp_path):
     found = run(tmp_path, "--tasks", "perplexity,kl", "--methods", "full,tova", "--budgets", "25%")
     model, recipe = kvjax.load(), methods.tova(budget="25%")
@@ -232,6 +255,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_results(tmp_path):
         (["--tasks", "needle", "--set", "needle.depths=x"], "is not an int"),
         (["--model", "nowhere", "--tasks", "lines"], "nowhere"),
         (["--form", "poem"], "invalid choice"),
+        (["--tasks", "lines", "--config", "nowhere.toml"], "cannot read nowhere.toml"),
+        (["--tasks", "lines", "--methods", ""], "--methods names none"),
         (["--tasks", "lines", "--reference", "nowhere"], "--reference nowhere is for the task kl"),
     ],
 )

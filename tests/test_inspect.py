@@ -268,6 +268,7 @@ def test_a_dry_run_says_what_is_in_force(capsys):
     assert planned["arguments"] == {"sinks": 2, "positions": "cache", "decode_budget": "", "store": "dense"}
     assert (planned["stores"], planned["fold"], planned["rotate"]) == (["dense"], "identity", "when read")
     assert planned["slots"] == [20] * 6
+    assert run_json(capsys, "--dry-run", "--method", "full", "--kernels", "auto")["arguments"] == {"store": "dense"}
     out = run(capsys, "--dry-run", "--method", "pyramidkv", "--context", 100)
     for words in ("--set beta", "identity", "dense", "100 prompt", "payload and slack", "when written"):
         assert words in out
