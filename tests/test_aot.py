@@ -2,26 +2,28 @@
 
 import pytest
 
+from kvjax import ahead
 from kvjax.methods import METHODS
 from tests import aot
 
+TARGETS = (*ahead.TPUS, "sm_80", "sm_90")
 LOOPS = [*METHODS, "full+store=int4", "full+store=kivi2", "h2o+store=int8"]
 
 
 def installed(target: str) -> None:
-    if reason := aot.missing(target):
+    if reason := ahead.missing(target):
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("target", [*aot.TPUS, *aot.GPUS])
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_without_copies_and_spills(target):
     installed(target)
-    found = aot.run(target)
+    found = ahead.run(target, "tests.aot")
     assert len(found) == len(list(aot.cases(target)))
     for line in found:
         # The partial results of a GPU's splits, or logits; never a copy of a pool.
         assert line["temp"] < max(2e6, 0.05 * line["arguments"]), line
-        if target in aot.GPUS:
+        if target in ahead.GPUS:
             assert line["spilled"] == 0 and line["asynchronous"], line
 
 
@@ -29,7 +31,7 @@ def test_every_kernel_compiles_without_copies_and_spills(target):
 @pytest.mark.parametrize("target", ["v5e", "sm_90"])
 def test_every_decode_loop_compiles_and_updates_its_pools_in_place(target):
     installed(target)
-    found = aot.run(target, "loop", *LOOPS)
+    found = ahead.run(target, "tests.aot", "loop", *LOOPS)
     assert len(found) == 2 * len(LOOPS)
     for line in found:
         assert line["aliased"] >= line["pool"]

@@ -1,0 +1,176 @@
+"""What a plan adds up to, by formula: device bytes by part and the bound on speed. Formulas: docs/bytes.md."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kvjax import decode
+from kvjax.abstract import CacheSize, cache_size
+from kvjax.cache.policy import Found
+from kvjax.models.decoder import Layer
+from kvjax.plan.chips import Chip
+from kvjax.plan.settings import Setting
+from kvjax.spec import PyTree
+
+BLOCK = 512  # tokens of a block of attention over a prompt, at most
+
+
+class Parts(NamedTuple):
+    """Bytes of a device."""
+
+    weights: int
+    codes: int  # payload and slack
+    scales: int
+    statistics: int
+    tables: int
+    prefill: int  # what reading the prompts takes beside weights and cache
+    decode: int  # what a step takes beside them
+
+    @property
+    def cache(self) -> int:
+        """All parts of the cache."""
+        return self.codes + self.scales + self.statistics + self.tables
+
+    @property
+    def peak(self) -> int:
+        """The most that is needed at one time."""
+        return self.weights + self.cache + max(self.prefill, self.decode)
+
+
+class Bound(NamedTuple):
+    """No program can be faster on this chip: bytes over bandwidth, or products over peak, whichever is more."""
+
+    prefill_s: float  # all prompts
+    step_s: float  # a token of every sequence, every slot being filled
+    tokens_per_s: float  # of all sequences together
+    limit: str  # of a step: "bandwidth" or "compute"
+
+
+def estimate(setting: Setting) -> Parts:
+    """All parts, without compiling anything."""
+    cache = held(setting).bytes
+    return Parts(
+        weights=nbytes(weights(setting)),
+        codes=cache.payload + cache.slack,
+        scales=cache.scales,
+        statistics=cache.statistics,
+        tables=cache.tables,
+        prefill=waiting(setting) + prefill_temporaries(setting),
+        decode=decode_temporaries(setting),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def held(setting: Setting) -> CacheSize:
+    """The cache."""
+    return cache_size(setting.model, setting.recipe, setting.lengths)
+
+
+def weights(setting: Setting) -> list[tuple[int, PyTree]]:
+    """Kinds of arrays, and how many times each is there: embedding, norm and head first, then layers."""
+    return [(1, outer(setting))] + [
+        (len(group.index), layer(setting, group.index[0])) for group in decode.layer_groups(setting.spec)
+    ]
+
+
+def outer(setting: Setting) -> PyTree:
+    """Embedding, norm and head."""
+    decoder = setting.model.decoder
+    return [nnx.state(decoder.norm), decoder.embedding, [] if decoder.head is None else nnx.state(decoder.head)]
+
+
+def layer(setting: Setting, index: int) -> PyTree:
+    """A layer's arrays."""
+    return nnx.eval_shape(lambda: Layer(setting.spec, index, jnp.dtype(setting.dtype), nnx.Rngs(0)))
+
+
+def nbytes(parts: list[tuple[int, PyTree]]) -> int:
+    """Bytes of arrays that need not exist."""
+    return sum(n * size(tree) for n, tree in parts)
+
+
+def size(tree: PyTree) -> int:
+    """Bytes of arrays that need not exist."""
+    return sum(-(-x.size * jax.dtypes.itemsize_bits(x.dtype) // 8) for x in jax.tree.leaves(tree))
+
+
+def waiting(setting: Setting) -> int:
+    """Bytes that layers leave to be settled or allotted once several of them, or all, have been read."""
+    budget, layers = setting.recipe.budget, setting.spec.num_layers
+    if budget is None or budget.allocate is None:
+        return 0
+    found = found_in_a_layer(setting)
+    return min(budget.every or layers, layers) * size(found.waiting) + layers * size(found.info)
+
+
+def found_in_a_layer(setting: Setting) -> Found:
+    """Shapes of what reading the prompts with one layer leaves."""
+    args, static = layer_arguments(setting, abstract_cache(setting), 0)
+    return jax.eval_shape(functools.partial(decode._prefill_layer, **static), *args)[2]
+
+
+def layer_arguments(setting: Setting, cache: decode.Cache, index: int) -> tuple[tuple[PyTree, ...], dict[str, Any]]:
+    """What a layer is read with, as shapes: arguments, and those that are static."""
+    spec = setting.spec
+    group = next(g for g, group in enumerate(decode.layer_groups(spec)) if index in group.index)
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    stream = (setting.batch, setting.lengths.padded, spec.embed_dim)
+    arrays = layer(setting, index), jax.ShapeDtypeStruct(stream, jnp.dtype(setting.dtype)), cache[group]
+    static = {"spec": spec, "recipe": setting.recipe, "window": spec.window(index)}
+    return (*arrays, ints(setting.batch), ints(), ints()), static
+
+
+def abstract_cache(setting: Setting) -> decode.Cache:
+    """The shapes of a cache."""
+    return jax.eval_shape(functools.partial(decode.init_cache, setting.model.decoder, setting.recipe, setting.lengths))
+
+
+def prefill_temporaries(setting: Setting) -> int:
+    """Bytes that one layer over all prompts takes: the residual stream and the widest part of the layer.
+
+    With n = batch x padded tokens: the feed-forward network holds its gate and its product, `2 F` numbers a token, its
+    input and the stream's next value; attention holds queries and outputs twice, as they are and heads first, keys and
+    values likewise, and its log-sum-exps in float32.
+    """
+    spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
+    n = setting.batch * setting.lengths.padded
+    heads, kv = spec.num_heads * spec.head_dim, 2 * spec.num_kv_heads * spec.head_dim
+    mlp = itemsize * (2 * spec.mlp_dim + 2 * spec.embed_dim)
+    attention = itemsize * (4 * heads + 2 * kv) + 4 * spec.num_heads
+    logits = setting.batch * spec.num_heads * min(BLOCK, setting.lengths.padded) ** 2 * 4
+    return n * itemsize * spec.embed_dim + n * max(mlp, attention) + 2 * logits
+
+
+def decode_temporaries(setting: Setting) -> int:
+    """Bytes that a step takes: logits over the vocabulary, and a layer's weights of slots where a method learns them."""
+    spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
+    rows = setting.batch * spec.num_rows
+    block = rows * BLOCK * sum(spec.widths(0)) * (itemsize + 4)
+    learned = 0
+    if setting.recipe.policy.observe is not None:
+        slots = held(setting).slots
+        learned = 3 * 4 * spec.num_heads // spec.num_kv_heads * slots // spec.num_layers
+    return setting.batch * spec.vocab_size * (4 + itemsize) + block + learned
+
+
+def bound(setting: Setting, chip: Chip) -> Bound:
+    """What bandwidth and peak allow."""
+    spec, cache = setting.spec, held(setting)
+    layers = nbytes(weights(setting)[1:])
+    head = size(setting.model.decoder.embedding)  # the head's, tied or not, is as large
+    read = layers + head + cache.bytes.total - cache.bytes.tables
+    numbers = (layers + head) // jnp.dtype(setting.dtype).itemsize
+    products = setting.batch * numbers + cache.slots * spec.group_size * sum(spec.widths(0))
+    step = max(read / chip.bandwidth, 2 * products / chip.flops)
+    tokens = setting.batch * setting.context
+    seen = setting.context / 2 * spec.num_layers * spec.num_heads * 2 * spec.head_dim
+    prompt = tokens * (layers // jnp.dtype(setting.dtype).itemsize + seen)
+    return Bound(
+        prefill_s=max(2 * prompt / chip.flops, (layers + head) / chip.bandwidth),
+        step_s=step,
+        tokens_per_s=setting.batch / step,
+        limit="bandwidth" if step == read / chip.bandwidth else "compute",
+    )
