@@ -74,7 +74,7 @@ def plan_all(
 def plan_one(args: argparse.Namespace, argv: Sequence[str], planned: Setting, chip: Chip) -> dict[str, Any]:
     """A plan as plain data."""
     if args.estimate:
-        parts, about = estimate(planned), {"compiled": False, "refused": [], "guessed": []}
+        parts, about = estimate(planned, chip.platform), {"compiled": False, "refused": [], "guessed": []}
     else:
         print(f"compiling {planned.recipe.name} for {chip.name} ...", file=sys.stderr, flush=True)
         measured = compiled.measure(argv, chip, planned, exact=args.exact)
@@ -108,7 +108,7 @@ def _largest(
 
     def needs(n: int) -> int:
         try:
-            return estimate(changed(n)).peak
+            return estimate(changed(n), chip.platform).peak
         except InputError:  # more pages than tables can number
             return 2**62
 

@@ -4,11 +4,12 @@ Dense products, no sparsity; one JAX device each. Source: Google's TPU pages (cl
 architecture of each generation), NVIDIA's data sheets of the SXM and PCIe parts named.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from kvjax.errors import InputError
 
 GIB = 2**30
+Platform = Literal["tpu", "gpu"]
 
 
 class Chip(NamedTuple):
@@ -23,9 +24,9 @@ class Chip(NamedTuple):
     note: str = ""
 
     @property
-    def is_tpu(self) -> bool:
-        """Else it is a GPU."""
-        return self.name.startswith("TPU")
+    def platform(self) -> Platform:
+        """What programs are made for."""
+        return "tpu" if self.name.startswith("TPU") else "gpu"
 
 
 def _tpu(name: str, memory: float, usable: float, bandwidth: int, tflops: float, target: str, note: str = "") -> Chip:
@@ -34,7 +35,7 @@ def _tpu(name: str, memory: float, usable: float, bandwidth: int, tflops: float,
 
 
 def _gpu(name: str, memory: int, bandwidth: int, tflops: int, target: str | None, note: str = "") -> Chip:
-    """A GPU [GB, GB/s, TFLOP/s]; the driver, CUDA and cuBLAS take a twentieth, JAX may have the rest if it is told to."""
+    """A GPU [GB, GB/s, TFLOP/s]; the driver, CUDA and cuBLAS take a twentieth."""
     size = memory * 10**9
     return Chip(name, size, size * 19 // 20, bandwidth * 10**9, tflops * 10**12, target, note)
 

@@ -166,7 +166,7 @@ def measure(argv: Sequence[str], chip: Chip, planned: Setting, *, exact: bool, c
     """
     assert chip.target is not None
     lines = ahead.run(chip.target, "kvjax.plan.compiled", *argv, *changes)
-    return add_up(lines, estimate.estimate(planned), planned.spec.num_layers, exact=exact)
+    return add_up(lines, estimate.estimate(planned, chip.platform), planned.spec.num_layers, exact=exact)
 
 
 def add_up(lines: list[dict[str, Any]], guess: Parts, layers: int, *, exact: bool) -> Measured:

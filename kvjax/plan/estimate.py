@@ -11,11 +11,12 @@ from kvjax import decode
 from kvjax.abstract import CacheSize, cache_size
 from kvjax.cache.policy import Found
 from kvjax.models.decoder import Layer
-from kvjax.plan.chips import Chip
+from kvjax.plan.chips import Chip, Platform
 from kvjax.plan.settings import Setting
 from kvjax.spec import PyTree
+from pallas_kernels.blocks import divisor
 
-BLOCK = 512  # tokens of a block of attention over a prompt, at most
+BLOCK = 512  # tokens of a block of attention, at most
 
 
 class Parts(NamedTuple):
@@ -49,7 +50,7 @@ class Bound(NamedTuple):
     limit: str  # of a step: "bandwidth" or "compute"
 
 
-def estimate(setting: Setting) -> Parts:
+def estimate(setting: Setting, platform: Platform) -> Parts:
     """All parts, without compiling anything."""
     cache = held(setting).bytes
     return Parts(
@@ -58,7 +59,7 @@ def estimate(setting: Setting) -> Parts:
         scales=cache.scales,
         statistics=cache.statistics,
         tables=cache.tables,
-        prefill=waiting(setting) + prefill_temporaries(setting),
+        prefill=waiting(setting) + prefill_temporaries(setting, platform),
         decode=decode_temporaries(setting),
     )
 
@@ -128,24 +129,25 @@ def abstract_cache(setting: Setting) -> decode.Cache:
     return jax.eval_shape(functools.partial(decode.init_cache, setting.model.decoder, setting.recipe, setting.lengths))
 
 
-def prefill_temporaries(setting: Setting) -> int:
-    """Bytes that one layer over all prompts takes: the residual stream and the widest part of the layer.
+def prefill_temporaries(setting: Setting, platform: Platform) -> int:
+    """Bytes that one layer over all prompts takes: the residual stream, and the wider half of the layer.
 
-    With n = batch x padded tokens: the feed-forward network holds its gate and its product, `2 F` numbers a token, its
-    input and the stream's next value; attention holds queries and outputs twice, as they are and heads first, keys and
-    values likewise, and its log-sum-exps in float32.
+    With n = batch x padded tokens, in numbers a token: the stream is D. The feed-forward network holds its gate, its up
+    projection and the stream's next value, `2 F + D`; on TPU the first two are one, `F + D`. Attention holds queries,
+    keys, values and outputs, `2 N H + 2 K H`, N log-sum-exps in float32, and the blocks that it works on.
     """
     spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
     n = setting.batch * setting.lengths.padded
-    heads, kv = spec.num_heads * spec.head_dim, 2 * spec.num_kv_heads * spec.head_dim
-    mlp = itemsize * (2 * spec.mlp_dim + 2 * spec.embed_dim)
-    attention = itemsize * (4 * heads + 2 * kv) + 4 * spec.num_heads
-    logits = setting.batch * spec.num_heads * min(BLOCK, setting.lengths.padded) ** 2 * 4
-    return n * itemsize * spec.embed_dim + n * max(mlp, attention) + 2 * logits
+    widest = (1 if platform == "tpu" else 2) * spec.mlp_dim + spec.embed_dim
+    heads = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
+    block = divisor(setting.lengths.padded, BLOCK)
+    blocks = setting.batch * spec.num_heads * block * (block + spec.head_dim) * (4 + itemsize)
+    attention = n * (itemsize * heads + 4 * spec.num_heads) + blocks
+    return n * itemsize * spec.embed_dim + max(n * itemsize * widest, attention)
 
 
 def decode_temporaries(setting: Setting) -> int:
-    """Bytes that a step takes: logits over the vocabulary, and a layer's weights of slots where a method learns them."""
+    """Bytes that a step takes: logits over the vocabulary, blocks of slots, and their weights where a method learns."""
     spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
     rows = setting.batch * spec.num_rows
     block = rows * BLOCK * sum(spec.widths(0)) * (itemsize + 4)

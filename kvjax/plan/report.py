@@ -53,7 +53,7 @@ def described(
 def notes(args: argparse.Namespace, chip: Chip, spec: ModelSpec, plans: Sequence[Plan]) -> list[str]:
     """What a reader must know."""
     found = [f"{chip.name}: {chip.note}"] if chip.note else []
-    if not chip.is_tpu:
+    if chip.platform == "gpu":
         found.append("JAX takes 75% of a GPU's memory: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 for what is usable here")
     if args.context + args.new_tokens > spec.max_position:
         found.append(f"the model is made for {spec.max_position:,} tokens: planned as if it read more")
@@ -65,7 +65,7 @@ def notes(args: argparse.Namespace, chip: Chip, spec: ModelSpec, plans: Sequence
         found.append("a step was compiled with 2 and 4 layers and continued to all; --exact compiles all")
     if args.all_methods and not args.estimate:
         found.append("largest batch and context are estimates; plan a method alone to have them compiled")
-    if chip.is_tpu and args.estimate and any(name != "dense" for plan in plans for name in plan["stores"]):
+    if chip.platform == "tpu" and args.estimate and any(name != "dense" for plan in plans for name in plan["stores"]):
         found.append("on TPU a step may copy low-bit pools, which the formula does not count: compile to see")
     for plan in plans:
         if plan["refused"]:

@@ -128,17 +128,16 @@ def find_model(name: str, ignore: Collection[str] = ()) -> tuple[ModelSpec, str]
 
 def setting(args: argparse.Namespace, spec: ModelSpec, chip: Chip, method: str) -> Setting:
     """What the flags say of one method."""
-    platform = "tpu" if chip.is_tpu else "gpu"
     arguments: Mapping[str, object] = args.arguments
     budget = args.budget
     if args.all_methods:  # as far as a method has them
         arguments = methods.taken(method, args.arguments)
         budget = None if default_budget(method) is None else budget
     recipe = make(method, budget if budget is not None else default_budget(method), arguments)
-    if recipe.kernels not in ("xla", None, platform):
+    if recipe.kernels not in ("xla", None, chip.platform):
         raise InputError(f"kernels={recipe.kernels} cannot run on {chip.name}: use auto or xla")
     if recipe.kernels is None:
-        recipe = recipe._replace(kernels=platform)
+        recipe = recipe._replace(kernels=chip.platform)
     longer = reaching(spec, args.context + args.new_tokens)
     return Setting(longer, args.dtype, recipe, args.context, args.new_tokens, args.batch)
 
