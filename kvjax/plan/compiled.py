@@ -197,7 +197,8 @@ def main() -> None:
     planned = setting(args, spec, find(args.chip), args.only or method_of(args, spec))
     target = ahead.Target(sys.argv[1])
     for program in programs(planned, steps_of(args, spec.num_layers)):
-        print(json.dumps(compile_program(target, program)), flush=True)
+        if args.program in (None, program.name):
+            print(json.dumps(compile_program(target, program)), flush=True)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def parser() -> command.Parser:
     p.add_argument("--exact", action="store_true", help="compile all layers of a step, not 2 and 4 of them")
     p.add_argument("--all-methods", action="store_true", help="a table over methods")
     p.add_argument("--only", choices=METHODS, help=argparse.SUPPRESS)  # one of all methods
+    p.add_argument("--program", help=argparse.SUPPRESS)  # the only one that `kvjax.plan.compiled` compiles
     p.add_argument(
         "--out", type=Path, nargs="?", const=Path("plan.png"), metavar="FILE.png", help="draw it (default: plan.png)"
     )
