@@ -112,15 +112,19 @@ def _largest(
         except InputError:  # more pages than tables can number
             return 2**62
 
-    if args.estimate or args.all_methods:
-        return Largest(unit * search.largest(needs, chip.usable, most), False)
+    at = -(-getattr(planned, name) // unit)
+    if args.estimate or args.all_methods or not args.verify:
+        missed = peak / needs(at)  # 1 if nothing was compiled
+        size = search.largest(lambda n: int(needs(n) * missed), chip.usable, most)
+        return Largest(size * unit, False)
 
     def measured(n: int) -> int:
         print(f"compiling at a {name} of {n * unit:,} ...", file=sys.stderr, flush=True)
         changes = (FLAGS[name], str(n * unit))
         return compiled.measure(argv, chip, changed(n), exact=args.exact, changes=changes).parts.peak
 
-    at = -(-getattr(planned, name) // unit)
+    if getattr(planned, name) % unit:
+        peak = measured(at)
     found = search.verified(needs, measured, chip.usable, most, (at, peak))
     return found._replace(size=found.size * unit)
 

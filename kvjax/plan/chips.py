@@ -42,11 +42,11 @@ def _gpu(name: str, memory: int, bandwidth: int, tflops: int, target: str | None
 
 _HALF = "JAX sees each of the two halves of a chip as a device: the figures are of one"
 CHIPS = {
-    "v4": _tpu("TPU v4", 32, 30.75, 1228, 275, "v4"),
-    "v5e": _tpu("TPU v5e", 16, 15.75, 819, 197, "v5e"),
-    "v5p": _tpu("TPU v5p", 95.74, 95.74, 2765, 459, "v5p"),
-    "v6e": _tpu("TPU v6e", 32, 31.25, 1640, 918, "v6e"),
-    "7x": _tpu("TPU7x", 96, 94.75, 3690, 1153.5, "tpu7x", _HALF),
+    "v4": _tpu("TPU v4", 32.0, 30.75, 1228, 275.0, "v4"),
+    "v5e": _tpu("TPU v5e", 16.0, 15.75, 819, 197.0, "v5e"),
+    "v5p": _tpu("TPU v5p", 95.74, 95.74, 2765, 459.0, "v5p"),
+    "v6e": _tpu("TPU v6e", 32.0, 31.25, 1640, 918.0, "v6e"),
+    "7x": _tpu("TPU7x", 96.0, 94.75, 3690, 1153.5, "tpu7x", _HALF),
     "a100": _gpu("A100 80 GB SXM", 80, 2039, 312, "sm_80"),
     "h100": _gpu("H100 80 GB SXM", 80, 3350, 989, "h100"),
     "h200": _gpu("H200 141 GB SXM", 141, 4800, 989, "sm_90"),

@@ -134,9 +134,9 @@ def compile_program(target: ahead.Target, program: Program) -> dict[str, Any]:
         total = refused_bytes(str(error))
         beside = None if total is None else total - program.there + program.held
         return line | {"refused": True, "beside": beside, "message": str(error).splitlines()[0]}
-    names = ("argument", "output", "alias", "temp")
+    names = ("argument", "output", "temp", "generated_code", "alias")
     counted = {name: int(getattr(memory, f"{name}_size_in_bytes")) for name in names}
-    total = counted["argument"] + counted["output"] - counted["alias"] + counted["temp"]
+    total = sum(counted.values()) - 2 * counted["alias"]
     beside = total - program.there + program.held
     return line | counted | {"refused": False, "beside": beside, "seconds": time.perf_counter() - start}
 
@@ -165,8 +165,9 @@ def measure(argv: Sequence[str], chip: Chip, planned: Setting, *, exact: bool, c
       changes: flags that take the place of earlier ones.
     """
     assert chip.target is not None
+    guess = estimate.estimate(planned, chip.platform)  # first: it may raise what a user can mend
     lines = ahead.run(chip.target, "kvjax.plan.compiled", *argv, *changes)
-    return add_up(lines, estimate.estimate(planned, chip.platform), planned.spec.num_layers, exact=exact)
+    return add_up(lines, guess, planned.spec.num_layers, exact=exact)
 
 
 def add_up(lines: list[dict[str, Any]], guess: Parts, layers: int, *, exact: bool) -> Measured:

@@ -63,8 +63,8 @@ def notes(args: argparse.Namespace, chip: Chip, spec: ModelSpec, plans: Sequence
         found.append("by formula, nothing was compiled")
     elif not args.exact and spec.num_layers > 4:
         found.append("a step was compiled with 2 and 4 layers and continued to all; --exact compiles all")
-    if args.all_methods and not args.estimate:
-        found.append("largest batch and context are estimates; plan a method alone to have them compiled")
+    if not args.estimate and (args.all_methods or not args.verify):
+        found.append("largest batch and context are estimated, from what was compiled at the given ones")
     if chip.platform == "tpu" and args.estimate and any(name != "dense" for plan in plans for name in plan["stores"]):
         found.append("on TPU a step may copy low-bit pools, which the formula does not count: compile to see")
     for plan in plans:

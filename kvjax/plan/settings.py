@@ -72,6 +72,12 @@ def parser() -> command.Parser:
     p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
     p.add_argument("--estimate", action="store_true", help="by formula, nothing is compiled")
     p.add_argument("--exact", action="store_true", help="compile all layers of a step, not 2 and 4 of them")
+    p.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile the largest batch and context too, and the next ones (default: yes, but not for all methods)",
+    )
     p.add_argument("--all-methods", action="store_true", help="a table over methods")
     p.add_argument("--only", choices=METHODS, help=argparse.SUPPRESS)  # one of all methods
     p.add_argument("--program", help=argparse.SUPPRESS)  # the only one that `kvjax.plan.compiled` compiles
