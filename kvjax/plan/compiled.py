@@ -114,7 +114,7 @@ def _step(setting: Setting, layers: int) -> Program:
     dtype = jnp.dtype(setting.dtype)
     model = nnx.eval_shape(lambda: Decoder(setting.spec, dtype=dtype, rngs=nnx.Rngs(0)))
     cache, batch = abstract_cache(setting), setting.batch
-    of = lambda kind, *shape: jax.ShapeDtypeStruct(shape, kind)
+    of: Any = lambda kind, *shape: jax.ShapeDtypeStruct(shape, kind)
     chooser = jax.eval_shape(functools.partial(sampling.chooser, sampling.Sampling(), batch))
     state = decode.State(cache, of(jnp.int32, batch), of(jnp.int32, batch), of(jnp.bool, batch), of(jnp.int32), None)
     args = model, state, chooser, of(jnp.int32, 1), of(jnp.int32)

@@ -41,6 +41,19 @@ class Parts(NamedTuple):
         return self.weights + self.cache + max(self.prefill, self.decode)
 
 
+class Weights(NamedTuple):
+    """Bytes of a model."""
+
+    embedding: int
+    head: int  # and the last norm; the norm alone where the embedding is the head
+    layers: int
+
+    @property
+    def read(self) -> int:
+        """What a step reads: of an embedding that is not the head, it is a row."""
+        return self.layers + self.head + (0 if self.head > self.embedding else self.embedding)
+
+
 class Bound(NamedTuple):
     """No program can be faster on this chip: bytes over bandwidth, or products over peak, whichever is more."""
 
@@ -54,7 +67,7 @@ def estimate(setting: Setting, platform: Platform) -> Parts:
     """All parts, without compiling anything."""
     cache = held(setting).bytes
     return Parts(
-        weights=nbytes(weights(setting)),
+        weights=sum(weights(setting)),
         codes=cache.payload + cache.slack,
         scales=cache.scales,
         statistics=cache.statistics,
@@ -64,33 +77,25 @@ def estimate(setting: Setting, platform: Platform) -> Parts:
     )
 
 
+def weights(setting: Setting) -> Weights:
+    """Bytes of a model's arrays."""
+    decoder, groups = setting.model.decoder, decode.layer_groups(setting.spec)
+    return Weights(
+        embedding=size(decoder.embedding),
+        head=size(decoder.norm) + (0 if decoder.head is None else size(decoder.head)),
+        layers=sum(len(group.index) * size(layer(setting, group.index[0])) for group in groups),
+    )
+
+
 @functools.lru_cache(maxsize=64)
 def held(setting: Setting) -> CacheSize:
     """The cache."""
     return cache_size(setting.model, setting.recipe, setting.lengths)
 
 
-def weights(setting: Setting) -> list[tuple[int, PyTree]]:
-    """Kinds of arrays, and how many times each is there: embedding, norm and head first, then layers."""
-    return [(1, outer(setting))] + [
-        (len(group.index), layer(setting, group.index[0])) for group in decode.layer_groups(setting.spec)
-    ]
-
-
-def outer(setting: Setting) -> PyTree:
-    """Embedding, norm and head."""
-    decoder = setting.model.decoder
-    return [nnx.state(decoder.norm), decoder.embedding, [] if decoder.head is None else nnx.state(decoder.head)]
-
-
-def layer(setting: Setting, index: int) -> PyTree:
-    """A layer's arrays."""
+def layer(setting: Setting, index: int) -> Layer:
+    """A layer without arrays."""
     return nnx.eval_shape(lambda: Layer(setting.spec, index, jnp.dtype(setting.dtype), nnx.Rngs(0)))
-
-
-def nbytes(parts: list[tuple[int, PyTree]]) -> int:
-    """Bytes of arrays that need not exist."""
-    return sum(n * size(tree) for n, tree in parts)
 
 
 def size(tree: PyTree) -> int:
@@ -161,17 +166,14 @@ def decode_temporaries(setting: Setting) -> int:
 def bound(setting: Setting, chip: Chip) -> Bound:
     """What bandwidth and peak allow."""
     spec, cache = setting.spec, held(setting)
-    layers = nbytes(weights(setting)[1:])
-    head = size(setting.model.decoder.embedding)  # the head's, tied or not, is as large
-    read = layers + head + cache.bytes.total - cache.bytes.tables
-    numbers = (layers + head) // jnp.dtype(setting.dtype).itemsize
-    products = setting.batch * numbers + cache.slots * spec.group_size * sum(spec.widths(0))
+    itemsize, stored = jnp.dtype(setting.dtype).itemsize, weights(setting)
+    read = stored.read + cache.bytes.total - cache.bytes.tables
+    products = setting.batch * stored.read // itemsize + cache.slots * spec.group_size * sum(spec.widths(0))
     step = max(read / chip.bandwidth, 2 * products / chip.flops)
-    tokens = setting.batch * setting.context
     seen = setting.context / 2 * spec.num_layers * spec.num_heads * 2 * spec.head_dim
-    prompt = tokens * (layers // jnp.dtype(setting.dtype).itemsize + seen)
+    prompts = setting.batch * setting.context * (stored.layers // itemsize + seen)
     return Bound(
-        prefill_s=max(2 * prompt / chip.flops, (layers + head) / chip.bandwidth),
+        prefill_s=max(2 * prompts / chip.flops, stored.read / chip.bandwidth),
         step_s=step,
         tokens_per_s=setting.batch / step,
         limit="bandwidth" if step == read / chip.bandwidth else "compute",
