@@ -79,19 +79,20 @@ def ptxas() -> str | None:
     return next((path for folder in folders for path in glob.glob(f"{folder}/*/bin/ptxas")), None)
 
 
-def run(target: str, module: str, *arguments: str) -> list[dict[str, Any]]:
+def run(target: str, module: str, *arguments: str, dump: bool = False) -> list[dict[str, Any]]:
     """What a program prints, a JSON object a line, in a process of its own that sees no device.
 
     Args:
       target: a key of `TPUS` or `GPUS`, the program's first argument.
       module: run as `python -m`.
       arguments: that follow.
+      dump: have XLA write a GPU's kernels to a folder, which `XLA_FLAGS` names, until the program ends.
     """
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "PYTHONWARNINGS": "ignore"}
     env["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no device is there to be shared
     env.pop("XLA_FLAGS", None)
     with tempfile.TemporaryDirectory() as folder:
-        if target in GPUS:
+        if dump and target in GPUS:
             env["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_as_text=false"
         command = [sys.executable, "-m", module, target, *arguments]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

@@ -19,7 +19,7 @@ def installed(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_without_copies_and_spills(target):
     installed(target)
-    found = ahead.run(target, "tests.aot")
+    found = ahead.run(target, "tests.aot", dump=True)
     assert len(found) == len(list(aot.cases(target)))
     for line in found:
         # The partial results of a GPU's splits, or logits; never a copy of a pool.

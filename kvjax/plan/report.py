@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from kvjax.errors import InputError
 from kvjax.methods import label_of
 from kvjax.plan.chips import GIB, Chip
+from kvjax.plan.search import MOST
 from kvjax.spec import ModelSpec
 
 NAMES = {
@@ -104,8 +105,7 @@ def one(found: Plan, plan: Plan) -> Table:
     table.add_section()
     table.add_row("fits", "yes" if plan["fits"] else "no", "")
     for name, size in plan["largest"].items():
-        how = "compiled" if size["verified"] else "estimated"
-        table.add_row(f"largest {name}", f"{size['size']:,}", how)
+        table.add_row(f"largest {name}", _largest(name, size), "compiled" if size["verified"] else "estimated")
     bound = plan["bound"]
     table.add_section()
     table.add_row("at best, tokens/s", f"{bound['tokens_per_s']:,.1f}", bound["limit"])
@@ -114,19 +114,23 @@ def one(found: Plan, plan: Plan) -> Table:
     return table
 
 
+def _largest(name: str, size: Plan) -> str:
+    return f"{size['size']:,}" + (" or more" if size["size"] >= MOST[name] else "")
+
+
 def several(found: Plan, plans: Sequence[Plan]) -> Table:
     """A row for each method."""
     columns = ("cache GiB", "most GiB", "of usable", "fits", "largest batch", "largest context", "at best tokens/s")
     table = Table("method", *(Column(name, justify="right") for name in columns))
     for plan in plans:
-        size = plan["bytes"]
+        held = plan["bytes"]
         table.add_row(
             label_of(plan["method"]),
-            f"{size['cache'] / GIB:.2f}",
-            f"{size['peak'] / GIB:.2f}",
-            f"{size['peak'] / found['chip']['usable']:.0%}",
+            f"{held['cache'] / GIB:.2f}",
+            f"{held['peak'] / GIB:.2f}",
+            f"{held['peak'] / found['chip']['usable']:.0%}",
             "yes" if plan["fits"] else "no",
-            *(f"{plan['largest'][name]['size']:,}" for name in ("batch", "context")),
+            *(_largest(name, size) for name, size in plan["largest"].items()),
             f"{plan['bound']['tokens_per_s']:,.0f}",
         )
     return table
