@@ -15,7 +15,7 @@ from kvjax.plan import compiled, report, search
 from kvjax.plan.chips import Chip, find
 from kvjax.plan.estimate import bound, estimate
 from kvjax.plan.search import MOST, UNIT, Largest
-from kvjax.plan.settings import PROG, Setting, find_model, method_of, parse, reaching, setting
+from kvjax.plan.settings import PROG, Setting, find_model, method_of, parse, setting
 from kvjax.spec import ModelSpec
 
 FLAGS = {"batch": "--batch", "context": "--context"}
@@ -100,11 +100,7 @@ def _largest(
     """The largest batch or context that fits, the other one being as planned."""
     unit, most = UNIT[name], MOST[name] // UNIT[name]
 
-    def changed(n: int) -> Setting:
-        value, spec = n * unit, planned.spec
-        if name == "batch":
-            return planned._replace(batch=value)
-        return planned._replace(context=value, spec=reaching(spec, value + planned.new))
+    changed = lambda n: planned._replace(**{name: n * unit})
 
     def needs(n: int) -> int:
         try:

@@ -13,7 +13,7 @@ from kvjax.cache.policy import Found
 from kvjax.models.decoder import Layer
 from kvjax.plan.chips import Chip, Platform
 from kvjax.plan.settings import Setting
-from kvjax.spec import PyTree
+from kvjax.spec import ModelSpec, PyTree
 from pallas_kernels.blocks import divisor
 
 BLOCK = 512  # tokens of a block of attention, at most
@@ -83,7 +83,7 @@ def weights(setting: Setting) -> Weights:
     return Weights(
         embedding=size(decoder.embedding),
         head=size(decoder.norm) + (0 if decoder.head is None else size(decoder.head)),
-        layers=sum(len(group.index) * size(layer(setting, group.index[0])) for group in groups),
+        layers=sum(len(group.index) * size(layer(setting.spec, setting.dtype, group.index[0])) for group in groups),
     )
 
 
@@ -93,9 +93,10 @@ def held(setting: Setting) -> CacheSize:
     return cache_size(setting.model, setting.recipe, setting.lengths)
 
 
-def layer(setting: Setting, index: int) -> Layer:
+@functools.lru_cache(maxsize=64)
+def layer(spec: ModelSpec, dtype: str, index: int) -> Layer:
     """A layer without arrays."""
-    return nnx.eval_shape(lambda: Layer(setting.spec, index, jnp.dtype(setting.dtype), nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Layer(spec, index, jnp.dtype(dtype), nnx.Rngs(0)))
 
 
 def size(tree: PyTree) -> int:
@@ -108,10 +109,12 @@ def waiting(setting: Setting) -> int:
     budget, layers = setting.recipe.budget, setting.spec.num_layers
     if budget is None or budget.allocate is None:
         return 0
-    found = found_in_a_layer(setting)
-    return min(budget.every or layers, layers) * size(found.waiting) + layers * size(found.info)
+    found = found_in_a_layer(setting._replace(batch=1))  # sequences are apart
+    of_one = min(budget.every or layers, layers) * size(found.waiting) + layers * size(found.info)
+    return setting.batch * of_one
 
 
+@functools.lru_cache(maxsize=64)
 def found_in_a_layer(setting: Setting) -> Found:
     """Shapes of what reading the prompts with one layer leaves."""
     args, static = layer_arguments(setting, abstract_cache(setting), 0)
@@ -124,7 +127,7 @@ def layer_arguments(setting: Setting, cache: decode.Cache, index: int) -> tuple[
     group = next(g for g, group in enumerate(decode.layer_groups(spec)) if index in group.index)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     stream = (setting.batch, setting.lengths.padded, spec.embed_dim)
-    arrays = layer(setting, index), jax.ShapeDtypeStruct(stream, jnp.dtype(setting.dtype)), cache[group]
+    arrays = layer(spec, setting.dtype, index), jax.ShapeDtypeStruct(stream, jnp.dtype(setting.dtype)), cache[group]
     static = {"spec": spec, "recipe": setting.recipe, "window": spec.window(index)}
     return (*arrays, ints(setting.batch), ints(), ints()), static
 

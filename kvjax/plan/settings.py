@@ -46,7 +46,7 @@ class Setting(NamedTuple):
         return _model(self.spec, self.dtype)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _model(spec: ModelSpec, dtype: str) -> Model:
     return without_weights(spec, jnp.dtype(dtype), None, "")
 
@@ -145,13 +145,8 @@ def setting(args: argparse.Namespace, spec: ModelSpec, chip: Chip, method: str) 
         raise InputError(f"kernels={recipe.kernels} cannot run on {chip.name}: use auto or xla")
     if recipe.kernels is None:
         recipe = recipe._replace(kernels=chip.platform)
-    longer = reaching(spec, args.context + args.new_tokens)
+    longer = replace(spec, max_position=2 * LARGEST)  # bytes do not depend on what a model is made for
     return Setting(longer, args.dtype, recipe, args.context, args.new_tokens, args.batch)
-
-
-def reaching(spec: ModelSpec, tokens: int) -> ModelSpec:
-    """The model as if it were made for so long a context: its bytes do not depend on that."""
-    return replace(spec, max_position=max(spec.max_position, tokens))
 
 
 def method_of(args: argparse.Namespace, spec: ModelSpec) -> str:
