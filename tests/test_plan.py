@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 import kvjax
-from kvjax import command, decode, demo, methods
+from kvjax import ahead, command, decode, demo, methods
 from kvjax.models.named import HUB, NAMED, named
 from kvjax.plan import compiled, search
 from kvjax.plan.__main__ import main
@@ -207,3 +207,33 @@ def test_chips_that_cannot_be_compiled_for_say_so():
     assert [name for name, chip in CHIPS.items() if chip.target is None] == ["t4"]
     for chip in CHIPS.values():
         assert chip.usable <= chip.memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["h200", "v5e"])
+@pytest.mark.parametrize("method", ["full", "h2o", "dynamickv"])
+def test_a_compiled_plan_is_within_a_twentieth_of_its_estimate(chip, method, tmp_path, capsys):
+    """Four layers as wide as Llama-3-8B's: all of a step is compiled, and part by part the estimate is near."""
+    if reason := ahead.missing(str(find(chip).target)):
+        pytest.skip(reason)
+    config = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_key_value_heads": 8}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    flags = ["--model", tmp_path, "--chip", chip, "--context", 8192, "--batch", 2, "--method", method, "--no-verify"]
+    flags += [] if method == "full" else ["--budget", "20%"]
+    (real,), (guess,) = (run_json(capsys, *flags, *more)["plans"] for more in ((), ("--estimate",)))
+    assert real["compiled"] and not real["refused"]
+    assert guess["bytes"]["peak"] == pytest.approx(real["bytes"]["peak"], rel=0.05)
+    assert guess["bytes"]["prefill"] == pytest.approx(real["bytes"]["prefill"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_program_that_does_not_fit_is_numbers():
+    """16 GB for prompts that take 34: the compiler refuses, and says how many bytes it wanted."""
+    if reason := ahead.missing("v5e"):
+        pytest.skip(reason)
+    flags = ["--model", "llama-3-8b", "--chip", "v5e", "--context", "131072", "--batch", "4"]
+    (line,) = ahead.run("v5e", "kvjax.plan.compiled", *flags, "--program", "prefill of layer 0")
+    assert line["refused"] and line["beside"] is not None
+    args = parse(flags)
+    guess = estimate(setting(args, NAMED["llama-3-8b"], find("v5e"), "full"), "tpu")
+    assert line["beside"] == pytest.approx(guess.prefill, rel=0.2)  # what it states is before it has found an order
