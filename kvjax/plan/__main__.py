@@ -85,7 +85,7 @@ def plan_one(args: argparse.Namespace, argv: Sequence[str], planned: Setting, ch
         "method": planned.recipe.name,
         "stores": [store.name for store in planned.recipe.stores],
         "bytes": parts._asdict() | {"cache": parts.cache, "peak": parts.peak},
-        "fits": parts.peak <= chip.usable,
+        "fits": parts.peak <= chip.usable and not about["refused"],
         "largest": {
             name: _largest(name, args, argv, planned, chip, parts.peak)._asdict() for name in ("batch", "context")
         },
@@ -99,7 +99,6 @@ def _largest(
 ) -> Largest:
     """The largest batch or context that fits, the other one being as planned."""
     unit, most = UNIT[name], MOST[name] // UNIT[name]
-
     changed = lambda n: planned._replace(**{name: n * unit})
 
     def needs(n: int) -> int:
@@ -108,17 +107,18 @@ def _largest(
         except InputError:  # more pages than tables can number
             return 2**62
 
-    at = -(-getattr(planned, name) // unit)
     if args.estimate or args.all_methods or not args.verify:
-        missed = peak / needs(at)  # 1 if nothing was compiled
+        missed = peak / estimate(planned, chip.platform).peak  # 1 if nothing was compiled
         size = search.largest(lambda n: int(needs(n) * missed), chip.usable, most)
         return Largest(size * unit, False)
 
     def measured(n: int) -> int:
         print(f"compiling at a {name} of {n * unit:,} ...", file=sys.stderr, flush=True)
         changes = (FLAGS[name], str(n * unit))
-        return compiled.measure(argv, chip, changed(n), exact=args.exact, changes=changes).parts.peak
+        found = compiled.measure(argv, chip, changed(n), exact=args.exact, changes=changes)
+        return max(found.parts.peak, chip.usable + 1 if found.refused else 0)
 
+    at = -(-getattr(planned, name) // unit)
     if getattr(planned, name) % unit:
         peak = measured(at)
     found = search.verified(needs, measured, chip.usable, most, (at, peak))
