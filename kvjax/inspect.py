@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from kvjax import command, generation, kept, plan, showcase, spectra
+from kvjax import abstract, command, generation, kept, showcase, spectra
 from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
@@ -141,7 +141,7 @@ def describe(args: argparse.Namespace, model: Model, out: Generation, shown: Kep
 
 def dry_run(args: argparse.Namespace, recipe: Recipe, texts: list[str], ids: list[list[int]]) -> dict[str, Any]:
     """The recipe in force and the bytes of its cache, as plain data."""
-    model = plan.abstract_model(args.model, DTYPES.get(args.dtype), args.ignore_config)
+    model = abstract.abstract_model(args.model, DTYPES.get(args.dtype), args.ignore_config)
     prompts = [encode(model, text, args.chat) for text in texts] + ids
     if prompts:
         generation.check(model.spec, prompts, [[]])
@@ -150,10 +150,10 @@ def dry_run(args: argparse.Namespace, recipe: Recipe, texts: list[str], ids: lis
         limit = model.spec.max_position
         context = args.context or min(CONTEXT, limit - args.max_new_tokens if args.max_new_tokens < limit else limit)
     batch = args.batch or 1
-    planned = plan.plan(model, recipe, context, args.max_new_tokens, batch)
+    planned = abstract.plan_cache(model, recipe, context, args.max_new_tokens, batch)
     return {
         **_named(args, model),
-        "arguments": plan.arguments(args.method, args.arguments),
+        "arguments": abstract.arguments(args.method, args.arguments),
         "context": context,
         "max_new_tokens": args.max_new_tokens,
         "batch": batch,

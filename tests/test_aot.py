@@ -2,28 +2,31 @@
 
 import pytest
 
+from kvjax import ahead
 from kvjax.methods import METHODS
-from tests import aot
+from kvjax.plan.chips import find
+from tests import aot, whole_step
 
+TARGETS = (*ahead.TPUS, "sm_80", "sm_90")
 LOOPS = [*METHODS, "full+store=int4", "full+store=kivi2", "h2o+store=int8"]
 
 
 def installed(target: str) -> None:
-    if reason := aot.missing(target):
+    if reason := ahead.missing(target):
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("target", [*aot.TPUS, *aot.GPUS])
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_without_copies_and_spills(target):
     installed(target)
-    found = aot.run(target)
+    found = ahead.run(target, "tests.aot", dump=True)
     assert len(found) == len(list(aot.cases(target)))
     for line in found:
         # The partial results of a GPU's splits, or logits; never a copy of a pool. JAX's attention writes each
         # log-sum-exp 128 times, and its queries are scaled beforehand.
         least = 2.2 if line["kernel"] == "attention" else 0.05
         assert line["temp"] < max(2e6, least * line["arguments"]), line
-        if target in aot.GPUS:
+        if target in ahead.GPUS:
             assert line["spilled"] == 0 and line["asynchronous"], line
 
 
@@ -31,7 +34,7 @@ def test_every_kernel_compiles_without_copies_and_spills(target):
 @pytest.mark.parametrize("target", ["v5e", "sm_90"])
 def test_every_decode_loop_compiles_and_updates_its_pools_in_place(target):
     installed(target)
-    found = aot.run(target, "loop", *LOOPS)
+    found = ahead.run(target, "tests.aot", "loop", *LOOPS)
     assert len(found) == 2 * len(LOOPS)
     for line in found:
         assert line["aliased"] >= line["pool"]
@@ -40,3 +43,14 @@ def test_every_decode_loop_compiles_and_updates_its_pools_in_place(target):
         # The XLA path decodes blocks of slots, where a kernel needs none; D2O compares a token with blocks of others.
         own = 1.2e7 if line["method"] == "d2o" else 4e6
         assert line["temp"] < (2e7 if line["kernels"] == "xla" else own), line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", whole_step.stated(), ids=lambda step: "-".join(step[:3]))
+def test_a_whole_step_of_a_large_model_takes_what_the_docs_state(step):
+    """All layers of Llama-3-8B in 16 bits: the table's bytes, and nothing of weights or cache is copied."""
+    installed(str(find(step.chip).target))
+    found, there = whole_step.compile_step(*step[:3])
+    assert found == step
+    assert there <= found.arguments < 1.001 * there
+    assert found.temporary < 0.02 * there

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import InputError, decode, methods, plan
+from kvjax import InputError, abstract, decode, methods
 from kvjax.cache import budget as budgets
 from kvjax.cache import fate, score
 from kvjax.cache.allocation import from_scores, from_variance, per_head
@@ -228,5 +228,5 @@ def test_a_decode_budget_of_another_unit_is_checked_for_every_prompt():
 
 @pytest.mark.parametrize("method", [*EVICTING_DENSE, "mikv"])
 def test_every_cache_can_be_planned(method):
-    planned = plan.plan(plan.abstract_model(None), methods.make(method, "20%"), context=200, new=4)
+    planned = abstract.plan_cache(abstract.abstract_model(None), methods.make(method, "20%"), context=200, new=4)
     assert planned.bytes["total"] < planned.full_bytes

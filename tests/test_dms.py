@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 import kvjax
-from kvjax import Model, methods, plan, report
+from kvjax import Model, abstract, methods, report
 from tests import oracle
 from tests.brute_gate import compare, compression, forced, gated_model, tokens
 from tests.matrix import assert_close
@@ -74,7 +74,9 @@ def test_a_generation_says_what_was_forced():
 @pytest.mark.parametrize("method", methods.LEARNED)
 def test_a_plan_says_that_the_model_decides(method):
     model = Model(gated_model(method, 3, 2, 0.0), None, (), "random")
-    planned = plan.plan(model, methods.make(method, None, {"capacity": "50%", "store": "int8"}), 1000, 24, batch=2)
+    planned = abstract.plan_cache(
+        model, methods.make(method, None, {"capacity": "50%", "store": "int8"}), 1000, 24, batch=2
+    )
     assert planned.budget is None and planned.decided.startswith("by the model")
     assert 0 < planned.bytes["total"] < planned.full_bytes
-    assert plan.arguments(method, {"capacity": "50%"}) == {"capacity": "50%", "store": "dense"}
+    assert abstract.arguments(method, {"capacity": "50%"}) == {"capacity": "50%", "store": "dense"}

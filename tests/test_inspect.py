@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import command, generation, kept, plan
+from kvjax import abstract, command, generation, kept
 from kvjax.checkpoint import convert
 from kvjax.inspect import main
 from kvjax.kept import Kept
@@ -370,10 +370,10 @@ def test_without_matplotlib_a_picture_is_refused_and_the_rest_works(monkeypatch,
 
 
 def test_a_cache_with_too_many_pages_is_refused():
-    model = plan.abstract_model(None)
+    model = abstract.abstract_model(None)
     model.decoder.spec = dataclasses.replace(model.spec, max_position=2**21)
     with pytest.raises(kvjax.InputError, match="pages"):
-        plan.plan(model, kvjax.methods.full(), context=2**20, new=1, batch=2**16)
+        abstract.plan_cache(model, kvjax.methods.full(), context=2**20, new=1, batch=2**16)
 
 
 def test_the_program_itself_plans(tmp_path):

@@ -86,12 +86,13 @@ def retain(
 
     def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
         prompt, heads, padded = np.asarray(lengths.prompt), spec.num_rows, lengths.padded
+        some, which = np.unique(prompt, return_inverse=True)  # no new programs for every batch size
         with jax.ensure_compile_time_eval():  # so that `eval_shape` can plan a cache without allocating it
             for length in set(lengths.prompt):
                 budget.check(spec.num_layers, length)
-            extra = np.asarray(beyond(prompt))
-            given = np.stack([np.asarray(budget.slots(i, spec.num_layers, prompt)) for i in layers.index])  # L B
-            grown = 0 if budget.grow is None else np.asarray(budget.grow(prompt + lengths.new))
+            extra = np.asarray(beyond(some))[which]
+            given = np.stack([np.asarray(budget.slots(i, spec.num_layers, some))[which] for i in layers.index])  # L B
+            grown = 0 if budget.grow is None else np.asarray(budget.grow(some + lengths.new))[which]
             most = None if budget.most is None else np.asarray(budget.most(spec.num_layers, heads, padded))
         rows = room(np.maximum(given + extra, grown), prompt, lengths.new)
         page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder))

@@ -1,4 +1,4 @@
-"""What a method would do and its cache would cost, from a `config.json` alone: nothing is loaded or allocated."""
+"""Models and caches without arrays: what a method would do and its cache would cost, from a `config.json` alone."""
 
 import inspect
 from collections.abc import Collection, Mapping
@@ -37,12 +37,12 @@ class Plan(NamedTuple):
     full_bytes: int
 
 
-def plan(model: Model, recipe: Recipe, context: int, new: int, batch: int = 1) -> Plan:
+def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int = 1) -> Plan:
     """Plan a cache for `batch` prompts of `context` tokens, each with room for `new` generated ones.
 
     >>> from kvjax import methods
     >>> model = abstract_model(None)
-    >>> plan(model, methods.snapkv(budget=128), context=1000, new=1).budget
+    >>> plan_cache(model, methods.snapkv(budget=128), context=1000, new=1).budget
     [128, 128, 128, 128, 128, 128]
     """
     spec, budget = model.spec, recipe.budget
@@ -91,15 +91,29 @@ def abstract_model(name: str | None, dtype: DTypeLike | None = None, ignore: Col
     path = Path(demo.find(name))
     if not path.exists():
         raise InputError(f"{path}: no such directory or config.json; a dry run downloads nothing")
+    native = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    folder, spec = _read_spec(path, ignore)
+    label = "demo" if name is None else name
+    return without_weights(spec, native if dtype is None else dtype, Tokenizer.load(folder), label)
+
+
+def without_weights(spec: ModelSpec, dtype: DTypeLike, tokenizer: Tokenizer | None, name: str) -> Model:
+    """A model of which only the shape and the dtype may be looked at: the weights of one layer stand for all."""
+    one = replace(spec, num_layers=1)
+    decoder = nnx.eval_shape(lambda: Decoder(one, dtype=dtype, rngs=nnx.Rngs(0)))
+    decoder.spec = spec
+    return Model(decoder, tokenizer, (), name)
+
+
+def read_spec(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
+    """The model in a checkpoint directory, converted or not, or of a `config.json`."""
+    return _read_spec(path, ignore)[1]
+
+
+def _read_spec(path: Path, ignore: Collection[str]) -> tuple[Path, ModelSpec]:
     folder, file = (path, path / "config.json") if path.is_dir() else (path.parent, path)
     converted = orbax.is_orbax(folder) and file == folder / "config.json"
-    spec = orbax.read_spec(folder, ignore) if converted else parse_config(read_json(file), ignore)
-    native = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    # The weights of one layer stand for all: only their dtype is looked at.
-    one = replace(spec, num_layers=1)
-    decoder = nnx.eval_shape(lambda: Decoder(one, dtype=native if dtype is None else dtype, rngs=nnx.Rngs(0)))
-    decoder.spec = spec
-    return Model(decoder, Tokenizer.load(folder), (), "demo" if name is None else name)
+    return folder, orbax.read_spec(folder, ignore) if converted else parse_config(read_json(file), ignore)
 
 
 def _decided(recipe: Recipe) -> str:
@@ -108,21 +122,34 @@ def _decided(recipe: Recipe) -> str:
     return "before the prompt" if recipe.budget is None or recipe.budget.allocate is None else "after the prompt"
 
 
-def _bytes(model: Model, recipe: Recipe, lengths: Lengths) -> dict[str, int]:
-    """Bytes by part of the cache that `decode.init_cache` would allocate."""
-    counted: list[Bytes] = []
+class CacheSize(NamedTuple):
+    """An empty cache; `bytes.slack` is all that may hold codes."""
+
+    bytes: Bytes
+    slots: int  # of all rows, layers and tiers
+
+
+def cache_size(model: Model, recipe: Recipe, lengths: Lengths) -> CacheSize:
+    """The cache that `decode.init_cache` would allocate."""
+    counted: list[CacheSize] = []
 
     def count() -> None:
         cache = decode.init_cache(model.decoder, recipe, lengths)
         with jax.ensure_compile_time_eval():  # counting reads the filled slots: none, so far
             empty = [tuple(t._replace(length=jnp.zeros(t.length.shape, jnp.int32)) for t in tiers) for tiers in cache]
-        counted.append(generation.cache_bytes(tuple(empty)))
+        slots = sum(tier.free.shape[0] * tier.page for tiers in cache for tier in tiers)
+        counted.append(CacheSize(generation.cache_bytes(tuple(empty)), slots))
 
     try:
         jax.eval_shape(count)  # traced, and thrown away
     except OverflowError:
         raise InputError("a cache of this size has more pages than its tables can number: plan a smaller one") from None
-    (size,) = counted
+    return counted[0]
+
+
+def _bytes(model: Model, recipe: Recipe, lengths: Lengths) -> dict[str, int]:
+    """Bytes of a cache by part."""
+    size = cache_size(model, recipe, lengths).bytes
     parts = {"codes": size.payload + size.slack, "scales": size.scales, "statistics": size.statistics}
     return parts | {"tables": size.tables, "total": size.total}
 

@@ -1,0 +1,206 @@
+"""The programs of a plan, compiled for a chip that is not there.
+
+    python -m kvjax.plan.compiled v5p FLAGS OF kvjax.plan
+
+prints a JSON line for each program; `measure` runs it in a process of its own and adds up.
+"""
+
+import argparse
+import functools
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kvjax import ahead, command, decode, sampling
+from kvjax.models.decoder import Decoder
+from kvjax.plan import estimate
+from kvjax.plan.chips import Chip, find
+from kvjax.plan.estimate import Parts, abstract_cache, size
+from kvjax.plan.settings import Setting, find_model, method_of, parse, setting
+from kvjax.spec import ModelSpec, PyTree
+
+FEW = (2, 4)  # layers of a step that stand for all: what it takes beside weights and cache grows by the layer
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Program(NamedTuple):
+    """Something to be compiled."""
+
+    name: str
+    fn: Any  # jitted
+    args: tuple[PyTree, ...]
+    static: dict[str, Any]
+    there: int  # bytes of arguments that are weights and cache
+    held: int = 0  # bytes of what waits beside it
+    layers: int = 0  # of a step; 0 for programs of prefill
+
+
+class Measured(NamedTuple):
+    """Parts, and what is known of them."""
+
+    parts: Parts
+    programs: list[dict[str, Any]]  # a line each
+    refused: list[str]  # programs that the compiler refused for want of memory
+    guessed: list[str]  # of these, those whose bytes it did not say: the estimate stands in
+
+
+def programs(setting: Setting, steps: Sequence[int]) -> Iterator[Program]:
+    """Everything that a generation runs, the largest last.
+
+    Args:
+      setting: what is planned.
+      steps: layers of the decoding steps.
+    """
+    spec, cache, batch = setting.spec, abstract_cache(setting), setting.batch
+    model, ints = setting.model.decoder, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    stream = jax.ShapeDtypeStruct((batch, setting.lengths.padded, spec.embed_dim), model.dtype)
+    head = size(model.norm) + size(model.embedding if model.head is None else model.head)
+    yield Program("embed", decode._embed, (model, ints(*stream.shape[:2])), {}, size(model.embedding))
+    yield Program("last logits", decode._last_logits, (model, stream, ints(batch)), {}, head)
+    yield from _allocation(setting, cache)
+    waits = max(0, estimate.waiting(setting) - _found_bytes(setting))
+    for index in _kinds(spec):
+        args, static = estimate.layer_arguments(setting, cache, index)
+        there = size(args[0]) + size(args[2])
+        yield Program(f"prefill of layer {index}", decode._prefill_layer, args, static, there, waits)
+    for layers in steps:
+        yield _step(setting._replace(spec=_first(spec, layers)), layers)
+
+
+def _found_bytes(setting: Setting) -> int:
+    budget = setting.recipe.budget
+    return 0 if budget is None or budget.allocate is None else size(estimate.found_in_a_layer(setting))
+
+
+def _kinds(spec: ModelSpec) -> list[int]:
+    """One layer of each kind: of cached widths and of sliding window."""
+    kinds = {(spec.widths(i), spec.window(i)): i for i in reversed(range(spec.num_layers))}
+    return sorted(kinds.values())
+
+
+def _allocation(setting: Setting, cache: decode.Cache) -> Iterator[Program]:
+    """What distributes slots over layers, and fills the rows with what has waited for them."""
+    recipe, held = setting.recipe, estimate.waiting(setting)
+    if recipe.budget is None or recipe.budget.allocate is None:
+        return
+    found, ints = estimate.found_in_a_layer(setting), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    for group, tiers in zip(decode.layer_groups(setting.spec), cache, strict=True):
+        slots, n = ints(len(group.index), setting.batch, setting.spec.num_rows), len(group.index)
+        args = ([found.info] * n, ints(), ints(setting.batch), slots)
+        yield Program("allocate", decode._run_allocate, args, {"recipe": recipe}, n * size(found.info), held)
+        yield Program("trim", decode._trim, (tiers, slots), {}, size(tiers), held)
+        if recipe.policy.settle is not None:
+            args = (tiers, found.waiting, ints(), ints(*slots.shape[1:]))
+            there = size(tiers) + size(found.waiting)
+            yield Program("settle", decode._settle, args, {"recipe": recipe}, there, held)
+
+
+def _first(spec: ModelSpec, layers: int) -> ModelSpec:
+    """The model with its first layers only."""
+    latent = None if spec.latent is None else replace(spec.latent, ranks=spec.latent.ranks[:layers])
+    return replace(spec, num_layers=layers, windows=spec.windows[:layers], latent=latent)
+
+
+def _step(setting: Setting, layers: int) -> Program:
+    """The decode loop of so many layers."""
+    dtype = jnp.dtype(setting.dtype)
+    model = nnx.eval_shape(lambda: Decoder(setting.spec, dtype=dtype, rngs=nnx.Rngs(0)))
+    cache, batch = abstract_cache(setting), setting.batch
+    of: Any = lambda kind, *shape: jax.ShapeDtypeStruct(shape, kind)
+    chooser = jax.eval_shape(functools.partial(sampling.chooser, sampling.Sampling(), batch))
+    state = decode.State(cache, of(jnp.int32, batch), of(jnp.int32, batch), of(jnp.bool, batch), of(jnp.int32), None)
+    args = model, state, chooser, of(jnp.int32, 1), of(jnp.int32)
+    static = {"recipe": setting.recipe, "mode": "greedy", "chunk": 16}
+    return Program("step", decode.decode_loop, args, static, size(model) + size(cache), layers=layers)
+
+
+def compile_program(target: ahead.Target, program: Program) -> dict[str, Any]:
+    """Bytes of a program as the compiler counts them; `beside` is what it takes beside weights and cache."""
+    line: dict[str, Any] = {"program": program.name, "layers": program.layers, "there": program.there}
+    start = time.perf_counter()
+    try:
+        memory = target.compile(program.fn, *program.args, **program.static).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        total = refused_bytes(str(error))
+        beside = None if total is None else total - program.there + program.held
+        return line | {"refused": True, "beside": beside, "message": str(error).splitlines()[0]}
+    names = ("argument", "output", "temp", "generated_code", "alias")
+    counted = {name: int(getattr(memory, f"{name}_size_in_bytes")) for name in names}
+    total = sum(counted.values()) - 2 * counted["alias"]
+    beside = total - program.there + program.held
+    return line | counted | {"refused": False, "beside": beside, "seconds": time.perf_counter() - start}
+
+
+def refused_bytes(message: str) -> int | None:
+    """What a TPU's compiler says that a program needs, where it refuses it.
+
+    >>> refused_bytes("Ran out of memory in memory space hbm. Used 26.50G of 15.75G hbm.") / 2**30
+    26.5
+    """
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of|HLO temporaries \(([\d.]+)([KMGT]?)\)", message)
+    if found is None:
+        return None
+    number, unit = found[1] or found[3], found[2] or found[4]
+    return int(float(number) * UNITS[unit or ""])
+
+
+def measure(argv: Sequence[str], chip: Chip, planned: Setting, *, exact: bool, changes: Sequence[str] = ()) -> Measured:
+    """Compile a plan's programs in a process of its own, and add up.
+
+    Args:
+      argv: the flags of `kvjax.plan`.
+      chip: what is compiled for.
+      planned: what they mean, with the changes.
+      exact: compile all layers of a step.
+      changes: flags that take the place of earlier ones.
+    """
+    assert chip.target is not None
+    guess = estimate.estimate(planned, chip.platform)  # first: it may raise what a user can mend
+    lines = ahead.run(chip.target, "kvjax.plan.compiled", *argv, *changes)
+    return add_up(lines, guess, planned.spec.num_layers, exact=exact)
+
+
+def add_up(lines: list[dict[str, Any]], guess: Parts, layers: int, *, exact: bool) -> Measured:
+    """The parts of a plan from its programs' lines; a step of a few layers is continued to all."""
+    refused = [line["program"] for line in lines if line["refused"]]
+    guessed = [line["program"] for line in lines if line["refused"] and line["beside"] is None]
+    prefill = [guess.prefill if line["beside"] is None else line["beside"] for line in lines if not line["layers"]]
+    steps = {line["layers"]: line["beside"] for line in lines if line["layers"]}
+    if None in steps.values():
+        step = guess.decode
+    elif exact or layers in steps:
+        step = steps[layers]
+    else:
+        (few, less), (more, most) = sorted(steps.items())
+        step = most + (layers - more) * (most - less) // (more - few)
+    return Measured(guess._replace(prefill=max(prefill), decode=step), lines, refused, guessed)
+
+
+def steps_of(args: argparse.Namespace, layers: int) -> tuple[int, ...]:
+    """Layers of the steps that are compiled."""
+    return (layers,) if args.exact or layers <= max(FEW) else FEW
+
+
+def main() -> None:
+    """Compile, and print."""
+    args = parse(sys.argv[2:])
+    spec, _ = find_model(args.model, args.ignore_config)
+    planned = setting(args, spec, find(args.chip), args.only or method_of(args, spec))
+    target = ahead.Target(sys.argv[1])
+    for program in programs(planned, steps_of(args, spec.num_layers)):
+        if args.program in (None, program.name):
+            print(json.dumps(compile_program(target, program)), flush=True)
+
+
+if __name__ == "__main__":
+    command.run("kvjax.plan", main)

@@ -1,0 +1,52 @@
+"""Compile whole decoding steps of Llama-3-8B for chips that are not there: rows of a table in docs/performance.md.
+
+python -m tests.whole_step v5p h200
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from kvjax import ahead
+from kvjax.plan.chips import find
+
+LENGTHS = ("--context", "32768", "--new-tokens", "1024", "--batch", "4")
+METHODS = {"full": (), "h2o": ("--budget", "20%"), "snapkv": ("--budget", "20%"), "mikv": ("--budget", "20%")}
+TABLE = Path(__file__).parent.parent / "docs" / "performance.md"
+ROW = r"\| (\w+) \| (\w+) \| (\w+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|"
+
+
+class Step(NamedTuple):
+    """A step of all layers, as the compiler counts it [bytes]."""
+
+    chip: str
+    method: str
+    kernels: str
+    arguments: int
+    in_place: int  # of these, what the results take the place of
+    temporary: int
+
+
+def compile_step(chip: str, method: str, kernels: str) -> tuple[Step, int]:
+    """A whole step, and the bytes of weights and cache by their shapes."""
+    target, flags = find(chip).target, ("--model", "llama-3-8b", "--chip", chip, *LENGTHS)
+    assert target is not None
+    chosen = ("--method", method, *METHODS[method], "--kernels", kernels, "--exact", "--program", "step")
+    (line,) = ahead.run(target, "kvjax.plan.compiled", *flags, *chosen)
+    return Step(chip, method, kernels, line["argument"], line["alias"], line["temp"]), line["there"]
+
+
+def stated() -> Iterator[Step]:
+    """The rows of the table."""
+    for found in re.findall(ROW, TABLE.read_text()):
+        yield Step(*found[:3], *(int(number.replace(",", "")) for number in found[3:]))
+
+
+if __name__ == "__main__":
+    for chip in sys.argv[1:]:
+        for method in METHODS:
+            for kernels in ("xla", "auto"):
+                step, _ = compile_step(chip, method, kernels)
+                print("|", " | ".join(x if isinstance(x, str) else f"{x:,}" for x in step), "|", flush=True)
