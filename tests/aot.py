@@ -188,6 +188,9 @@ def cases(target: str) -> Iterator[Case]:
             yield Case("decode_attention", "Llama-3-8B", store, 32768, 16)
     for context in (8192, 32768):
         yield Case("column_sums", "Llama-3-8B", "", context, 1)
+    for window in (12, 0):
+        for gradient in (False, True):
+            yield Case("segment_merge", "Llama-3-8B", "", 32768, 1, {"window": window, "gradient": gradient})
     if target not in THOROUGH:
         return
     for model in MODELS:
@@ -196,6 +199,8 @@ def cases(target: str) -> Iterator[Case]:
             yield Case("decode_attention", model, "int4", context, batch)
     for options in ({"with_logits": True}, {"window": True}, {"cap": 30.0}):
         yield Case("decode_attention", "Llama-3-8B", "int4", 8192, 2, options)
+    for gradient in (False, True):
+        yield Case("segment_merge", "Llama-2-7B", "", 4096, 1, {"window": 12, "gradient": gradient})
     for options in ({"window": 4096}, {"recent": 32}):
         yield Case("column_sums", "Llama-3-8B", "", 32768, 1, options)
 
@@ -248,7 +253,31 @@ def column_sums(target: Target, case: Case) -> tuple[Callable, tuple]:
     return sums, (*vectors, jax.ShapeDtypeStruct((b, k * g, t), jnp.float32), jax.ShapeDtypeStruct((b,), jnp.int32))
 
 
-KERNELS = {"decode_attention": decode_attention, "column_sums": column_sums}
+def segment_merge(target: Target, case: Case) -> tuple[Callable, tuple]:
+    """Means or their gradient, and its arguments; on a TPU vectors lie heads first."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.segment_merge import pool
+
+    k, _, h = MODELS[case.model]
+    b, t, gradient = case.batch, case.context, case.options["gradient"]
+    tpu = target.platform == "tpu"
+    run = functools.partial(pool, window=case.options["window"], implementation="tpu" if tpu else "gpu")
+    lay = (lambda x: jnp.moveaxis(x, 1, 2)) if tpu else lambda x: x
+
+    def means(x: Any, merge: Any, weight: Any) -> Any:
+        return lay(run(lay(x), merge, weight))
+
+    def gradients(x: Any, merge: Any, weight: Any, g: Any) -> Any:
+        return jax.vjp(means, x, merge, weight)[1](g)
+
+    vectors = jax.ShapeDtypeStruct((b, k, t, h) if tpu else (b, t, k, h), jnp.bfloat16)
+    numbers = jax.ShapeDtypeStruct((b, t, k), jnp.float32)
+    return gradients if gradient else means, (vectors, numbers, numbers, *[vectors] * gradient)
+
+
+KERNELS = {"decode_attention": decode_attention, "column_sums": column_sums, "segment_merge": segment_merge}
 
 
 def compile_kernels(target: Target) -> None:
@@ -261,8 +290,10 @@ def compile_kernels(target: Target) -> None:
         line: dict[str, Any] = {**case._asdict(), "arguments": memory.argument_size_in_bytes}
         line["temp"] = memory.temp_size_in_bytes
         if target.name in GPUS:
-            (text,) = ptx(case.kernel)
-            line |= resources(text, GPUS[target.name]) | {"asynchronous": "cp.async" in text}
+            texts = ptx(case.kernel)
+            found = [resources(text, GPUS[target.name]) for text in texts]
+            line |= {name: max(one[name] for one in found) for name in found[0]}
+            line["asynchronous"] = all("cp.async" in text for text in texts)
         print(json.dumps(line), flush=True)
 
 
