@@ -219,4 +219,4 @@ def _dots(g_ref: Any, x_ref: Any, out_ref: Any, *, size: int, tokens: int) -> No
     for by in range(out_ref.shape[2]):
         products = (jnp.sum(y * z, axis=1) for y, z in zip(g, vectors(x_ref, by), strict=True))
         total = functools.reduce(jnp.add, products)
-        plt.store(out_ref.at[b, head, by, pl.ds(begin, tokens)], total, mask=pos < t)
+        plt.store(out_ref.at[b, head, jnp.int32(by), pl.ds(begin, tokens)], total, mask=pos < t)

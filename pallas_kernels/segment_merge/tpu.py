@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -82,9 +81,7 @@ def sums(
         grid=(b * heads, blocks),
         in_specs=[vectors, pl.BlockSpec((1, rows, block), lambda r, j: (r, 0, at(j)))],
         out_specs=vectors,
-        scratch_shapes=[
-            pltpu.VMEM((max(sum(map(_kept, _shifts(window))) + (0 if window else TOKENS), SUBLANES), n), jnp.float32)
-        ],
+        scratch_shapes=[pltpu.VMEM((max(by, SUBLANES), n), jnp.float32) for by in _shifts(window)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="segment_merge_sums",
@@ -102,7 +99,7 @@ def _powers(window: int) -> list[int]:
 
 
 def _shifts(window: int) -> list[int]:
-    """The shifts of `_sum`, in their order."""
+    """By how many tokens `_sum` shifts, in its order."""
     found: list[int] = []
 
     def shift(y: int, by: int) -> int:
@@ -110,12 +107,7 @@ def _shifts(window: int) -> list[int]:
         return y
 
     _combine(0, [0] * len(_powers(window)), window, shift)
-    return found
-
-
-def _kept(by: int) -> int:
-    """Rows that are kept for a shift: whole tiles."""
-    return max(by, SUBLANES)
+    return found if window else [*found, TOKENS]
 
 
 def _combine(terms: Any, factors: list[Any], window: int, shift: Callable[[Any, int], Any]) -> Any:
@@ -138,26 +130,24 @@ def _factors(link: Array, before: Array, after: Array, window: int, reverse: boo
     return jnp.moveaxis(jnp.stack([before, after, *map(order, products)]), 2, 3)
 
 
-def _sum(x_ref: Any, factors_ref: Any, out_ref: Any, kept_ref: Any, *, window: int, reverse: bool, length: int) -> None:
-    parts, shifts = x_ref.shape[1] // TOKENS, _shifts(window)
-    starts = np.cumsum([0, *map(_kept, shifts)]).tolist()
-    step = pl.program_id(1)
+def _sum(x_ref: Any, factors_ref: Any, out_ref: Any, *kept_refs: Any, window: int, reverse: bool, length: int) -> None:
+    parts, step = x_ref.shape[1] // TOKENS, pl.program_id(1)
     block = pl.num_programs(1) - 1 - step if reverse else step
 
     @pl.when(step == 0)
     def _() -> None:
-        kept_ref[...] = jnp.zeros_like(kept_ref)
+        for ref in kept_refs:
+            ref[...] = jnp.zeros_like(ref)
 
     def part(i: Array, _: Any) -> None:
         i = parts - 1 - i if reverse else i
-        rows, places = pl.ds(pl.multiple_of(i * TOKENS, TOKENS), TOKENS), iter(starts)
+        rows, unused = pl.ds(pl.multiple_of(i * TOKENS, TOKENS), TOKENS), iter(kept_refs)
 
         def shift(y: Array, by: int) -> Array:
             """`y` of the token `by` places before, or after in reverse."""
-            size, start = _kept(by), next(places)
-            place = slice(start, start + size)
-            kept = kept_ref[place]
-            kept_ref[place] = y[:size] if reverse else y[-size:]
+            ref = next(unused)
+            size, kept = ref.shape[0], ref[...]
+            ref[...] = y[:size] if reverse else y[-size:]
             joined = jnp.concatenate([y, kept] if reverse else [kept, y], axis=0)
             if by < SUBLANES:
                 joined = pltpu.roll(joined, joined.shape[0] - by if reverse else by, 0)
@@ -169,9 +159,9 @@ def _sum(x_ref: Any, factors_ref: Any, out_ref: Any, kept_ref: Any, *, window: i
         x = _real(x_ref, rows, block * parts + i, length).astype(jnp.float32)
         total = _combine(x * before, products, window, shift)
         if window == 0:
-            place = slice(starts[-1], starts[-1] + TOKENS)
-            total = total + products[-1] * kept_ref[place]
-            kept_ref[place] = total
+            ref = next(unused)
+            total = total + products[-1] * ref[...]
+            ref[...] = total
         out_ref[0, rows] = (total * after).astype(out_ref.dtype)
 
     jax.lax.fori_loop(0, parts, part, None)
@@ -207,15 +197,15 @@ def dots(
 
 
 def _dot(g_ref: Any, x_ref: Any, out_ref: Any, kept_ref: Any, *, length: int) -> None:
-    parts = x_ref.shape[1] // TOKENS
+    parts, block = x_ref.shape[1] // TOKENS, pl.program_id(1)
 
-    @pl.when(pl.program_id(1) == 0)
+    @pl.when(block == 0)
     def _() -> None:
         kept_ref[...] = jnp.zeros_like(kept_ref)
 
     def part(i: Array, _: Any) -> None:
         rows = pl.ds(pl.multiple_of(i * TOKENS, TOKENS), TOKENS)
-        x = _real(x_ref, rows, pl.program_id(1) * parts + i, length)
+        x = _real(x_ref, rows, block * parts + i, length)
         row, column = (jax.lax.broadcasted_iota(jnp.int32, (TOKENS, TOKENS), axis) for axis in (0, 1))
         newest_first = _dot_general((row + column == TOKENS - 1).astype(x.dtype), x, 0).astype(x.dtype)
         products = _dot_general(g_ref[0, rows], jnp.concatenate([newest_first, kept_ref[...]], axis=0), 1)
