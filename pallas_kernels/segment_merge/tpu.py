@@ -211,7 +211,10 @@ def _dot(g_ref: Any, x_ref: Any, out_ref: Any, kept_ref: Any, *, length: int) ->
         products = _dot_general(g_ref[0, rows], jnp.concatenate([newest_first, kept_ref[...]], axis=0), 1)
         kept_ref[...] = newest_first
         # Row r has its own token in column TOKENS - 1 - r, those before it behind: turned by r, they begin in column 0.
-        products = pltpu.roll(products, TOKENS + 1, 1, stride=1, stride_axis=0)
+        products = pltpu.roll(products, TOKENS + 1, 1)
+        turn = jax.lax.broadcasted_iota(jnp.int32, products.shape, 0)
+        for by in _powers(TOKENS - 1):  # TPU v4 has no rotation that differs from row to row
+            products = jnp.where((turn & by) != 0, pltpu.roll(products, by, 1), products)
         out_ref[0, :, rows] = products[:, :TOKENS].T[: out_ref.shape[1]]
 
     jax.lax.fori_loop(0, parts, part, None)
