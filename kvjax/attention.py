@@ -1,9 +1,7 @@
 """Attention: over a prompt, over the cache, and the scores that methods learn from it."""
 
-import functools
-import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,14 +9,13 @@ from jaxtyping import Bool, Float, Int
 
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Tier
+from kvjax.kernels import kernel_or_xla
 from kvjax.spec import Prompt
 from pallas_kernels import decode_attention as kernel
 from pallas_kernels import prefill_attention as prefill_kernel
 from pallas_kernels import prefill_scores
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.soft_cap import soft_cap
-
-T = TypeVar("T")
 
 
 def prefill_attention(
@@ -35,7 +32,7 @@ def prefill_attention(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Exact causal attention over prompts, and its log-sum-exps: `pallas_kernels.prefill_attention`."""
     options = {"scale": scale, "cap": cap, "window": window, "until": until}
-    return _kernel_or_xla("attention over a prompt", prefill_kernel.attention, kernels, q, k, v, length, **options)
+    return kernel_or_xla("attention over a prompt", prefill_kernel.attention, kernels, q, k, v, length, **options)
 
 
 def column_sums(prompt: Prompt) -> Float[Array, "B K T"]:
@@ -53,7 +50,7 @@ def query_column_sums(prompt: Prompt) -> Float[Array, "B N T"]:
 
 
 def _query_column_sums(prompt: Prompt, recent: int | None) -> Float[Array, "B N T"]:
-    return _kernel_or_xla(
+    return kernel_or_xla(
         "scores of a prompt",
         prefill_scores.column_sums,
         prompt.kernels,
@@ -153,7 +150,7 @@ def decode(
     """
 
     def part(tier: Tier, store: KVStore, slots: Bool[Array, "B K S"] | None, logits: bool) -> kernel.Partial:
-        return _kernel_or_xla(
+        return kernel_or_xla(
             "decode attention",
             kernel.decode_attention,
             read.kernels,
@@ -184,18 +181,3 @@ def decode(
         chosen = read.select(attend(chosen, logits=True)[1])
     whole, probs = attend(chosen, with_probabilities)
     return whole.o / whole.l[..., None], probs
-
-
-def _kernel_or_xla(name: str, run: Callable[..., T], kernels: Implementation | None, *args: Any, **kwargs: Any) -> T:
-    """What a kernel computes, or plain XLA with a line that says why."""
-    try:
-        return run(*args, implementation=kernels, **kwargs)
-    except NotImplementedError as error:
-        say_once(f"{name} on XLA, not in a kernel: {error}")
-        return run(*args, implementation="xla", **kwargs)
-
-
-@functools.cache
-def say_once(line: str) -> None:
-    """Print a line to standard error, the first time."""
-    print(line, file=sys.stderr)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kvjax import command, decode, generation, sampling
+from kvjax import command, decode, generation, kernels, sampling
 from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
 from kvjax.generation import Model
@@ -45,7 +45,7 @@ class Contestant(NamedTuple):
 
 def kvjax_contestant(model: Model, label: str, recipe: Recipe, batch: int, context: int, new: int) -> Contestant:
     """Our decode loop on prompts of random tokens."""
-    generation.check_kernels(recipe)
+    kernels.check(recipe.kernels)
     rng = np.random.default_rng(0)
     lengths = Lengths((context,) * batch, new, decode.padded_length(context))
     tokens = np.zeros((batch, lengths.padded), np.int32)

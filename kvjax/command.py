@@ -73,9 +73,13 @@ def add_store_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key-store", metavar="NAME", help="of keys (default: --store)")
     parser.add_argument("--value-store", metavar="NAME", help="of values (default: --store)")
     parser.add_argument("--low-store", metavar="NAME", help="of mikv's unimportant tokens (default: int2)")
-    parser.add_argument(
-        "--kernels", choices=KERNELS, help="what reads the cache; auto = the platform's kernel (default: xla)"
-    )
+    add_kernels_flag(parser, "what reads the cache")
+
+
+def add_kernels_flag(parser: Any, what: str, default: str | None = None) -> None:
+    """The flag for kernels; `parser` may be a group of one."""
+    help_ = f"{what}; auto = the platform's kernel (default: xla)"
+    parser.add_argument("--kernels", choices=KERNELS, default=default, help=help_)
 
 
 def stores(args: argparse.Namespace) -> dict[str, str]:

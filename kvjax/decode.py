@@ -235,7 +235,7 @@ def _prefill_layer(
     olds = tuple(tiers_.layer(t, place) for t in tiers)
     until, revised = None, ()
     if recipe.policy.revise is not None and isinstance(gate, Gate):
-        k, v, until, revised = recipe.policy.revise(olds, k, v, gate, length)
+        k, v, until, revised = recipe.policy.revise(olds, k, v, gate, length, recipe.kernels)
         key, value = k, v
     pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     cos, sin = rope.angles(rotary, spec.head_dim, pos, length)  # B T H/2

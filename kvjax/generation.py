@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from kvjax import checkpoint, decode, demo, sampling
+from kvjax import checkpoint, decode, demo, kernels, sampling
 from kvjax.cache import learned, pages
 from kvjax.cache import tier as tiers_
 from kvjax.cache.budget import LARGEST
@@ -145,7 +145,7 @@ def generate(
         _check_new(model.spec, recipe, len(prompt), len(question), max_new_tokens)
         decode.check_turn(model.spec, recipe, len(prompt), len(prompt) + len(question) + max_new_tokens - 1)
     how.check()
-    check_kernels(recipe)
+    kernels.check(recipe.kernels)
     whole = [prompt + question for prompt, question in zip(ids, after, strict=True)]
     with Stopwatch() as watch:
         logits, cache = prefill(model, recipe, ids, max_new_tokens + max(map(len, after)))
@@ -224,14 +224,8 @@ def cached_positions(model: Model, generation: Generation, tier: int | None = No
 
 def check_recipe(model: Model, recipe: Recipe) -> None:
     """Raise `InputError` for a recipe that cannot keep this model's vectors, without allocating anything."""
-    check_kernels(recipe)
+    kernels.check(recipe.kernels)
     jax.eval_shape(lambda: decode.init_cache(model.decoder, recipe, Lengths((1,), 1, 64)))
-
-
-def check_kernels(recipe: Recipe) -> None:
-    """Raise `InputError` for kernels of another platform."""
-    if recipe.kernels in ("tpu", "gpu") and recipe.kernels != jax.default_backend():
-        raise InputError(f"kernels={recipe.kernels} cannot run on {jax.default_backend()}: use auto, xla or interpret")
 
 
 def check(spec: ModelSpec, ids: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> None:

@@ -75,6 +75,7 @@ def cases(target: str) -> Iterator[Case]:
         if target in TPUS:  # cuDNN is not compiled ahead of time
             yield Case("attention", "Llama-3-8B", "", context, 1)
             yield Case("attention", "Llama-3-8B", "", context, 1, {"window": 4096})
+    yield Case("segment_merge", "Llama-3-8B", "", 32768, 1, {"window": 12})
     if target not in THOROUGH:
         return
     for model in MODELS:
@@ -83,8 +84,19 @@ def cases(target: str) -> Iterator[Case]:
             yield Case("decode_attention", model, "int4", context, batch)
     for options in ({"with_logits": True}, {"window": True}, {"cap": 30.0}):
         yield Case("decode_attention", "Llama-3-8B", "int4", 8192, 2, options)
+    for window in (0, 12):
+        yield Case("segment_merge", "Llama-2-7B", "", 4096, 1, {"window": window})
     for options in ({"window": 4096}, {"recent": 32}):
         yield Case("column_sums", "Llama-3-8B", "", 32768, 1, options)
+
+
+def allowance(line: dict[str, Any]) -> tuple[float, float]:
+    """Temporary memory that a kernel's case may take: bytes, and a share of its arguments; the larger counts."""
+    if line["kernel"] == "attention":
+        return 0, 2.2  # JAX's writes each log-sum-exp 128 times; queries are scaled beforehand
+    if line["kernel"] != "segment_merge":
+        return 2e6, 0.05
+    return 4e6, 0.25 if line["options"]["window"] else 2.25  # products of vectors; two arrays in float32
 
 
 def decode_attention(target: Target, case: Case) -> tuple[Callable, tuple]:
@@ -154,7 +166,36 @@ def attention(target: Target, case: Case) -> tuple[Callable, tuple]:
     return attend, (*vectors, jax.ShapeDtypeStruct((case.batch,), jnp.int32))
 
 
-KERNELS = {"decode_attention": decode_attention, "column_sums": column_sums, "attention": attention}
+def segment_merge(target: Target, case: Case) -> tuple[Callable, tuple]:
+    """Means and their gradient, and its arguments; on a TPU vectors lie heads first."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.segment_merge import pool
+
+    k, _, h = MODELS[case.model]
+    b, t, tpu = case.batch, case.context, target.platform == "tpu"
+    run = functools.partial(pool, window=case.options["window"], implementation="tpu" if tpu else "gpu")
+    lay = (lambda x: jnp.moveaxis(x, 1, 2)) if tpu else lambda x: x
+
+    def means(x: Any, merge: Any, weight: Any) -> Any:
+        return lay(run(lay(x), merge, weight))
+
+    def gradients(x: Any, merge: Any, weight: Any, g: Any) -> Any:
+        y, pull = jax.vjp(means, x, merge, weight)
+        return y, pull(g)
+
+    vectors = jax.ShapeDtypeStruct((b, k, t, h) if tpu else (b, t, k, h), jnp.bfloat16)
+    numbers = jax.ShapeDtypeStruct((b, t, k), jnp.float32)
+    return gradients, (vectors, numbers, numbers, vectors)
+
+
+KERNELS = {
+    "decode_attention": decode_attention,
+    "column_sums": column_sums,
+    "attention": attention,
+    "segment_merge": segment_merge,
+}
 
 
 def compile_kernels(target: Target) -> None:
@@ -167,8 +208,10 @@ def compile_kernels(target: Target) -> None:
         line: dict[str, Any] = {**case._asdict(), "arguments": memory.argument_size_in_bytes}
         line["temp"] = memory.temp_size_in_bytes
         if target.name in GPUS:
-            (text,) = ptx(case.kernel)
-            line |= resources(text, GPUS[target.name]) | {"asynchronous": "cp.async" in text}
+            texts = ptx(case.kernel)
+            found = [resources(text, GPUS[target.name]) for text in texts]
+            line |= {name: max(one[name] for one in found) for name in found[0]}
+            line["asynchronous"] = all("cp.async" in text for text in texts)
         print(json.dumps(line), flush=True)
 
 

@@ -22,12 +22,11 @@ def test_every_kernel_compiles_without_copies_and_spills(target):
     found = ahead.run(target, "tests.aot", dump=True)
     assert len(found) == len(list(aot.cases(target)))
     for line in found:
-        # The partial results of a GPU's splits, or logits; never a copy of a pool. JAX's attention writes each
-        # log-sum-exp 128 times, and its queries are scaled beforehand.
-        least = 2.2 if line["kernel"] == "attention" else 0.05
-        assert line["temp"] < max(2e6, least * line["arguments"]), line
+        # The partial results of a GPU's splits, or logits; never a copy of a pool.
+        least, share = aot.allowance(line)
+        assert line["temp"] < max(least, share * line["arguments"]), line
         if target in ahead.GPUS:
-            assert line["spilled"] == 0 and line["asynchronous"], line
+            assert line["spilled"] == 0 and (line["asynchronous"] or line["kernel"] == "segment_merge"), line
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 import kvjax
-from kvjax import attention, methods
+from kvjax import kernels, methods
 from kvjax.cache.quantize import named
 from pallas_kernels.codes import Affine, pieces
 from pallas_kernels.decode_attention import decode_attention, gpu, reference, tpu
@@ -212,7 +212,7 @@ def test_kernels_change_nothing(method, capsys):
     model, recipe = oracle.random_model(5, **SMALL), matrix.recipe_of(method, 24)
     rng = np.random.default_rng(0)
     prompts, teacher = [rng.integers(0, 97, n).tolist() for n in (40, 30)], rng.integers(0, 97, (2, 3))
-    attention.say_once.cache_clear()
+    kernels.say_once.cache_clear()
     logits, positions, _ = oracle.run(model, recipe._replace(kernels="interpret"), prompts, teacher)
     want, there, _ = oracle.run(model, recipe, prompts, teacher)
     assert positions == there

@@ -26,8 +26,10 @@ from kvjax.cache.learned import Capacity
 from kvjax.cache.policy import CachePolicy, Found, Layers, Revised, Tiers
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots, Tier
+from kvjax.kernels import kernel_or_xla
 from kvjax.models import rope
 from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, Token
+from pallas_kernels.implementation import Implementation
 from pallas_kernels.segment_merge import pool
 
 
@@ -72,7 +74,9 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
             **size, row=1, page=1, slots=slots, widths=layers.widths, store=KVStore(), dtype=dtype
         )
 
-    def revise(tiers: Tiers, k: Array, v: Array, gate: Gate, length: Int[Array, " B"]) -> Revised:
+    def revise(
+        tiers: Tiers, k: Array, v: Array, gate: Gate, length: Int[Array, " B"], kernels: Implementation | None
+    ) -> Revised:
         (tier, *_), pos = tiers, jnp.arange(k.shape[1])[:, None]
         real = pos < length[:, None, None]
         asks = (pos > 0) & real & ~(gate.logit > 0)
@@ -81,7 +85,8 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
         following = jnp.pad(merge[:, 1:], ((0, 0), (0, 1), (0, 0)))
         assert not isinstance(gate.weight, tuple)
         window = _window(tier)
-        k_mean, v_mean = (pool(x, merge.astype(jnp.float32), gate.weight, window=window) for x in (k, v))
+        mean = functools.partial(kernel_or_xla, "segment means", pool, kernels, window=window)
+        k_mean, v_mean = (mean(x, merge.astype(jnp.float32), gate.weight) for x in (k, v))
         until = jnp.where(following, pos, LARGEST)
         begins = real & ~merge
         start = jnp.max(jnp.where(begins, pos, 0), axis=1)

@@ -23,6 +23,7 @@ from kvjax.cache.policy import CachePolicy, Found, Layers, Revised, Tiers
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots
 from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, Token
+from pallas_kernels.implementation import Implementation
 
 
 class Evictions(NamedTuple):
@@ -57,7 +58,9 @@ def delay(store: KVStore, capacity: Capacity) -> CachePolicy:
             ),
         )  # fmt: skip
 
-    def revise(tiers: Tiers, k: Array, v: Array, gate: Gate, length: Int[Array, " B"]) -> Revised:
+    def revise(
+        tiers: Tiers, k: Array, v: Array, gate: Gate, length: Int[Array, " B"], kernels: Implementation | None
+    ) -> Revised:
         ((tier,), pos), end = (tiers, jnp.arange(k.shape[1])[:, None]), length[:, None, None]
         size = tier.calib["slot"].shape[-1]
         said = jnp.pad(gate.logit[:, 1:], ((0, 0), (0, 1), (0, 0)))  # about each token

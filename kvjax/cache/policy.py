@@ -72,8 +72,8 @@ class CachePolicy(NamedTuple):
       reserve: `(tiers with the L axis, active [B]) -> tiers`, takes pages for what the step may append to each row.
       fit: `(tiers with the L axis, length [B]) -> (tiers, pages)`, on the host after the last layer: pages that each
         tier's pool needs from now on; None = it stays as it is.
-      revise: `(tiers, k, v, gate [B T K], length [B]) -> Revised`, keys before rotation; before the attention of a
-        prompt; None = queries see the tokens as they are.
+      revise: `(tiers, k, v, gate [B T K], length [B], kernels) -> Revised`, keys before rotation; before the attention
+        of a prompt; None = queries see the tokens as they are.
       settle: `(tiers, waiting, slots [B K]) -> tiers` fills a layer's rows with what `prefill` let wait until the slots
         were allocated; None = `prefill` has filled them, and they are trimmed.
     """
@@ -85,7 +85,7 @@ class CachePolicy(NamedTuple):
     reserve: Callable[[Tiers, Bool[Array, " B"]], Tiers] = append_room
     settle: Callable[[Tiers, PyTree, Int[Array, "B K"]], Tiers] | None = None
     fit: Callable[[Tiers, Int[Array, " B"]], tuple[Tiers, tuple[int, ...]]] | None = None
-    revise: Callable[[Tiers, Array, Array, Gate, Int[Array, " B"]], Revised] | None = None
+    revise: Callable[[Tiers, Array, Array, Gate, Int[Array, " B"], Implementation | None], Revised] | None = None
 
 
 class Recipe(NamedTuple):

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from kvjax import command
+from kvjax import command, kernels
 from kvjax.errors import InputError
+from kvjax.methods import KERNELS
 from kvjax.retrofit import curves
 from kvjax.retrofit.schedule import Schedule
 from kvjax.retrofit.train import RUN, Options, Progress, retrofit
@@ -70,6 +71,7 @@ def parser() -> command.Parser:
     train.add_argument("--weight-decay", type=float, help="(default: 0.1; dms: 0)")
     train.add_argument("--clip", type=float, default=1.0, help="largest norm of a gradient (default: 1)")
     train.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True, help="save memory (default)")
+    command.add_kernels_flag(train, "what merges keys and values", default="xla")
     train.add_argument("--seed", type=int, default=0, help="of order and noise (default: 0)")
     train.add_argument(
         "--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field"
@@ -110,6 +112,7 @@ def options(args: argparse.Namespace) -> Options:
         raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch}")
     if args.save_every % args.log_every:
         raise InputError(f"--save-every {args.save_every} is not a multiple of --log-every {args.log_every}")
+    kernels.check(KERNELS[args.kernels])
     dms = args.objective == "dms"
     gate = GateSpec(
         objective=args.objective,
@@ -149,6 +152,7 @@ def options(args: argparse.Namespace) -> Options:
         weight_decay=_chosen(args.weight_decay, DECAY[args.objective]),
         clip=args.clip,
         remat=args.remat,
+        kernels=KERNELS[args.kernels],
         seed=args.seed,
         export=tuple(args.export or ()),
         log_every=args.log_every,

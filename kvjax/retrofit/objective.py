@@ -12,6 +12,7 @@ Differs: the divergence from the base model is KL(base || model), the released D
   (queries lose theirs before and after rotation), which is the same where nothing is left.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +20,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from kvjax.kernels import kernel_or_xla
 from kvjax.models import gate as gates
 from kvjax.models import rope, training
 from kvjax.models.decoder import Decoder, Layer
 from kvjax.spec import Gate, GateSpec, ModelSpec, RopeSpec
 from pallas_kernels import segment_merge
+from pallas_kernels.implementation import Implementation
 
 LOGITS = 2**25  # of a sequence that are held at once
 
@@ -73,13 +76,17 @@ def decide(gate: Gate, starts: Bool[Array, "B T"], relax: Relax | None) -> tuple
     return alpha, straight, jnp.where(first, 0.0, jax.nn.log_sigmoid(-s))
 
 
-def see(spec: GateSpec, gate: Gate, k: Array, v: Array, starts: Bool[Array, "B T"], relax: Relax | None) -> _Seen:
+def see(
+    spec: GateSpec, gate: Gate, k: Array, v: Array, starts: Bool[Array, "B T"], relax: Relax | None,
+    kernels: Implementation | None = "xla",
+) -> _Seen:  # fmt: skip
     """What the decisions make of a layer's keys and values."""
     alpha, hard, stays = decide(gate, starts, relax)
     bias = jnp.moveaxis(jnp.pad(stays[:, 1:], ((0, 0), (0, 1), (0, 0))), 1, 2)  # of key j, what token j + 1 decided
     if spec.objective == "dmc":
         assert not isinstance(gate.weight, tuple)
-        k, v = (segment_merge.pool(x, alpha, gate.weight, window=spec.window) for x in (k, v))
+        mean = functools.partial(kernel_or_xla, "segment means", segment_merge.pool, kernels, window=spec.window)
+        k, v = (mean(x, alpha, gate.weight) for x in (k, v))
     return _Seen(k, v, bias, hard.mean(axis=1))
 
 
@@ -91,13 +98,14 @@ def attend(
     turn: tuple[Array, Array],
     spec: ModelSpec,
     window: int | None,
+    kernels: Implementation | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B K"]]:
     """One layer; also what its gate decided, differentiable."""
     gate_spec = spec.gate
     assert gate_spec is not None
     q, k, v, gate = layer.project(x)
     assert isinstance(gate, Gate)
-    seen = see(gate_spec, gate, k, v, starts, relax)
+    seen = see(gate_spec, gate, k, v, starts, relax, kernels)
     q = gates.silence(gate_spec, rope.rotate(q, *turn), spec.num_kv_heads)
     free = gate_spec.window if gate_spec.objective == "dms" else 0
     heads = _attention(spec, q, rope.rotate(seen.k, *turn), seen.v, bias=seen.bias, free=free, window=window)
@@ -124,6 +132,7 @@ def run(
     *,
     remat: bool = False,
     fading: tuple[GateSpec, Array] | None = None,
+    kernels: Implementation | None = "xla",
 ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K"]]:
     """The last layer's outputs, and the share of tokens that the gates merge or evict, differentiable.
 
@@ -133,6 +142,7 @@ def run(
       relax: how decisions are made.
       remat: compute layers again for the gradient instead of keeping what is in them.
       fading: the gate to come, and how much is left of what it will borrow.
+      kernels: what computes segment means; None = the platform's.
     """
     spec, ids, starts = model.spec, batch.ids[:, :-1], batch.starts[:, :-1]
     turns = {rotary: _turn(spec, rotary, ids.shape[1]) for rotary in map(spec.rotary, range(spec.num_layers))}
@@ -147,7 +157,7 @@ def run(
             one = lambda layer, x, turn, w=window: (_plain(layer, x, turn, spec, w), none)
         else:
             noise = None if relax is None else relax._replace(key=jax.random.fold_in(relax.key, index))
-            one = lambda layer, x, turn, w=window, noise=noise: attend(layer, x, starts, noise, turn, spec, w)
+            one = lambda layer, x, turn, w=window, noise=noise: attend(layer, x, starts, noise, turn, spec, w, kernels)
         x, hard = (jax.checkpoint(one) if remat else one)(layer, x, turns[spec.rotary(index)])
         decided.append(hard)
     return x, jnp.stack(decided)
@@ -178,16 +188,17 @@ def losses(
     weight: float = 1.0,
     remat: bool = False,
     fading: tuple[GateSpec, Array] | None = None,
+    kernels: Implementation | None = "xla",
 ) -> Losses:
     """The loss of a batch.
 
     Args:
-      model, batch, relax, remat, fading: as in `run`.
+      model, batch, relax, remat, fading, kernels: as in `run`.
       rate: the target, tokens per slot.
       base: the model to be like; None = the text is learned.
       weight: of the penalty.
     """
-    x, decided = run(model, batch, relax, remat=remat, fading=fading)
+    x, decided = run(model, batch, relax, remat=remat, fading=fading, kernels=kernels)
     like = None if base is None else jax.lax.stop_gradient(run(base, batch, None, remat=False)[0])
     text = _text(model, x, batch.ids[:, 1:], base, like)
     penalty = jnp.maximum(0.0, 1 - 1 / rate - decided.mean(axis=(0, 2))).mean()

@@ -28,6 +28,7 @@ from kvjax.retrofit.objective import Batch, Losses, Relax
 from kvjax.retrofit.schedule import Schedule
 from kvjax.retrofit.weights import Params
 from kvjax.spec import GateSpec, ModelSpec
+from pallas_kernels.implementation import Implementation
 
 RUN = "run"  # folder of the run, in that of the checkpoint
 MEASURED = 16  # sequences that a checkpoint's rate is measured on
@@ -51,6 +52,7 @@ class Options:
     weight_decay: float = 0.1
     clip: float = 1.0  # largest norm of a step's gradient
     remat: bool = True
+    kernels: Implementation | None = "xla"
     seed: int = 0
     export: tuple[float, ...] = ()  # rates at which a checkpoint is written on the way
     log_every: int = 10
@@ -61,7 +63,7 @@ class Options:
 
     def identity(self) -> dict[str, Any]:
         """What a run that is continued must agree on, as JSON has it."""
-        free = ("files", "keep", "minutes", "save_every", "log_every", "remat", "export")
+        free = ("files", "keep", "minutes", "save_every", "log_every", "remat", "kernels", "export")
         found = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
         return json.loads(json.dumps(found | {"schedule": self.schedule._asdict(), "model": str(self.model)}))
 
@@ -130,7 +132,7 @@ class Step:
             relax = Relax(key, options.temperature)
             found = objective.losses(
                 model, batch, target, relax, base=teacher, weight=options.penalty, remat=options.remat,
-                fading=(gate, keep) if fading else None,
+                fading=(gate, keep) if fading else None, kernels=options.kernels,
             )  # fmt: skip
             return found.total, found
 

@@ -47,11 +47,13 @@ def _scanned(x: Float[Array, "B T K n"], merge: Float[Array, "B T K"]) -> Float[
 
 @functools.partial(jax.checkpoint, static_argnums=2)  # else the gradient keeps every shifted copy
 def _windowed(x: Float[Array, "B T K n"], merge: Float[Array, "B T K"], window: int) -> Float[Array, "B T K n"]:
-    def earlier(y: Array, by: int) -> Array:
-        return jnp.pad(y, ((0, 0), (by, 0), *((0, 0),) * (y.ndim - 2)))[:, : y.shape[1]]
-
     total, carried = x, merge  # carried: how much of the token `by` places earlier is still there
     for by in range(1, window):
         total = total + carried[..., None] * earlier(x, by)
         carried = carried * earlier(merge, by)
     return total
+
+
+def earlier(y: Float[Array, "B T *n"], by: int) -> Float[Array, "B T *n"]:
+    """What belongs to the token `by` places earlier, 0 where there is none."""
+    return jnp.pad(y, ((0, 0), (by, 0), *((0, 0),) * (y.ndim - 2)))[:, : y.shape[1]]
