@@ -1,0 +1,1 @@
+def topk_retain(*a, **k): raise NotImplementedError
