@@ -100,7 +100,7 @@ def query_column_sums(prompt: Prompt) -> Float[Array, "B N T"]:
 
 
 def _query_column_sums(prompt: Prompt, recent: int | None) -> Float[Array, "B N T"]:
-    return _kernel_or_xla(
+    return kernel_or_xla(
         "scores of a prompt",
         prefill_scores.column_sums,
         prompt.kernels,
@@ -196,7 +196,7 @@ def decode(
     """
 
     def part(tier: Tier, store: KVStore, slots: Bool[Array, "B K S"] | None, logits: bool) -> kernel.Partial:
-        return _kernel_or_xla(
+        return kernel_or_xla(
             "decode attention",
             kernel.decode_attention,
             read.kernels,
@@ -228,7 +228,7 @@ def decode(
     return whole.o / whole.l[..., None], probs
 
 
-def _kernel_or_xla(name: str, run: Callable[..., T], kernels: Implementation | None, *args: Any, **kwargs: Any) -> T:
+def kernel_or_xla(name: str, run: Callable[..., T], kernels: Implementation | None, *args: Any, **kwargs: Any) -> T:
     """What a kernel computes, or plain XLA with a line that says why."""
     try:
         return run(*args, implementation=kernels, **kwargs)

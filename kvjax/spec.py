@@ -140,7 +140,7 @@ class Prompt(NamedTuple):
     layer: int | Int[Array, ""]
     num_layers: int
     window: int | None  # sliding window of this layer [tokens]
-    kernels: Implementation | None = "xla"  # what computes scores
+    kernels: Implementation | None = "xla"  # what computes scores and selects tokens
     gate: Gate | tuple = ()  # [B T K]; () if the model has none
     revised: PyTree = ()  # what `CachePolicy.revise` left for `CachePolicy.prefill`
 

@@ -188,6 +188,7 @@ def cases(target: str) -> Iterator[Case]:
             yield Case("decode_attention", "Llama-3-8B", store, 32768, 16)
     for context in (8192, 32768):
         yield Case("column_sums", "Llama-3-8B", "", context, 1)
+        yield Case("topk_retain", "Llama-3-8B", "", context, 1, {"keep": 0.2})
     if target not in THOROUGH:
         return
     for model in MODELS:
@@ -198,6 +199,8 @@ def cases(target: str) -> Iterator[Case]:
         yield Case("decode_attention", "Llama-3-8B", "int4", 8192, 2, options)
     for options in ({"window": 4096}, {"recent": 32}):
         yield Case("column_sums", "Llama-3-8B", "", 32768, 1, options)
+    for context, batch, keep in ((4096, 8, 0.2), (16384, 4, 0.1), (131072, 1, 0.1), (131072, 1, 0.2)):
+        yield Case("topk_retain", "Llama-3-8B", "", context, batch, {"keep": keep})
 
 
 def decode_attention(target: Target, case: Case) -> tuple[Callable, tuple]:
@@ -248,7 +251,27 @@ def column_sums(target: Target, case: Case) -> tuple[Callable, tuple]:
     return sums, (*vectors, jax.ShapeDtypeStruct((b, k * g, t), jnp.float32), jax.ShapeDtypeStruct((b,), jnp.int32))
 
 
-KERNELS = {"decode_attention": decode_attention, "column_sums": column_sums}
+def topk_retain(target: Target, case: Case) -> tuple[Callable, tuple]:
+    """A function and its arguments."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.topk_retain import topk_retain
+
+    heads, _, h = MODELS[case.model]
+    shape = case.batch, heads, case.context
+    retain = functools.partial(
+        topk_retain,
+        n=int(case.options["keep"] * case.context),
+        implementation="tpu" if target.platform == "tpu" else "gpu",
+    )
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    vectors = of(jnp.bfloat16, *shape, h)
+    scores, pos = of(jnp.float32, *shape), of(jnp.int32, *shape)
+    return retain, (scores, of(jnp.int32, *shape[:2]), vectors, vectors, pos, scores)
+
+
+KERNELS = {"decode_attention": decode_attention, "column_sums": column_sums, "topk_retain": topk_retain}
 
 
 def compile_kernels(target: Target) -> None:
