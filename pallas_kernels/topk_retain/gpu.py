@@ -87,7 +87,8 @@ def _select(priority: Float[Array, "r T"], count: Int[Array, " r"], n: int, chun
     start = tuple(jnp.full(x.shape, fill, x.dtype) for x, fill in zip(state, (LEAST, 0, -1), strict=True))
     state = jax.lax.fori_loop(0, 32 // BITS, narrow, start)
     # One slot more, where the interpreter writes what is not kept.
-    place = call(functools.partial(_place, chunk=chunk, n=n), out_shape=[ints(rows, n + 1)] * 2, name="topk_retain_place")
+    wide = [ints(rows, n + 1)] * 2
+    place = call(functools.partial(_place, chunk=chunk, n=n), out_shape=wide, name="topk_retain_place")
     index, key = (x[:, :n] for x in place(priority, count, *state))
     filled = jnp.arange(n) < count[:, None]
     falling = jnp.where(filled, ~key, ~jnp.int32(LEAST))

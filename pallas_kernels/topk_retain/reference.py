@@ -42,10 +42,12 @@ def topk_retain(
     t = priority.shape[-1]
     _, best = jax.lax.top_k(comparable(priority), n)
     filled = jnp.arange(n) < count[..., None]
-    pick = lambda x: jnp.take_along_axis(x, best.reshape(best.shape + (1,) * (x.ndim - 3)), axis=2)
-    only = lambda x, empty: jnp.where(filled.reshape(filled.shape + (1,) * (x.ndim - 3)), x, jnp.asarray(empty, x.dtype))
-    vectors = (only(pick(x), 0) for x in (k, v))
-    return Kept(only(best, t), *vectors, only(pick(pos), -1), only(pick(stat), 0))
+
+    def pick(x: Array, empty: int) -> Array:
+        like = lambda y: y.reshape(y.shape + (1,) * (x.ndim - 3))
+        return jnp.where(like(filled), jnp.take_along_axis(x, like(best), axis=2), jnp.asarray(empty, x.dtype))
+
+    return Kept(jnp.where(filled, best, t), pick(k, 0), pick(v, 0), pick(pos, -1), pick(stat, 0))
 
 
 def check(n: int, priority: Float[Array, "B K T"]) -> None:
