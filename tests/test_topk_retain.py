@@ -59,6 +59,7 @@ def assert_kept(name, t, n, dtype, kind, seed, count):
     for b in range(B):
         for head in range(K):
             rank = np.where(np.isnan(priority[b, head]), -np.inf, priority[b, head]).astype(np.float64)
+            rank[np.abs(rank) < 2.0**-126] = 0  # subnormal
             best = np.argsort(-rank, kind="stable")[: min(count[b][head], n)]
             index = np.broadcast_to(np.arange(t), (B, K, t))
             for found, source, empty in zip(got, (index, *tokens), (t, 0, 0, -1, 0), strict=True):
@@ -68,9 +69,10 @@ def assert_kept(name, t, n, dtype, kind, seed, count):
 
 @pytest.mark.parametrize("name", ["xla", "interpret"])
 @pytest.mark.parametrize(("t", "n"), SHAPES)
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.sampled_from(KINDS), st.integers(0, 10**6), st.lists(st.integers(0, 400), min_size=B * K, max_size=B * K))
 @example("strange", 0, [0, 1, 39, 400])
+@example("tiny", 0, [0, 1, 39, 400])
 @example("equal", 0, [0, 1, 39, 400])
 @example("protected", 0, [40, 130, 130, 1])
 def test_the_best_are_kept_in_order(name, t, n, kind, seed, counts):

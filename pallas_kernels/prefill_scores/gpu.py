@@ -65,7 +65,7 @@ def _pieces(width: int, widest: int) -> list[pl.Slice]:
     found = powers(width, widest)
     if (least := min(size for _, size in found)) < NARROWEST:
         raise NotImplementedError(f"heads of {width} numbers have a piece of {least}, less than {NARROWEST}")
-    return [pl.ds(start, size) for start, size in found]
+    return [pl.Slice(start, size) for start, size in found]
 
 
 def _kernel(q_ref: Any, k_ref: Any, lse_ref: Any, length_ref: Any, out_ref: Any, *, pieces: list[pl.Slice], keys: int,

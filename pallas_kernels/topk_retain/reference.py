@@ -31,7 +31,8 @@ def topk_retain(
     """The best tokens of each row, exactly, in descending order; of equal ones the first comes first.
 
     Args:
-      priority: larger = keep; +inf for protected tokens, -inf for padding. 0 and -0 are equal; nan is as low as -inf.
+      priority: larger = keep; +inf for protected tokens, -inf for padding. nan is as low as -inf; 0, -0 and numbers
+        that are too small to be normal are equal.
       count: tokens that a row keeps; as data, so that budgets may be. At most n are kept.
       k, v, pos, stat: keys and values (numbers or codes), positions and scores of the tokens.
       n: slots of the result, at most T.
@@ -57,9 +58,10 @@ def check(n: int, priority: Float[Array, "B K T"]) -> None:
 
 
 def comparable(priority: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """Priorities without numbers that compare in ways of their own: nan becomes -inf, -0 becomes 0."""
+    """Priorities without numbers that platforms compare in ways of their own: nan, -0, subnormal ones."""
     priority = jnp.where(priority == priority, priority, -jnp.inf)
-    return jnp.where(priority == 0, jnp.zeros_like(priority), priority)
+    tiny = float(jnp.finfo(priority.dtype).tiny)
+    return jnp.where(jnp.abs(priority) < tiny, jnp.zeros_like(priority), priority)
 
 
 def ordered(priority: Float[Array, "*b"]) -> Int[Array, "*b"]:
