@@ -191,7 +191,7 @@ def _settle(tiers: Tiers, waiting: PyTree, place: Int[Array, ""], slots: Int[Arr
     """Fill a layer's rows with what has waited for their slots."""
     assert recipe.policy.settle is not None
     olds = tuple(tiers_.layer(t, place) for t in tiers)
-    views = recipe.policy.settle(olds, waiting, slots)
+    views = recipe.policy.settle(olds, waiting, slots, recipe.kernels)
     return tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
 
 

@@ -170,7 +170,7 @@ class Prompt(NamedTuple):
     window: int | None  # sliding window of this layer [tokens]
     scale: float  # of the products of queries and keys
     cap: float | None = None  # bounds those, see `pallas_kernels.soft_cap`
-    kernels: Implementation | None = "xla"  # what computes scores
+    kernels: Implementation | None = "xla"  # what computes scores and selects tokens
     gate: Gate | tuple = ()  # [B T K]; () if the model has none
     revised: PyTree = ()  # what `CachePolicy.revise` left for `CachePolicy.prefill`
 

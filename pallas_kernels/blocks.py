@@ -1,4 +1,4 @@
-"""Block sizes for loops over a prompt."""
+"""Block sizes: of loops over a prompt, and of parts that a kernel may load."""
 
 
 def divisor(n: int, most: int) -> int:
@@ -8,3 +8,17 @@ def divisor(n: int, most: int) -> int:
     (288, 512)
     """
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+
+
+def powers(width: int, widest: int = 128) -> list[tuple[int, int]]:
+    """Parts of a width that are powers of two, at most `widest`: where each starts, and its size.
+
+    >>> powers(96), powers(128), powers(200)
+    ([(0, 64), (64, 32)], [(0, 128)], [(0, 128), (128, 64), (192, 8)])
+    """
+    found, start = [], 0
+    while start < width:
+        size = min(widest, 1 << (width - start).bit_length() - 1)
+        found.append((start, size))
+        start += size
+    return found

@@ -76,6 +76,8 @@ def cases(target: str) -> Iterator[Case]:
             yield Case("attention", "Llama-3-8B", "", context, 1)
             yield Case("attention", "Llama-3-8B", "", context, 1, {"window": 4096})
     yield Case("segment_merge", "Llama-3-8B", "", 32768, 1, {"window": 12})
+    if target in GPUS:
+        yield Case("topk_retain", "Llama-3-8B", "", 32768, 1, {"keep": 0.2})
     if target not in THOROUGH:
         return
     for model in MODELS:
@@ -88,6 +90,9 @@ def cases(target: str) -> Iterator[Case]:
         yield Case("segment_merge", "Llama-2-7B", "", 4096, 1, {"window": window})
     for options in ({"window": 4096}, {"recent": 32}):
         yield Case("column_sums", "Llama-3-8B", "", 32768, 1, options)
+    if target in GPUS:
+        for context, batch, keep in ((4096, 8, 0.1), (131072, 1, 0.2)):
+            yield Case("topk_retain", "Llama-3-8B", "", context, batch, {"keep": keep})
 
 
 def allowance(line: dict[str, Any]) -> tuple[float, float]:
@@ -190,11 +195,28 @@ def segment_merge(target: Target, case: Case) -> tuple[Callable, tuple]:
     return gradients, (vectors, numbers, numbers, vectors)
 
 
+def topk_retain(target: Target, case: Case) -> tuple[Callable, tuple]:
+    """A function and its arguments."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.topk_retain import topk_retain
+
+    heads, _, h = MODELS[case.model]
+    shape = case.batch, heads, case.context
+    retain = functools.partial(topk_retain, n=int(case.options["keep"] * case.context), implementation="gpu")
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    vectors = of(jnp.bfloat16, *shape, h)
+    scores, pos = of(jnp.float32, *shape), of(jnp.int32, *shape)
+    return retain, (scores, of(jnp.int32, *shape[:2]), vectors, vectors, pos, scores)
+
+
 KERNELS = {
     "decode_attention": decode_attention,
     "column_sums": column_sums,
     "attention": attention,
     "segment_merge": segment_merge,
+    "topk_retain": topk_retain,
 }
 
 

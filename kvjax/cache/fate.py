@@ -25,7 +25,7 @@ class Losers(NamedTuple):
 
     k: Float[Array, "B K T R"]  # of all tokens
     v: Float[Array, "B K T W"]
-    best: Int[Array, "B K n"]  # tokens in the order of their slots
+    best: Int[Array, "B K n"]  # tokens in the order of their slots; T in empty ones
     filled: Int[Array, "B K"]  # slots that are filled
     length: Int[Array, " B"]
 
@@ -33,7 +33,7 @@ class Losers(NamedTuple):
     def gone(self) -> Bool[Array, "B K T"]:
         """Which tokens are not kept."""
         filled = jnp.arange(self.best.shape[-1]) < self.filled[..., None]
-        stays = jnp.zeros(self.k.shape[:3], bool).at[(*_row(self.filled), self.best)].set(filled)
+        stays = jnp.zeros(self.k.shape[:3], bool).at[(*_row(self.filled), self.best)].set(filled, mode="drop")
         return ~stays & (jnp.arange(self.k.shape[2]) < self.length[:, None, None])
 
 

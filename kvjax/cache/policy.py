@@ -74,8 +74,8 @@ class CachePolicy(NamedTuple):
         tier's pool needs from now on; None = it stays as it is.
       revise: `(tiers, k, v, gate [B T K], length [B], kernels) -> Revised`, keys before rotation; before the attention
         of a prompt; None = queries see the tokens as they are.
-      settle: `(tiers, waiting, slots [B K]) -> tiers` fills a layer's rows with what `prefill` let wait until the slots
-        were allocated; None = `prefill` has filled them, and they are trimmed.
+      settle: `(tiers, waiting, slots [B K], kernels) -> tiers` fills a layer's rows with what `prefill` let wait until
+        the slots were allocated; None = `prefill` has filled them, and they are trimmed.
     """
 
     init: Callable[[ModelSpec, Layers, Lengths, DTypeLike], Tiers]
@@ -83,7 +83,7 @@ class CachePolicy(NamedTuple):
     insert: Callable[[Tiers, Token], Tiers]
     observe: Callable[[Tiers, Token, tuple[Float[Array, "B K G S"], ...]], Tiers] | None = None
     reserve: Callable[[Tiers, Bool[Array, " B"]], Tiers] = append_room
-    settle: Callable[[Tiers, PyTree, Int[Array, "B K"]], Tiers] | None = None
+    settle: Callable[[Tiers, PyTree, Int[Array, "B K"], Implementation | None], Tiers] | None = None
     fit: Callable[[Tiers, Int[Array, " B"]], tuple[Tiers, tuple[int, ...]]] | None = None
     revise: Callable[[Tiers, Array, Array, Gate, Int[Array, " B"], Implementation | None], Revised] | None = None
 
@@ -100,7 +100,7 @@ class Recipe(NamedTuple):
       positions: with `rotate="read"`: `(pos, now, length) -> pos`, where a slot stands; None = at its own position.
       select: `(attention weights of each tier [B K G S], pos [B]) -> slots of each tier [B K S]`, those that a step
         attends to; None = all. It frees nothing.
-      kernels: which implementation of `pallas_kernels` reads the cache; None = the platform's.
+      kernels: which implementation of `pallas_kernels` fills and reads the cache; None = the platform's.
     """
 
     name: str

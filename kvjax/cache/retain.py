@@ -20,7 +20,10 @@ from kvjax.cache.score import Score
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots, Tier
 from kvjax.errors import InputError
+from kvjax.kernels import kernel_or_xla
 from kvjax.spec import Lengths, ModelSpec, Prompt, Token
+from pallas_kernels.implementation import Implementation
+from pallas_kernels.topk_retain import Kept, topk_retain
 
 DENSE = KVStore()
 
@@ -30,7 +33,7 @@ class Candidates(NamedTuple):
 
     k: Float[Array, "B K n R"]
     v: Float[Array, "B K n W"]
-    pos: Int[Array, "B K n"]
+    pos: Int[Array, "B K n"]  # -1 = none
     stat: Float[Array, "B K n"]
     length: Int[Array, " B"]  # tokens of each prompt
 
@@ -144,27 +147,29 @@ def retain(
             rows = jnp.broadcast_to(slots[:, None], stat.shape[:2])
             if budget.split is not None:
                 rows = budget.split(open_, slots, prompt.length)
-            return settle(tiers, _candidates(prompt, stat), rows), Found()
+            return settle(tiers, _candidates(prompt, stat), rows, prompt.kernels), Found()
         info = open_ if budget.measure is None else budget.measure(prompt, open_)
         found = _candidates(prompt, stat)
         if fate.prompt is None and budget.most is not None:
             with jax.ensure_compile_time_eval():
                 width = int(budget.most(prompt.num_layers, stat.shape[1], np.asarray(stat.shape[-1])))
-            found = _shortlist(score, found, budget.most(prompt.num_layers, stat.shape[1], prompt.length), width)
+            most = budget.most(prompt.num_layers, stat.shape[1], prompt.length)
+            found = _shortlist(score, found, most, width, prompt.kernels)
         return tiers, Found(info, found)
 
-    def settle(tiers: Tiers, found: Candidates, rows: Int[Array, "B K"]) -> Tiers:
+    def settle(tiers: Tiers, found: Candidates, rows: Int[Array, "B K"], kernels: Implementation | None) -> Tiers:
         (tier, *_) = tiers
         n = min(found.pos.shape[-1], tier.capacity)
-        best, filled = _best(score, found, rows, n)
-        k, v = found.k, found.v
-        kept = Slots(_pick(k, best), _pick(v, best), _pick(found.pos, best), _pick(found.stat, best))
+        filled = jnp.minimum(rows, found.length[:, None])
+        best = _best(score, found, rows, filled, n, kernels)
+        kept = Slots(best.k, best.v, best.pos, best.stat)
         if fate.prompt is not None:
-            kept, tiers = fate.prompt(Losers(k, v, best, filled, found.length), kept, tiers, stores)
+            losers = Losers(found.k, found.v, best.index, filled, found.length)
+            kept, tiers = fate.prompt(losers, kept, tiers, stores)
         (tier, *rest) = tiers
         k, v = store.encode(kept.k, kept.v, tier.calib)
         kept = kept._replace(k=k, v=v)
-        slot = jnp.broadcast_to(jnp.arange(n), best.shape)
+        slot = jnp.broadcast_to(jnp.arange(n), best.index.shape)
         tier = tiers_.reserve(tier._replace(budget=rows + beyond(found.length)[:, None]), filled, n)
         return (tiers_.put(tier, slot, kept, slot < filled[..., None]), *rest)
 
@@ -234,27 +239,30 @@ def _candidates(prompt: Prompt, stat: Float[Array, "B K T"]) -> Candidates:
     return Candidates(k, v, jnp.broadcast_to(jnp.arange(stat.shape[-1]), stat.shape), stat, prompt.length)
 
 
-def _shortlist(score: Score, found: Candidates, most: Int[Array, " B"], width: int) -> Candidates:
+def _shortlist(
+    score: Score, found: Candidates, most: Int[Array, " B"], width: int, kernels: Implementation | None
+) -> Candidates:
     """The candidates that rows of up to `most` slots can keep, at most `width` of them."""
-    rows, (*_, tokens) = jnp.broadcast_to(most[:, None], found.stat.shape[:2]), found.stat.shape
-    best, _ = _best(score, found, rows, min(width, tokens))
-    pick = lambda x: _pick(x, best)
-    return found._replace(k=pick(found.k), v=pick(found.v), pos=pick(found.pos), stat=pick(found.stat))
-
-
-def _pick(x: Array, at: Int[Array, "B K n"]) -> Array:
-    return jnp.take_along_axis(x, at.reshape(at.shape + (1,) * (x.ndim - 3)), axis=2)
+    each = lambda x: jnp.broadcast_to(x[:, None], found.stat.shape[:2])
+    best = _best(score, found, each(most), each(found.length), min(width, found.stat.shape[2]), kernels)
+    return found._replace(k=best.k, v=best.v, pos=best.pos, stat=best.stat)
 
 
 def _best(
-    score: Score, found: Candidates, rows: Int[Array, "B K"], n: int
-) -> tuple[Int[Array, "B K n"], Int[Array, "B K"]]:
-    """Indices of the n best candidates, best first, and how many of them are kept; ties go to the first candidate."""
+    score: Score,
+    found: Candidates,
+    rows: Int[Array, "B K"],
+    count: Int[Array, "B K"],
+    n: int,
+    kernels: Implementation | None,
+) -> Kept:
+    """The `count` best candidates of rows with so many slots, at most n, best first; ties go to the first candidate."""
     length = found.length[:, None, None]
     protected = score.protect(found.pos, length, rows[..., None])
-    priority = jnp.where(protected, jnp.inf, found.stat)
-    _, best = jax.lax.top_k(jnp.where(found.pos < length, priority, -jnp.inf), n)
-    return best, jnp.minimum(rows, length[..., 0])
+    real = (found.pos >= 0) & (found.pos < length)
+    priority = jnp.where(real, jnp.where(protected, jnp.inf, found.stat), -jnp.inf)
+    vectors = found.k, found.v, found.pos, found.stat
+    return kernel_or_xla("selection", topk_retain, kernels, priority, count, *vectors, n=n)
 
 
 def _worst(score: Score, tier: Tier, now: Int[Array, " B"]) -> Int[Array, "B K"]:

@@ -24,6 +24,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from pallas_kernels.blocks import powers
 from pallas_kernels.codes import (
     DENSE,
     Affine,
@@ -171,12 +172,8 @@ def _format(name: str, decode: Any, codes: Any, dtype: DTypeLike) -> _Format:
     """How a pool is read; raises `NotImplementedError` for what this kernel cannot read."""
     width, dtype = width_of(decode, codes), jnp.dtype(dtype)
     if isinstance(decode, Dense):
-        found, start = [], 0
-        while start < width:
-            size = min(WIDEST, 1 << (width - start).bit_length() - 1)
-            found.append(Piece(start, size, start, 0, 0, 1, 0))
-            start += size
-        made = _Format(tuple(found), codes.dtype)
+        found = tuple(Piece(start, size, start, 0, 0, 1, 0) for start, size in powers(width, WIDEST))
+        made = _Format(found, codes.dtype)
     elif isinstance(decode, Affine):
         groups = groups_of(decode, codes)
         offset = -decode.middle if decode.symmetric else None

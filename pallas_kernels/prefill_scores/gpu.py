@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Float, Int
 
+from pallas_kernels.blocks import powers
 from pallas_kernels.prefill_scores.reference import first_query, query_blocks
 from pallas_kernels.soft_cap import soft_cap
 
@@ -63,14 +64,10 @@ def column_sums(
 
 def _pieces(width: int, widest: int) -> list[pl.Slice]:
     """Parts of a head, powers of two up to `widest`; raises `NotImplementedError` where one is too narrow."""
-    found, start = [], 0
-    while start < width:
-        size = min(widest, 1 << (width - start).bit_length() - 1)
-        if size < NARROWEST:
-            raise NotImplementedError(f"heads of {width} numbers have a piece of {size}, less than {NARROWEST}")
-        found.append(pl.ds(start, size))
-        start += size
-    return found
+    found = powers(width, widest)
+    if (least := min(size for _, size in found)) < NARROWEST:
+        raise NotImplementedError(f"heads of {width} numbers have a piece of {least}, less than {NARROWEST}")
+    return [pl.Slice(start, size) for start, size in found]
 
 
 def _kernel(q_ref: Any, k_ref: Any, lse_ref: Any, length_ref: Any, out_ref: Any, *, pieces: list[pl.Slice], keys: int,
