@@ -160,6 +160,11 @@ def read_parts(
         yield name, dict(islice(arrays, len(targets)))
 
 
+def stored_as(target: str, shape: tuple[int, ...], spec: ModelSpec) -> tuple[str, tuple[int, ...]]:
+    """The name and the shape of the checkpoint's tensor that holds a parameter of this shape."""
+    return _source(target, spec.family), _stored_shape(target, shape, spec)
+
+
 def stored_dtype(weights: Weights) -> np.dtype:
     """The dtype of a checkpoint's embedding, which stands for the whole."""
     return _DTYPES[weights.stored["embedding"].dtype]

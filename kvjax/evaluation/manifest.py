@@ -32,12 +32,7 @@ def write(directory: Path, command: Sequence[str], arguments: Mapping[str, objec
       InputError: the folder holds the results of a run with other arguments, or cannot be written.
     """
     arguments = json.loads(json.dumps(arguments))  # as they will be read
-    call = {
-        "command": shlex.join(["python", "-m", *command]),
-        "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in PACKAGES}},
-        "commit": commit(),
-        "device": jax.devices()[0].device_kind,
-    }
+    call = describe(command)
     path = directory / NAME
     try:
         calls = [] if fresh else _earlier(path, arguments)
@@ -47,6 +42,16 @@ def write(directory: Path, command: Sequence[str], arguments: Mapping[str, objec
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {directory}: {error.strerror}") from None
+
+
+def describe(command: Sequence[str]) -> dict[str, object]:
+    """A call as JSON: the command (module and flags), versions, commit and device."""
+    return {
+        "command": shlex.join(["python", "-m", *command]),
+        "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in PACKAGES}},
+        "commit": commit(),
+        "device": jax.devices()[0].device_kind,
+    }
 
 
 def digest(text: str) -> str:

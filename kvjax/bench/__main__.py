@@ -1,0 +1,53 @@
+"""Speed, measured on this machine; every command prints a table and writes JSON, a table and a picture with --out DIR.
+
+    python -m kvjax.bench kernels --all          each kernel, shape and store against XLA and other libraries
+    python -m kvjax.bench decode --model llama-3-8b --methods full,h2o:20% --batch max
+    python -m kvjax.bench prefill                prompts, and what a method adds to attention
+    python -m kvjax.bench convert                a checkpoint's conversion: speed and memory
+    python -m kvjax.bench tune                   block sizes of the kernels, for the table that the kernels read
+
+Without a command it is `decode`. COMMAND --help shows a command's flags. All contestants of a table take turns in one
+process: read the ratios.
+"""
+
+import argparse
+from pathlib import Path
+
+from kvjax import command
+from kvjax.bench import convert, decode, kernels, prefill, report, tune
+from kvjax.errors import InputError
+
+PROG = "kvjax.bench"
+COMMANDS = {"kernels": kernels, "decode": decode, "prefill": prefill, "convert": convert, "tune": tune}
+
+
+def parser(name: str) -> command.Parser:
+    """A command's flags, with those that all have."""
+    raw = argparse.RawDescriptionHelpFormatter
+    p = command.Parser(prog=f"{PROG} {name}", description=COMMANDS[name].__doc__, formatter_class=raw)
+    COMMANDS[name].add_flags(p)
+    p.add_argument("--rounds", type=int, default=7, help="turns of each contestant (default: 7)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="write JSON, a table and a picture")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    argv = command.given(argv)
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    if argv[:1] and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        raise InputError(f"no command {argv[0]!r}: choose from {', '.join(COMMANDS)}")
+    name, flags = (argv[0], argv[1:]) if argv[:1] and argv[0] in COMMANDS else ("decode", argv)
+    args = parser(name).parse_args(flags)
+    if args.rounds < 1:
+        raise InputError(f"--rounds {args.rounds} is not at least 1")
+    report.check(args.out)
+    found = COMMANDS[name].run(args, [PROG, name, *flags])
+    report.tell(found, as_json=args.json, out=args.out)
+
+
+if __name__ == "__main__":
+    command.run(PROG, main)

@@ -1,0 +1,210 @@
+"""The kernels that are measured: an entry of `KERNELS` for each, with what it is given, what it must move, its rivals.
+
+Another kernel is a function that makes a `Case`, and a line of `KERNELS`.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from kvjax.bench import models
+from kvjax.bench.rivals import DECODE, Call, prompt_attention
+from kvjax.cache import pages
+from kvjax.cache.quantize import named
+from kvjax.errors import InputError
+from pallas_kernels import segment_merge
+from pallas_kernels.decode_attention import decode_attention, merge
+from pallas_kernels.implementation import Implementation
+from pallas_kernels.prefill_scores import column_sums
+
+STORES = ("dense", "int8", "int4", "int3", "int2", "fp8", "kivi2", "mikv")
+MIKV = (("dense", 0.2), ("int2", 0.8))  # tiers and their shares of the tokens
+Settings = Mapping[str, Any]
+Make = Callable[["Shape", str, DTypeLike], "Case"]
+
+
+class Shape(NamedTuple):
+    """What a kernel is run at."""
+
+    model: str  # a name of `kvjax.bench.models.SHAPES`
+    context: int  # tokens
+    batch: int  # sequences
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """K, G, H."""
+        spec = models.SHAPES[self.model]
+        return spec.num_kv_heads, spec.group_size, spec.head_dim
+
+    @property
+    def name(self) -> str:
+        """As the command line has it."""
+        return f"{self.model}:{self.context}:{self.batch}"
+
+
+class Case(NamedTuple):
+    """A kernel with its arguments.
+
+    Attributes:
+      run: the kernel as a function of arrays and `implementation=`.
+      args: arrays.
+      bytes: that are read and written at least.
+      flop: of its products, a multiplication and an addition apart.
+      rivals: by name, functions that make a `Call` or raise `NotImplementedError`.
+    """
+
+    run: Callable[..., Any]
+    args: tuple[Any, ...]
+    bytes: int
+    flop: float
+    rivals: dict[str, Callable[[], Call]] = {}  # noqa: RUF012  (never changed)
+
+
+class Kernel(NamedTuple):
+    """An entry of the registry.
+
+    Attributes:
+      make: `(shape, store, dtype) -> Case`, on the device.
+      stores: number formats that it is tried with; `("",)` = it reads none.
+      prompt: works on prompts: tried with one.
+      tries: settings that `bench tune` compares, by implementation.
+    """
+
+    make: Make
+    stores: tuple[str, ...] = ("",)
+    prompt: bool = False
+    tries: dict[Implementation, Sequence[Settings]] = {}  # noqa: RUF012  (never changed)
+
+
+def read_shape(text: str) -> Shape:
+    """A shape from `model:context:batch`.
+
+    >>> read_shape("llama-3-8b:32768:16").heads
+    (8, 4, 128)
+    """
+    model, *numbers = text.split(":")
+    if model not in models.SHAPES:
+        raise InputError(f"--shapes {text}: no model {model!r}: choose from {', '.join(models.SHAPES)}")
+    if len(numbers) not in (1, 2) or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+        raise InputError(f"--shapes {text}: give model:context or model:context:batch, such as llama-3-8b:32768:16")
+    return Shape(model, int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 1)
+
+
+def _normal(seed: int, *shape: int, dtype: DTypeLike) -> Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def _size(*trees: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(trees))
+
+
+# Decode attention
+
+
+def _tier(shape: Shape, store: str, slots: int, dtype: DTypeLike) -> tuple[Any, Any, Array, Array]:
+    """Full rows of random codes in shuffled pages: keys, values, table, length."""
+    (k, _, h), codec = shape.heads, named(store)
+    page = pages.page_size(slots)
+    each = pages.pages_for(slots, page)
+    size = shape.batch * k * each
+    draw = lambda of, seed: jax.jit(lambda: of.encode(_normal(seed, size, page, h, dtype=dtype)))()
+    table = jax.random.permutation(jax.random.key(2), size).reshape(shape.batch, k, each).astype(jnp.int32)
+    return draw(codec.key, 0), draw(codec.value, 1), table, jnp.full((shape.batch, k), slots, jnp.int32)
+
+
+def attention(shape: Shape, store: str, dtype: DTypeLike) -> Case:
+    """One query per row over a full cache: of one store, or MiKV's two tiers."""
+    (k, g, h), parts = shape.heads, MIKV if store == "mikv" else ((store, 1.0),)
+    slots = [max(1, round(share * shape.context)) for _, share in parts]
+    tiers = [_tier(shape, name, n, dtype) for (name, _), n in zip(parts, slots, strict=True)]
+    q = _normal(3, shape.batch, k, g, h, dtype=dtype)
+
+    def run(q: Array, tiers: list, implementation: Implementation) -> Array:
+        found = []
+        for (name, _), tier in zip(parts, tiers, strict=True):
+            codec = named(name)
+            options: dict[str, Any] = {"decode_key": codec.key.decode, "decode_value": codec.value.decode}
+            found.append(decode_attention(q, *tier, scale=h**-0.5, implementation=implementation, **options))
+        whole = merge(found)
+        return whole.o / whole.l[..., None]
+
+    def rival(decode: Callable[..., Call]) -> Call:
+        keys, values, table, _ = tiers[0]
+        dense = lambda x: x[table].reshape(shape.batch, k, -1, h)[:, :, : shape.context]
+        return decode(q, dense(keys), dense(values))
+
+    others = {name: functools.partial(rival, each.decode) for name, each in DECODE.items()}
+    counted = _size(q, tiers) + 4 * q.size
+    return Case(run, (q, tiers), counted, 4.0 * q.size * shape.context, others if store == "dense" else {})
+
+
+# Scores of a prompt
+
+
+def scores(shape: Shape, store: str, dtype: DTypeLike, *, recent: int | None = None) -> Case:
+    """Column sums of attention over a prompt of random queries and keys; beside attention itself."""
+    (k, g, h), t, b = shape.heads, shape.context, shape.batch
+    q, key, value = (_normal(i, b, t, n, h, dtype=dtype) for i, n in enumerate((k * g, k, k)))
+    lse = jnp.broadcast_to(jnp.log(jnp.arange(1.0, t + 1)) + 0.5, (b, k * g, t)).astype(jnp.float32)  # in the mean
+
+    def run(q: Array, key: Array, lse: Array, length: Array, implementation: Implementation) -> Array:
+        return column_sums(q, key, lse, length, scale=h**-0.5, recent=recent, implementation=implementation)
+
+    queries = t if recent is None else min(recent, t)
+    read = _size(key) + (_size(q, lse) * queries) // t + _size(lse)
+    pairs = queries * (2 * t - queries + 1) / 2
+    others = {"attention": lambda: prompt_attention(q, key, value)}
+    return Case(run, (q, key, lse, jnp.full((b,), t, jnp.int32)), read, 2.0 * pairs * h * k * g * b, others)
+
+
+# Segments
+
+
+def segments(shape: Shape, store: str, dtype: DTypeLike, *, window: int = 12, rate: float = 8.0) -> Case:
+    """DMC's means of segments over a prompt, at a given rate of merging."""
+    (k, _, h), t, b = shape.heads, shape.context, shape.batch
+    x, weight = _normal(0, b, t, k, h, dtype=dtype), jnp.ones((b, t, k), jnp.float32)
+    merged = jax.random.bernoulli(jax.random.key(1), 1 - 1 / rate, (b, t, k)).astype(jnp.float32)
+
+    def run(x: Array, merged: Array, weight: Array, implementation: Implementation) -> Array:
+        if implementation != "xla":
+            raise NotImplementedError("segments are merged on xla only")
+        return segment_merge.pool(x, merged, weight, window=window)
+
+    return Case(run, (x, merged, weight), _size(x, x, merged, weight), 2.0 * window * x.size)
+
+
+def _blocks(*sizes: int) -> list[Settings]:
+    return [{"block": size} for size in sizes]
+
+
+_SQUARE = [{"block": block, "queries": queries} for block in (32, 64, 128) for queries in (32, 64, 128)]
+KERNELS = {
+    "decode_attention": Kernel(
+        attention,
+        STORES,
+        tries={
+            "xla": _blocks(128, 256, 512, 1024, 2048),
+            "gpu": _blocks(32, 64, 128, 256),
+            "tpu": _blocks(512, 1024, 2048, 4096),
+            "interpret": _blocks(32, 64),
+        },
+    ),
+    "column_sums": Kernel(
+        scores,
+        prompt=True,
+        tries={
+            "xla": _blocks(128, 256, 512, 1024),
+            "gpu": _SQUARE,
+            "tpu": _blocks(256, 512, 1024, 2048),
+            "interpret": _blocks(32, 64),
+        },
+    ),
+    "window_sums": Kernel(functools.partial(scores, recent=32), prompt=True),
+    "segment_merge": Kernel(segments, prompt=True),
+}

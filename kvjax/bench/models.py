@@ -1,0 +1,96 @@
+"""Models that are measured: checkpoints, or random weights in the shape of a known model, with a gate if asked for.
+
+Random weights are drawn on the device, matrix by matrix in the wanted dtype: no copy of the model is ever on the host.
+"""
+
+import dataclasses
+from statistics import NormalDist
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from kvjax import generation
+from kvjax.errors import InputError
+from kvjax.generation import Model
+from kvjax.models.decoder import Decoder
+from kvjax.spec import GateSpec, ModelSpec
+
+DEFAULT = "llama-88m"
+CONTEXT = 1 << 20  # tokens: random weights know no limit
+_LLAMA = ModelSpec(
+    vocab_size=8192, embed_dim=768, num_layers=12, num_heads=12, num_kv_heads=4, head_dim=64, mlp_dim=2048,
+    max_position=CONTEXT,
+)  # fmt: skip
+SHAPES = {
+    "llama-tiny": dataclasses.replace(
+        _LLAMA, vocab_size=256, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128
+    ),
+    DEFAULT: _LLAMA,
+    "llama-3.2-1b": dataclasses.replace(
+        _LLAMA, vocab_size=128256, embed_dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, mlp_dim=8192,
+        tie_embeddings=True,
+    ),
+    "llama-3-8b": dataclasses.replace(
+        _LLAMA, vocab_size=128256, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+        mlp_dim=14336,
+    ),
+    "llama-2-7b": dataclasses.replace(
+        _LLAMA, vocab_size=32000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
+        mlp_dim=11008,
+    ),
+    "qwen2-7b": dataclasses.replace(
+        _LLAMA, vocab_size=152064, embed_dim=3584, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128,
+        mlp_dim=18944, qkv_bias=True, family="qwen2",
+    ),
+}  # fmt: skip
+WINDOWS = {"dmc": 12, "dms": 256}  # tokens, as the papers have them
+
+
+def default_dtype() -> DTypeLike:
+    """float32 on CPU, bfloat16 elsewhere."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def load(name: str, dtype: str | None) -> Model:
+    """A model by the name of a shape, or a checkpoint."""
+    if name in SHAPES:
+        return random(SHAPES[name], jnp.dtype(dtype or default_dtype()), f"random {name}")
+    try:
+        return generation.load(name, dtype=None if dtype is None else jnp.dtype(dtype))
+    except InputError as error:
+        raise InputError(f"{error}; random weights: {', '.join(SHAPES)}") from None
+
+
+def random(spec: ModelSpec, dtype: DTypeLike, name: str) -> Model:
+    """A model with random weights."""
+    return Model(Decoder(spec, dtype=dtype, rngs=nnx.Rngs(0)), None, (), name)
+
+
+def gated(model: Model, objective: Literal["dmc", "dms"], rate: float) -> Model:
+    """The same weights with a gate that merges or evicts all but one in `rate` tokens, though it has learned nothing.
+
+    A projection of a normed input by random weights is normally distributed: the gate borrows one coordinate, as a
+    trained one does, and its offset is the quantile of the rate. Rows differ, and the rate holds in the mean.
+    """
+    spec = dataclasses.replace(model.spec, gate=imposed(objective, rate))
+    decoder = nnx.merge(*nnx.split(model.decoder))  # the same arrays
+    decoder.spec = spec
+    for layer in decoder.layers:
+        layer.gate = spec.gate
+    return Model(decoder, model.tokenizer, model.stop, f"{model.name}, {objective} gate of rate {rate:g}")
+
+
+def imposed(objective: Literal["dmc", "dms"], rate: float) -> GateSpec:
+    """The gate of `gated`."""
+    return GateSpec(objective, rate, WINDOWS[objective], offset=NormalDist().inv_cdf(1 / rate))
+
+
+def narrow(spec: ModelSpec) -> ModelSpec:
+    """A model whose cache has the same shape, and that reads a prompt in a fraction of the time.
+
+    It has little but heads, and attends to a sliding window.
+    """
+    return dataclasses.replace(spec, embed_dim=128, mlp_dim=128, windows=(128,) * spec.num_layers)
