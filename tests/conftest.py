@@ -2,11 +2,14 @@
 
 import importlib.util
 import itertools
+import os
 
 import hypothesis
 import jax
 import jaxtyping
 import pytest
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes may share a GPU
 
 if importlib.util.find_spec("beartype"):
     _hook = jaxtyping.install_import_hook(["kvjax", "pallas_kernels"], "beartype.beartype")

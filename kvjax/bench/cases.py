@@ -109,7 +109,7 @@ def _size(*trees: Any) -> int:
 def _tier(shape: Shape, store: str, slots: int, dtype: DTypeLike) -> tuple[Any, Any, Array, Array]:
     """Full rows of random codes in shuffled pages: keys, values, table, length."""
     (k, _, h), codec = shape.heads, named(store)
-    page = pages.page_size(slots)
+    page = max(pages.page_size(slots), codec.key.run)
     each = pages.pages_for(slots, page)
     size = shape.batch * k * each
     draw = lambda of, seed: jax.jit(lambda: of.encode(_normal(seed, size, page, h, dtype=dtype)))()
