@@ -3,18 +3,16 @@
 import re
 
 import jax
-import jax.numpy as jnp
 
-from kvjax import decode
 from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
 from kvjax.generation import Model
-from kvjax.plan import plan
+from kvjax.plan import estimate, search
+from kvjax.plan.settings import Setting
 from kvjax.spec import ModelSpec
 
 USABLE = 0.95  # of the memory: programs and what takes bandwidth's measure need some
 MOST = 4096  # sequences
-BLOCK = 512  # tokens of a block of attention over a prompt
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -41,18 +39,12 @@ def of_device(given: str | None) -> int:
 
 
 def needed(model: Model, recipe: Recipe, context: int, new: int, batch: int, reader: ModelSpec) -> int:
-    """Bytes of weights, cache, and the layer of the prompts that is being read, by a model of the shape `reader`."""
-    weights = sum(x.nbytes for x in jax.tree.leaves(model.decoder))
-    cache = plan(model, recipe, context, new, batch).bytes["total"]
-    return weights + cache + working(reader, model.decoder.dtype, batch, decode.padded_length(context))
-
-
-def working(spec: ModelSpec, dtype: jnp.dtype, batch: int, padded: int) -> int:
-    """Bytes that one layer of the prompts holds while it runs, about: vectors, logits of blocks, scores."""
-    heads = spec.num_heads + 2 * spec.num_kv_heads
-    vectors = 4 * spec.embed_dim + 3 * spec.mlp_dim + 2 * (heads + spec.num_heads) * spec.head_dim
-    logits = 4 * 3 * batch * spec.num_heads * min(BLOCK, padded) ** 2
-    return batch * padded * (vectors * dtype.itemsize + 2 * 4 * spec.num_heads) + logits
+    """Bytes of weights, cache and temporaries, as `kvjax.plan` estimates them; `reader` reads the prompts."""
+    setting = Setting(model.spec, model.decoder.dtype.name, recipe, context, new, batch)
+    platform = "tpu" if jax.default_backend() == "tpu" else "gpu"
+    parts = estimate.estimate(setting, platform)
+    prefill = estimate.waiting(setting) + estimate.prefill_temporaries(setting._replace(spec=reader), platform)
+    return parts._replace(prefill=prefill).peak
 
 
 def largest_batch(model: Model, recipe: Recipe, context: int, new: int, limit: int, reader: ModelSpec) -> int:
@@ -64,15 +56,11 @@ def largest_batch(model: Model, recipe: Recipe, context: int, new: int, limit: i
       limit: bytes of memory.
       reader: of what reads the prompts.
     """
-    fits = lambda batch: needed(model, recipe, context, new, batch, reader) <= USABLE * limit
-    if not fits(1):
-        least = needed(model, recipe, context, new, 1, reader)
+    needs = lambda batch: needed(model, recipe, context, new, batch, reader)
+    found = search.largest(needs, int(USABLE * limit), MOST)
+    if not found:
         raise InputError(
-            f"{recipe.name}: one sequence of {context} tokens needs {least / 1e9:.2f} GB with the weights, "
+            f"{recipe.name}: one sequence of {context} tokens needs {needs(1) / 1e9:.2f} GB with the weights, "
             f"of {limit / 1e9:.2f} GB: give a shorter --contexts"
         )
-    low, high = 1, MOST
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return found

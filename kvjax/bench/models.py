@@ -16,6 +16,7 @@ from kvjax import generation
 from kvjax.errors import InputError
 from kvjax.generation import Model
 from kvjax.models.decoder import Decoder
+from kvjax.models.named import NAMED
 from kvjax.spec import GateSpec, ModelSpec
 
 DEFAULT = "llama-88m"
@@ -29,23 +30,7 @@ SHAPES = {
         _LLAMA, vocab_size=256, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128
     ),
     DEFAULT: _LLAMA,
-    "llama-3.2-1b": dataclasses.replace(
-        _LLAMA, vocab_size=128256, embed_dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, mlp_dim=8192,
-        tie_embeddings=True,
-    ),
-    "llama-3-8b": dataclasses.replace(
-        _LLAMA, vocab_size=128256, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
-        mlp_dim=14336,
-    ),
-    "llama-2-7b": dataclasses.replace(
-        _LLAMA, vocab_size=32000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
-        mlp_dim=11008,
-    ),
-    "qwen2-7b": dataclasses.replace(
-        _LLAMA, vocab_size=152064, embed_dim=3584, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128,
-        mlp_dim=18944, qkv_bias=True, family="qwen2",
-    ),
-}  # fmt: skip
+} | {name: dataclasses.replace(spec, max_position=CONTEXT) for name, spec in NAMED.items()}
 WINDOWS = {"dmc": 12, "dms": 256}  # tokens, as the papers have them
 
 
