@@ -39,11 +39,15 @@ VARIANTS = {name: ARGUMENTS.get(name, {}) for name in METHODS} | {
     "dms int8": {"store": "int8", "capacity": 8},
 }
 LLAMA3 = RopeSpec(type="llama3", factor=8.0, original_max_position=32)
+# As Gemma has it: capped scores with a scale of their own, layers of two kinds with their own rotary embeddings.
+CAPPED: dict[str, Any] = dict(score_cap=2.0, score_scale=0.5, logit_cap=5.0, windows=(12, None))
+CAPPED |= dict(window_rope=RopeSpec(100.0), norm="rms+1", post_norms=True, embed_scale=2.0, activation="gelu_tanh")
 MODELS = {
     "gqa": dict(num_layers=2, max_position=128),
     "gqa-bf16": dict(num_layers=2, max_position=128, dtype=jnp.bfloat16),
     "mqa": dict(num_layers=2, num_kv_heads=1, qk_norm=True, tie_embeddings=True),
     "windowed": dict(num_layers=1, num_kv_heads=4, windows=(12,), qkv_bias=True, rope=LLAMA3),
+    "capped": dict(num_layers=2, **CAPPED),
     "latent": dict(num_layers=2, max_position=128, latent=LatentSpec(2, ((12, 8), (8, 16)))),
     "gated": dict(num_layers=2, max_position=128, gate=GateSpec("dmc", rate=1.2, window=3, offset=0.5)),
     "gated-dms": dict(num_layers=2, max_position=128, gate=GateSpec("dms", rate=1.5, window=3, offset=-1.0)),
@@ -51,6 +55,7 @@ MODELS = {
 }
 BFLOAT16 = ("full int8", "full kivi2", "h2o int4", "d2o int4", "mikv int8")  # variants that are tried in it, too
 LATENT = ("full", "h2o int4", "dynamickv", "d2o", "full kivi2")  # likewise, on latents
+CAPS = ("full", "h2o", "snapkv", "d2o", "mikv")  # methods that are tried with capped scores
 GATED = ("full", "h2o")  # methods that are tried on a model with a gate that they do not look at
 WITH_BUDGET = [name for name in VARIANTS if "budget" in inspect.signature(METHODS[name.split()[0]]).parameters]
 EVICTING = [name for name in WITH_BUDGET if name.split()[0] not in ("mikv", "oracle")]  # what is not kept is gone
@@ -62,7 +67,7 @@ DISTINCT = ("full", "h2o", "snapkv", "dynamickv", "d2o", "mikv")  # methods that
 
 def _is_slow(model: str, name: str) -> bool:
     """Whether a case is left to the slow tests: other models than the first are tried with methods that differ most."""
-    if model == "demo":
+    if model in ("demo", "capped"):
         return name != "full"
     if model == "gated" and name == "h2o":
         return True  # as the full cache shows, and the likelihood
@@ -83,7 +88,7 @@ def _fits(model: str, name: str) -> bool:
     """Whether a method is tried with a model."""
     if model_of(name) != "gqa" or model == "gated-dms":
         return model == model_of(name)
-    some = {"gqa-bf16": (*METHODS, *BFLOAT16), "latent": LATENT, "gated": GATED}
+    some = {"gqa-bf16": (*METHODS, *BFLOAT16), "latent": LATENT, "gated": GATED, "capped": CAPS}
     return model == "gqa" or name in some.get(model, METHODS)
 
 

@@ -92,7 +92,7 @@ class Oracle:
             q, key = self.rotate(q, pos), self.rotate(raw, pos)
             visible = (distance >= 0) & (distance < (self.spec.window(layer) or len(pos)))
             repeat = lambda y: np.repeat(y, self.spec.group_size, axis=1)
-            logits = np.einsum("tnh,snh->nts", q, repeat(key)) / np.sqrt(self.spec.head_dim)
+            logits = self.logits(np.einsum("tnh,snh->nts", q, repeat(key)))
             probs = softmax(np.where(visible, logits, -np.inf))
             self.rows.append(select(layer, LayerPrompt(q, key, raw, value, probs)))
             x = self._finish(layer, x, np.einsum("nts,snh->tnh", probs, repeat(value)))
@@ -134,6 +134,11 @@ class Oracle:
         a, b = x[..., :half], x[..., half:]
         return np.concatenate([a * np.cos(theta) - b * np.sin(theta), a * np.sin(theta) + b * np.cos(theta)], axis=-1)
 
+    def logits(self, products: np.ndarray) -> np.ndarray:
+        """Products of queries and keys, scaled and capped."""
+        scale, cap = self.spec.score_scale or self.spec.head_dim**-0.5, self.spec.score_cap
+        return scale * products if cap is None else cap * np.tanh(scale * products / cap)
+
     def _attend(self, layer: int, rows: Rows, q: np.ndarray, pos: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Every query head over the row of its group."""
         window = self.spec.window(layer) or pos + 1
@@ -141,7 +146,7 @@ class Oracle:
         heads, probs = [], []
         for row, group in zip(rows, q, strict=True):
             seen = np.array([e.pos > pos - window for e in row])
-            logits = group @ np.stack([e.key for e in row]).T / np.sqrt(self.spec.head_dim)
+            logits = self.logits(group @ np.stack([e.key for e in row]).T)
             probs.append(softmax(np.where(seen, logits, -np.inf)))
             heads.append(probs[-1] @ np.stack([e.value for e in row]))
         return np.concatenate(heads), probs

@@ -20,7 +20,11 @@ from tests.oracle import Entry, LayerPrompt, Oracle, Rows, entries
 
 LENGTHS = (141, 60, 33, 9, 1)  # longer and shorter than the budgets and windows below
 STEPS = 10
-GROUPS = {"gqa": dict(num_kv_heads=2), "mqa": dict(num_kv_heads=1), "mha": dict(num_kv_heads=4)}
+GROUPS: dict[str, dict] = {
+    "gqa": dict(num_kv_heads=2),
+    "mqa": dict(num_kv_heads=1),
+    "mha": dict(num_kv_heads=4, score_cap=2.0, score_scale=0.5),
+}
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -146,7 +150,7 @@ def h2o(model, n, budget, *, recent) -> Definition:
     return Definition(select, append, observe)
 
 
-def streaming_llm(model, n, budget, *, sinks, positions, rotate) -> Definition:
+def streaming_llm(model, n, budget, *, sinks, positions, rotate, scores) -> Definition:
     """The first tokens and the newest; room is made before a token arrives; keys stand at their place in the cache."""
     most = tokens(budget, n)
     first = min(sinks, most - 1)
@@ -165,7 +169,7 @@ def streaming_llm(model, n, budget, *, sinks, positions, rotate) -> Definition:
         heads = []
         for row, group in zip(rows, q.reshape(model.num_kv_heads, model.group_size, -1), strict=True):
             keys = rotate(np.stack([e.raw for e in row])[:, None], np.arange(len(row)))[:, 0]
-            logits = rotate(group, len(row) - 1) @ keys.T / np.sqrt(model.head_dim)
+            logits = scores(rotate(group, len(row) - 1) @ keys.T)
             heads.append(oracle.softmax(logits) @ np.stack([e.value for e in row]))
         return np.concatenate(heads), None
 
@@ -221,7 +225,7 @@ def test_method_follows_its_paper(define, group, layers, budget, arguments):
     logits, positions, _ = oracle.run(model, recipe, prompts, teacher)
     reference = Oracle(model)
     if define is streaming_llm:
-        arguments = dict(arguments, rotate=reference.rotate)
+        arguments = dict(arguments, rotate=reference.rotate, scores=reference.logits)
     for b, prompt in enumerate(prompts):
         n = len(prompt)
         select, insert, observe, attend = define(model.spec, n, budget, **arguments)

@@ -26,6 +26,7 @@ from kvjax.retrofit.schedule import Schedule
 from kvjax.spec import Gate, GateSpec, RopeSpec
 from pallas_kernels import segment_merge
 from tests.killing import CPU, kill
+from tests.matrix import CAPPED
 from tests.oracle import random_model
 
 DMC = GateSpec("dmc", rate=2.0, window=5)
@@ -120,7 +121,7 @@ def test_noise_and_the_straight_gradient() -> None:
 def test_hard_decisions_are_those_of_the_cache(gate: GateSpec) -> None:
     """The training form with hard gates and the prefill of a prompt give the same logits."""
     open_ = dataclasses.replace(gate, offset=0.3 if gate.objective == "dmc" else 3.0)
-    model = random_model(3, gate=open_, num_layers=2)
+    model = random_model(3, gate=open_, num_layers=2, score_cap=2.0, score_scale=0.5)
     ids = np.random.default_rng(2).integers(0, 97, (2, 64))
     batch = Batch(jnp.asarray(np.pad(ids, ((0, 0), (0, 1))), jnp.int32), jnp.zeros((2, 65), bool))
     x, merged = jax.jit(lambda model: objective.run(model, batch, None))(model)
@@ -133,7 +134,7 @@ def test_hard_decisions_are_those_of_the_cache(gate: GateSpec) -> None:
 
 
 def test_a_faded_model_is_one_with_closed_gates() -> None:
-    plain = random_model(4, num_layers=2)
+    plain = random_model(4, num_layers=2, **CAPPED)
     params, batch = weights.of_model(plain), packed(np.random.default_rng(4), 1, 32)
     spec = dataclasses.replace(plain.spec, gate=DMC)
     closed = weights.to_model(weights.begin_gates(params, spec), spec, jnp.float32)
