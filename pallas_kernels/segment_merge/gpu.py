@@ -205,13 +205,13 @@ def _dots(g_ref: Any, x_ref: Any, out_ref: Any, *, size: int, tokens: int) -> No
     _, t, heads, n = x_ref.shape
     b, head = pl.program_id(1) // heads, pl.program_id(1) % heads
     begin = pl.program_id(0) * tokens
-    pos = begin + jnp.arange(tokens)
+    pos = begin + jnp.arange(tokens, dtype=jnp.int32)
 
     def vectors(ref: Any, by: int) -> list[Array]:
         at = pos - by
         mask = jnp.broadcast_to(((at >= 0) & (at < t))[:, None], (tokens, size))
         places = jnp.clip(at, 0, t - 1)[:, None] + jnp.zeros((tokens, size), jnp.int32)
-        numbers = lambda first: jnp.broadcast_to((first + jnp.arange(size))[None, :], (tokens, size))
+        numbers = lambda first: jnp.broadcast_to((first + jnp.arange(size, dtype=jnp.int32))[None, :], (tokens, size))
         loaded = (plt.load(ref.at[b, places, head, numbers(i)], mask=mask, other=0) for i in range(0, n, size))
         return [y.astype(out_ref.dtype) for y in loaded]
 

@@ -167,7 +167,7 @@ def _sum(x_ref: Any, factors_ref: Any, out_ref: Any, *kept_refs: Any, window: in
     jax.lax.fori_loop(0, parts, part, None)
 
 
-def _real(ref: Any, rows: pl.Slice, part: Array, length: int) -> Array:
+def _real(ref: Any, rows: Any, part: Array, length: int) -> Array:
     """Vectors of a part of a block: 0 behind the last token, where anything may lie."""
     y = ref[0, rows]
     if length % ref.shape[1] == 0:
