@@ -95,7 +95,7 @@ def check(out: Path | None) -> None:
         raise InputError(f"--out {out}: {error.strerror}") from None
     if not os.access(out, os.W_OK):
         raise InputError(f"--out {out}: cannot be written")
-    pictures.blank(1, 1, (1, 1), 1, "")  # says what to install
+    pictures.blank(1, 1, (1.0, 1.0), 1.0, "")  # says what to install
 
 
 def tell(report: Report, *, as_json: bool, out: Path | None) -> None:
