@@ -167,6 +167,8 @@ def resources(text: str, gpu: Gpu) -> dict[str, int]:
 MODELS = {"Llama-3-8B": (8, 4, 128), "Llama-2-7B": (32, 1, 128), "Qwen2-7B": (4, 7, 128)}  # K, G, H
 THOROUGH = ("v5e", "sm_90")  # targets that are tried at all shapes
 STORES = ("dense", "int8", "int4", "int3", "int2", "int4:32", "fp8", "kivi2")
+# Parts that are read in one launch, and their shares of a context; 0 = one slot.
+TIERS = {"mikv": {"dense": 0.2, "int2": 0.8}, "dmc+store=int4": {"int4": 1.0, "dense": 0.0}}
 
 
 class Case(NamedTuple):
@@ -183,7 +185,7 @@ class Case(NamedTuple):
 def cases(target: str) -> Iterator[Case]:
     """Every kernel at the shapes of real models."""
     refused = {"fp8": ("v4", "sm_80"), "kivi2": TPUS}  # no such format; read by XLA
-    for store in STORES:
+    for store in (*STORES, *TIERS):
         if target not in refused.get(store, ()):
             yield Case("decode_attention", "Llama-3-8B", store, 32768, 16)
     for context in (8192, 32768):
@@ -206,25 +208,30 @@ def decode_attention(target: Target, case: Case) -> tuple[Callable, tuple]:
     import jax.numpy as jnp
 
     from kvjax.cache.quantize import named
-    from pallas_kernels.decode_attention import decode_attention
+    from pallas_kernels.decode_attention import Part, decode_attention
 
-    k, g, h = MODELS[case.model]
-    page, store, options = 128, named(case.store), dict(case.options)
-    table, rows = case.context // page, (case.batch, k)
-    size = case.batch * k * table
-    windowed = options.pop("window", False)
+    (k, g, h), options = MODELS[case.model], dict(case.options)
+    rows, windowed = (case.batch, k), options.pop("window", False)
+    shares = TIERS.get(case.store, {case.store: 1.0})
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    def attend(q: Any, key: Any, value: Any, table: Any, length: Any, pos: Any, after: Any) -> Any:
+    def part(store: str, slots: int) -> tuple:
+        """Arrays of a part."""
+        page = min(128, slots)
+        table, codec = -(-slots // page), named(store)
+        size = case.batch * k * table
+        pools = (functools.partial(x.init, size, page, h, jnp.bfloat16) for x in (codec.key, codec.value))
+        q = jax.ShapeDtypeStruct((*rows, g, h), jnp.bfloat16)
+        return q, *map(jax.eval_shape, pools), ints(*rows, table), ints(*rows), ints(size, page)
+
+    def attend(parts: list[tuple], after: Any) -> Any:
+        formats = [(store.key.decode, store.value.decode) for store in map(named, shares)]
         return decode_attention(
-            q, key, value, table, length, pos, scale=h**-0.5, after=after if windowed else None,
-            decode_key=store.key.decode, decode_value=store.value.decode,
-            implementation="tpu" if target.platform == "tpu" else "gpu", **options,
+            [Part(*arrays, *decode) for arrays, decode in zip(parts, formats, strict=True)], scale=h**-0.5,
+            after=after if windowed else None, implementation="tpu" if target.platform == "tpu" else "gpu", **options,
         )  # fmt: skip
 
-    pools = [jax.eval_shape(functools.partial(x.init, size, page, h, jnp.bfloat16)) for x in (store.key, store.value)]
-    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    q = jax.ShapeDtypeStruct((*rows, g, h), jnp.bfloat16)
-    return attend, (q, *pools, ints(*rows, table), ints(*rows), ints(size, page), ints(*rows))
+    return attend, ([part(store, max(1, int(share * case.context))) for store, share in shares.items()], ints(*rows))
 
 
 def column_sums(target: Target, case: Case) -> tuple[Callable, tuple]:
@@ -251,11 +258,13 @@ def column_sums(target: Target, case: Case) -> tuple[Callable, tuple]:
 KERNELS = {"decode_attention": decode_attention, "column_sums": column_sums}
 
 
-def compile_kernels(target: Target) -> None:
-    """Print a line for every case."""
+def compile_kernels(target: Target, stores: list[str]) -> None:
+    """Print a line for every case, or for those of some stores."""
     import jax
 
     for case in cases(target.name):
+        if stores and case.store not in stores:
+            continue
         fn, args = KERNELS[case.kernel](target, case)
         memory = target.compile(jax.jit(fn), *args).memory_analysis()
         line: dict[str, Any] = {**case._asdict(), "arguments": memory.argument_size_in_bytes}
@@ -306,4 +315,4 @@ if __name__ == "__main__":
     if sys.argv[2:3] == ["loop"]:
         compile_loops(chosen, sys.argv[3:])
     else:
-        compile_kernels(chosen)
+        compile_kernels(chosen, sys.argv[2:])
