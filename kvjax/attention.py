@@ -15,7 +15,7 @@ from kvjax.cache.tier import Tier
 from kvjax.spec import Prompt
 from pallas_kernels import prefill_scores
 from pallas_kernels.blocks import divisor
-from pallas_kernels.decode_attention import EMPTY, Part, Partial, decode_attention, merge, probabilities
+from pallas_kernels.decode_attention import EMPTY, Expand, Part, Partial, decode_attention, merge, probabilities
 from pallas_kernels.implementation import Implementation
 
 T = TypeVar("T")
@@ -163,7 +163,7 @@ class Read(NamedTuple):
       scale: of the products of queries and keys.
       after: of a sliding window.
       place: of slots.
-      expand_key: of cached keys.
+      expand: of cached keys.
       select: which slots are attended, from the attention weights over all of them; None = all.
       kernels: which implementation; None = the platform's.
     """
@@ -171,7 +171,7 @@ class Read(NamedTuple):
     scale: float
     after: Int[Array, "B K"] | None = None
     place: Callable[[Int[Array, "B K s"]], Int[Array, "B K s"]] | None = None
-    expand_key: Callable[[Float[Array, "B K s R"], Int[Array, "B K s"]], Float[Array, "B K s H"]] | None = None
+    expand: Expand | None = None
     select: Callable[[tuple[Float[Array, "B K G S"], ...]], tuple[Bool[Array, "B K S"], ...]] | None = None
     kernels: Implementation | None = None
 
@@ -196,7 +196,7 @@ def decode(
 
     def attend(chosen: Sequence[Bool[Array, "B K S"] | None], logits: bool) -> Partial:
         parts = [_part(q, *each) for each in zip(tiers, stores, chosen, strict=True)]
-        options = dict(scale=read.scale, after=read.after, place=read.place, expand_key=read.expand_key)
+        options = dict(scale=read.scale, after=read.after, place=read.place, expand=read.expand)
         return _attend(parts, read.kernels, with_logits=logits, **options)
 
     chosen = [None] * len(tiers)

@@ -190,8 +190,13 @@ def cases(target: str) -> Iterator[Case]:
             yield Case("decode_attention", "Llama-3-8B", store, 32768, 16)
     for context in (8192, 32768):
         yield Case("column_sums", "Llama-3-8B", "", context, 1)
+    # Latents of all heads together, of each head, and keys that are only rotated.
+    for latent in ((8, 512, 640), (1, 64, 96), (1, 128, 128)):
+        yield Case("decode_attention", "Llama-3-8B", "dense", 32768, 16, {"latent": latent})
     if target not in THOROUGH:
         return
+    for latent in ((1, 64, 96), (8, 512, 640))[: 1 + (target in TPUS)]:  # GPUs read joint latents of few bits by XLA
+        yield Case("decode_attention", "Llama-3-8B", "int4", 32768, 16, {"latent": latent})
     for model in MODELS:
         for context, batch in ((4096, 8), (131072, 1)):
             yield Case("decode_attention", model, "dense", context, batch)
@@ -208,30 +213,41 @@ def decode_attention(target: Target, case: Case) -> tuple[Callable, tuple]:
     import jax.numpy as jnp
 
     from kvjax.cache.quantize import named
-    from pallas_kernels.decode_attention import Part, decode_attention
+    from pallas_kernels.decode_attention import Expand, Part, decode_attention
+    from pallas_kernels.rotation import Rotation
 
     (k, g, h), options = MODELS[case.model], dict(case.options)
-    rows, windowed = (case.batch, k), options.pop("window", False)
+    windowed, (heads, *ranks) = options.pop("window", False), options.pop("latent", (1, h, h))
+    rows, g, keys = (case.batch, k // heads), g * heads, h * heads
     shares = TIERS.get(case.store, {case.store: 1.0})
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    numbers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
     def part(store: str, slots: int) -> tuple:
         """Arrays of a part."""
         page = min(128, slots)
         table, codec = -(-slots // page), named(store)
-        size = case.batch * k * table
-        pools = (functools.partial(x.init, size, page, h, jnp.bfloat16) for x in (codec.key, codec.value))
-        q = jax.ShapeDtypeStruct((*rows, g, h), jnp.bfloat16)
-        return q, *map(jax.eval_shape, pools), ints(*rows, table), ints(*rows), ints(size, page)
+        size = rows[0] * rows[1] * table
+        codecs = zip((codec.key, codec.value), ranks, strict=True)
+        pools = (functools.partial(x.init, size, page, width, jnp.bfloat16) for x, width in codecs)
+        return numbers(*rows, g, keys), *map(jax.eval_shape, pools), ints(*rows, table), ints(*rows), ints(size, page)
 
-    def attend(parts: list[tuple], after: Any) -> Any:
+    def attend(parts: list[tuple], after: Any, up: Any, frequency: Any) -> Any:
+        expand = Expand(Rotation(frequency), up if ranks[0] < keys else None) if "latent" in case.options else None
         formats = [(store.key.decode, store.value.decode) for store in map(named, shares)]
         return decode_attention(
-            [Part(*arrays, *decode) for arrays, decode in zip(parts, formats, strict=True)], scale=h**-0.5,
-            after=after if windowed else None, implementation="tpu" if target.platform == "tpu" else "gpu", **options,
-        )  # fmt: skip
+            [Part(*arrays, *decode) for arrays, decode in zip(parts, formats, strict=True)],
+            scale=h**-0.5,
+            after=after if windowed else None,
+            expand=expand,
+            implementation="tpu" if target.platform == "tpu" else "gpu",
+            **options,
+        )
 
-    return attend, ([part(store, max(1, int(share * case.context))) for store, share in shares.items()], ints(*rows))
+    parts = [part(store, max(1, int(share * case.context))) for store, share in shares.items()]
+    frequency = jax.ShapeDtypeStruct((1, 1, h // 2), jnp.float32)
+    return attend, (parts, ints(*rows), numbers(rows[1], ranks[0], keys), frequency)
 
 
 def column_sums(target: Target, case: Case) -> tuple[Callable, tuple]:
@@ -258,12 +274,12 @@ def column_sums(target: Target, case: Case) -> tuple[Callable, tuple]:
 KERNELS = {"decode_attention": decode_attention, "column_sums": column_sums}
 
 
-def compile_kernels(target: Target, stores: list[str]) -> None:
-    """Print a line for every case, or for those of some stores."""
+def compile_kernels(target: Target, some: list[str]) -> None:
+    """Print a line for every case, or for those of some stores or options."""
     import jax
 
     for case in cases(target.name):
-        if stores and case.store not in stores:
+        if some and not {case.store, *case.options} & set(some):
             continue
         fn, args = KERNELS[case.kernel](target, case)
         memory = target.compile(jax.jit(fn), *args).memory_analysis()

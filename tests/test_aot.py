@@ -22,7 +22,11 @@ def test_every_kernel_compiles_without_copies_and_spills(target):
         # The partial results of a GPU's splits, or logits; never a copy of a pool.
         assert line["temp"] < max(2e6, 0.05 * line["arguments"]), line
         if target in aot.GPUS:
-            assert line["spilled"] == 0 and line["asynchronous"], line
+            coded_latents = "latent" in line["options"] and line["store"] != "dense"
+            assert line["asynchronous"] != coded_latents, line
+            # Known to spill: joint latents on an A100, which has no products of whole warp groups.
+            joint = target == "sm_80" and line["options"].get("latent", [1])[0] > 1
+            assert line["spilled"] == 0 or (joint and line["spilled"] < 1000), line
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.spec import Gate, ModelSpec
+from pallas_kernels.decode_attention import Expand
+from pallas_kernels.rotation import Rotation
 
 
 class Linear(nnx.Module):
@@ -140,6 +142,16 @@ class Layer(nnx.Module):
         """Keys before rotation."""
         k = self.attention.k
         return self._normed(k.expand(cached)) if isinstance(k, LowRank) else cached
+
+    def expand(self, rotation: Rotation) -> Expand:
+        """How a cache is read that holds keys before rotation: what `keys` does, and the rotation."""
+        k, norm = self.attention.k, self.attention.k_norm
+        if not isinstance(k, LowRank):
+            return Expand(rotation)
+        bias = None if k.bias is None else k.bias[...].reshape(k.up.shape[0], -1)
+        if norm is None:
+            return Expand(rotation, k.up[...], bias)
+        return Expand(rotation, k.up[...], bias, norm.scale[...], norm.eps)
 
     def values(self, cached: Float[Array, "*b K W"]) -> Float[Array, "*b heads H"]:
         """Values."""

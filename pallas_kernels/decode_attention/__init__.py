@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from pallas_kernels.decode_attention import gpu, reference, tpu
-from pallas_kernels.decode_attention.reference import EMPTY, Part, Partial, merge, probabilities
+from pallas_kernels.decode_attention.reference import EMPTY, Expand, Part, Partial, merge, probabilities
 from pallas_kernels.implementation import Implementation, resolve
 
-__all__ = ["EMPTY", "Part", "Partial", "decode_attention", "merge", "probabilities"]
+__all__ = ["EMPTY", "Expand", "Part", "Partial", "decode_attention", "merge", "probabilities"]
 
 
 def decode_attention(parts: Sequence[Part], *, implementation: Implementation | None = None, **options: Any) -> Partial:
@@ -19,9 +19,6 @@ def decode_attention(parts: Sequence[Part], *, implementation: Implementation | 
     chosen = resolve(implementation)
     if chosen == "xla":
         return reference.decode_attention(parts, **options)
-    for name in ("expand_key", "place"):
-        if options.pop(name, None) is not None:
-            raise NotImplementedError(f"{name} is for xla only")
     if any(part.slots is not None for part in parts):
         raise NotImplementedError("a choice of slots is for xla only")
     if chosen == "tpu":

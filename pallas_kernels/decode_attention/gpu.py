@@ -12,7 +12,7 @@ one logical instruction for two of them and are never scaled: with number = code
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,9 +25,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from pallas_kernels.codes import assemble, whole
+from pallas_kernels.decode_attention import gpu_expand
 from pallas_kernels.decode_attention.formats import Format, format_of
-from pallas_kernels.decode_attention.gpu_block import Block, bias_of, spread
-from pallas_kernels.decode_attention.reference import EMPTY, Part, Partial, merge
+from pallas_kernels.decode_attention.gpu_block import Block, bias_of, dot, spread
+from pallas_kernels.decode_attention.reference import EMPTY, Expand, Part, Partial, merge
 
 LOG2E = math.log2(math.e)
 PROGRAMS = 2 * 132  # that fill a chip: two for each multiprocessor of an H200
@@ -42,6 +43,8 @@ def decode_attention(
     scale: float,
     after: Int[Array, "B K"] | None = None,
     cap: float | None = None,
+    place: Callable[[Int[Array, "B K S"]], Int[Array, "B K S"]] | None = None,
+    expand: Expand | None = None,
     with_logits: bool = False,
     block: int | None = None,
     splits: int | None = None,
@@ -54,22 +57,29 @@ def decode_attention(
       splits: programs of a row; None = as many as fill a large chip.
       interpret: run without a GPU, slowly.
     """
-    plans = [_plan(part, block) for part in parts]
+    plans = [_plan(part, block, expand) for part in parts]
     rows, g = math.prod(parts[0].q.shape[:2]), parts[0].q.shape[2]
     splits = splits or max(1, min(PROGRAMS // rows, max(plan.steps for plan in plans) // 4))
     flat = lambda x: x.reshape(rows, *x.shape[2:])
     # Triton's blocks are powers of two: query heads are padded, 3 of them to 4.
     lanes = 1 << (g - 1).bit_length()
+    positions = place is None and (after is not None or expand is not None)
     inputs = {
         "parts": [
             {
                 "q": jnp.pad(flat(part.q), ((0, 0), (0, lanes - g), (0, 0))), "k": part.k, "v": part.v,
-                "table": flat(part.table), "length": flat(part.length), "pos": None if after is None else part.pos,
+                "table": flat(part.table), "length": flat(part.length), "pos": part.pos if positions else None,
+                "place": None if place is None else _places(part, plan, place),
             }
-            for part in parts
+            for part, plan in zip(parts, plans, strict=True)
         ],
         "after": None if after is None else flat(after),
+        "expand": None if expand is None else gpu_expand.operands(expand, parts[0].length.shape),
     }  # fmt: skip
+    warps, stages = 4, 3
+    if expand is not None:
+        scale *= expand.rotation.magnitude
+        warps, stages = gpu_expand.WARPS, gpu_expand.stages(expand, [plan.key for plan in plans])
     leaves, tree = jax.tree.flatten(inputs)
     shapes, results = jax.tree.flatten([_results(plan, rows, splits, lanes, with_logits) for plan in plans])
     body = functools.partial(
@@ -80,7 +90,7 @@ def decode_attention(
         out_shape=shapes,
         grid=(rows, splits),
         interpret=interpret,
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
         name="decode_attention",
     )(*leaves)
     return merge([_partial(*each) for each in zip(parts, plans, jax.tree.unflatten(results, found), strict=True)])
@@ -96,17 +106,29 @@ class _Plan(NamedTuple):
     steps: int  # that read a full row
 
 
-def _plan(part: Part, block: int | None) -> _Plan:
-    key = _format("keys", part.decode_key, part.k, part.q.dtype)
+def _plan(part: Part, block: int | None, expand: Expand | None) -> _Plan:
+    # Halves of keys that are rotated as they lie are in different pieces.
+    turned = expand is not None and expand.up is None
+    widest = min(WIDEST, part.q.shape[-1] // 2) if turned else WIDEST
+    key = _format("keys", part.decode_key, part.k, part.q.dtype, widest)
     value = _format("values", part.decode_value, part.v, part.q.dtype)
     if value.run:
         raise NotImplementedError("values with scales per channel are for xla only")
     if key.run and part.page % key.run:
         raise NotImplementedError(f"runs of {key.run} slots in pages of {part.page}, across two of them")
+    if expand is not None:
+        gpu_expand.check(expand, key, value, 1 << (part.q.shape[2] - 1).bit_length())
+        block = block or gpu_expand.SLOTS
     block = key.run or block or min(_block(key, value), max(NARROWEST, 1 << (part.capacity - 1).bit_length()))
     if part.page >= SMALL_PAGE and part.page & (part.page - 1) == 0:
         block = min(block, part.page)
     return _Plan(key, value, part.page, block, pl.cdiv(part.capacity, block))
+
+
+def _places(part: Part, plan: _Plan, place: Callable[[Array], Array]) -> Int[Array, "rows slots"]:
+    """Of a row's slots, padded to whole steps."""
+    found = part.places(place).reshape(-1, part.capacity)
+    return jnp.pad(found, ((0, 0), (0, plan.steps * plan.block - part.capacity)))
 
 
 def _block(key: Format, value: Format) -> int:
@@ -117,9 +139,9 @@ def _block(key: Format, value: Format) -> int:
     return 64 if 3 in bits else 256 if max(bits) < 8 else 128
 
 
-def _format(name: str, decode: Any, codes: Any, dtype: DTypeLike) -> Format:
+def _format(name: str, decode: Any, codes: Any, dtype: DTypeLike, widest: int = WIDEST) -> Format:
     """How a pool is read; raises `NotImplementedError` for what this kernel cannot read."""
-    made = format_of(name, decode, codes, dtype, WIDEST)
+    made = format_of(name, decode, codes, dtype, widest)
     least = min(piece.width for piece in made.pieces)
     if least < NARROWEST:
         raise NotImplementedError(f"{name} of {made.width} numbers have a piece of {least}, less than {NARROWEST}")
@@ -164,10 +186,10 @@ def _kernel(*refs: Any, tree: Any, results: Any, plans: Sequence[_Plan], splits:
     inputs = jax.tree.unflatten(tree, refs[: tree.num_leaves])
     outs = jax.tree.unflatten(results, refs[tree.num_leaves :])
     for part, plan, out in zip(inputs["parts"], plans, outs, strict=True):
-        _attend(part, inputs["after"], out, plan, splits, scale, cap, interpret)
+        _attend(part, inputs["after"], inputs["expand"], out, plan, splits, scale, cap, interpret)
 
 
-def _attend(part: dict[str, Any], after: Any, out: dict[str, Any], plan: _Plan, splits: int, scale: float,
+def _attend(part: dict[str, Any], after: Any, expand: Any, out: dict[str, Any], plan: _Plan, splits: int, scale: float,
             cap: float | None, interpret: bool) -> None:  # fmt: skip
     """A share of a part of a row."""
     key, value, page, block, _ = plan
@@ -175,18 +197,21 @@ def _attend(part: dict[str, Any], after: Any, out: dict[str, Any], plan: _Plan, 
     length = part["length"][row]
     filled = pl.cdiv(length, block)
     share = pl.cdiv(filled, splits)
-    query = [part["q"].at[row, :, pl.ds(p.start, p.width)][...] for p in key.pieces]
-    lanes = query[0].shape[0]
-    sums = _sums(query, key)
+    lanes = part["q"].shape[1]
+    if expand is None:
+        query = [part["q"].at[row, :, pl.ds(p.start, p.width)][...] for p in key.pieces]
+        score = functools.partial(_scores, part["k"], query=query, sums=_sums(query, key), key=key, interpret=interpret)
+    else:
+        score = functools.partial(gpu_expand.scores, part, expand, row=row, key=key, interpret=interpret)
 
     def step(i: Array, carry: tuple) -> tuple:
         accs, zeros, l, m = carry
         at = Block(part["table"], row, i, page, block, length)
-        s = _scores(part["k"], at, query, sums, key, interpret) * scale
+        s = score(at) * scale
         s = s if cap is None else cap * jnp.tanh(s / cap)
         seen = at.slot < length
         if after is not None:
-            seen &= at.position(part["pos"]) > after[row]
+            seen &= at.place(part, row) > after[row]
         s = jnp.where(seen[:, None], s, EMPTY)
         if "logits" in out:
             every = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
@@ -229,24 +254,18 @@ def _bias(read: Format) -> int:
     return bias_of(read) * sum({piece.weight for piece in read.pieces})
 
 
-def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((over[0],), (over[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _scores(pool: Any, at: Block, query: list[Array], sums: dict[int, Array], key: Format, interpret: bool) -> Array:
     """`[block lanes]`, before the scale of logits."""
     if not key.groups:
         parts = [(at.vectors(pool, p.at, p.width), q) for p, q in zip(key.pieces, query, strict=True)]
-        return sum(_dot(codes, q.astype(codes.dtype), (1, 1)) for codes, q in parts)  # pyright: ignore
+        return sum(dot(codes, q.astype(codes.dtype), (1, 1)) for codes, q in parts)  # pyright: ignore
     if key.run:
         return _run_scores(pool, at, query, key, interpret)
     total = None
     for group in range(key.groups):
         own = [(piece, x) for piece, x in zip(key.pieces, query, strict=True) if piece.group == group]
         codes = [spread(at.vectors(pool["codes"], p.at, p.width), p, key, interpret) for p, _ in own]
-        dots = [_dot(x, q.astype(key.dtype), (1, 1)) * p.weight for x, (p, q) in zip(codes, own, strict=True)]
+        dots = [dot(x, q.astype(key.dtype), (1, 1)) * p.weight for x, (p, q) in zip(codes, own, strict=True)]
         scale = whole(at.numbers(pool["scale"], group))
         zero = _zero(pool, at, scale, key, group) - _bias(key) * scale
         part = scale[:, None] * functools.reduce(jnp.add, dots) + zero[:, None] * sums[group][None, :]
@@ -263,10 +282,10 @@ def _run_scores(pool: Any, at: Block, query: list[Array], key: Format, interpret
         scaled = (numbers * scale[None, :]).astype(key.dtype)
         codes = spread(at.vectors(pool["codes"], piece.at, piece.width), piece, key, interpret)
         bias = bias_of(key) * scaled.astype(jnp.float32).sum(axis=1)
-        dot = (_dot(codes, scaled, (1, 1)) - bias[None, :]) * piece.weight
+        part = (dot(codes, scaled, (1, 1)) - bias[None, :]) * piece.weight
         if piece.weight == 1:
-            dot = dot + (numbers * zero[None, :]).sum(axis=1)[None, :]
-        total = dot if total is None else total + dot
+            part = part + (numbers * zero[None, :]).sum(axis=1)[None, :]
+        total = part if total is None else total + part
     return total  # pyright: ignore[reportReturnType]
 
 
@@ -280,7 +299,7 @@ def _add_values(
     """The sums of values and of zero terms, with this block's."""
     if not value.groups:
         parts = [at.vectors(pool, piece.at, piece.width) for piece in value.pieces]
-        more = [_dot(x, p.astype(x.dtype), (0, 0)) for x in parts]
+        more = [dot(x, p.astype(x.dtype), (0, 0)) for x in parts]
         return tuple(acc * old[None, :] + x for acc, x in zip(accs, more, strict=True)), ()
     weights, more = [], []
     for group in range(value.groups):
@@ -297,5 +316,5 @@ def _add_values(
     new = []
     for acc, piece in zip(accs, value.pieces, strict=True):
         codes = spread(at.vectors(pool["codes"], piece.at, piece.width), piece, value, interpret)
-        new.append(acc * old[None, :] + _dot(codes, weights[piece.group], (0, 0)))
+        new.append(acc * old[None, :] + dot(codes, weights[piece.group], (0, 0)))
     return tuple(new), tuple(more)

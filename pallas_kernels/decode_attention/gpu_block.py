@@ -16,7 +16,8 @@ class Block:
     """A block of a row's slots, and how its part of a pool is loaded."""
 
     def __init__(self, table: Any, row: Array, index: Array, page: int, block: int, length: Array):
-        self.slot = index * block + jnp.arange(block)
+        self._first = pl.multiple_of(index * block, block)
+        self.slot = self._first + jnp.arange(block)
         self._block, self._filled = block, self.slot < length
         self._whole = page % block == 0  # the block is a part of one page
         if self._whole:
@@ -25,7 +26,7 @@ class Block:
             logical = jnp.where(self._filled, self.slot // page, 0)
             self._page, self._offset = plt.load(table.at[row, logical]), self.slot % page
 
-    def vectors(self, pool: Any, start: int, width: int) -> Array:
+    def vectors(self, pool: Any, start: int | Array, width: int) -> Array:
         """`[block width]` of a pool `[P page ...]`."""
         if self._whole:
             return pool.at[self._page, pl.ds(self._offset, self._block), pl.ds(start, width)][...]
@@ -49,13 +50,23 @@ class Block:
         page = self._page if self._whole else self._page[0]
         return whole(plt.load(pool.at[page, offset + channel // each, channel % each]))
 
-    def position(self, pool: Any) -> Array:
-        """The slots' positions."""
+    def place(self, part: dict[str, Any], row: Array) -> Array:
+        """The slots' places: what became of their positions, or those."""
+        pool = part["pos"]
+        if part["place"] is not None:
+            return part["place"].at[row, pl.ds(self._first, self._block)][...]
         if pool is None:
             return self.slot
         if self._whole:
             return pool.at[self._page, pl.ds(self._offset, self._block)][...]
         return plt.load(pool.at[self._page, self._offset], mask=self._filled, other=0)
+
+
+def dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
+    """A matrix product in float32 over one axis of each."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((over[0],), (over[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def bias_of(read: Format) -> int:

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from pallas_kernels.codes import DENSE
+from pallas_kernels.rotation import Rotation, rotate
 
 EMPTY = -1e30  # the logit of a slot that is not there; finite, so that differences of two of them are not NaN
 
@@ -57,6 +58,44 @@ class Part(NamedTuple):
         """Slots that a row's table can address."""
         return self.table.shape[-1] * self.page
 
+    def places(self, place: Callable[[Int[Array, "B K S"]], Int[Array, "B K S"]]) -> Int[Array, "B K S"]:
+        """Of all slots."""
+        slot = jnp.broadcast_to(jnp.arange(self.capacity), (*self.length.shape, self.capacity))
+        return place(slot if self.pos is None else self.pos.at[self.table].get(mode="clip").reshape(slot.shape))
+
+
+class Expand(NamedTuple):
+    """How cached vectors become keys: latents are expanded to the keys of their heads, which then are rotated.
+
+    Attributes:
+      rotation: of keys at their places.
+      up: from a latent to the keys of its heads beside each other; None = cached vectors are keys before rotation.
+      bias: added to them.
+      norm: scale of an RMS norm of each head's key before rotation.
+      eps: of the norm.
+    """
+
+    rotation: Rotation
+    up: Float[Array, "K R keys"] | None = None
+    bias: Float[Array, "K keys"] | None = None
+    norm: Float[Array, " H"] | None = None
+    eps: float = 0.0
+
+    def keys(self, cached: Float[Array, "B K s R"], place: Int[Array, "B K s"]) -> Float[Array, "B K s keys"]:
+        """Keys as queries meet them."""
+        y = cached
+        if self.up is not None:
+            y = jnp.einsum("bksr,krn->bksn", cached.astype(self.up.dtype), self.up)
+        if self.bias is not None:
+            y = y + self.bias[:, None]
+        y = y.reshape(*place.shape, -1, 2 * self.rotation.frequency.shape[-1])
+        if self.norm is not None:
+            z = y.astype(jnp.float32)
+            z = z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + self.eps)
+            y = z.astype(y.dtype) * self.norm
+        cos, sin = self.rotation.angles(place)
+        return rotate(y, cos[..., None, :], sin[..., None, :]).reshape(*place.shape, -1)
+
 
 class Partial(NamedTuple):
     """Attention over some of a row's tokens, before normalisation: partials merge exactly."""
@@ -90,7 +129,7 @@ def attend(
     after: Int[Array, "B K"] | None = None,
     cap: float | None = None,
     place: Callable[[Int[Array, "B K s"]], Int[Array, "B K s"]] | None = None,
-    expand_key: Callable[[Float[Array, "B K s R"], Int[Array, "B K s"]], Float[Array, "B K s H"]] | None = None,
+    expand: Expand | None = None,
     block: int = 512,
     with_logits: bool = False,
 ) -> Partial:
@@ -101,8 +140,8 @@ def attend(
       scale: factor on the logits, usually H ** -0.5.
       after: slots at positions up to this one are not attended (a sliding window); None = all are.
       cap: logits become `cap tanh(logit / cap)` (Gemma 2); None = they stay.
-      place: what positions become before `after` and `expand_key` see them; None = they stay.
-      expand_key: turns cached keys and their places into keys: expand latents, rotate; None = cached keys are keys.
+      place: what positions become before `after` and `expand` see them; None = they stay.
+      expand: how cached vectors become keys at their places; None = they are keys.
       block: slots per step, rounded to whole pages.
       with_logits: also return every slot's logit.
     """
@@ -124,7 +163,7 @@ def attend(
         where = jnp.broadcast_to(slot, (*rows, width)) if pos is None else read(pos, at)
         where = where if place is None else place(where)
         key = decode_key(jax.tree.map(lambda x: read(x, at), k), q.dtype)
-        key = key if expand_key is None else expand_key(key, where)
+        key = key if expand is None else expand.keys(key, where)
         value = decode_value(jax.tree.map(lambda x: read(x, at), v), q.dtype)
         seen = slot < length[..., None]
         if after is not None:

@@ -14,7 +14,7 @@ such pages are seen with slots on the lanes, `[R page]`; the transposition costs
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +24,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from pallas_kernels.codes import Piece, assemble, whole
+from pallas_kernels.codes import assemble
+from pallas_kernels.decode_attention import tpu_expand
 from pallas_kernels.decode_attention.formats import Format, format_of
-from pallas_kernels.decode_attention.reference import EMPTY, Part, Partial, merge
+from pallas_kernels.decode_attention.reference import EMPTY, Expand, Part, Partial, merge
+from pallas_kernels.decode_attention.tpu_page import LANES, Page, dot
 
-LANES = 128
 SLOTS = 2048  # of a step, which costs about 300 bundles whatever it does
 PAGES = 32  # of a step at most: each is an operand
 VMEM = 64 << 20  # bytes that a kernel may use
@@ -41,17 +42,20 @@ def decode_attention(
     scale: float,
     after: Int[Array, "B K"] | None = None,
     cap: float | None = None,
+    place: Callable[[Int[Array, "B K S"]], Int[Array, "B K S"]] | None = None,
+    expand: Expand | None = None,
     with_logits: bool = False,
-    block: int = SLOTS,
+    block: int | None = None,
     interpret: Any = False,
 ) -> Partial:
     """Attention of one query per row: the contract of `reference.decode_attention`, in one launch.
 
     Args:
-      block: slots of a step, rounded to whole pages.
+      block: slots of a step, rounded to whole pages; None = by what a page costs.
       interpret: run without a TPU, slowly: True, or `pltpu.InterpretParams`.
     """
     rows = parts[0].length.size
+    block = block or (tpu_expand.SLOTS if expand is not None and expand.up is not None else SLOTS)
     if (bytes_ := sum(4 * part.table.size for part in parts)) > SMEM:
         raise NotImplementedError(f"page tables of {bytes_} bytes exceed scalar memory: use larger pages")
     flat = lambda x: x.reshape(rows, *x.shape[2:])
@@ -59,17 +63,18 @@ def decode_attention(
     plans: list[_Plan] = []
     inputs: list[Array] = []
     in_specs: list[pl.BlockSpec] = []
+    if expand is not None:
+        scale *= expand.rotation.magnitude
     for part in parts:
-        pools = _pools(part, windowed=after is not None)
+        pools = _pools(part, place is None and (after is not None or expand is not None))
         plan = _plan(part, pools, block, len(scalars), sum(plan.steps for plan in plans), with_logits)
         # An entry behind a row's end may name no page; an empty row names the first.
         scalars += [jnp.clip(flat(part.table), 0, part.size - 1), flat(part.length)]
-        inputs += [flat(part.q)[..., p.start : p.start + p.width] for p in plan.key.pieces]
-        in_specs += [_of_row(part.q.shape[2], p.width) for p in plan.key.pieces]
+        arrays, specs = _beside(part, plan, place, expand)
         leaves = jax.tree.leaves(pools)
-        inputs += leaves * plan.each
-        in_specs += [_of_page(plan, j, x) for j in range(plan.each) for x in leaves]
-        plans.append(plan)
+        inputs += [*jax.tree.leaves(arrays), *leaves * plan.each]
+        in_specs += [*jax.tree.leaves(specs), *(_of_page(plan, j, x) for j in range(plan.each) for x in leaves)]
+        plans.append(plan._replace(beside=jax.tree.structure(arrays)))
     g = parts[0].q.shape[2]
     outs = [out for plan in plans for out in _results(plan, g)]
     found = pl.pallas_call(
@@ -103,6 +108,7 @@ class _Plan(NamedTuple):
     start: int  # first step of a row
     steps: int
     logits: bool
+    beside: Any = None  # tree of its other operands
 
     @property
     def kept(self) -> int:
@@ -153,6 +159,32 @@ def _of_page(plan: _Plan, j: int, x: Array) -> pl.BlockSpec:
     return pl.BlockSpec((1, *x.shape[1:]), index)
 
 
+def _beside(
+    part: Part, plan: _Plan, place: Callable[[Array], Array] | None, expand: Expand | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a part's pages are read with, and how: queries, places, what keys are expanded by."""
+    heads, g = part.q.shape[1:3]
+    q = part.q.reshape(-1, *part.q.shape[2:])
+    pieces = plan.key.pieces if expand is None else []
+    queries = [q[..., p.start : p.start + p.width] for p in pieces] or [q]
+    arrays: dict[str, Any] = {"queries": queries}
+    specs: dict[str, Any] = {"queries": [_of_row(g, x.shape[-1]) for x in queries]}
+    if place is not None:
+        block = plan.each * plan.page
+        found = part.places(place).reshape(-1, 1, part.capacity)
+        arrays["place"] = jnp.pad(found, ((0, 0), (0, 0), (0, plan.steps * block - part.capacity)))
+        specs["place"] = pl.BlockSpec((1, 1, block), lambda r, i, *_: (r, 0, plan.own(i)))
+    if expand is not None:
+        arrays["expand"] = tpu_expand.operands(expand, plan.key)
+        of_head = lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda r, i, *_: (r % heads, *[0] * (x.ndim - 1)))
+        specs["expand"] = jax.tree.map(of_head, arrays["expand"])
+        b, k, half, _ = arrays["expand"]["frequency"].shape
+        specs["expand"]["frequency"] = pl.BlockSpec(
+            (1, 1, half, 1), lambda r, i, *_: (r // heads % b, r % heads % k, 0, 0)
+        )
+    return arrays, specs
+
+
 def _kept(plan: _Plan, g: int) -> list[tuple[int, int]]:
     """Shapes of what is kept from step to step."""
     return [(g, p.width) for p in plan.value.pieces] + [(g, LANES)] * (plan.value.groups + 2)
@@ -185,10 +217,10 @@ def _kernel(*refs: Any, plans: Sequence[_Plan], scale: float, cap: float | None,
     each = iter(refs)
     take = lambda n: list(itertools.islice(each, n))
     scalars = take(1 + 2 * len(plans))
-    inputs = [(take(len(plan.key.pieces)), take(plan.each * plan.tree.num_leaves)) for plan in plans]
+    inputs = [(take(plan.beside.num_leaves), take(plan.each * plan.tree.num_leaves)) for plan in plans]
     outs = [(take(plan.kept), take(int(plan.logits))) for plan in plans]
     scratch = [take(plan.kept) for plan in plans]
-    step = pl.program_id(1)
+    row, step = pl.program_id(0), pl.program_id(1)
 
     @pl.when(step == 0)
     def _() -> None:
@@ -197,8 +229,12 @@ def _kernel(*refs: Any, plans: Sequence[_Plan], scale: float, cap: float | None,
                 ref[...] = jnp.zeros_like(ref)
             largest[...] = jnp.full_like(largest, EMPTY)
 
-    for plan, (queries, pages), (_, logits), kept in zip(plans, inputs, outs, scratch, strict=True):
-        of_part = functools.partial(_attend, plan, scalars, queries, pages, logits, kept, scale, cap, windowed)
+    for plan, (beside, pages), (_, logits), kept in zip(plans, inputs, outs, scratch, strict=True):
+        length = scalars[plan.scalars + 1][row]
+        after = scalars[0][row] if windowed else None
+        of_part = functools.partial(
+            _attend, plan, plan.own(step), length, after, beside, pages, logits, kept, scale, cap
+        )
         pl.when((step >= plan.start) & (step < plan.start + plan.steps))(of_part)
 
     @pl.when(step == pl.num_programs(1) - 1)
@@ -208,82 +244,47 @@ def _kernel(*refs: Any, plans: Sequence[_Plan], scale: float, cap: float | None,
                 out[0] = ref[...]
 
 
-def _attend(plan: _Plan, scalars: list, queries: list, pages: list, logits: list, kept: list, scale: float,
-            cap: float | None, windowed: bool) -> None:  # fmt: skip
+def _attend(plan: _Plan, step: Array, length: Array, after: Array | None, beside: list, pages: list, logits: list,
+            kept: list, scale: float, cap: float | None) -> None:  # fmt: skip
     """A step of a part: its pages."""
-    row = pl.program_id(0)
-    after, length = scalars[0], scalars[plan.scalars + 1][row]
-    first = plan.own(pl.program_id(1)) * plan.each * plan.page
+    first = step * plan.each * plan.page
     accs, (*zeros, l_ref, m_ref) = kept[: len(plan.value.pieces)], kept[len(plan.value.pieces) :]
     for ref in logits:
         ref[...] = jnp.full_like(ref, EMPTY)
 
     @pl.when(first < length)
     def _() -> None:
-        query = [ref[0].astype(plan.key.dtype) for ref in queries]
+        other = jax.tree.unflatten(plan.beside, beside)
+        expand, place = other.get("expand"), other.get("place")
+        query = [ref[0] if expand else ref[0].astype(plan.key.dtype) for ref in other["queries"]]
         for j in range(plan.each):
             leaves = pages[j * plan.tree.num_leaves : (j + 1) * plan.tree.num_leaves]
             k, v, pos = jax.tree.unflatten(plan.tree, leaves)
-            s = _scores(_Page(k, plan.across[0], plan.key), query) * scale
+            slots = slice(j * plan.page, (j + 1) * plan.page)
+            slot = first + j * plan.page + jax.lax.broadcasted_iota(jnp.int32, (1, plan.page), 1)
+            where = place[0, :, slots] if place is not None else slot if pos is None else pos[0]
+            keys = Page(k, plan.across[0], plan.key)
+            s = scale * (tpu_expand.scores(keys, query[0], expand, where) if expand else _scores(keys, query))
             s = s if cap is None else cap * jnp.tanh(s / cap)
-            slot = first + j * plan.page + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
             seen = slot < length
-            if windowed:
-                seen &= (slot if pos is None else pos[0]) > after[row]
+            if after is not None:
+                seen &= where > after
             s = jnp.where(seen, s, EMPTY)
             for ref in logits:
-                ref[0, :, j * plan.page : (j + 1) * plan.page] = s
+                ref[0, :, slots] = s
             m = jnp.maximum(m_ref[...], s.max(axis=1, keepdims=True))
             old, p = jnp.exp(m_ref[...] - m), jnp.where(seen, jnp.exp(s - m[:, :1]), 0.0)
             l_ref[...] = l_ref[...] * old + p.sum(axis=1, keepdims=True)
             m_ref[...] = m
-            _add_values(_Page(v, plan.across[1], plan.value), p, old, accs, zeros)
+            _add_values(Page(v, plan.across[1], plan.value), p, old, accs, zeros)
 
 
-class _Page:
-    """A page of one of the pools in vector memory."""
-
-    def __init__(self, pool: Any, across: bool, read: Format):
-        self._pool, self._across, self.read = pool, across, read
-        self._codes = pool["codes"] if read.groups else pool
-
-    def numbers(self, piece: Piece) -> Array:
-        """A piece's codes as numbers, `[width page]` if slots are on the lanes, else `[page width]`."""
-        part = pl.ds(piece.at, piece.width)
-        codes = self._codes[0, part, :] if self._across else self._codes[0, :, part]
-        if not self.read.groups:
-            return codes
-        if self.read.float8:
-            return pltpu.bitcast(codes, jnp.float8_e4m3fn).astype(self.read.dtype)
-        found = (codes.astype(jnp.int32) >> piece.shift) & piece.mask  # bytes cannot be shifted
-        return found.astype(jnp.float32).astype(self.read.dtype)
-
-    def scale(self, group: int) -> Float[Array, "1 page"]:
-        """Of a group."""
-        return self._line("scale", group)
-
-    def zero(self, group: int) -> Float[Array, "1 page"]:
-        """Of a group."""
-        return self._line("zero", group) if self.read.offset is None else self.read.offset * self.scale(group)
-
-    def _line(self, name: str, group: int) -> Array:
-        pool = self._pool[name]
-        if pool.shape[-1] % LANES == 0:  # slots on the lanes
-            return whole(pool[0, pl.ds(group, 1), :])
-        return whole(pool[0]).T[group : group + 1]
-
-    @property
-    def axis(self) -> int:
-        """Of the slots."""
-        return 1 if self._across else 0
-
-
-def _scores(page: _Page, query: list[Array]) -> Float[Array, "G page"]:
+def _scores(page: Page, query: list[Array]) -> Float[Array, "G page"]:
     """Before the scale of logits."""
     read, total = page.read, None
     for group in range(max(read.groups, 1)):
         own = [(p, x) for p, x in zip(read.pieces, query, strict=True) if p.group == group]
-        part = functools.reduce(jnp.add, (_dot(x, page.numbers(p), (1, 1 - page.axis)) * p.weight for p, x in own))
+        part = functools.reduce(jnp.add, (dot(x, page.numbers(p), (1, 1 - page.axis)) * p.weight for p, x in own))
         if read.groups:
             low = (x.astype(jnp.float32) for p, x in own if p.weight == 1)
             sums = functools.reduce(jnp.add, (x.sum(axis=1, keepdims=True) for x in low))
@@ -292,7 +293,7 @@ def _scores(page: _Page, query: list[Array]) -> Float[Array, "G page"]:
     return total  # pyright: ignore[reportReturnType]
 
 
-def _add_values(page: _Page, p: Array, old: Array, accs: Sequence[Any], zeros: Sequence[Any]) -> None:
+def _add_values(page: Page, p: Array, old: Array, accs: Sequence[Any], zeros: Sequence[Any]) -> None:
     """Values and zero terms of a page, added to the sums."""
     read = page.read
     weights = [p * page.scale(group) for group in range(read.groups)] or [p]
@@ -300,10 +301,4 @@ def _add_values(page: _Page, p: Array, old: Array, accs: Sequence[Any], zeros: S
         ref[...] = ref[...] * old + (p * page.zero(group)).sum(axis=1, keepdims=True)
     for piece, acc in zip(read.pieces, accs, strict=True):
         weight = (weights[piece.group] * piece.weight).astype(read.dtype)
-        acc[...] = acc[...] * old[:, :1] + _dot(weight, page.numbers(piece), (1, page.axis))
-
-
-def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
-    precision = jax.lax.Precision.HIGHEST if b.dtype == jnp.float32 else None
-    dims = (((over[0],), (over[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+        acc[...] = acc[...] * old[:, :1] + dot(weight, page.numbers(piece), (1, page.axis))
