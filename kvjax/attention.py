@@ -1,7 +1,7 @@
 """Attention: over a prompt, over the cache, and the scores that methods learn from it."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,9 +11,9 @@ from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Tier
 from kvjax.kernels import kernel_or_xla
 from kvjax.spec import Prompt
-from pallas_kernels import decode_attention as kernel
 from pallas_kernels import prefill_attention as prefill_kernel
 from pallas_kernels import prefill_scores
+from pallas_kernels.decode_attention import Expand, Part, Partial, decode_attention, merge, probabilities
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.soft_cap import soft_cap
 
@@ -117,7 +117,7 @@ class Read(NamedTuple):
       cap: of those.
       after: of a sliding window.
       place: of slots.
-      expand_key: of cached keys.
+      expand: of cached keys.
       select: which slots are attended, from the attention weights over all of them; None = all.
       kernels: which implementation; None = the platform's.
     """
@@ -126,7 +126,7 @@ class Read(NamedTuple):
     cap: float | None = None
     after: Int[Array, "B K"] | None = None
     place: Callable[[Int[Array, "B K s"]], Int[Array, "B K s"]] | None = None
-    expand_key: Callable[[Float[Array, "B K s R"], Int[Array, "B K s"]], Float[Array, "B K s H"]] | None = None
+    expand: Expand | None = None
     select: Callable[[tuple[Float[Array, "B K G S"], ...]], tuple[Bool[Array, "B K S"], ...]] | None = None
     kernels: Implementation | None = None
 
@@ -149,35 +149,30 @@ def decode(
       with_probabilities: also return every slot's attention weight.
     """
 
-    def part(tier: Tier, store: KVStore, slots: Bool[Array, "B K S"] | None, logits: bool) -> kernel.Partial:
-        return kernel_or_xla(
-            "decode attention",
-            kernel.decode_attention,
-            read.kernels,
-            store.query(q, tier.calib),
-            tier.k,
-            tier.v,
-            tier.table,
-            tier.length,
-            None if isinstance(tier.pos, tuple) else tier.pos,
-            scale=read.scale,
-            cap=read.cap,
-            after=read.after,
-            decode_key=store.key.decode,
-            decode_value=store.value.decode,
-            place=read.place,
-            expand_key=read.expand_key,
-            slots=slots,
-            with_logits=logits,
-        )
-
-    def attend(chosen: Sequence[Bool[Array, "B K S"] | None], logits: bool) -> tuple[kernel.Partial, tuple[Array, ...]]:
-        parts = [part(*each, logits) for each in zip(tiers, stores, chosen, strict=True)]
-        whole = kernel.merge(parts)
-        return whole, tuple(kernel.probabilities(p, whole) for p in parts) if logits else ()
+    def attend(chosen: Sequence[Bool[Array, "B K S"] | None], logits: bool) -> Partial:
+        parts = [_part(q, *each) for each in zip(tiers, stores, chosen, strict=True)]
+        options = dict(scale=read.scale, cap=read.cap, after=read.after, place=read.place, expand=read.expand)
+        return _attend(parts, read.kernels, with_logits=logits, **options)
 
     chosen = [None] * len(tiers)
     if read.select is not None:
-        chosen = read.select(attend(chosen, logits=True)[1])
-    whole, probs = attend(chosen, with_probabilities)
-    return whole.o / whole.l[..., None], probs
+        chosen = read.select(probabilities(attend(chosen, logits=True)))
+    whole = attend(chosen, with_probabilities)
+    return whole.o / whole.l[..., None], probabilities(whole) if with_probabilities else ()
+
+
+def _part(q: Float[Array, "B K G H"], tier: Tier, store: KVStore, slots: Bool[Array, "B K S"] | None) -> Part:
+    """A tier as the kernels read it."""
+    pos = None if isinstance(tier.pos, tuple) else tier.pos
+    query = store.query(q, tier.calib)
+    return Part(query, tier.k, tier.v, tier.table, tier.length, pos, store.key.decode, store.value.decode, slots)
+
+
+def _attend(parts: Sequence[Part], kernels: Implementation | None, **options: Any) -> Partial:
+    """All parts in one launch; where a kernel cannot read one of them, each by itself and that one on XLA."""
+    if len(parts) > 1:
+        try:
+            return decode_attention(parts, implementation=kernels, **options)
+        except NotImplementedError:
+            return merge([_attend([part], kernels, **options) for part in parts])
+    return kernel_or_xla("decode attention", decode_attention, kernels, parts, **options)

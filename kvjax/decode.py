@@ -19,6 +19,7 @@ from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer
 from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, PyTree, RopeSpec, Token
+from pallas_kernels.rotation import Rotation
 
 Cache = tuple[Tiers, ...]  # one per group of layers with equal cached widths
 Measure = Callable[[Decoder, Float[Array, "B D"], PyTree], PyTree]
@@ -271,7 +272,8 @@ def _decode_layer(
     q, k = q.reshape(*key.shape[:2], -1, spec.head_dim), layer.keys(key)
     here = pos[:, None, None]
     at_read = rotates_at_read(spec, recipe)
-    turn = tuple(angle[:, :, 0] for angle in _angles_at(rotary, spec.head_dim, here, pos[:, None] + 1))  # B 1 H/2
+    own = Rotation(rope.frequencies(rotary, spec.head_dim, pos[:, None] + 1), rotary.attention_factor)
+    turn = tuple(angle[:, :, 0] for angle in own.angles(here))  # B 1 H/2
     if not at_read:
         key = rope.rotate(k, *turn)
     token = Token(q, k, key, value, pos, active, index, gate, turn)
@@ -280,19 +282,15 @@ def _decode_layer(
 
     place = lambda at: at if recipe.positions is None else recipe.positions(at, pos, length)
     query_place = place(jnp.broadcast_to(here, (*key.shape[:2], 1)))
-    angles = _angles(spec, rotary, recipe, sum(tier.capacity for tier in tiers), pos, length)
+    rotation = (
+        own
+        if recipe.positions is None
+        else _in_cache(spec.head_dim, rotary, sum(tier.capacity for tier in tiers), length)
+    )
+    query = gates.silence(spec.gate, rope.rotate(q, *rotation.angles(query_place)), 1)
     window = spec.window(index)
-
-    def expand_key(cached: Float[Array, "B K s R"], at: Int[Array, "B K s"]) -> Float[Array, "B K s keys"]:
-        if spec.latent is None:
-            return rope.rotate(cached, *angles(at))
-        keys = layer.keys(jnp.moveaxis(cached, 1, 2))  # B s K*heads H
-        keys = jnp.moveaxis(keys.reshape(*keys.shape[:2], -1, heads, spec.head_dim), 2, 1)
-        cos, sin = angles(at)
-        return rope.rotate(keys, cos[..., None, :], sin[..., None, :]).reshape(*at.shape, -1)
-
     mean, probs = attention.decode(
-        attention.spread(gates.silence(spec.gate, rope.rotate(q, *angles(query_place)), 1), heads),
+        attention.spread(query, heads),
         tiers,
         recipe.stores,
         attention.Read(
@@ -300,7 +298,7 @@ def _decode_layer(
             cap=spec.score_cap,
             after=None if window is None else jnp.broadcast_to(query_place[..., 0] - window, key.shape[:2]),
             place=None if recipe.positions is None else place,
-            expand_key=expand_key if at_read else None,
+            expand=layer.expand(rotation) if at_read else None,
             select=None if recipe.select is None else functools.partial(recipe.select, pos=pos),
             kernels=recipe.kernels,
         ),
@@ -312,29 +310,17 @@ def _decode_layer(
     return layer.finish(x, out.reshape(x.shape[0], spec.num_heads, spec.head_dim)), tiers
 
 
-def _angles(
-    spec: ModelSpec, rotary: RopeSpec, recipe: Recipe, capacity: int, pos: Int[Array, " B"], length: Int[Array, "B K"]
-) -> Callable[[Int[Array, "B K s"]], tuple[Float[Array, "B K s half"], Float[Array, "B K s half"]]]:
-    """A function that gives the cosines and sines of places.
+def _in_cache(head_dim: int, rotary: RopeSpec, capacity: int, length: Int[Array, "B K"]) -> Rotation:
+    """How queries and keys turn at places in the cache.
 
-    Places in the cache are below its capacity: a table, which equal layers and all steps share, saves a sine and a
-    cosine per number that is read.
+    They are below its capacity: a table, which equal layers and all steps share, saves a sine and a cosine per number.
     """
-    if recipe.positions is None:
-        return lambda at: _angles_at(rotary, spec.head_dim, at, pos[:, None] + 1)
+    of = functools.partial(rope.frequencies, rotary, head_dim)
     if rotary.follows_length:  # as long as the cache is
-        return lambda at: _angles_at(rotary, spec.head_dim, at, length)
-    cos, sin = rope.angles(rotary, spec.head_dim, jnp.arange(capacity), jnp.asarray(capacity))
-    return lambda at: (cos[at], sin[at])
-
-
-def _angles_at(
-    rotary: RopeSpec, head_dim: int, pos: Int[Array, "B #K s"], seq_len: Int[Array, "B #K"]
-) -> tuple[Float[Array, "B #K s half"], Float[Array, "B #K s half"]]:
-    """Cosines and sines of positions, `seq_len` tokens into the sequence."""
-    shape = jnp.broadcast_shapes(pos.shape[:-1], seq_len.shape)
-    pos = jnp.broadcast_to(pos, (*shape, pos.shape[-1]))
-    return rope.angles(rotary, head_dim, pos, jnp.broadcast_to(seq_len, shape))
+        return Rotation(of(length), rotary.attention_factor)
+    size = jnp.asarray(capacity)
+    table = rope.angles(rotary, head_dim, jnp.arange(capacity), size)
+    return Rotation(of(size)[None, None], rotary.attention_factor, table)
 
 
 def decode_step(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvjax import command, generation, plan
+from kvjax import abstract, command, generation
 from kvjax.errors import InputError
 from kvjax.evaluation import manifest, report, runner
 from kvjax.evaluation.runner import Evaluation, Point
@@ -157,7 +157,7 @@ def configured(path: Path, settings: dict[str, dict[str, str]], stores: dict[str
     given = stores.keys() | settings.get(args.method, {}).keys()
     chosen = {key: value for key, value in args.arguments.items() if key not in given}
     make(args.method, args.budget, chosen)  # raises what is wrong with them
-    usual = plan.arguments(args.method, {}) | {"kernels": "xla"}
+    usual = abstract.arguments(args.method, {}) | {"kernels": "xla"}
     own = {key: value for key, value in chosen.items() if value != usual[key]}
     return "".join([args.method, *(f"+{key}={value}" for key, value in own.items())]), args.budget
 

@@ -51,6 +51,8 @@ def resources(text: str, gpu: Gpu) -> dict[str, int]:
 MODELS = {"Llama-3-8B": (8, 4, 128), "Llama-2-7B": (32, 1, 128), "Qwen2-7B": (4, 7, 128)}  # K, G, H
 THOROUGH = ("v5e", "sm_90")  # targets that are tried at all shapes
 STORES = ("dense", "int8", "int4", "int3", "int2", "int4:32", "fp8", "kivi2")
+# Parts that are read in one launch, and their shares of a context; 0 = one slot.
+TIERS = {"mikv": {"dense": 0.2, "int2": 0.8}, "dmc+store=int4": {"int4": 1.0, "dense": 0.0}}
 
 
 class Case(NamedTuple):
@@ -67,7 +69,7 @@ class Case(NamedTuple):
 def cases(target: str) -> Iterator[Case]:
     """Every kernel at the shapes of real models."""
     refused = {"fp8": ("v4", "sm_80"), "kivi2": TPUS}  # no such format; read by XLA
-    for store in STORES:
+    for store in (*STORES, *TIERS):
         if target not in refused.get(store, ()):
             yield Case("decode_attention", "Llama-3-8B", store, 32768, 16)
     for context in (8192, 32768):
@@ -78,8 +80,13 @@ def cases(target: str) -> Iterator[Case]:
     yield Case("segment_merge", "Llama-3-8B", "", 32768, 1, {"window": 12})
     if target in GPUS:
         yield Case("topk_retain", "Llama-3-8B", "", 32768, 1, {"keep": 0.2})
+    # Latents of all heads together, of each head, and keys that are only rotated.
+    for latent in ((8, 512, 640), (1, 64, 96), (1, 128, 128)):
+        yield Case("decode_attention", "Llama-3-8B", "dense", 32768, 16, {"latent": latent})
     if target not in THOROUGH:
         return
+    for latent in ((1, 64, 96), (8, 512, 640))[: 1 + (target in TPUS)]:  # GPUs read joint latents of few bits by XLA
+        yield Case("decode_attention", "Llama-3-8B", "int4", 32768, 16, {"latent": latent})
     for model in MODELS:
         for context, batch in ((4096, 8), (131072, 1)):
             yield Case("decode_attention", model, "dense", context, batch)
@@ -110,25 +117,41 @@ def decode_attention(target: Target, case: Case) -> tuple[Callable, tuple]:
     import jax.numpy as jnp
 
     from kvjax.cache.quantize import named
-    from pallas_kernels.decode_attention import decode_attention
+    from pallas_kernels.decode_attention import Expand, Part, decode_attention
+    from pallas_kernels.rotation import Rotation
 
-    k, g, h = MODELS[case.model]
-    page, store, options = 128, named(case.store), dict(case.options)
-    table, rows = case.context // page, (case.batch, k)
-    size = case.batch * k * table
-    windowed = options.pop("window", False)
-
-    def attend(q: Any, key: Any, value: Any, table: Any, length: Any, pos: Any, after: Any) -> Any:
-        return decode_attention(
-            q, key, value, table, length, pos, scale=h**-0.5, after=after if windowed else None,
-            decode_key=store.key.decode, decode_value=store.value.decode,
-            implementation="tpu" if target.platform == "tpu" else "gpu", **options,
-        )  # fmt: skip
-
-    pools = [jax.eval_shape(functools.partial(x.init, size, page, h, jnp.bfloat16)) for x in (store.key, store.value)]
+    (k, g, h), options = MODELS[case.model], dict(case.options)
+    windowed, (heads, *ranks) = options.pop("window", False), options.pop("latent", (1, h, h))
+    rows, g, keys = (case.batch, k // heads), g * heads, h * heads
+    shares = TIERS.get(case.store, {case.store: 1.0})
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    q = jax.ShapeDtypeStruct((*rows, g, h), jnp.bfloat16)
-    return attend, (q, *pools, ints(*rows, table), ints(*rows), ints(size, page), ints(*rows))
+
+    numbers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    def part(store: str, slots: int) -> tuple:
+        """Arrays of a part."""
+        page = min(128, slots)
+        table, codec = -(-slots // page), named(store)
+        size = rows[0] * rows[1] * table
+        codecs = zip((codec.key, codec.value), ranks, strict=True)
+        pools = (functools.partial(x.init, size, page, width, jnp.bfloat16) for x, width in codecs)
+        return numbers(*rows, g, keys), *map(jax.eval_shape, pools), ints(*rows, table), ints(*rows), ints(size, page)
+
+    def attend(parts: list[tuple], after: Any, up: Any, frequency: Any) -> Any:
+        expand = Expand(Rotation(frequency), up if ranks[0] < keys else None) if "latent" in case.options else None
+        formats = [(store.key.decode, store.value.decode) for store in map(named, shares)]
+        return decode_attention(
+            [Part(*arrays, *decode) for arrays, decode in zip(parts, formats, strict=True)],
+            scale=h**-0.5,
+            after=after if windowed else None,
+            expand=expand,
+            implementation="tpu" if target.platform == "tpu" else "gpu",
+            **options,
+        )
+
+    parts = [part(store, max(1, int(share * case.context))) for store, share in shares.items()]
+    frequency = jax.ShapeDtypeStruct((1, 1, h // 2), jnp.float32)
+    return attend, (parts, ints(*rows), numbers(rows[1], ranks[0], keys), frequency)
 
 
 def column_sums(target: Target, case: Case) -> tuple[Callable, tuple]:
@@ -220,11 +243,13 @@ KERNELS = {
 }
 
 
-def compile_kernels(target: Target) -> None:
-    """Print a line for every case."""
+def compile_kernels(target: Target, some: list[str]) -> None:
+    """Print a line for every case, or for those of some stores or options."""
     import jax
 
     for case in cases(target.name):
+        if some and not {case.store, *case.options} & set(some):
+            continue
         fn, args = KERNELS[case.kernel](target, case)
         memory = target.compile(jax.jit(fn), *args).memory_analysis()
         line: dict[str, Any] = {**case._asdict(), "arguments": memory.argument_size_in_bytes}
@@ -277,4 +302,4 @@ if __name__ == "__main__":
     if sys.argv[2:3] == ["loop"]:
         compile_loops(chosen, sys.argv[3:])
     else:
-        compile_kernels(chosen)
+        compile_kernels(chosen, sys.argv[2:])

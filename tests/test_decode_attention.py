@@ -15,9 +15,12 @@ from jax.experimental.pallas import tpu as pltpu
 import kvjax
 from kvjax import kernels, methods
 from kvjax.cache.quantize import named
+from kvjax.models.decoder import Decoder
+from kvjax.spec import LatentSpec
 from pallas_kernels.codes import Affine, pieces
-from pallas_kernels.decode_attention import decode_attention, gpu, reference, tpu
+from pallas_kernels.decode_attention import Part, decode_attention, gpu, gpu_block, gpu_expand, reference, tpu
 from pallas_kernels.packing import PLANES
+from pallas_kernels.rotation import Rotation
 from tests import matrix, oracle
 
 STORES = (
@@ -30,12 +33,25 @@ KERNELS = {"gpu": (gpu, True), "tpu": (tpu, True), "tpu checked": (tpu, CHECKED)
 
 
 def case(
-    store: str, dtype=jnp.float32, *, g: int = 3, h: int = 64, page: int = 16, m: int = 4, seed: int = 0,
+    *stores: str, dtype=jnp.float32, g: int = 3, h: int = 64, page: int = 16, m: int = 4, seed: int = 0,
     window: bool = False, lengths: Iterable[int] = (0, 1), **options,
 ):  # fmt: skip
-    """Arguments for two sequences of two heads in shuffled pages; entries behind a row's end name no page."""
+    """Two sequences of two heads, a part for each store, and options."""
     rng, rows = np.random.default_rng(seed), (2, 2)
-    size, codec = 4 * m, named(store)
+    shape = dict(dtype=dtype, g=g, h=h, page=page, m=m)
+    # Parts after the first have a page more in a row, and other lengths.
+    parts = [part(rng, x, lengths if i == 0 else (), **shape | {"m": m + i}) for i, x in enumerate(stores)]
+    options |= dict(scale=h**-0.5)
+    if window:
+        options["after"] = jnp.asarray(rng.integers(0, 60, rows), jnp.int32)
+    return parts, options
+
+
+def part(
+    rng: np.random.Generator, store: str, lengths: Iterable[int], *, dtype, g: int, h: int, page: int, m: int
+) -> Part:
+    """Slots in shuffled pages; entries behind a row's end name no page."""
+    rows, size, codec = (2, 2), 4 * m, named(store)
     k, v = (codec_.encode(jnp.asarray(rng.normal(size=(size, page, h)), dtype)) for codec_ in (codec.key, codec.value))
     length = rng.integers(0, m * page + 1, rows).astype(np.int32)
     for row, n in zip(np.ndindex(rows), lengths, strict=False):
@@ -44,10 +60,7 @@ def case(
     table = np.where(np.arange(m) * page < length[..., None], table, size)
     pos = rng.integers(0, 100, (size, page)).astype(np.int32)
     q = jnp.asarray(rng.normal(size=(*rows, g, h)), dtype)
-    options |= dict(scale=h**-0.5, decode_key=codec.key.decode, decode_value=codec.value.decode)
-    if window:
-        options["after"] = jnp.asarray(rng.integers(0, 60, rows), jnp.int32)
-    return (q, k, v, *map(jnp.asarray, (table, length, pos))), options
+    return Part(q, k, v, *map(jnp.asarray, (table, length, pos)), codec.key.decode, codec.value.decode)
 
 
 def numbers(part: reference.Partial) -> list[np.ndarray]:
@@ -55,17 +68,15 @@ def numbers(part: reference.Partial) -> list[np.ndarray]:
     some = np.asarray(part.l) > 0
     total = np.where(some, part.l, 1.0)
     found = [np.where(some[..., None], part.o / total[..., None], 0), np.where(some, part.m + np.log(total), 0)]
-    return (
-        found if part.logits is None else [*found, np.where(np.asarray(part.logits) > reference.EMPTY, part.logits, 0)]
-    )
+    return found + [np.where(np.asarray(x) > reference.EMPTY, x, 0) for x in part.logits]
 
 
-def check(kernel: str, args: tuple, options: dict) -> None:
+def check(kernel: str, parts: list[Part], options: dict) -> None:
     module, interpret = KERNELS[kernel]
-    got = module.decode_attention(*args, interpret=interpret, **options)
+    got = module.decode_attention(parts, interpret=interpret, **options)
     plain = {key: value for key, value in options.items() if key not in ("splits", "block")}
-    want = decode_attention(*args, implementation="xla", **plain)
-    tolerance = 1e-5 if args[0].dtype == jnp.float32 else 2e-2
+    want = decode_attention(parts, implementation="xla", **plain)
+    tolerance = 1e-5 if parts[0].q.dtype == jnp.float32 else 2e-2
     for a, b in zip(numbers(got), numbers(want), strict=True):
         assert np.isfinite(a).all()
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1e-3, np.abs(b).max()))
@@ -75,19 +86,101 @@ def check(kernel: str, args: tuple, options: dict) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("store", STORES)
 def test_every_store(kernel, store, dtype):
-    check(kernel, *case(store, dtype, h=128, page=32, m=3, with_logits=True))
+    check(kernel, *case(store, dtype=dtype, h=128, page=32, m=3, with_logits=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("store", ["kivi2:32:128", "kivi4:16:64"])
 @pytest.mark.parametrize("page", [32, 64])
 def test_keys_per_channel(store, page, dtype):
-    check("gpu", *case(store, dtype, page=page, with_logits=True))
+    check("gpu", *case(store, dtype=dtype, page=page, with_logits=True))
 
 
-@pytest.mark.parametrize("store", ["dense", "int4", "int3"])
-def test_no_races_and_nothing_out_of_bounds(store):
-    check("tpu checked", *case(store, h=128, page=16, with_logits=True, window=True))
+TIERS = [("dense", "int2"), ("int4:32", "dense", "int8/int4")]
+
+
+@pytest.mark.parametrize("kernel", ["gpu", "tpu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("stores", TIERS, ids="+".join)
+def test_parts_in_one_launch(kernel, stores, dtype):
+    check(kernel, *case(*stores, dtype=dtype, h=128, page=32, lengths=(0, 1, 128), with_logits=True, window=True))
+
+
+@pytest.mark.parametrize("kernel", ["gpu", "tpu"])
+def test_a_part_of_one_slot_beside_a_longer_one(kernel):
+    parts, options = case("int4", "dense", h=128, page=32, with_logits=True)
+    one = part(np.random.default_rng(1), "dense", (1, 1, 0, 1), dtype=jnp.float32, g=3, h=128, page=1, m=1)
+    check(kernel, [parts[0], one], options)
+
+
+def test_parts_merge_like_their_partials():
+    parts, options = case("dense", "int4", lengths=(0, 1, 64))
+    together = decode_attention(parts, implementation="interpret", with_logits=True, **options)
+    apart = [decode_attention([part], implementation="interpret", with_logits=True, **options) for part in parts]
+    for a, b in zip(numbers(together), numbers(reference.merge(apart)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def expanding(parts: list[Part], heads: int, h: int, *, latent: bool) -> tuple[list[Part], reference.Expand]:
+    """The parts with queries of `h` numbers in each of their `heads` places, and how their keys are made."""
+    rng, dtype, rank = np.random.default_rng(1), parts[0].q.dtype, parts[0].q.shape[-1]
+    drawn = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    frequency = jnp.asarray(rng.random((2, 1, h // 2)), jnp.float32)
+    up, bias = (drawn(2, rank, heads * h) * rank**-0.5, drawn(2, heads * h)) if latent else (None, None)
+    queries = drawn(*parts[0].q.shape[:3], heads * h)
+    return [x._replace(q=queries) for x in parts], reference.Expand(Rotation(frequency, 1.1), up, bias)
+
+
+@pytest.mark.parametrize("kernel", ["gpu", "tpu", "tpu checked"])
+@pytest.mark.parametrize(
+    ("store", "dtype", "rank", "heads"),
+    [
+        ("dense", jnp.float32, 48, 2),
+        ("int4", jnp.bfloat16, 64, 2),
+        ("dense", jnp.bfloat16, 64, 0),
+        ("int3", jnp.float32, 128, 0),
+    ],
+)
+def test_keys_are_expanded_and_rotated_as_they_are_read(kernel, store, dtype, rank, heads):
+    """Latents of some heads; 0 heads: keys that are cached as they are before rotation, at other places."""
+    parts, options = case(store, dtype=dtype, h=rank, lengths=(0, 1, 64), window=not heads, with_logits=heads == 0)
+    h = 32 if heads else rank
+    parts, options["expand"] = expanding(parts, max(heads, 1), h, latent=heads > 0)
+    if not heads:
+        options["place"] = lambda at: at // 2
+    check(kernel, parts, options)
+
+
+def test_angles_are_reduced_to_one_turn():
+    theta = np.concatenate([np.arange(2.0**17), np.random.default_rng(0).random(10000) * 2**17]).astype(np.float32)
+    found = np.asarray(gpu_expand.reduced(jnp.asarray(theta)), np.float64)
+    assert np.abs(found).max() < 3.15
+    np.testing.assert_allclose(np.exp(1j * found), np.exp(1j * theta.astype(np.float64)), atol=1e-5)
+
+
+def test_expanded_keys_are_those_of_a_loop():
+    """The reference's keys, one at a time in float64."""
+    parts, _ = case("dense", h=12)
+    _, expand = expanding(parts, 3, 8, latent=True)
+    norm = jnp.asarray(np.random.default_rng(2).random(8), jnp.float32)
+    expand = expand._replace(norm=norm, eps=1e-5)
+    cached = np.random.default_rng(3).normal(size=(2, 2, 5, 12))
+    place = np.array([0, 7, 3, 100, 2])
+    got = expand.keys(jnp.asarray(cached, jnp.float32), jnp.broadcast_to(jnp.asarray(place), (2, 2, 5)))
+    up, bias = np.asarray(expand.up, np.float64), np.asarray(expand.bias, np.float64)
+    for b, k, s, head in np.ndindex(2, 2, 5, 3):
+        own = slice(8 * head, 8 * head + 8)
+        key = cached[b, k, s] @ up[k][:, own] + bias[k, own]
+        key = key / np.sqrt((key**2).mean() + 1e-5) * np.asarray(norm, np.float64)
+        for i in range(4):
+            theta = place[s] * float(expand.rotation.frequency[b, 0, i])
+            turned = 1.1 * np.exp(1j * theta) * (key[i] + 1j * key[i + 4])
+            np.testing.assert_allclose(np.asarray(got)[b, k, s, own][[i, i + 4]], [turned.real, turned.imag], atol=1e-4)
+
+
+@pytest.mark.parametrize("stores", [("dense",), ("int4",), ("int3",), *TIERS], ids="+".join)
+def test_no_races_and_nothing_out_of_bounds(stores):
+    check("tpu checked", *case(*stores, h=128, page=16, with_logits=True, window=True))
 
 
 @given(
@@ -130,7 +223,7 @@ def test_numbers_are_linear_in_their_pieces():
 
 
 def test_the_assembly_adds_128_to_a_code():
-    """A little machine for the four instructions of `gpu.assembly`, on every byte."""
+    """A little machine for the four instructions of `gpu_block.assembly`, on every byte."""
     byte = lambda word, i: word >> np.uint64(8 * i) & np.uint64(0xFF)
 
     def run(text: str, word: np.ndarray) -> list[np.ndarray]:
@@ -157,26 +250,32 @@ def test_the_assembly_adds_128_to_a_code():
     word = every | (255 - every) << np.uint64(8) | (every ^ np.uint64(0x5A)) << np.uint64(16) | every << np.uint64(24)
     for bits in (2, 3, 4):
         for piece in pieces(bits, 64, 1):
-            halves = run(gpu.assembly(piece), word)
+            halves = run(gpu_block.assembly(piece), word)
             for n in range(4):
                 half = halves[n // 2] >> np.uint64(16 * (n % 2)) & np.uint64(0xFFFF)
                 number = (half << np.uint64(16)).astype(np.uint32).view(np.float32)
                 np.testing.assert_array_equal(number, 128 + ((byte(word, n).astype(int) >> piece.shift) & piece.mask))
 
 
-REFUSED = {
-    "expand_key": dict(expand_key=lambda key, at: key),
-    "place": dict(place=lambda at: at),
-    "slots": dict(slots=jnp.ones((2, 2, 64), bool)),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
 @pytest.mark.parametrize("kernel", ["tpu", "interpret"])
-def test_what_a_kernel_cannot_do_is_said(kernel, what):
-    args, options = case("dense")
-    with pytest.raises(NotImplementedError, match=what):
-        decode_attention(*args, implementation=kernel, **options, **REFUSED[what])
+def test_what_a_kernel_cannot_do_is_said(kernel):
+    parts, options = case("dense")
+    normed, expand = expanding(parts, 1, 64, latent=True)
+    with pytest.raises(NotImplementedError, match="with a norm"):
+        decode_attention(normed, implementation=kernel, expand=expand._replace(norm=jnp.ones(64)), **options)
+    narrow, expand = expanding(parts, 1, 24, latent=True)
+    with pytest.raises(NotImplementedError, match="halves of rotated heads are 12 numbers"):
+        decode_attention(narrow, implementation=kernel, expand=expand, **options)
+    chosen = [parts[0]._replace(slots=jnp.ones((2, 2, 64), bool))]
+    with pytest.raises(NotImplementedError, match="choice of slots"):
+        decode_attention(chosen, implementation=kernel, **options)
+
+
+def test_wide_latents_of_few_bits_are_for_xla():
+    parts, options = case("int4", g=32, h=512)
+    parts, expand = expanding(parts, 2, 32, latent=True)
+    with pytest.raises(NotImplementedError, match="512 numbers for 32 query heads"):
+        decode_attention(parts, implementation="interpret", expand=expand, **options)
 
 
 @pytest.mark.parametrize(
@@ -187,29 +286,40 @@ def test_what_a_kernel_cannot_do_is_said(kernel, what):
     ],
 )
 def test_a_format_that_a_kernel_cannot_read_is_said(kernel, store, h, said):
-    args, options = case(store, h=h)
+    parts, options = case(store, h=h)
     with pytest.raises(NotImplementedError, match=said):
-        decode_attention(*args, implementation=kernel, **options)
+        decode_attention(parts, implementation=kernel, **options)
 
 
 def test_another_function_than_a_format_is_for_xla():
-    args, options = case("dense")
+    (part,), options = case("dense")
     with pytest.raises(NotImplementedError, match="xla only"):
-        decode_attention(*args, implementation="interpret", **{**options, "decode_key": lambda codes, dtype: codes})
+        decode_attention([part._replace(decode_key=lambda codes, _: codes)], implementation="interpret", **options)
 
 
 # In the decode loop
 
 SMALL = dict(num_layers=1, head_dim=64, max_position=128)
 ONLY_XLA = ("tova int8/int3", "full kivi2")  # pieces of 8 numbers: 64 in 8 planes, groups of 8
-FAST = ("full", "full kivi2", "h2o int4", "mikv")
+FAST = ("full", "full kivi2", "h2o int4", "mikv", "streaming_llm")
 
 
 @pytest.mark.parametrize(
     "method", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in matrix.VARIANTS]
 )
 def test_kernels_change_nothing(method, capsys):
-    model, recipe = oracle.random_model(5, **SMALL), matrix.recipe_of(method, 24)
+    unchanged(method, capsys, oracle.random_model(5, **SMALL))
+
+
+@pytest.mark.parametrize("method", ["h2o", pytest.param("h2o int4", marks=[pytest.mark.slow])])
+def test_kernels_change_nothing_on_latents(method, capsys):
+    latent = LatentSpec(2, ((48, 32),))
+    unchanged(method, capsys, oracle.random_model(5, **SMALL | {"head_dim": 32}, latent=latent))
+
+
+def unchanged(method: str, capsys: pytest.CaptureFixture[str], model: Decoder) -> None:
+    """The same positions and logits as on XLA."""
+    recipe = matrix.recipe_of(method, 24)
     rng = np.random.default_rng(0)
     prompts, teacher = [rng.integers(0, 97, n).tolist() for n in (40, 30)], rng.integers(0, 97, (2, 3))
     kernels.say_once.cache_clear()
@@ -218,7 +328,7 @@ def test_kernels_change_nothing(method, capsys):
     assert positions == there
     np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
     told = capsys.readouterr().err.count("decode attention on XLA")
-    assert told == (method in ONLY_XLA or method.split()[0] in ("streaming_llm", "oracle"))
+    assert told == (method in ONLY_XLA or method == "oracle")
 
 
 def test_kernels_of_another_platform_are_refused():
@@ -229,8 +339,8 @@ def test_kernels_of_another_platform_are_refused():
 
 
 def test_the_default_is_the_platforms():
-    args, options = case("dense")
+    parts, options = case("dense")
     assert jax.default_backend() == "cpu"
-    got, want = (decode_attention(*args, implementation=how, **options) for how in (None, "xla"))
+    got, want = (decode_attention(parts, implementation=how, **options) for how in (None, "xla"))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -37,7 +37,7 @@ def test_decode_attention_in_float32(store):
     agree("decode_attention", Shape("llama-3-8b", 4096, 1), store, jnp.float32, 1e-4)
 
 
-@pytest.mark.parametrize("kernel", ["column_sums", "window_sums"])
+@pytest.mark.parametrize("kernel", [name for name, kernel in KERNELS.items() if kernel.prompt])
 @pytest.mark.parametrize("context", [8192, 5000])
-def test_scores_of_a_prompt(kernel, context):
+def test_kernels_of_prompts(kernel, context):
     agree(kernel, Shape("llama-3-8b", context, 1), "")

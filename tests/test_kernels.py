@@ -2,11 +2,12 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_attention import decode_attention, merge, probabilities
+from pallas_kernels.decode_attention import Part, decode_attention, merge, probabilities
 from pallas_kernels.prefill_attention import attention, gpu, tpu
 from pallas_kernels.prefill_scores import column_sums
 
@@ -46,25 +47,28 @@ def dense(paged, after=None):
 def test_decode_attention_is_dense_attention(paged, block, after):
     o, total, weights = dense(paged, after)
     part = decode_attention(
-        *map(jnp.asarray, paged), scale=H**-0.5, block=block, with_logits=True,
+        [Part(*map(jnp.asarray, paged))], scale=H**-0.5, block=block, with_logits=True,
         after=None if after is None else jnp.broadcast_to(jnp.asarray(after)[:, None], (B, K)),
     )  # fmt: skip
     back = np.exp(np.asarray(part.m, np.float64))
     np.testing.assert_allclose(part.o * back[..., None], o, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(part.l * back, total, rtol=1e-4, atol=1e-6)
-    assert part.logits is not None and part.logits.shape == weights.shape
+    assert [x.shape for x in part.logits] == [weights.shape]
     some = total > 0
     want = weights / np.where(some, total, 1)[..., None]
-    got = np.where(some[..., None], probabilities(part, merge([part])), 0)
+    got = np.where(some[..., None], probabilities(part)[0], 0)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_partials_over_disjoint_slots_merge_exactly(paged):
     q, k, v, table, length, _ = map(jnp.asarray, paged)
-    run = lambda table, length: decode_attention(q, k, v, table, length, scale=H**-0.5)
+    run = lambda table, length: decode_attention([Part(q, k, v, table, length)], scale=H**-0.5)
     whole = run(table, length)
     first = jnp.minimum(length, 2 * PAGE)
     halves = merge([run(table, first), run(table[..., 2:], length - first)])
+    parts = [Part(q, k, v, table, first), Part(q, k, v, table[..., 2:], length - first)]
+    for a, b in zip(jax.tree.leaves(decode_attention(parts, scale=H**-0.5)), jax.tree.leaves(halves), strict=True):
+        np.testing.assert_array_equal(a, b)
     some = np.asarray(length) > 0
     for a, b in ((whole.o / whole.l[..., None], halves.o / halves.l[..., None]), (whole.m, halves.m)):
         np.testing.assert_allclose(np.asarray(a)[some], np.asarray(b)[some], rtol=1e-5, atol=1e-6)

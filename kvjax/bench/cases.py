@@ -17,10 +17,11 @@ from kvjax.bench.rivals import DECODE, Call, prompt_attention
 from kvjax.cache import pages
 from kvjax.cache.quantize import named
 from kvjax.errors import InputError
-from pallas_kernels import segment_merge
-from pallas_kernels.decode_attention import decode_attention, merge
+from pallas_kernels import prefill_attention, segment_merge
+from pallas_kernels.decode_attention import Part, decode_attention
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.prefill_scores import column_sums
+from pallas_kernels.topk_retain import topk_retain
 
 STORES = ("dense", "int8", "int4", "int3", "int2", "fp8", "kivi2", "mikv")
 MIKV = (("dense", 0.2), ("int2", 0.8))  # tiers and their shares of the tokens
@@ -124,13 +125,15 @@ def attention(shape: Shape, store: str, dtype: DTypeLike) -> Case:
     tiers = [_tier(shape, name, n, dtype) for (name, _), n in zip(parts, slots, strict=True)]
     q = _normal(3, shape.batch, k, g, h, dtype=dtype)
 
+    codecs = [named(name) for name, _ in parts]
+
     def run(q: Array, tiers: list, implementation: Implementation) -> Array:
-        found = []
-        for (name, _), tier in zip(parts, tiers, strict=True):
-            codec = named(name)
-            options: dict[str, Any] = {"decode_key": codec.key.decode, "decode_value": codec.value.decode}
-            found.append(decode_attention(q, *tier, scale=h**-0.5, implementation=implementation, **options))
-        whole = merge(found)
+        formats = [(codec.key.decode, codec.value.decode) for codec in codecs]
+        read = [
+            Part(q, *tier, decode_key=key, decode_value=value)
+            for tier, (key, value) in zip(tiers, formats, strict=True)
+        ]
+        whole = decode_attention(read, scale=h**-0.5, implementation=implementation)
         return whole.o / whole.l[..., None]
 
     def rival(decode: Callable[..., Call]) -> Call:
@@ -172,11 +175,39 @@ def segments(shape: Shape, store: str, dtype: DTypeLike, *, window: int = 12, ra
     merged = jax.random.bernoulli(jax.random.key(1), 1 - 1 / rate, (b, t, k)).astype(jnp.float32)
 
     def run(x: Array, merged: Array, weight: Array, implementation: Implementation) -> Array:
-        if implementation != "xla":
-            raise NotImplementedError("segments are merged on xla only")
-        return segment_merge.pool(x, merged, weight, window=window)
+        return segment_merge.pool(x, merged, weight, window=window, implementation=implementation)
 
     return Case(run, (x, merged, weight), _size(x, x, merged, weight), 2.0 * window * x.size)
+
+
+# A prompt's own attention, and what is kept of it
+
+
+def prompt(shape: Shape, store: str, dtype: DTypeLike) -> Case:
+    """Causal attention over a prompt, with log-sum-exps."""
+    (k, g, h), t, b = shape.heads, shape.context, shape.batch
+    vectors = [_normal(i, b, t, n, h, dtype=dtype) for i, n in enumerate((k * g, k, k))]
+
+    def run(*args: Array, implementation: Implementation) -> Array:
+        return prefill_attention.attention(*args, implementation=implementation)[0]
+
+    args = (*vectors, jnp.full((b,), t, jnp.int32))
+    return Case(run, args, _size(vectors, vectors[0]), 2.0 * t * t * h * k * g * b)
+
+
+def retention(shape: Shape, store: str, dtype: DTypeLike, *, keep: float = 0.2) -> Case:
+    """The best fifth of a prompt's tokens, and their copy."""
+    (k, _, h), t, b = shape.heads, shape.context, shape.batch
+    key, value = (_normal(i, b, k, t, h, dtype=dtype) for i in range(2))
+    priority, n = jax.random.uniform(jax.random.key(2), (b, k, t)), max(1, round(keep * t))
+    pos = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), priority.shape)
+
+    def run(priority: Array, count: Array, *vectors: Array, implementation: Implementation) -> Array:
+        kept = topk_retain(priority, count, *vectors, n=n, implementation=implementation)
+        return jnp.concatenate([kept.k, kept.v], axis=-1)
+
+    args = (priority, jnp.full((b, k), n, jnp.int32), key, value, pos, priority)
+    return Case(run, args, _size(priority) + 2 * round(keep * _size(key, value, pos, priority)), 0.0)
 
 
 def _blocks(*sizes: int) -> list[Settings]:
@@ -206,5 +237,7 @@ KERNELS = {
         },
     ),
     "window_sums": Kernel(functools.partial(scores, recent=32), prompt=True),
+    "prefill_attention": Kernel(prompt, prompt=True),
+    "topk_retain": Kernel(retention, prompt=True),
     "segment_merge": Kernel(segments, prompt=True),
 }

@@ -162,7 +162,7 @@ def read_parts(
 
 def stored_as(target: str, shape: tuple[int, ...], spec: ModelSpec) -> tuple[str, tuple[int, ...]]:
     """The name and the shape of the checkpoint's tensor that holds a parameter of this shape."""
-    return _source(target, spec.family), _stored_shape(target, shape, spec)
+    return names.source(target, spec), names.stored_shape(target, shape, spec)
 
 
 def stored_dtype(weights: Weights) -> np.dtype:

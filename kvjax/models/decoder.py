@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.spec import Activation, Gate, ModelSpec
+from pallas_kernels.decode_attention import Expand
+from pallas_kernels.rotation import Rotation
 from pallas_kernels.soft_cap import soft_cap
 
 
@@ -120,7 +122,7 @@ class Mlp(nnx.Module):
         self.gate = Linear(spec.embed_dim, spec.mlp_dim, spec.mlp_bias, dtype, rngs) if spec.gated_mlp else None
         self.up = Linear(spec.embed_dim, spec.mlp_dim, spec.mlp_bias, dtype, rngs)
         self.down = Linear(spec.mlp_dim, spec.embed_dim, spec.mlp_bias, dtype, rngs)
-        self.activation = spec.activation
+        self.activation: Activation = spec.activation
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         act, up = ACTIVATIONS[self.activation], self.up(x)
@@ -166,6 +168,16 @@ class Layer(nnx.Module):
         """Keys before rotation."""
         k = self.attention.k
         return self._normed(k.expand(cached)) if isinstance(k, LowRank) else cached
+
+    def expand(self, rotation: Rotation) -> Expand:
+        """How a cache is read that holds keys before rotation: what `keys` does, and the rotation."""
+        k, norm = self.attention.k, self.attention.k_norm
+        if not isinstance(k, LowRank):
+            return Expand(rotation)
+        bias = None if k.bias is None else k.bias[...].reshape(k.up.shape[0], -1)
+        if norm is None:
+            return Expand(rotation, k.up[...], bias)
+        return Expand(rotation, k.up[...], bias, norm.scale[...], norm.eps)
 
     def values(self, cached: Float[Array, "*b K W"]) -> Float[Array, "*b heads H"]:
         """Values."""

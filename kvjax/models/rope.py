@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kvjax.spec import RopeSpec
+from pallas_kernels.rotation import rotate as rotate
 
 
 def frequencies(rope: RopeSpec, head_dim: int, seq_len: Int[Array, " *b"]) -> Float[Array, "*b half"]:
@@ -78,9 +79,3 @@ def angles(
     """Cosine and sine tables for positions; in float32, scaled by `attention_factor`."""
     theta = pos[..., None].astype(jnp.float32) * frequencies(rope, head_dim, seq_len)[..., None, :]
     return jnp.cos(theta) * rope.attention_factor, jnp.sin(theta) * rope.attention_factor
-
-
-def rotate(x: Float[Array, "*b H"], cos: Float[Array, "*c half"], sin: Float[Array, "*c half"]) -> Float[Array, "*b H"]:
-    """Rotate the pairs of `x`; `cos` and `sin` broadcast against its leading axes."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -41,7 +41,7 @@ def attention(
         assert bias is None and window is None and cap is None
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=scale, implementation="cudnn")
     b, t, n, h = q.shape
-    scale = h**-0.5 if scale is None else scale
+    factor = h**-0.5 if scale is None else scale
     heads, size = k.shape[2], min(256, max(128, t // 8))
     q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
@@ -51,7 +51,7 @@ def attention(
     @jax.checkpoint
     def block(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
         rows, seen = q.shape[3], k.shape[2]
-        score = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=wide) * scale
+        score = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=wide) * factor
         score = soft_cap(score, cap)
         distance = jnp.arange(seen - rows, seen)[:, None] - jnp.arange(seen)
         if bias is not None:

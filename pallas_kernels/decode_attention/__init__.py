@@ -1,20 +1,21 @@
-"""Decode attention: one query per row over the row's pages."""
+"""Decode attention: one query per row over the pages of the row's parts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from pallas_kernels import tuning
-from pallas_kernels.codes import DENSE, groups_of
+from pallas_kernels.codes import groups_of
 from pallas_kernels.decode_attention import gpu, reference, tpu
-from pallas_kernels.decode_attention.reference import EMPTY, Partial, merge, probabilities
+from pallas_kernels.decode_attention.reference import EMPTY, Expand, Part, Partial, merge, probabilities
 from pallas_kernels.implementation import Implementation, resolve
 
-__all__ = ["EMPTY", "Partial", "decode_attention", "merge", "probabilities"]
+__all__ = ["EMPTY", "Expand", "Part", "Partial", "decode_attention", "merge", "probabilities"]
 
 
-def decode_attention(*args: Any, implementation: Implementation | None = None, **kwargs: Any) -> Partial:
-    """Attention of one query per row over the first slots of the row: the arguments of `reference.decode_attention`.
+def decode_attention(parts: Sequence[Part], *, implementation: Implementation | None = None, **options: Any) -> Partial:
+    """Attention of one query per row over all parts of the row: the arguments of `reference.decode_attention`.
 
     Without `block` it is that of `pallas_kernels.tuning`, where one was measured.
 
@@ -22,21 +23,22 @@ def decode_attention(*args: Any, implementation: Implementation | None = None, *
       NotImplementedError: where a kernel cannot do what is asked, which `xla` can.
     """
     chosen = resolve(implementation)
-    kwargs = tuning.settings("decode_attention", chosen, _shape(*args, **kwargs), kwargs)
+    options = tuning.settings("decode_attention", chosen, _shape(parts), options)
     if chosen == "xla":
-        return reference.decode_attention(*args, **kwargs)
-    for name in ("expand_key", "place", "slots"):
-        if kwargs.pop(name, None) is not None:
-            raise NotImplementedError(f"{name} is for xla only")
+        return reference.decode_attention(parts, **options)
+    if any(part.slots is not None for part in parts):
+        raise NotImplementedError("a choice of slots is for xla only")
     if chosen == "tpu":
-        return tpu.decode_attention(*args, **kwargs)
-    return gpu.decode_attention(*args, interpret=chosen == "interpret", **kwargs)
+        return tpu.decode_attention(parts, **options)
+    return gpu.decode_attention(parts, interpret=chosen == "interpret", **options)
 
 
-def _shape(q: Any, k: Any, v: Any, table: Any, *_: Any, **options: Any) -> tuning.Shape:
+def _shape(parts: Sequence[Part]) -> tuning.Shape:
     """What the best block depends on."""
-    decoders = (options.get(name, DENSE) for name in ("decode_key", "decode_value"))
-    key, value = (f"{tuning.name_of(f)} x {groups_of(f, x)}" for f, x in zip(decoders, (k, v), strict=True))
-    page, (b, heads, group, width) = jax.tree.leaves(k)[0].shape[1], q.shape
-    fixed = {"key": key, "value": value, "dtype": q.dtype.name, "group": group, "width": width, "page": page}
-    return fixed | {"rows": b * heads, "slots": table.shape[-1] * page}
+    first = parts[0]
+    page, (b, heads, group, width) = jax.tree.leaves(first.k)[0].shape[1], first.q.shape
+    named = lambda decode, codes: f"{tuning.name_of(decode)} x {groups_of(decode, codes)}"
+    key = " + ".join(named(part.decode_key, part.k) for part in parts)
+    value = " + ".join(named(part.decode_value, part.v) for part in parts)
+    fixed = {"key": key, "value": value, "dtype": first.q.dtype.name, "group": group, "width": width, "page": page}
+    return fixed | {"rows": b * heads, "slots": sum(part.table.shape[-1] * page for part in parts)}

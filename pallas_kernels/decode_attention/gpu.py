@@ -7,12 +7,12 @@ one logical instruction for two of them and are never scaled: with number = code
     q . key      = scale (q . codes) + zero (sum of q)                  once per slot and group
     sum p value  = sum (p scale) codes + sum p zero                     once per slot and group
 
-`codes` carry a bias there (see `_spread`), which the zero term takes back.
+`codes` carry a bias there (see `gpu_block.spread`), which the zero term takes back.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,123 +22,146 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from pallas_kernels.blocks import powers
-from pallas_kernels.codes import (
-    DENSE,
-    Affine,
-    Dense,
-    Float8,
-    PerChannel,
-    Piece,
-    assemble,
-    groups_of,
-    pieces,
-    whole,
-    width_of,
-)
-from pallas_kernels.decode_attention.reference import EMPTY, Partial
+from pallas_kernels.codes import assemble, whole
+from pallas_kernels.decode_attention import gpu_expand
+from pallas_kernels.decode_attention.formats import Format, format_of
+from pallas_kernels.decode_attention.gpu_block import Block, bias_of, dot, spread
+from pallas_kernels.decode_attention.reference import EMPTY, Expand, Part, Partial, merge
 from pallas_kernels.soft_cap import soft_cap
 
 LOG2E = math.log2(math.e)
 PROGRAMS = 2 * 132  # that fill a chip: two for each multiprocessor of an H200
-BIAS = 128  # of a code as bfloat16
-NARROWEST = 16  # numbers of a piece: the least inner width of a matrix product
+NARROWEST = 16  # numbers of a piece, slots of a block: the least width of a matrix product
 WIDEST = 128
 SMALL_PAGE = 64  # slots: rows of smaller pages are gathered slot by slot
 
 
-class _Format(NamedTuple):
-    """How a kernel reads one of the two pools; hashable."""
-
-    pieces: tuple[Piece, ...]
-    dtype: Any  # of the numbers that are multiplied
-    groups: int = 0  # with a scale each; 0 = no scales
-    bits: int = 16
-    offset: int | None = None  # of all codes, instead of zero points
-    float8: bool = False
-    run: int = 0  # slots that share the scales of their channels; 0 = each slot has its own
-
-    @property
-    def bias(self) -> int:
-        """What `_spread` adds to a number, all its planes together."""
-        return BIAS * sum({piece.weight for piece in self.pieces}) if self.biased else 0
-
-    @property
-    def biased(self) -> bool:
-        """Whether `_spread` adds something."""
-        return self.bits < 8 and self.dtype == jnp.bfloat16
-
-
 def decode_attention(
-    q: Float[Array, "B K G H"],
-    k: Any,
-    v: Any,
-    table: Int[Array, "B K M"],
-    length: Int[Array, "B K"],
-    pos: Int[Array, "P page"] | None = None,
+    parts: Sequence[Part],
     *,
     scale: float,
     after: Int[Array, "B K"] | None = None,
     cap: float | None = None,
-    decode_key: Callable[[Any, DTypeLike], Float[Array, "B K s R"]] = DENSE,
-    decode_value: Callable[[Any, DTypeLike], Float[Array, "B K s W"]] = DENSE,
+    place: Callable[[Int[Array, "B K S"]], Int[Array, "B K S"]] | None = None,
+    expand: Expand | None = None,
     with_logits: bool = False,
     block: int | None = None,
     splits: int | None = None,
     interpret: bool = False,
 ) -> Partial:
-    """Attention of one query per row: the contract of `reference.decode_attention`.
+    """Attention of one query per row: the contract of `reference.decode_attention`, in one launch.
 
     Args:
       block: slots of a step, a power of two; None = by the width of codes.
       splits: programs of a row; None = as many as fill a large chip.
       interpret: run without a GPU, slowly.
     """
-    b, heads, g = q.shape[:3]
-    page = jax.tree.leaves(k)[0].shape[1]
-    key, value = _format("keys", decode_key, k, q.dtype), _format("values", decode_value, v, q.dtype)
-    block = key.run or block or _block(key, value)
-    if key.run and page % key.run:
-        raise NotImplementedError(f"runs of {key.run} slots in pages of {page}, across two of them")
-    if page >= SMALL_PAGE and page & (page - 1) == 0:
-        block = min(block, page)
-    rows, slots = b * heads, table.shape[-1] * page
-    steps = pl.cdiv(slots, block)
-    splits = splits or max(1, min(PROGRAMS // rows, steps // 4))
+    plans = [_plan(part, block, expand) for part in parts]
+    rows, g = math.prod(parts[0].q.shape[:2]), parts[0].q.shape[2]
+    splits = splits or max(1, min(PROGRAMS // rows, max(plan.steps for plan in plans) // 4))
     flat = lambda x: x.reshape(rows, *x.shape[2:])
-    width = width_of(decode_value, v)
     # Triton's blocks are powers of two: query heads are padded, 3 of them to 4.
     lanes = 1 << (g - 1).bit_length()
-    query = jnp.pad(flat(q), ((0, 0), (0, lanes - g), (0, 0)))
-    packed = sum(piece.width for piece in value.pieces)
-    out = [
-        jax.ShapeDtypeStruct((rows, splits, packed, lanes), jnp.float32),
-        jax.ShapeDtypeStruct((rows, splits, max(value.groups, 1), lanes), jnp.float32),
-        jax.ShapeDtypeStruct((rows, splits, lanes), jnp.float32),
-        jax.ShapeDtypeStruct((rows, splits, lanes), jnp.float32),
-    ]
-    if with_logits:
-        out.append(jax.ShapeDtypeStruct((rows, lanes, steps * block), jnp.float32))
+    positions = place is None and (after is not None or expand is not None)
     inputs = {
-        "q": query, "k": k, "v": v, "table": flat(table), "length": flat(length),
-        "pos": pos if after is not None else None, "after": None if after is None else flat(after),
+        "parts": [
+            {
+                "q": jnp.pad(flat(part.q), ((0, 0), (0, lanes - g), (0, 0))), "k": part.k, "v": part.v,
+                "table": flat(part.table), "length": flat(part.length), "pos": part.pos if positions else None,
+                "place": None if place is None else _places(part, plan, place),
+            }
+            for part, plan in zip(parts, plans, strict=True)
+        ],
+        "after": None if after is None else flat(after),
+        "expand": None if expand is None else gpu_expand.operands(expand, parts[0].length.shape),
     }  # fmt: skip
+    warps, stages = 4, 3
+    if expand is not None:
+        scale *= expand.rotation.magnitude
+        warps, stages = gpu_expand.WARPS, gpu_expand.stages(expand, [plan.key for plan in plans])
     leaves, tree = jax.tree.flatten(inputs)
+    shapes, results = jax.tree.flatten([_results(plan, rows, splits, lanes, with_logits) for plan in plans])
     body = functools.partial(
-        _kernel, tree=tree, key=key, value=value, page=page, block=block, splits=splits, scale=scale, cap=cap,
-        logits=with_logits, interpret=interpret,
-    )  # fmt: skip
+        _kernel, tree=tree, results=results, plans=plans, splits=splits, scale=scale, cap=cap, interpret=interpret
+    )
     found = pl.pallas_call(
         body,
-        out_shape=out,
+        out_shape=shapes,
         grid=(rows, splits),
         interpret=interpret,
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
         name="decode_attention",
     )(*leaves)
-    o, zero, l, m = (x[..., :g] for x in found[:4])
+    return merge([_partial(*each) for each in zip(parts, plans, jax.tree.unflatten(results, found), strict=True)])
+
+
+class _Plan(NamedTuple):
+    """How a part is read; hashable."""
+
+    key: Format
+    value: Format
+    page: int  # slots
+    block: int  # slots of a step
+    steps: int  # that read a full row
+
+
+def _plan(part: Part, block: int | None, expand: Expand | None) -> _Plan:
+    # Halves of keys that are rotated as they lie are in different pieces.
+    turned = expand is not None and expand.up is None
+    widest = min(WIDEST, part.q.shape[-1] // 2) if turned else WIDEST
+    key = _format("keys", part.decode_key, part.k, part.q.dtype, widest)
+    value = _format("values", part.decode_value, part.v, part.q.dtype)
+    if value.run:
+        raise NotImplementedError("values with scales per channel are for xla only")
+    if key.run and part.page % key.run:
+        raise NotImplementedError(f"runs of {key.run} slots in pages of {part.page}, across two of them")
+    if expand is not None:
+        gpu_expand.check(expand, key, value, 1 << (part.q.shape[2] - 1).bit_length())
+        block = block or gpu_expand.SLOTS
+    block = key.run or block or min(_block(key, value), max(NARROWEST, 1 << (part.capacity - 1).bit_length()))
+    if part.page >= SMALL_PAGE and part.page & (part.page - 1) == 0:
+        block = min(block, part.page)
+    return _Plan(key, value, part.page, block, pl.cdiv(part.capacity, block))
+
+
+def _places(part: Part, plan: _Plan, place: Callable[[Array], Array]) -> Int[Array, "rows slots"]:
+    """Of a row's slots, padded to whole steps."""
+    found = part.places(place).reshape(-1, part.capacity)
+    return jnp.pad(found, ((0, 0), (0, plan.steps * plan.block - part.capacity)))
+
+
+def _block(key: Format, value: Format) -> int:
+    """Slots of a step: registers hold a block's numbers, and shared memory a few blocks' codes."""
+    if jnp.float32 in (key.dtype, value.dtype):
+        return 32
+    bits = {key.bits, value.bits}
+    return 64 if 3 in bits else 256 if max(bits) < 8 else 128
+
+
+def _format(name: str, decode: Any, codes: Any, dtype: DTypeLike, widest: int = WIDEST) -> Format:
+    """How a pool is read; raises `NotImplementedError` for what this kernel cannot read."""
+    made = format_of(name, decode, codes, dtype, widest)
+    least = min(piece.width for piece in made.pieces)
+    if least < NARROWEST:
+        raise NotImplementedError(f"{name} of {made.width} numbers have a piece of {least}, less than {NARROWEST}")
+    return made
+
+
+def _results(plan: _Plan, rows: int, splits: int, lanes: int, logits: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the programs of a row make of a part."""
+    of_split = lambda *shape: jax.ShapeDtypeStruct((rows, splits, *shape, lanes), jnp.float32)
+    packed = sum(piece.width for piece in plan.value.pieces)
+    shapes = {"o": of_split(packed), "zero": of_split(max(plan.value.groups, 1)), "l": of_split(), "m": of_split()}
+    slots = jax.ShapeDtypeStruct((rows, lanes, plan.steps * plan.block), jnp.float32)
+    return shapes | ({"logits": slots} if logits else {})
+
+
+def _partial(part: Part, plan: _Plan, found: dict[str, Array]) -> Partial:
+    """What the splits of a part's rows found, merged."""
+    (b, heads, g), value = part.q.shape[:3], plan.value
+    o, zero, l, m = (found[name][..., :g] for name in ("o", "zero", "l", "m"))
     # Splits without a slot hold nothing. XLA may not see through the maximum: its own fusion has lost it before.
     top = jax.lax.optimization_barrier(m.max(axis=1))
     back = jnp.exp(m - top[:, None])
@@ -147,78 +170,57 @@ def decode_attention(
     ends = np.cumsum([piece.width for piece in value.pieces])[:-1].tolist()
     o = assemble(value.pieces, [x * p.weight for x, p in zip(jnp.split(o, ends, axis=-1), value.pieces, strict=True)])
     if value.groups:
-        o = o + jnp.repeat(zero, width // value.groups, axis=-1)
-    part = Partial(
-        o.reshape(b, heads, g, width),
-        (l * back).sum(axis=1).reshape(b, heads, g),
-        top.reshape(b, heads, g),
-    )
-    if not with_logits:
-        return part
-    filled = jnp.arange(slots) < length[..., None, None]
-    logits = found[4][:, :g, :slots].reshape(b, heads, g, slots)
-    return part._replace(logits=jnp.where(filled, logits, EMPTY))  # blocks behind a row's end were not written
+        o = o + jnp.repeat(zero, value.width // value.groups, axis=-1)
+    by_row = lambda x: x.reshape(b, heads, *x.shape[1:])
+    whole_row = Partial(by_row(o), by_row((l * back).sum(axis=1)), by_row(top))
+    if "logits" not in found:
+        return whole_row
+    logits = by_row(found["logits"][:, :g, : part.capacity])
+    filled = jnp.arange(part.capacity) < part.length[..., None, None]
+    # Blocks behind a row's end were not written.
+    return whole_row._replace(logits=(jnp.where(filled, logits, EMPTY),))
 
 
-def _block(key: _Format, value: _Format) -> int:
-    """Slots of a step: registers hold a block's numbers, and shared memory a few blocks' codes."""
-    if jnp.float32 in (key.dtype, value.dtype):
-        return 32
-    bits = {key.bits, value.bits}
-    return 64 if 3 in bits else 256 if max(bits) < 8 else 128
+def _kernel(*refs: Any, tree: Any, results: Any, plans: Sequence[_Plan], splits: int, scale: float, cap: float | None,
+            interpret: bool) -> None:  # fmt: skip
+    """A share of each part of a row, one part after the other."""
+    inputs = jax.tree.unflatten(tree, refs[: tree.num_leaves])
+    outs = jax.tree.unflatten(results, refs[tree.num_leaves :])
+    for part, plan, out in zip(inputs["parts"], plans, outs, strict=True):
+        _attend(part, inputs["after"], inputs["expand"], out, plan, splits, scale, cap, interpret)
 
 
-def _format(name: str, decode: Any, codes: Any, dtype: DTypeLike) -> _Format:
-    """How a pool is read; raises `NotImplementedError` for what this kernel cannot read."""
-    width, dtype = width_of(decode, codes), jnp.dtype(dtype)
-    if isinstance(decode, Dense):
-        found = tuple(Piece(start, size, start, 0, 0, 1, 0) for start, size in powers(width, WIDEST))
-        made = _Format(found, codes.dtype)
-    elif isinstance(decode, Affine):
-        groups = groups_of(decode, codes)
-        offset = -decode.middle if decode.symmetric else None
-        made = _Format(pieces(decode.bits, width, groups, WIDEST), dtype, groups, decode.bits, offset)
-    elif isinstance(decode, Float8):
-        made = _Format(pieces(8, width, 1, WIDEST), dtype, 1, 8, offset=0, float8=True)
-    elif isinstance(decode, PerChannel) and name == "keys":
-        made = _Format(pieces(decode.bits, width, 1, WIDEST), dtype, 1, decode.bits, run=decode.group)
-    else:
-        raise NotImplementedError(f"{name} in the format {decode} are for xla only")
-    if any(piece.width < NARROWEST for piece in made.pieces):
-        least = min(piece.width for piece in made.pieces)
-        raise NotImplementedError(f"{name} of {width} numbers have a piece of {least}, less than {NARROWEST}")
-    return made
-
-
-def _kernel(*refs: Any, tree: Any, key: _Format, value: _Format, page: int, block: int, splits: int, scale: float,
-            cap: float | None, logits: bool, interpret: bool) -> None:  # fmt: skip
-    ins, outs = refs[: tree.num_leaves], refs[tree.num_leaves :]
-    ref = jax.tree.unflatten(tree, ins)
-    o_ref, zero_ref, l_ref, m_ref, *logits_ref = outs
+def _attend(part: dict[str, Any], after: Any, expand: Any, out: dict[str, Any], plan: _Plan, splits: int, scale: float,
+            cap: float | None, interpret: bool) -> None:  # fmt: skip
+    """A share of a part of a row."""
+    key, value, page, block, _ = plan
     row, split = pl.program_id(0), pl.program_id(1)
-    length = ref["length"][row]
+    length = part["length"][row]
     filled = pl.cdiv(length, block)
     share = pl.cdiv(filled, splits)
-    query = [ref["q"].at[row, :, pl.ds(p.start, p.width)][...] for p in key.pieces]
-    lanes = query[0].shape[0]
-    sums = _sums(query, key)
+    lanes = part["q"].shape[1]
+    if expand is None:
+        query = [part["q"].at[row, :, pl.ds(p.start, p.width)][...] for p in key.pieces]
+        score = functools.partial(_scores, part["k"], query=query, sums=_sums(query, key), key=key, interpret=interpret)
+    else:
+        score = functools.partial(gpu_expand.scores, part, expand, row=row, key=key, interpret=interpret)
 
     def step(i: Array, carry: tuple) -> tuple:
         accs, zeros, l, m = carry
-        at = _Block(ref["table"], row, i, page, block, length)
-        s = _scores(ref["k"], at, query, sums, key, interpret) * scale
+        at = Block(part["table"], row, i, page, block, length)
+        s = score(at) * scale
         s = soft_cap(s, cap)
         seen = at.slot < length
-        if ref["after"] is not None:
-            seen &= at.position(ref["pos"]) > ref["after"][row]
+        if after is not None:
+            seen &= at.place(part, row) > after[row]
         s = jnp.where(seen[:, None], s, EMPTY)
-        if logits:
+        if "logits" in out:
             every = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
-            plt.store(logits_ref[0].at[row, every, jnp.broadcast_to(at.slot[:, None], s.shape)], s)
+            plt.store(out["logits"].at[row, every, jnp.broadcast_to(at.slot[:, None], s.shape)], s)
         top = jnp.maximum(m, s.max(axis=0))
         old, p = jnp.exp2((m - top) * LOG2E), jnp.exp2((s - top[None, :]) * LOG2E)
         p = jnp.where(seen[:, None], p, jnp.zeros_like(p))
-        accs, zeros = _add_values(ref["v"], at, p, old, accs, zeros, value, interpret)
+        accs, zeros = _add_values(part["v"], at, p, old, accs, zeros, value, interpret)
         return accs, zeros, l * old + p.sum(axis=0), top
 
     nothing = (
@@ -230,61 +232,15 @@ def _kernel(*refs: Any, tree: Any, key: _Format, value: _Format, page: int, bloc
     accs, zeros, l, m = jax.lax.fori_loop(split * share, jnp.minimum((split + 1) * share, filled), step, nothing)
     at = 0
     for piece, acc in zip(value.pieces, accs, strict=True):
-        o_ref.at[row, split, pl.ds(at, piece.width), :][...] = acc
+        out["o"].at[row, split, pl.ds(at, piece.width), :][...] = acc
         at += piece.width
     for group, zero in enumerate(zeros):
-        zero_ref.at[row, split, group, :][...] = zero
-    l_ref.at[row, split, :][...] = l
-    m_ref.at[row, split, :][...] = m
+        out["zero"].at[row, split, group, :][...] = zero
+    out["l"].at[row, split, :][...] = l
+    out["m"].at[row, split, :][...] = m
 
 
-class _Block:
-    """A block of a row's slots, and how its part of a pool is loaded."""
-
-    def __init__(self, table: Any, row: Array, index: Array, page: int, block: int, length: Array):
-        self.slot = index * block + jnp.arange(block)
-        self._block, self._filled = block, self.slot < length
-        self._whole = page % block == 0  # the block is a part of one page
-        if self._whole:
-            self._page, self._offset = table[row, index * block // page], pl.multiple_of(index * block % page, block)
-        else:
-            logical = jnp.where(self._filled, self.slot // page, 0)
-            self._page, self._offset = plt.load(table.at[row, logical]), self.slot % page
-
-    def vectors(self, pool: Any, start: int, width: int) -> Array:
-        """`[block width]` of a pool `[P page ...]`."""
-        if self._whole:
-            return pool.at[self._page, pl.ds(self._offset, self._block), pl.ds(start, width)][...]
-        shape = self._block, width
-        column = start + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        page, offset, filled = (jnp.broadcast_to(x[:, None], shape) for x in (self._page, self._offset, self._filled))
-        return plt.load(pool.at[page, offset, column], mask=filled, other=0)
-
-    def numbers(self, pool: Any, column: int) -> Array:
-        """`[block]` of a pool `[P page ...]`: one column."""
-        if self._whole:
-            return pool.at[self._page, pl.ds(self._offset, self._block), column][...]
-        at = jnp.full((self._block,), column, jnp.int32)
-        return plt.load(pool.at[self._page, self._offset, at], mask=self._filled, other=0)
-
-    def spread(self, pool: Any, piece: Piece, run: int) -> Array:
-        """`[width]` of the scales that a run of slots, this block, keeps beside it."""
-        each = pool.shape[-1]
-        channel = piece.start + jnp.arange(piece.width)
-        offset = self._offset if self._whole else self._offset[0]
-        page = self._page if self._whole else self._page[0]
-        return whole(plt.load(pool.at[page, offset + channel // each, channel % each]))
-
-    def position(self, pool: Any) -> Array:
-        """The slots' positions."""
-        if pool is None:
-            return self.slot
-        if self._whole:
-            return pool.at[self._page, pl.ds(self._offset, self._block)][...]
-        return plt.load(pool.at[self._page, self._offset], mask=self._filled, other=0)
-
-
-def _sums(query: list[Array], key: _Format) -> dict[int, Array]:
+def _sums(query: list[Array], key: Format) -> dict[int, Array]:
     """What the query's numbers of each group add up to, from the plane of the lowest bits."""
     found: dict[int, Array] = {}
     for numbers, piece in zip(query, key.pieces, strict=True):
@@ -294,65 +250,64 @@ def _sums(query: list[Array], key: _Format) -> dict[int, Array]:
     return found
 
 
-def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((over[0],), (over[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+def _bias(read: Format) -> int:
+    """What `spread` adds to a number, all its planes together."""
+    return bias_of(read) * sum({piece.weight for piece in read.pieces})
 
 
-def _scores(pool: Any, at: _Block, query: list[Array], sums: dict[int, Array], key: _Format, interpret: bool) -> Array:
+def _scores(pool: Any, at: Block, query: list[Array], sums: dict[int, Array], key: Format, interpret: bool) -> Array:
     """`[block lanes]`, before the scale of logits."""
     if not key.groups:
         parts = [(at.vectors(pool, p.at, p.width), q) for p, q in zip(key.pieces, query, strict=True)]
-        return sum(_dot(codes, q.astype(codes.dtype), (1, 1)) for codes, q in parts)  # pyright: ignore
+        return sum(dot(codes, q.astype(codes.dtype), (1, 1)) for codes, q in parts)  # pyright: ignore
     if key.run:
         return _run_scores(pool, at, query, key, interpret)
     total = None
     for group in range(key.groups):
         own = [(piece, x) for piece, x in zip(key.pieces, query, strict=True) if piece.group == group]
-        codes = [_spread(at.vectors(pool["codes"], p.at, p.width), p, key, interpret) for p, _ in own]
-        dots = [_dot(x, q.astype(key.dtype), (1, 1)) * p.weight for x, (p, q) in zip(codes, own, strict=True)]
+        codes = [spread(at.vectors(pool["codes"], p.at, p.width), p, key, interpret) for p, _ in own]
+        dots = [dot(x, q.astype(key.dtype), (1, 1)) * p.weight for x, (p, q) in zip(codes, own, strict=True)]
         scale = whole(at.numbers(pool["scale"], group))
-        zero = _zero(pool, at, scale, key, group) - key.bias * scale
+        zero = _zero(pool, at, scale, key, group) - _bias(key) * scale
         part = scale[:, None] * functools.reduce(jnp.add, dots) + zero[:, None] * sums[group][None, :]
         total = part if total is None else total + part
     return total  # pyright: ignore[reportReturnType]
 
 
-def _run_scores(pool: Any, at: _Block, query: list[Array], key: _Format, interpret: bool) -> Array:
+def _run_scores(pool: Any, at: Block, query: list[Array], key: Format, interpret: bool) -> Array:
     """`_scores` for one run of slots: the channels' scales are those of the query."""
     total = None
     for piece, numbers in zip(key.pieces, query, strict=True):
         scale, zero = (at.spread(pool[name], piece, key.run) for name in ("scale", "zero"))
         numbers = numbers.astype(jnp.float32)
         scaled = (numbers * scale[None, :]).astype(key.dtype)
-        codes = _spread(at.vectors(pool["codes"], piece.at, piece.width), piece, key, interpret)
-        bias = (BIAS if key.biased else 0) * scaled.astype(jnp.float32).sum(axis=1)
-        dot = (_dot(codes, scaled, (1, 1)) - bias[None, :]) * piece.weight
+        codes = spread(at.vectors(pool["codes"], piece.at, piece.width), piece, key, interpret)
+        bias = bias_of(key) * scaled.astype(jnp.float32).sum(axis=1)
+        part = (dot(codes, scaled, (1, 1)) - bias[None, :]) * piece.weight
         if piece.weight == 1:
-            dot = dot + (numbers * zero[None, :]).sum(axis=1)[None, :]
-        total = dot if total is None else total + dot
+            part = part + (numbers * zero[None, :]).sum(axis=1)[None, :]
+        total = part if total is None else total + part
     return total  # pyright: ignore[reportReturnType]
 
 
-def _zero(pool: Any, at: _Block, scale: Array, read: _Format, group: int) -> Array:
+def _zero(pool: Any, at: Block, scale: Array, read: Format, group: int) -> Array:
     return scale * read.offset if read.offset is not None else whole(at.numbers(pool["zero"], group))
 
 
 def _add_values(
-    pool: Any, at: _Block, p: Array, old: Array, accs: tuple, zeros: tuple, value: _Format, interpret: bool
+    pool: Any, at: Block, p: Array, old: Array, accs: tuple, zeros: tuple, value: Format, interpret: bool
 ) -> tuple[tuple, tuple]:
     """The sums of values and of zero terms, with this block's."""
     if not value.groups:
         parts = [at.vectors(pool, piece.at, piece.width) for piece in value.pieces]
-        more = [_dot(x, p.astype(x.dtype), (0, 0)) for x in parts]
+        more = [dot(x, p.astype(x.dtype), (0, 0)) for x in parts]
         return tuple(acc * old[None, :] + x for acc, x in zip(accs, more, strict=True)), ()
     weights, more = [], []
     for group in range(value.groups):
         scale = whole(at.numbers(pool["scale"], group))
         weight = (p * scale[:, None]).astype(value.dtype)
         # The bias is taken back from the rounded weights: it is larger than the codes.
-        bias = value.bias * weight.astype(jnp.float32).sum(axis=0)
+        bias = _bias(value) * weight.astype(jnp.float32).sum(axis=0)
         if value.offset is None:
             zero = (p * whole(at.numbers(pool["zero"], group))[:, None]).sum(axis=0)
         else:
@@ -361,38 +316,6 @@ def _add_values(
         more.append(zeros[group] * old + zero - bias)
     new = []
     for acc, piece in zip(accs, value.pieces, strict=True):
-        codes = _spread(at.vectors(pool["codes"], piece.at, piece.width), piece, value, interpret)
-        new.append(acc * old[None, :] + _dot(codes, weights[piece.group], (0, 0)))
+        codes = spread(at.vectors(pool["codes"], piece.at, piece.width), piece, value, interpret)
+        new.append(acc * old[None, :] + dot(codes, weights[piece.group], (0, 0)))
     return tuple(new), tuple(more)
-
-
-def _spread(codes: Array, piece: Piece, read: _Format, interpret: bool) -> Array:
-    """A piece's codes as numbers; bfloat16 has a bias of 128 for codes of less than 8 bits.
-
-    0x4300 is 128 in bfloat16, and its seven fraction bits count from 1: a code or-ed into them is 128 + code.
-    Source: the trick with float16's 0x6400 in FasterTransformer's and BitDecoding's (arXiv 2503.18773) dequantisation.
-    """
-    if read.float8:
-        return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(read.dtype)
-    if interpret or not read.biased:
-        if read.bits < 8:
-            codes = (codes >> jnp.uint8(piece.shift)) & jnp.uint8(piece.mask)
-        return codes.astype(read.dtype) + jnp.asarray(BIAS if read.biased else 0, read.dtype)
-    (numbers,) = plt.elementwise_inline_asm(
-        assembly(piece),
-        args=[codes],
-        constraints="=r,=r,r",
-        pack=4,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.bfloat16)],
-    )
-    return numbers
-
-
-def assembly(piece: Piece) -> str:
-    """PTX that turns four bytes, `$2`, into four biased bfloat16 numbers, `$0` and `$1`."""
-    mask = piece.mask << 16 | piece.mask
-    shift = f"shr.u32 x, $2, {piece.shift};" if piece.shift else "mov.b32 x, $2;"
-    spread = lambda out, two: (
-        f"prmt.b32 h, x, 0, {two}; lop3.b32 ${out}, h, {mask:#010x}, 0x43004300, 0xEA;"  # (h & mask) | 128
-    )
-    return f"{{ .reg .b32 x, h; {shift} {spread(0, '0x4140')} {spread(1, '0x4342')} }}"

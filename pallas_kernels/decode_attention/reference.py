@@ -15,9 +15,87 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from pallas_kernels.codes import DENSE
+from pallas_kernels.rotation import Rotation, rotate
 from pallas_kernels.soft_cap import soft_cap
 
 EMPTY = -1e30  # the logit of a slot that is not there; finite, so that differences of two of them are not NaN
+
+
+class Part(NamedTuple):
+    """Slots of rows that are kept in one number format: a tier of a cache.
+
+    Attributes:
+      q: queries, as they meet these keys, grouped by key/value head.
+      k, v: pages of key and value codes, every leaf `[P page ...]`.
+      table: physical page of each logical page; entries behind the row's end are ignored.
+      length: filled slots of each row.
+      pos: position of each slot; None = slot s holds position s.
+      decode_key, decode_value: turn codes into numbers of the query's dtype; see `pallas_kernels.codes`.
+      slots: which slots are attended; None = all.
+    """
+
+    q: Float[Array, "B K G H"]
+    k: Any
+    v: Any
+    table: Int[Array, "B K M"]
+    length: Int[Array, "B K"]
+    pos: Int[Array, "P page"] | None = None
+    decode_key: Callable[[Any, DTypeLike], Float[Array, "B K s R"]] = DENSE
+    decode_value: Callable[[Any, DTypeLike], Float[Array, "B K s W"]] = DENSE
+    slots: Bool[Array, "B K S"] | None = None
+
+    @property
+    def size(self) -> int:
+        """Pages of the pool."""
+        return jax.tree.leaves(self.k)[0].shape[0]
+
+    @property
+    def page(self) -> int:
+        """Slots of a page."""
+        return jax.tree.leaves(self.k)[0].shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Slots that a row's table can address."""
+        return self.table.shape[-1] * self.page
+
+    def places(self, place: Callable[[Int[Array, "B K S"]], Int[Array, "B K S"]]) -> Int[Array, "B K S"]:
+        """Of all slots."""
+        slot = jnp.broadcast_to(jnp.arange(self.capacity), (*self.length.shape, self.capacity))
+        return place(slot if self.pos is None else self.pos.at[self.table].get(mode="clip").reshape(slot.shape))
+
+
+class Expand(NamedTuple):
+    """How cached vectors become keys: latents are expanded to the keys of their heads, which then are rotated.
+
+    Attributes:
+      rotation: of keys at their places.
+      up: from a latent to the keys of its heads beside each other; None = cached vectors are keys before rotation.
+      bias: added to them.
+      norm: scale of an RMS norm of each head's key before rotation.
+      eps: of the norm.
+    """
+
+    rotation: Rotation
+    up: Float[Array, "K R keys"] | None = None
+    bias: Float[Array, "K keys"] | None = None
+    norm: Float[Array, " H"] | None = None
+    eps: float = 0.0
+
+    def keys(self, cached: Float[Array, "B K s R"], place: Int[Array, "B K s"]) -> Float[Array, "B K s keys"]:
+        """Keys as queries meet them."""
+        y = cached
+        if self.up is not None:
+            y = jnp.einsum("bksr,krn->bksn", cached.astype(self.up.dtype), self.up)
+        if self.bias is not None:
+            y = y + self.bias[:, None]
+        y = y.reshape(*place.shape, -1, 2 * self.rotation.frequency.shape[-1])
+        if self.norm is not None:
+            z = y.astype(jnp.float32)
+            z = z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + self.eps)
+            y = z.astype(y.dtype) * self.norm
+        cos, sin = self.rotation.angles(place)
+        return rotate(y, cos[..., None, :], sin[..., None, :]).reshape(*place.shape, -1)
 
 
 class Partial(NamedTuple):
@@ -26,54 +104,50 @@ class Partial(NamedTuple):
     o: Float[Array, "B K G W"]  # sum of exp(logit - m) * value
     l: Float[Array, "B K G"]  # sum of exp(logit - m)
     m: Float[Array, "B K G"]  # largest logit; EMPTY where the row holds nothing
-    logits: Float[Array, "B K G S"] | None = None  # EMPTY where a slot is empty or out of the window
+    logits: tuple[Float[Array, "B K G S"], ...] = ()  # of each part; EMPTY where a slot is empty or out of the window
 
 
-def decode_attention(
-    q: Float[Array, "B K G H"],
-    k: Any,
-    v: Any,
-    table: Int[Array, "B K M"],
-    length: Int[Array, "B K"],
-    pos: Int[Array, "P page"] | None = None,
-    *,
-    scale: float,
-    after: Int[Array, "B K"] | None = None,
-    cap: float | None = None,
-    decode_key: Callable[[Any, DTypeLike], Float[Array, "B K s R"]] = DENSE,
-    decode_value: Callable[[Any, DTypeLike], Float[Array, "B K s W"]] = DENSE,
-    place: Callable[[Int[Array, "B K s"]], Int[Array, "B K s"]] | None = None,
-    expand_key: Callable[[Float[Array, "B K s R"], Int[Array, "B K s"]], Float[Array, "B K s H"]] | None = None,
-    slots: Bool[Array, "B K S"] | None = None,
-    block: int = 512,
-    with_logits: bool = False,
-) -> Partial:
-    """Attention of one query per row over the first `length` slots of the row.
+def decode_attention(parts: Sequence[Part], *, with_logits: bool = False, **options: Any) -> Partial:
+    """Attention of one query per row over the first `length` slots of each part of the row, all parts together.
 
     Args:
-      q: queries, grouped by key/value head.
-      k, v: pages of key and value codes, every leaf `[P page ...]`.
-      table: physical page of each logical page; entries behind the row's end are ignored.
-      length: filled slots of each row.
-      pos: position of each slot; None = slot s holds position s.
-      scale: factor on the logits, usually H ** -0.5.
-      after: slots at positions up to this one are not attended (a sliding window); None = all are.
-      cap: logits become `cap tanh(logit / cap)` (Gemma 2); None = they stay.
-      decode_key, decode_value: turn codes into numbers of the query's dtype; see `pallas_kernels.codes`.
-      place: what positions become before `after` and `expand_key` see them; None = they stay.
-      expand_key: turns cached keys and their places into keys: expand latents, rotate; None = cached keys are keys.
-      slots: which slots are attended; None = all.
-      block: slots per step, rounded to whole pages.
+      parts: disjoint sets of a row's tokens.
       with_logits: also return every slot's logit, for methods that learn from attention.
+      options: those of `attend`, the same for all parts.
 
     Returns:
       The unnormalised result; see `merge` and `probabilities`.
 
     Cost: reads each filled slot once, in blocks; never a dense copy of the row.
     """
-    page = jax.tree.leaves(k)[0].shape[1]
-    size = jax.tree.leaves(k)[0].shape[0]
-    capacity = table.shape[-1] * page
+    return merge([attend(part, with_logits=with_logits, **options) for part in parts])
+
+
+def attend(
+    part: Part,
+    *,
+    scale: float,
+    after: Int[Array, "B K"] | None = None,
+    cap: float | None = None,
+    place: Callable[[Int[Array, "B K s"]], Int[Array, "B K s"]] | None = None,
+    expand: Expand | None = None,
+    block: int = 512,
+    with_logits: bool = False,
+) -> Partial:
+    """`decode_attention` over one part.
+
+    Args:
+      part: the slots.
+      scale: factor on the logits, usually H ** -0.5.
+      after: slots at positions up to this one are not attended (a sliding window); None = all are.
+      cap: logits become `cap tanh(logit / cap)` (Gemma 2); None = they stay.
+      place: what positions become before `after` and `expand` see them; None = they stay.
+      expand: how cached vectors become keys at their places; None = they are keys.
+      block: slots per step, rounded to whole pages.
+      with_logits: also return every slot's logit.
+    """
+    q, k, v, table, length, pos, decode_key, decode_value, slots = part
+    page, size, capacity = part.page, part.size, part.capacity
     per_step = max(1, min(block // page, table.shape[-1]))
     steps = -(-table.shape[-1] // per_step)
     width = per_step * page
@@ -90,7 +164,7 @@ def decode_attention(
         where = jnp.broadcast_to(slot, (*rows, width)) if pos is None else read(pos, at)
         where = where if place is None else place(where)
         key = decode_key(jax.tree.map(lambda x: read(x, at), k), q.dtype)
-        key = key if expand_key is None else expand_key(key, where)
+        key = key if expand is None else expand.keys(key, where)
         value = decode_value(jax.tree.map(lambda x: read(x, at), v), q.dtype)
         seen = slot < length[..., None]
         if after is not None:
@@ -104,9 +178,7 @@ def decode_attention(
         e = jnp.where(seen[:, :, None], jnp.exp(s - m[..., None]), 0.0)
         old = jnp.exp(carry.m - m)
         weighted = jnp.einsum("bkgs,bksr->bkgr", e.astype(value.dtype), value, preferred_element_type=jnp.float32)
-        logits = carry.logits
-        if logits is not None:
-            logits = jax.lax.dynamic_update_slice_in_dim(logits, s, i * width, axis=3)
+        logits = tuple(jax.lax.dynamic_update_slice_in_dim(x, s, i * width, axis=3) for x in carry.logits)
         return Partial(carry.o * old[..., None] + weighted, carry.l * old + e.sum(axis=-1), m, logits)
 
     heads = q.shape[:3]
@@ -116,10 +188,10 @@ def decode_attention(
         jnp.zeros((*heads, values.shape[-1]), jnp.float32),
         jnp.zeros(heads, jnp.float32),
         jnp.full(heads, EMPTY, jnp.float32),
-        jnp.full((*heads, steps * width), EMPTY, jnp.float32) if with_logits else None,
+        (jnp.full((*heads, steps * width), EMPTY, jnp.float32),) if with_logits else (),
     )
     out = jax.lax.fori_loop(0, (jnp.max(length) + width - 1) // width, step, first)
-    return out._replace(logits=None if out.logits is None else out.logits[..., :capacity])
+    return out._replace(logits=tuple(x[..., :capacity] for x in out.logits))
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
@@ -128,14 +200,14 @@ def merge(parts: Sequence[Partial]) -> Partial:
     def two(a: Partial, b: Partial) -> Partial:
         m = jnp.maximum(a.m, b.m)
         x, y = jnp.exp(a.m - m), jnp.exp(b.m - m)
-        return Partial(a.o * x[..., None] + b.o * y[..., None], a.l * x + b.l * y, m)
+        return Partial(a.o * x[..., None] + b.o * y[..., None], a.l * x + b.l * y, m, a.logits + b.logits)
 
     return functools.reduce(two, parts)
 
 
-def probabilities(part: Partial, whole: Partial) -> Float[Array, "B K G S"]:
-    """Attention weights of a part's slots, normalised over the whole; 0 where a slot is empty."""
-    if part.logits is None:
+def probabilities(whole: Partial) -> tuple[Float[Array, "B K G S"], ...]:
+    """Attention weights of each part's slots, normalised over all parts; 0 where a slot is empty."""
+    if not whole.logits:
         raise ValueError("probabilities need a partial computed with with_logits=True")
-    p = jnp.exp(part.logits - whole.m[..., None]) / whole.l[..., None]
-    return jnp.where(part.logits > EMPTY, p, 0.0)
+    weight = lambda logits: jnp.exp(logits - whole.m[..., None]) / whole.l[..., None]
+    return tuple(jnp.where(logits > EMPTY, weight(logits), 0.0) for logits in whole.logits)

@@ -1,9 +1,9 @@
 """Decode attention on TPUs: Pallas, lowered by Mosaic.
 
-The grid is (row, step). A step reads a few pages, which the row's table, prefetched as scalars, names to the pipeline
-that fetches them; pages behind a row's end name its last one again, which is not fetched twice. Codes become numbers in
-vector memory, piece by piece (`pallas_kernels.codes.pieces`), since a piece needs no shuffle of lanes. They are not
-scaled: with number = code x scale + zero,
+The grid is (row, step); the steps of a row's first part come first. A step reads a few pages, which the row's table,
+prefetched as scalars, names to the pipeline that fetches them; pages behind a row's end name its last one again, which
+is not fetched twice. Codes become numbers in vector memory, piece by piece (`pallas_kernels.codes.pieces`), since a
+piece needs no shuffle of lanes. They are not scaled: with number = code x scale + zero,
 
     q . key      = scale (q . codes) + zero (sum of q)                  once per slot and group
     sum p value  = sum (p scale) codes + sum p zero                     once per slot and group
@@ -13,7 +13,8 @@ such pages are seen with slots on the lanes, `[R page]`; the transposition costs
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,14 +22,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from pallas_kernels.codes import DENSE, Affine, Dense, Float8, Piece, assemble, groups_of, pieces, whole, width_of
-from pallas_kernels.decode_attention.reference import EMPTY, Partial
+from pallas_kernels.codes import assemble
+from pallas_kernels.decode_attention import tpu_expand
+from pallas_kernels.decode_attention.formats import Format, format_of
+from pallas_kernels.decode_attention.reference import EMPTY, Expand, Part, Partial, merge
+from pallas_kernels.decode_attention.tpu_page import LANES, Page, dot
 from pallas_kernels.soft_cap import soft_cap
 
-LANES = 128
 SLOTS = 2048  # of a step, which costs about 300 bundles whatever it does
 PAGES = 32  # of a step at most: each is an operand
 VMEM = 64 << 20  # bytes that a kernel may use
@@ -36,83 +38,105 @@ SMEM = 768 << 10  # bytes that tables may use
 
 
 def decode_attention(
-    q: Float[Array, "B K G H"],
-    k: Any,
-    v: Any,
-    table: Int[Array, "B K M"],
-    length: Int[Array, "B K"],
-    pos: Int[Array, "P page"] | None = None,
+    parts: Sequence[Part],
     *,
     scale: float,
     after: Int[Array, "B K"] | None = None,
     cap: float | None = None,
-    decode_key: Callable[[Any, DTypeLike], Float[Array, "B K s R"]] = DENSE,
-    decode_value: Callable[[Any, DTypeLike], Float[Array, "B K s W"]] = DENSE,
+    place: Callable[[Int[Array, "B K S"]], Int[Array, "B K S"]] | None = None,
+    expand: Expand | None = None,
     with_logits: bool = False,
-    block: int = SLOTS,
+    block: int | None = None,
     interpret: Any = False,
 ) -> Partial:
-    """Attention of one query per row: the contract of `reference.decode_attention`.
+    """Attention of one query per row: the contract of `reference.decode_attention`, in one launch.
 
     Args:
-      block: slots of a step, rounded to whole pages.
+      block: slots of a step, rounded to whole pages; None = by what a page costs.
       interpret: run without a TPU, slowly: True, or `pltpu.InterpretParams`.
     """
-    b, heads, g = q.shape[:3]
-    size, page = jax.tree.leaves(k)[0].shape[:2]
-    rows, width = b * heads, table.shape[-1]
-    each = max(1, min(block // page, width, PAGES))
-    steps = pl.cdiv(width, each)
-    key, value = _format("keys", decode_key, k, q.dtype), _format("values", decode_value, v, q.dtype)
+    rows = parts[0].length.size
+    block = block or (tpu_expand.SLOTS if expand is not None and expand.up is not None else SLOTS)
+    if (bytes_ := sum(4 * part.table.size for part in parts)) > SMEM:
+        raise NotImplementedError(f"page tables of {bytes_} bytes exceed scalar memory: use larger pages")
     flat = lambda x: x.reshape(rows, *x.shape[2:])
-    after_ = jnp.full((rows,), -1, jnp.int32) if after is None else flat(after)
-    if 4 * rows * width > SMEM:
-        raise NotImplementedError(f"page tables of {4 * rows * width} bytes exceed scalar memory: use larger pages")
-    # An entry behind a row's end may name no page; an empty row names the first.
-    scalars = jnp.clip(flat(table), 0, size - 1), flat(length), after_
-    pools = [jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2) if _lies_across(x) else x, pool) for pool in (k, v)]
-    across = [_lies_across(pool["codes"] if isinstance(pool, dict) else pool) for pool in (k, v)]
-    leaves, tree = jax.tree.flatten((*pools, None if pos is None or after is None else pos[:, None]))
-
-    def of_page(j: int, x: Array) -> pl.BlockSpec:
-        def index(r: Array, i: Array, table: Any, length: Any, after: Any) -> tuple:
-            last = jnp.maximum(pl.cdiv(length[r], page) - 1, 0)
-            return table[r, jnp.minimum(i * each + j, last)], *[0] * (x.ndim - 1)
-
-        return pl.BlockSpec((1, *x.shape[1:]), index)
-
-    of_row = lambda *shape: pl.BlockSpec((1, *shape), lambda r, i, *_: (r, *[0] * len(shape)))
-    queries = [flat(q)[..., p.start : p.start + p.width] for p in key.pieces]
-    kept = [(g, p.width) for p in value.pieces] + [(g, LANES)] * (value.groups + 2)
-    outs = [(shape, of_row(*shape)) for shape in kept]
-    if with_logits:
-        outs.append(((g, steps * each * page), pl.BlockSpec((1, g, each * page), lambda r, i, *_: (r, 0, i))))
-    body = functools.partial(
-        _kernel, tree=tree, key=key, value=value, across=across, each=each, page=page, scale=scale, cap=cap,
-        windowed=after is not None, logits=with_logits,
-    )  # fmt: skip
+    scalars = [jnp.full((rows,), -1, jnp.int32) if after is None else flat(after)]
+    plans: list[_Plan] = []
+    inputs: list[Array] = []
+    in_specs: list[pl.BlockSpec] = []
+    if expand is not None:
+        scale *= expand.rotation.magnitude
+    for part in parts:
+        pools = _pools(part, place is None and (after is not None or expand is not None))
+        plan = _plan(part, pools, block, len(scalars), sum(plan.steps for plan in plans), with_logits)
+        # An entry behind a row's end may name no page; an empty row names the first.
+        scalars += [jnp.clip(flat(part.table), 0, part.size - 1), flat(part.length)]
+        arrays, specs = _beside(part, plan, place, expand)
+        leaves = jax.tree.leaves(pools)
+        inputs += [*jax.tree.leaves(arrays), *leaves * plan.each]
+        in_specs += [*jax.tree.leaves(specs), *(_of_page(plan, j, x) for j in range(plan.each) for x in leaves)]
+        plans.append(plan._replace(beside=jax.tree.structure(arrays)))
+    g = parts[0].q.shape[2]
+    outs = [out for plan in plans for out in _results(plan, g)]
     found = pl.pallas_call(
-        body,
+        functools.partial(_kernel, plans=plans, scale=scale, cap=cap, windowed=after is not None),
         out_shape=[jax.ShapeDtypeStruct((rows, *shape), jnp.float32) for shape, _ in outs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(rows, steps),
-            in_specs=[of_row(g, p.width) for p in key.pieces] + [of_page(j, x) for j in range(each) for x in leaves],
+            num_scalar_prefetch=len(scalars),
+            grid=(rows, sum(plan.steps for plan in plans)),
+            in_specs=in_specs,
             out_specs=[spec for _, spec in outs],
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in kept],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for plan in plans for shape in _kept(plan, g)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM),
         interpret=interpret,
         name="decode_attention",
-    )(*scalars, *queries, *leaves * each)
-    parts, (*zeros, l, m) = found[: len(value.pieces)], found[len(value.pieces) : len(kept)]
-    o = assemble(value.pieces, parts)
-    if zeros:
-        zero = jnp.stack([x[..., 0] for x in zeros], axis=-1)
-        o = o + jnp.repeat(zero, o.shape[-1] // len(zeros), axis=-1)
-    split = lambda x: x.reshape(b, heads, *x.shape[1:])
-    logits = split(found[-1][..., : width * page]) if with_logits else None
-    return Partial(split(o), split(l[..., 0]), split(m[..., 0]), logits)
+    )(*scalars, *inputs)
+    each = iter(found)
+    return merge([_partial(part, plan, each) for part, plan in zip(parts, plans, strict=True)])
+
+
+class _Plan(NamedTuple):
+    """How a part is read."""
+
+    key: Format
+    value: Format
+    across: tuple[bool, bool]  # whether pages of keys, and of values, have their slots on the lanes
+    tree: Any  # of a page's operands
+    page: int  # slots
+    each: int  # pages of a step
+    scalars: int  # the place of its table among the scalars; its lengths follow
+    start: int  # first step of a row
+    steps: int
+    logits: bool
+    beside: Any = None  # tree of its other operands
+
+    @property
+    def kept(self) -> int:
+        """Arrays that are kept from step to step: sums of values, of zero terms, of weights; the largest logit."""
+        return len(self.value.pieces) + self.value.groups + 2
+
+    def own(self, step: Any) -> Any:
+        """The part's own step, the nearest one while another part is read."""
+        return jnp.clip(step - self.start, 0, self.steps - 1)
+
+
+def _pools(part: Part, windowed: bool) -> tuple:
+    """Keys, values and positions as the kernel's pages are cut from them."""
+    turned = lambda pool: jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2) if _lies_across(x) else x, pool)
+    return turned(part.k), turned(part.v), part.pos[:, None] if windowed and part.pos is not None else None
+
+
+def _plan(part: Part, pools: tuple, block: int, scalars: int, start: int, logits: bool) -> _Plan:
+    key = format_of("keys", part.decode_key, part.k, part.q.dtype)
+    value = format_of("values", part.decode_value, part.v, part.q.dtype)
+    if key.run or value.run:
+        raise NotImplementedError("scales per channel are for xla only")
+    width = part.table.shape[-1]
+    each = max(1, min(block // part.page, width, PAGES))
+    k, v = (_lies_across(pool["codes"] if isinstance(pool, dict) else pool) for pool in (part.k, part.v))
+    tree = jax.tree.structure(pools)
+    return _Plan(key, value, (k, v), tree, part.page, each, scalars, start, pl.cdiv(width, each), logits)
 
 
 def _lies_across(pool: Array) -> bool:
@@ -121,121 +145,148 @@ def _lies_across(pool: Array) -> bool:
     return page % LANES == 0 and width % LANES > 0
 
 
-class _Format(NamedTuple):
-    """How a kernel reads one of the two pools; hashable."""
-
-    pieces: tuple[Piece, ...]
-    dtype: Any  # of the numbers that are multiplied
-    groups: int = 0  # with a scale each; 0 = no scales
-    offset: int | None = None  # of all codes, instead of zero points
-    float8: bool = False
+def _of_row(*shape: int) -> pl.BlockSpec:
+    return pl.BlockSpec((1, *shape), lambda r, i, *_: (r, *[0] * len(shape)))
 
 
-def _format(name: str, decode: Any, codes: Any, dtype: DTypeLike) -> _Format:
-    """How a pool is read; raises `NotImplementedError` for what this kernel cannot read."""
-    width = width_of(decode, codes)
-    if isinstance(decode, Dense):
-        return _Format((Piece(0, width, 0, 0, 0, 1, 0),), codes.dtype)
-    if isinstance(decode, Affine):
-        groups = groups_of(decode, codes)
-        offset = -decode.middle if decode.symmetric else None
-        return _Format(pieces(decode.bits, width, groups), jnp.dtype(dtype), groups, offset)
-    if isinstance(decode, Float8):
-        return _Format(pieces(8, width, 1), jnp.dtype(dtype), 1, offset=0, float8=True)
-    raise NotImplementedError(f"{name} in the format {decode} are for xla only")
+def _of_page(plan: _Plan, j: int, x: Array) -> pl.BlockSpec:
+    """The j-th page of a step; behind the row's end, its last one."""
+
+    def index(r: Array, i: Array, *scalars: Any) -> tuple:
+        table, length = scalars[plan.scalars : plan.scalars + 2]
+        last = jnp.maximum(pl.cdiv(length[r], plan.page) - 1, 0)
+        return table[r, jnp.minimum(plan.own(i) * plan.each + j, last)], *[0] * (x.ndim - 1)
+
+    return pl.BlockSpec((1, *x.shape[1:]), index)
 
 
-def _kernel(
-    table_ref: Any, length_ref: Any, after_ref: Any, *refs: Any, tree: Any, key: _Format, value: _Format,
-    across: Sequence[bool], each: int, page: int, scale: float, cap: float | None, windowed: bool, logits: bool,
-) -> None:  # fmt: skip
-    kept = len(value.pieces) + value.groups + 2
-    queries, refs = refs[: len(key.pieces)], refs[len(key.pieces) :]
-    pages, refs = refs[: each * tree.num_leaves], refs[each * tree.num_leaves :]
-    outs, scratch = refs[:kept], refs[-kept:]
-    accs, (*zeros, l_ref, m_ref) = scratch[: len(value.pieces)], scratch[len(value.pieces) :]
+def _beside(
+    part: Part, plan: _Plan, place: Callable[[Array], Array] | None, expand: Expand | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a part's pages are read with, and how: queries, places, what keys are expanded by."""
+    heads, g = part.q.shape[1:3]
+    q = part.q.reshape(-1, *part.q.shape[2:])
+    pieces = plan.key.pieces if expand is None else []
+    queries = [q[..., p.start : p.start + p.width] for p in pieces] or [q]
+    arrays: dict[str, Any] = {"queries": queries}
+    specs: dict[str, Any] = {"queries": [_of_row(g, x.shape[-1]) for x in queries]}
+    if place is not None:
+        block = plan.each * plan.page
+        found = part.places(place).reshape(-1, 1, part.capacity)
+        arrays["place"] = jnp.pad(found, ((0, 0), (0, 0), (0, plan.steps * block - part.capacity)))
+        specs["place"] = pl.BlockSpec((1, 1, block), lambda r, i, *_: (r, 0, plan.own(i)))
+    if expand is not None:
+        arrays["expand"] = tpu_expand.operands(expand, plan.key)
+        of_head = lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda r, i, *_: (r % heads, *[0] * (x.ndim - 1)))
+        specs["expand"] = jax.tree.map(of_head, arrays["expand"])
+        b, k, half, _ = arrays["expand"]["frequency"].shape
+        specs["expand"]["frequency"] = pl.BlockSpec(
+            (1, 1, half, 1), lambda r, i, *_: (r // heads % b, r % heads % k, 0, 0)
+        )
+    return arrays, specs
+
+
+def _kept(plan: _Plan, g: int) -> list[tuple[int, int]]:
+    """Shapes of what is kept from step to step."""
+    return [(g, p.width) for p in plan.value.pieces] + [(g, LANES)] * (plan.value.groups + 2)
+
+
+def _results(plan: _Plan, g: int) -> list[tuple[tuple[int, int], pl.BlockSpec]]:
+    """Shapes of what is written of a row, and how."""
+    found = [(shape, _of_row(*shape)) for shape in _kept(plan, g)]
+    if plan.logits:
+        block = plan.each * plan.page
+        spec = pl.BlockSpec((1, g, block), lambda r, i, *_: (r, 0, plan.own(i)))
+        found.append(((g, plan.steps * block), spec))
+    return found
+
+
+def _partial(part: Part, plan: _Plan, found: Iterator[Array]) -> Partial:
+    """A part's results, taken from all of them."""
+    take = lambda n: list(itertools.islice(found, n))
+    o = assemble(plan.value.pieces, take(len(plan.value.pieces)))
+    if zeros := take(plan.value.groups):
+        zero = jnp.stack([x[..., 0] for x in zeros], axis=-1)
+        o = o + jnp.repeat(zero, o.shape[-1] // len(zeros), axis=-1)
+    l, m = take(2)
+    by_row = lambda x: x.reshape(*part.length.shape, *x.shape[1:])
+    logits = tuple(by_row(x[..., : part.capacity]) for x in take(int(plan.logits)))
+    return Partial(by_row(o), by_row(l[..., 0]), by_row(m[..., 0]), logits)
+
+
+def _kernel(*refs: Any, plans: Sequence[_Plan], scale: float, cap: float | None, windowed: bool) -> None:
+    each = iter(refs)
+    take = lambda n: list(itertools.islice(each, n))
+    scalars = take(1 + 2 * len(plans))
+    inputs = [(take(plan.beside.num_leaves), take(plan.each * plan.tree.num_leaves)) for plan in plans]
+    outs = [(take(plan.kept), take(int(plan.logits))) for plan in plans]
+    scratch = [take(plan.kept) for plan in plans]
     row, step = pl.program_id(0), pl.program_id(1)
-    length, first = length_ref[row], step * each * page
 
     @pl.when(step == 0)
     def _() -> None:
-        for ref in (*accs, *zeros, l_ref):
-            ref[...] = jnp.zeros_like(ref)
-        m_ref[...] = jnp.full_like(m_ref, EMPTY)
+        for *sums, largest in scratch:
+            for ref in sums:
+                ref[...] = jnp.zeros_like(ref)
+            largest[...] = jnp.full_like(largest, EMPTY)
 
-    if logits:
-        refs[kept][...] = jnp.full_like(refs[kept], EMPTY)
+    for plan, (beside, pages), out, kept in zip(plans, inputs, outs, scratch, strict=True):
+        logits = out[1]
+        length = scalars[plan.scalars + 1][row]
+        after = scalars[0][row] if windowed else None
+        of_part = functools.partial(
+            _attend, plan, plan.own(step), length, after, beside, pages, logits, kept, scale, cap
+        )
+        pl.when((step >= plan.start) & (step < plan.start + plan.steps))(of_part)
+
+    @pl.when(step == pl.num_programs(1) - 1)
+    def _() -> None:
+        for (results, _), kept in zip(outs, scratch, strict=True):
+            for out, ref in zip(results, kept, strict=True):
+                out[0] = ref[...]
+
+
+def _attend(plan: _Plan, step: Array, length: Array, after: Array | None, beside: list, pages: list, logits: list,
+            kept: list, scale: float, cap: float | None) -> None:  # fmt: skip
+    """A step of a part: its pages."""
+    first = step * plan.each * plan.page
+    accs, (*zeros, l_ref, m_ref) = kept[: len(plan.value.pieces)], kept[len(plan.value.pieces) :]
+    for ref in logits:
+        ref[...] = jnp.full_like(ref, EMPTY)
 
     @pl.when(first < length)
     def _() -> None:
-        query = [ref[0].astype(key.dtype) for ref in queries]
-        for j in range(each):
-            k, v, pos = jax.tree.unflatten(tree, pages[j * tree.num_leaves : (j + 1) * tree.num_leaves])
-            s = _scores(_Page(k, across[0], key), query) * scale
+        other = jax.tree.unflatten(plan.beside, beside)
+        expand, place = other.get("expand"), other.get("place")
+        query = [ref[0] if expand else ref[0].astype(plan.key.dtype) for ref in other["queries"]]
+        for j in range(plan.each):
+            leaves = pages[j * plan.tree.num_leaves : (j + 1) * plan.tree.num_leaves]
+            k, v, pos = jax.tree.unflatten(plan.tree, leaves)
+            slots = slice(j * plan.page, (j + 1) * plan.page)
+            slot = first + j * plan.page + jax.lax.broadcasted_iota(jnp.int32, (1, plan.page), 1)
+            where = place[0, :, slots] if place is not None else slot if pos is None else pos[0]
+            keys = Page(k, plan.across[0], plan.key)
+            s = scale * (tpu_expand.scores(keys, query[0], expand, where) if expand else _scores(keys, query))
             s = soft_cap(s, cap)
-            slot = first + j * page + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
             seen = slot < length
-            if windowed:
-                seen &= (slot if pos is None else pos[0]) > after_ref[row]
+            if after is not None:
+                seen &= where > after
             s = jnp.where(seen, s, EMPTY)
-            if logits:
-                refs[kept][0, :, j * page : (j + 1) * page] = s
+            for ref in logits:
+                ref[0, :, slots] = s
             m = jnp.maximum(m_ref[...], s.max(axis=1, keepdims=True))
             old, p = jnp.exp(m_ref[...] - m), jnp.where(seen, jnp.exp(s - m[:, :1]), 0.0)
             l_ref[...] = l_ref[...] * old + p.sum(axis=1, keepdims=True)
             m_ref[...] = m
-            _add_values(_Page(v, across[1], value), p, old, accs, zeros)
-
-    @pl.when(step == pl.num_programs(1) - 1)
-    def _() -> None:
-        for out, ref in zip(outs, scratch, strict=True):
-            out[0] = ref[...]
+            _add_values(Page(v, plan.across[1], plan.value), p, old, accs, zeros)
 
 
-class _Page:
-    """A page of one of the pools in vector memory."""
-
-    def __init__(self, pool: Any, across: bool, read: _Format):
-        self._pool, self._across, self.read = pool, across, read
-        self._codes = pool["codes"] if read.groups else pool
-
-    def numbers(self, piece: Piece) -> Array:
-        """A piece's codes as numbers, `[width page]` if slots are on the lanes, else `[page width]`."""
-        part = pl.ds(piece.at, piece.width)
-        codes = self._codes[0, part, :] if self._across else self._codes[0, :, part]
-        if not self.read.groups:
-            return codes
-        if self.read.float8:
-            return pltpu.bitcast(codes, jnp.float8_e4m3fn).astype(self.read.dtype)
-        found = (codes.astype(jnp.int32) >> piece.shift) & piece.mask  # bytes cannot be shifted
-        return found.astype(jnp.float32).astype(self.read.dtype)
-
-    def scale(self, group: int) -> Float[Array, "1 page"]:
-        """Of a group."""
-        return self._line("scale", group)
-
-    def zero(self, group: int) -> Float[Array, "1 page"]:
-        """Of a group."""
-        return self._line("zero", group) if self.read.offset is None else self.read.offset * self.scale(group)
-
-    def _line(self, name: str, group: int) -> Array:
-        pool = self._pool[name]
-        if pool.shape[-1] % LANES == 0:  # slots on the lanes
-            return whole(pool[0, pl.ds(group, 1), :])
-        return whole(pool[0]).T[group : group + 1]
-
-    @property
-    def axis(self) -> int:
-        """Of the slots."""
-        return 1 if self._across else 0
-
-
-def _scores(page: _Page, query: list[Array]) -> Float[Array, "G page"]:
+def _scores(page: Page, query: list[Array]) -> Float[Array, "G page"]:
     """Before the scale of logits."""
     read, total = page.read, None
     for group in range(max(read.groups, 1)):
         own = [(p, x) for p, x in zip(read.pieces, query, strict=True) if p.group == group]
-        part = functools.reduce(jnp.add, (_dot(x, page.numbers(p), (1, 1 - page.axis)) * p.weight for p, x in own))
+        part = functools.reduce(jnp.add, (dot(x, page.numbers(p), (1, 1 - page.axis)) * p.weight for p, x in own))
         if read.groups:
             low = (x.astype(jnp.float32) for p, x in own if p.weight == 1)
             sums = functools.reduce(jnp.add, (x.sum(axis=1, keepdims=True) for x in low))
@@ -244,7 +295,7 @@ def _scores(page: _Page, query: list[Array]) -> Float[Array, "G page"]:
     return total  # pyright: ignore[reportReturnType]
 
 
-def _add_values(page: _Page, p: Array, old: Array, accs: Sequence[Any], zeros: Sequence[Any]) -> None:
+def _add_values(page: Page, p: Array, old: Array, accs: Sequence[Any], zeros: Sequence[Any]) -> None:
     """Values and zero terms of a page, added to the sums."""
     read = page.read
     weights = [p * page.scale(group) for group in range(read.groups)] or [p]
@@ -252,10 +303,4 @@ def _add_values(page: _Page, p: Array, old: Array, accs: Sequence[Any], zeros: S
         ref[...] = ref[...] * old + (p * page.zero(group)).sum(axis=1, keepdims=True)
     for piece, acc in zip(read.pieces, accs, strict=True):
         weight = (weights[piece.group] * piece.weight).astype(read.dtype)
-        acc[...] = acc[...] * old[:, :1] + _dot(weight, page.numbers(piece), (1, page.axis))
-
-
-def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
-    precision = jax.lax.Precision.HIGHEST if b.dtype == jnp.float32 else None
-    dims = (((over[0],), (over[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+        acc[...] = acc[...] * old[:, :1] + dot(weight, page.numbers(piece), (1, page.axis))

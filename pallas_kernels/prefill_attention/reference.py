@@ -39,7 +39,7 @@ def attention(
     Cost: T^2/2 products, in blocks with an online softmax (arXiv 2112.05682): memory grows with T, not with its square.
     """
     b, t, n, h = q.shape
-    heads, block, scale = k.shape[2], divisor(t, block), h**-0.5 if scale is None else scale
+    heads, block, factor = k.shape[2], divisor(t, block), h**-0.5 if scale is None else scale
     q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
     cut = lambda x, i, axis=-2: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=axis)
@@ -52,7 +52,7 @@ def attention(
             key_pos = j * block + jnp.arange(block)
             distance = pos[:, None] - key_pos
             seen = (distance >= 0) & (distance < (window or t)) & (key_pos < length[:, None, None])
-            s = jnp.einsum("bkgqh,bksh->bkgqs", query, cut(k, j), preferred_element_type=jnp.float32) * scale
+            s = jnp.einsum("bkgqh,bksh->bkgqs", query, cut(k, j), preferred_element_type=jnp.float32) * factor
             s = soft_cap(s, cap)
             seen = seen[:, None]
             if until is not None:
