@@ -120,6 +120,9 @@ def test_the_bound_is_bytes_over_bandwidth_or_products_over_peak():
 # python -m kvjax.plan.compiled TARGET FLAGS --program "prefill of layer 0"
 COMPILED = [
     ("v5p", "full", 32768, 4, {}, 5_907_294_108),
+    ("v5e", "full", 16384, 1, {}, 738_762_096),
+    ("v5p", "full", 4096, 2, {"mlp_dim": 128, "num_kv_heads": 32}, 611_024_268),
+    ("v5p", "full", 8192, 1, {"mlp_dim": 128, "num_kv_heads": 32}, 471_320_048),
     ("h200", "full", 32768, 4, {}, 9_663_677_348),
     ("h200", "h2o", 8192, 2, {}, 1_207_962_000),
     ("h200", "full", 8192, 2, {"mlp_dim": 128}, 598_479_700),

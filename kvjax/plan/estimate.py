@@ -149,7 +149,8 @@ def prefill_temporaries(setting: Setting, platform: Platform) -> int:
     widest = (1 if platform == "tpu" else 2) * spec.mlp_dim + spec.embed_dim
     heads = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
     block = divisor(setting.lengths.padded, BLOCK)
-    blocks = setting.batch * spec.num_heads * block * (block + spec.head_dim) * (4 + itemsize)
+    each = 16 * block + 4 * spec.head_dim if platform == "tpu" else (4 + itemsize) * (block + spec.head_dim)
+    blocks = setting.batch * spec.num_heads * block * each
     attention = n * (itemsize * heads + 4 * spec.num_heads) + blocks
     return n * itemsize * spec.embed_dim + max(n * itemsize * widest, attention)
 
