@@ -274,6 +274,21 @@ def test_a_retrofitted_model_is_retrofitted_further() -> None:
     assert not np.any(plain.params["layers.0.attention.k.kernel"].reshape(-1, model.spec.head_dim)[:, -1])
 
 
+def test_another_model_can_be_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--out", "o", "--data", "d", *TINY, "--fade-steps", "0", "--distill", "--teacher", "other"]
+    options = command.options(command.parser().parse_args(flags))
+    gated, other = random_model(8, gate=DMC), random_model(9)
+    step = lambda model: train.Step(options, gated.spec, train.teacher(options, gated.spec, weights.of_model(model)))
+    monkeypatch.setattr(kvjax.generation, "load", lambda name, **_: kvjax.generation.Model(other, None, (), name))
+    taken = {path: jnp.array(leaf) for path, leaf in weights.of_model(gated).items()}  # a step consumes them
+    state, batch = train.State(taken, ()), data.Batch(*packed(np.random.default_rng(0), 1, 32))
+    run = step(gated)
+    _, losses = run(run.begin(state, 0), batch, 0)
+    relax = Relax(jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 1)[0])
+    wanted = objective.losses(gated, batch, jnp.float32(1), relax, base=other)
+    np.testing.assert_allclose(losses.text, wanted.text, rtol=1e-4)
+
+
 def test_an_adapter_alone_is_trained(tmp_path: Path, texts: Path) -> None:
     run(tmp_path, texts, "--objective", "dms", "--adapter", "--fade-steps", "0", "--window", "8")
     model, source = orbax.load(tmp_path, np.float32), kvjax.load(dtype=jnp.float32).decoder
@@ -331,6 +346,7 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         (["--ramp-steps", "0", "--final-steps", "0"], "never trained"),
         (["--objective", "dms", "--window", "31"], "would ever lose one"),
         (["--objective", "dms", "--adapter"], "leave --fade-steps out"),
+        (["--teacher", "demo"], "is for --distill"),
         (["--seed", "-1"], "--seed -1"),
         (["--final-learning-rate", "-1"], "not above 0"),
         (["--out", __file__], "is a file"),

@@ -66,6 +66,7 @@ def parser() -> command.Parser:
     train.add_argument("--batch", type=int, default=1024, help="sequences of a step (default: 1024)")
     train.add_argument("--micro-batch", type=int, default=4, help="of them, computed at once (default: 4)")
     train.add_argument("--distill", action=argparse.BooleanOptionalAction, help="be like SRC (default: only for dms)")
+    train.add_argument("--teacher", metavar="M", help="--distill: be like this model instead (default: SRC)")
     train.add_argument("--penalty", type=float, default=1.0, help="weight of too many slots (default: 1)")
     train.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: float32 on CPU, else bfloat16)")
     train.add_argument("--weight-decay", type=float, help="(default: 0.1; dms: 0)")
@@ -90,6 +91,8 @@ def options(args: argparse.Namespace) -> Options:
         raise InputError("--out DST and --data FILE are needed")
     if not 1 <= args.cr <= 1000:
         raise InputError(f"--cr {args.cr:g}: tokens per slot are 1 or more")
+    if args.teacher is not None and not _chosen(args.distill, args.objective == "dms"):
+        raise InputError("--teacher is for --distill")
     if args.adapter and args.objective != "dms":
         raise InputError("--adapter is for --objective dms")
     least = {"length": 2, "batch": 1, "micro_batch": 1, "seed": 0, "save_every": 1, "keep": 1, "log_every": 1}
@@ -146,6 +149,7 @@ def options(args: argparse.Namespace) -> Options:
         rows=args.batch,
         together=args.micro_batch,
         distill=_chosen(args.distill, dms),
+        teacher=args.teacher,
         dtype=args.dtype or native,
         temperature=args.temperature,
         penalty=args.penalty,

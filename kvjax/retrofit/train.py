@@ -46,6 +46,7 @@ class Options:
     rows: int = 1024  # sequences of a step
     together: int = 4  # of them, that are computed at once
     distill: bool = False
+    teacher: str | None = None  # what to be like; None = the model
     dtype: str = "float32"  # of matrix products
     temperature: float = 0.1
     penalty: float = 1.0  # weight
@@ -99,8 +100,9 @@ def optimizer(options: Options) -> optax.GradientTransformation:
 class Step:
     """The compiled update; one program while the coordinate fades, one for what follows."""
 
-    def __init__(self, options: Options, source: ModelSpec, base: Params | None):
-        self._options, self._source, self._base = options, source, base
+    def __init__(self, options: Options, source: ModelSpec, teacher: tuple[ModelSpec, Params] | None):
+        self._options, self._source = options, source
+        self._teacher, self._base = (None, None) if teacher is None else teacher
         self.gated = dataclasses.replace(source, gate=options.gate)
         self.optimize = optimizer(options)
         self._run = jax.jit(self._update, static_argnames="fading", donate_argnames=("params", "opt"))
@@ -124,7 +126,7 @@ class Step:
         options, gate = self._options, self._options.gate
         names = [name for name in params if fading or weights.trained(name, gate)]
         frozen = {name: leaf for name, leaf in params.items() if name not in names}
-        teacher = None if base is None else weights.to_model(base, self._source, options.dtype)
+        teacher = None if base is None else weights.to_model(base, self._teacher, options.dtype)
 
         def loss(trained: Params, batch: Batch, key: Array) -> tuple[Array, Losses]:
             spec = self._source if fading else self.gated
@@ -190,8 +192,7 @@ def retrofit(options: Options, out: Path, show: Callable[[Progress, int], None] 
         raise InputError(f"{out} is the model itself: choose another --out")
     runs.check(out / RUN, options.identity() | {"data": stream.fingerprint})
     schedule, log = options.schedule, out / RUN / "log.jsonl"
-    base = {path: leaf.astype(options.dtype, copy=True) for path, leaf in source.items()} if options.distill else None
-    step = Step(options, spec, base)
+    step = Step(options, spec, teacher(options, spec, source))
     began = time.monotonic()
     with runs.manager(out / RUN, options.save_every, options.keep) as manager:
         state, done = _resume(manager, step, source, schedule, log)
@@ -235,6 +236,23 @@ def _prepare(options: Options) -> tuple[Options, Params, ModelSpec, Stream, Path
         raise InputError(f"--length {options.length} is more than the context limit ({spec.max_position})")
     stream = data.read(options.files, model, options.length)
     return options, weights.of_model(model.decoder), spec, stream, src
+
+
+def teacher(options: Options, spec: ModelSpec, source: Params) -> tuple[ModelSpec, Params] | None:
+    """The model to be like, with weights of its own: those of the source are changed."""
+    if not options.distill:
+        return None
+    if options.teacher is not None:
+        model = generation.load(options.teacher, dtype=jnp.float32, ignore_config=options.ignore)
+        if model.spec.vocab_size != spec.vocab_size:
+            raise InputError(
+                f"--teacher {model.name} has {model.spec.vocab_size} tokens, the model {spec.vocab_size}: their"
+                " vocabularies must be the same"
+            )
+        if model.spec.latent is not None:
+            raise InputError(f"--teacher {model.name} has low-rank keys: give what it was made from")
+        spec, source = model.spec, weights.of_model(model.decoder)
+    return spec, {path: leaf.astype(options.dtype, copy=True) for path, leaf in source.items()}
 
 
 def continued(options: Options, gate: GateSpec, name: str) -> Options:
