@@ -128,7 +128,7 @@ def layer_arguments(setting: Setting, cache: decode.Cache, index: int) -> tuple[
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     stream = (setting.batch, setting.lengths.padded, spec.embed_dim)
     arrays = layer(spec, setting.dtype, index), jax.ShapeDtypeStruct(stream, jnp.dtype(setting.dtype)), cache[group]
-    static = {"spec": spec, "recipe": setting.recipe, "window": spec.window(index)}
+    static = {"spec": spec, "recipe": setting.recipe, "window": spec.window(index), "rotary": spec.rotary(index)}
     return (*arrays, ints(setting.batch), ints(), ints()), static
 
 
