@@ -115,6 +115,18 @@ def test_without_half_of_its_cache_the_shipped_model_forgets(model: kvjax.Model)
     assert exact(model, length=1024, samples=32, recipe=forgetful) <= exact(model, length=1024, samples=32) - 0.3
 
 
+def test_the_shipped_retrofitted_model_answers_from_a_third_of_the_bytes() -> None:
+    shipped = kvjax.load("demo-dmc")
+    assert shipped.spec.gate is not None and 3.8 < shipped.spec.gate.rate < 4.5
+    assert exact(shipped, length=1024, samples=16, recipe=kvjax.methods.dmc()) >= 0.85
+    prompt, answer = lines.prompt(lines.scoring_rng(4), 250)
+    out = kvjax.generate(shipped, [prompt])
+    assert out.sequences[0].text == answer + "\n"
+    assert out.recipe.name == "dmc" and out.bytes.total < 0.5 * out.full_bytes
+    files = [file for file in (demo.directory() / "dmc").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 16e6
+
+
 def scores_of(prompt: Prompt) -> tuple[int, int, int]:
     """The shape of a score: sequences, key/value heads, tokens."""
     return prompt.key.shape[0], prompt.key.shape[2], prompt.key.shape[1]
