@@ -102,7 +102,7 @@ class Step:
 
     def __init__(self, options: Options, source: ModelSpec, teacher: tuple[ModelSpec, Params] | None):
         self._options, self._source = options, source
-        self._teacher, self._base = (None, None) if teacher is None else teacher
+        self._teacher, self._base = (source, None) if teacher is None else teacher
         self.gated = dataclasses.replace(source, gate=options.gate)
         self.optimize = optimizer(options)
         self._run = jax.jit(self._update, static_argnames="fading", donate_argnames=("params", "opt"))
