@@ -50,7 +50,7 @@ def test_every_decode_loop_compiles_and_updates_its_pools_in_place(target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", whole_step.stated(), ids=lambda step: "-".join(step[:3]))
+@pytest.mark.parametrize("step", list(whole_step.stated()), ids=lambda step: "-".join(step[:3]))
 def test_a_whole_step_of_a_large_model_takes_what_the_docs_state(step):
     """All layers of Llama-3-8B in 16 bits: the table's bytes, and nothing of weights or cache is copied."""
     installed(str(find(step.chip).target))
