@@ -7,6 +7,7 @@ its own: see `run`.
 import glob
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tempfile
 from typing import Any, NamedTuple
 
 TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+CORES = {"tpu7x": 2}  # devices of a chip
 MEGACORE = {"v4": {"chip_config_name": "megacore"}}  # one device a chip, as JAX has it; v5p is so by default
 
 
@@ -102,22 +104,38 @@ def run(target: str, module: str, *arguments: str, dump: bool = False) -> list[d
     return lines
 
 
-class Target:
-    """A device that is not there."""
+def topology(name: str, devices: int) -> str:
+    """The smallest arrangement of chips that has so many devices, as the plug-ins name it.
 
-    def __init__(self, name: str):
+    >>> topology("v5e", 1), topology("v5e", 8), topology("v5p", 8), topology("sm_90", 8)
+    ('v5e:2x2', 'v5e:2x4', 'v5p:2x2x2', '1x1x8')
+    """
+    if name in GPUS:
+        return f"1x1x{devices}"
+    chip, _, shape = TPUS[name].partition(":")
+    sides, each = [int(side) for side in shape.split("x")], CORES.get(name, 1)
+    while math.prod(sides) * each < devices:
+        sides[max(i for i, side in enumerate(sides) if side == min(sides))] *= 2
+    return f"{chip}:{'x'.join(map(str, sides))}"
+
+
+class Target:
+    """A device that is not there, or several."""
+
+    def __init__(self, name: str, devices: int = 1):
         import jax
         from jax.experimental import topologies
         from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
         self.name, self.platform = name, "tpu" if name in TPUS else "cuda"
         if self.platform == "tpu":
-            topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[name], **MEGACORE.get(name, {}))
+            where = topology(name, devices)
+            found = topologies.get_topology_desc(platform="tpu", topology_name=where, **MEGACORE.get(name, {}))
         else:
             self._load_plugin()
-            described = {"target_config": config(GPUS[name]), "topology": "1x1x1"}
-            topology = topologies.get_topology_desc(platform="cuda", topology_name=f"{name}:1", **described)
-        self._device = topology.devices[0]
+            described = {"target_config": config(GPUS[name]), "topology": topology(name, devices)}
+            found = topologies.get_topology_desc(platform="cuda", topology_name=f"{name}:{devices}", **described)
+        self._devices, self._device = found.devices[:devices], found.devices[0]
         sharding = NamedSharding(Mesh([self._device], ("x",)), PartitionSpec())
         place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         self.place = lambda tree: jax.tree.map(place, tree)
@@ -132,10 +150,33 @@ class Target:
             print(f"plug-in: {error}", file=sys.stderr)
 
     def compile(self, fn: Any, *args: Any, **static: Any) -> Any:
-        """A jitted function, compiled for this device."""
+        """A jitted function, compiled for this device; or for all of them, where its arguments lie on a mesh."""
         from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+        if (imagined := _mesh_of(args)) is not None:
+            return self._compile_for_all(imagined, fn, args, static)
 
         device = AbstractDevice(self._device.device_kind, 1, "tpu" if self.platform == "tpu" else "gpu")
         mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
         with use_abstract_mesh(mesh):
             return fn.trace(*map(self.place, args), **static).lower(lowering_platforms=(self.platform,)).compile()
+
+    def _compile_for_all(self, imagined: Any, fn: Any, args: tuple[Any, ...], static: dict[str, Any]) -> Any:
+        import jax
+        import numpy as np
+        from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
+
+        shape = tuple(imagined.shape.values())
+        mesh = Mesh(np.asarray(self._devices).reshape(shape), imagined.axis_names, imagined.axis_types)
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+        with use_abstract_mesh(mesh.abstract_mesh):
+            traced = fn.trace(*(jax.tree.map(place, arg) for arg in args), **static)
+            return traced.lower(lowering_platforms=(self.platform,)).compile()
+
+
+def _mesh_of(args: Any) -> Any:
+    """The imagined mesh that arguments lie on; None = one device."""
+    import jax
+
+    found = (getattr(x.sharding, "mesh", None) for x in jax.tree.leaves(args))
+    return next((mesh for mesh in found if mesh is not None), None)

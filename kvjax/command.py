@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import jax
 from kvjax.errors import InputError
 from kvjax.methods import KERNELS
 
+HEARTBEAT = 30  # seconds without a sign of life until a process counts as dead
+
 
 def run(prog: str, main: Callable[[], None]) -> None:
     """Run a command; bad input is one line on stderr and exit code 2."""
@@ -20,6 +23,13 @@ def run(prog: str, main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         fail(prog, str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(
+            f"{prog}: error: another process of the run has ended ({str(error).splitlines()[0]})", file=sys.__stderr__
+        )
+        os._exit(1)  # the others do not answer when this one says that it leaves
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -163,6 +173,37 @@ def check_writable(path: Path) -> None:
     target = path if path.exists() else path.absolute().parent
     if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
         raise InputError(f"cannot write {path}")
+
+
+def add_mesh_flags(parser: Any) -> None:
+    """Flags for more devices than one."""
+    parser.add_argument(
+        "--mesh", metavar="data=2,model=4", help="split sequences over data, weights and heads over model devices"
+    )
+    parser.add_argument(
+        "--distributed", nargs="?", const="", metavar="HOST:PORT,COUNT,INDEX",
+        help="one of several processes, each with devices of its own: where the first listens, how many they are,"
+        " which this is (default: what the cluster says)",
+    )  # fmt: skip
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Join the other processes, if there are any; only the first one prints."""
+    if args.distributed is None:
+        return
+    settings: dict[str, Any] = {}
+    if args.distributed:
+        found = re.fullmatch(r"(.+:\d+),(\d+),(\d+)", args.distributed)
+        if found is None or not int(found[3]) < int(found[2]):
+            raise InputError(f"--distributed {args.distributed!r} is not HOST:PORT,COUNT,INDEX, INDEX from 0")
+        settings = dict(coordinator_address=found[1], num_processes=int(found[2]), process_id=int(found[3]))
+    try:
+        jax.distributed.initialize(**settings, heartbeat_timeout_seconds=HEARTBEAT)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--distributed: {str(error).splitlines()[0]}") from None
+    ours = os.devnull if jax.process_index() else os.dup(1)
+    os.dup2(2, 1)  # libraries announce their connections on standard output
+    sys.stdout = open(ours, "w")
 
 
 def use_compilation_cache() -> None:

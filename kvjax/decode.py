@@ -1,4 +1,7 @@
-"""Prefill, one decode step, the decode loop. Every `jit` boundary and every donation of the library is in this file."""
+"""Prefill, one decode step, the decode loop: the library's compiled programs, and what they use up.
+
+They are written for one device and run on as many as the weights lie on; see `kvjax.mesh`.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -7,20 +10,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from kvjax import attention, sampling
+from kvjax import attention, mesh, sampling
 from kvjax.cache import pages
 from kvjax.cache import tier as tiers_
 from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Found, Layers, Recipe, Tiers
+from kvjax.cache.tier import Tier
+from kvjax.collectives import DATA, add, gather, own
 from kvjax.errors import InputError
+from kvjax.mesh import EVERYWHERE, LAYERS, ROWS, SEQUENCES, STEPS
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer
 from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, PyTree, RopeSpec, Token
 from pallas_kernels.rotation import Rotation
 
+CHUNK = 8192  # tokens that the feed-forward network reads at once
 Cache = tuple[Tiers, ...]  # one per group of layers with equal cached widths
 Measure = Callable[[Decoder, Float[Array, "B D"], PyTree], PyTree]
 
@@ -54,10 +62,35 @@ def init_cache(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
         )
     if recipe.policy.revise is not None and model.spec.latent is not None:
         raise InputError(f"{recipe.name}: low-rank keys cannot be merged or evicted by a gate of each head")
-    groups = layer_groups(model.spec)
-    if len(groups) > 1 and recipe.budget is not None and recipe.budget.whole:
+    if len(layer_groups(model.spec)) > 1 and recipe.budget is not None and recipe.budget.whole:
         raise InputError(f"{recipe.name}: full layers need others of equal ranks: convert with rule=uniform")
-    return tuple(recipe.policy.init(model.spec, group, lengths, model.dtype) for group in groups)
+    devices, init = mesh.of(model), functools.partial(_init, model.spec, recipe)
+    if devices is None:
+        return init(lengths, model.dtype)
+    lengths = lengths._replace(parts=devices.shape[DATA])
+    if len(lengths.prompt) % lengths.parts:
+        raise InputError(f"{len(lengths.prompt)} sequences cannot be split over data={lengths.parts} devices")
+    with mesh.on(devices):
+        return _init_parts(model.spec, recipe, lengths, model.dtype)
+
+
+def _init(spec: ModelSpec, recipe: Recipe, lengths: Lengths, dtype: DTypeLike) -> Cache:
+    return tuple(recipe.policy.init(spec, group, lengths, dtype) for group in layer_groups(spec))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _init_parts(spec: ModelSpec, recipe: Recipe, lengths: Lengths, dtype: DTypeLike) -> Cache:
+    """Every device's own pool, and its rows."""
+
+    def init() -> Cache:
+        mine = lambda tree: jax.tree.map(lambda x: own(x, 1, DATA), tree)
+        rows = lambda t: {name: mine(getattr(t, name)) for name in ("table", "length", "budget", "calib")}
+        cache = _init(mesh.share(spec), recipe, lengths, dtype)
+        return tuple(tuple(tier._replace(**rows(tier)) for tier in tiers) for tiers in cache)
+
+    specs = mesh.cache(jax.eval_shape(functools.partial(_init, spec, recipe, lengths, dtype)))
+    devices = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(init, mesh=devices, in_specs=(), out_specs=specs, check_vma=False)()
 
 
 def rotates_at_read(spec: ModelSpec, recipe: Recipe) -> bool:
@@ -87,7 +120,12 @@ def padded_length(longest: int) -> int:
 
 
 def prefill(
-    model: Decoder, recipe: Recipe, tokens: Int[Array, "B T"], length: Int[Array, " B"], cache: Cache
+    model: Decoder,
+    recipe: Recipe,
+    tokens: Int[Array, "B T"],
+    length: Int[Array, " B"],
+    cache: Cache,
+    chunk: int = CHUNK,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Run the prompts and fill the cache. Consumes `cache`: its buffers are reused.
 
@@ -100,6 +138,7 @@ def prefill(
       tokens: prompts, padded on the right; T should come from `padded_length`.
       length: tokens of each prompt, at least 1.
       cache: an empty cache from `init_cache`.
+      chunk: tokens that the feed-forward network reads at once, at most: fewer need less memory.
 
     Returns:
       Logits after each prompt's last token, in float32, and the filled cache.
@@ -128,6 +167,7 @@ def prefill(
             recipe=recipe,
             window=spec.window(index),
             rotary=spec.rotary(index),
+            chunk=chunk,
         )
         filled = allocation.after(filled, found)
     if recipe.policy.fit is not None:
@@ -179,7 +219,7 @@ def _run_allocate(
     return recipe.budget.allocate(infos, seen, length, held)
 
 
-@functools.partial(jax.jit, donate_argnums=(0,))
+@mesh.program((mesh.cache, LAYERS), lambda tiers, slots: tiers, donate=(0,))
 def _trim(tiers: Tiers, slots: Int[Array, "l B K"]) -> Tiers:
     """Trim the first tier's rows to their slots; other tiers hold what the first one gave up."""
     tier, *rest = tiers
@@ -187,7 +227,7 @@ def _trim(tiers: Tiers, slots: Int[Array, "l B K"]) -> Tiers:
     return (tiers_.trim(tier._replace(budget=budget), slots), *rest)
 
 
-@functools.partial(jax.jit, static_argnames=("recipe",), donate_argnums=(0,))
+@mesh.program((mesh.cache, ROWS, EVERYWHERE, ROWS), lambda tiers, *_: tiers, static=("recipe",), donate=(0,))
 def _settle(tiers: Tiers, waiting: PyTree, place: Int[Array, ""], slots: Int[Array, "B K"], *, recipe: Recipe) -> Tiers:
     """Fill a layer's rows with what has waited for their slots."""
     assert recipe.policy.settle is not None
@@ -200,23 +240,31 @@ def _fit(tiers: Tiers, length: Int[Array, " B"], recipe: Recipe) -> Tiers:
     """Leave pools the pages that they will need."""
     assert recipe.policy.fit is not None
     tiers, sizes = recipe.policy.fit(tiers, length)
-    return tuple(_resize(t, size=n) if n < t.free.shape[0] else t for t, n in zip(tiers, sizes, strict=True))
+    return tuple(
+        _resize(t, size=n) if n * t.num_free.shape[0] < t.free.shape[0] else t
+        for t, n in zip(tiers, sizes, strict=True)
+    )
 
 
-_resize = jax.jit(tiers_.resize, static_argnames=("size",))
+_resize = mesh.program((mesh.cache,), lambda tier: tier, static=("size",))(tiers_.resize)
 
 
-@jax.jit
+@mesh.program((mesh.weights, SEQUENCES), lambda *_: SEQUENCES)
 def _embed(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     return model.embed(tokens)
 
 
-@jax.jit
+@mesh.program((mesh.weights, SEQUENCES, SEQUENCES), lambda *_: SEQUENCES)
 def _last_logits(model: Decoder, x: Float[Array, "B T D"], length: Int[Array, " B"]) -> Float[Array, "B V"]:
     return model.logits(jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0])
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "recipe", "window", "rotary"), donate_argnums=(1, 2))
+@mesh.program(
+    (mesh.weights, SEQUENCES, mesh.cache, SEQUENCES, EVERYWHERE, EVERYWHERE),
+    lambda layer, x, tiers, *_: (SEQUENCES, tiers, ROWS),
+    static=("spec", "recipe", "window", "rotary", "chunk"),
+    donate=(1, 2),
+)
 def _prefill_layer(
     layer: Layer,
     x: Float[Array, "B T D"],
@@ -229,6 +277,7 @@ def _prefill_layer(
     recipe: Recipe,
     window: int | None,
     rotary: RopeSpec,
+    chunk: int = CHUNK,
 ) -> tuple[Float[Array, "B T D"], Tiers, Found]:
     """One layer over the whole prompt: exact attention, then compression into the layer's rows."""
     q, key, value, gate = layer.project(x)
@@ -253,7 +302,7 @@ def _prefill_layer(
     )
     views, found = recipe.policy.prefill(olds, prompt)
     tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
-    return layer.finish(x, heads), tiers, found
+    return layer.finish(x, heads, chunk), tiers, found
 
 
 def _decode_layer(
@@ -323,6 +372,12 @@ def _in_cache(head_dim: int, rotary: RopeSpec, capacity: int, length: Int[Array,
     return Rotation(of(size)[None, None], rotary.attention_factor, table)
 
 
+@mesh.program((mesh.cache, EVERYWHERE), lambda *_: ROWS)
+def positions(tier: Tier, place: Int[Array, ""] | int) -> Int[Array, "B K S"]:
+    """Position of every slot of one of the tier's layers, -1 where it is empty."""
+    return tiers_.positions(tiers_.layer(tier, place))
+
+
 def decode_step(
     model: Decoder,
     recipe: Recipe,
@@ -357,6 +412,16 @@ def decode_step(
     4
     """
     active = jnp.ones(token.shape, bool) if active is None else active
+    if cache[0][0].num_free.shape[0] > 1 and mesh.of(model) is None and mesh.in_force() is None:
+        raise InputError("the cache lies on a mesh: run the step under jax.set_mesh(model.mesh)")
+    with mesh.on(mesh.of(model)):
+        return _step(model, cache, token, pos, active, recipe=recipe)
+
+
+@mesh.spread((mesh.weights, mesh.cache, SEQUENCES, SEQUENCES, SEQUENCES), lambda model, cache, *_: (SEQUENCES, cache))
+def _step(
+    model: Decoder, cache: Cache, token: Int[Array, " B"], pos: Int[Array, " B"], active: Array, *, recipe: Recipe
+) -> tuple[Float[Array, "B V"], Cache]:
     x, cache = _read_token(model, recipe, cache, token, pos, active)
     return model.logits(x), cache
 
@@ -378,7 +443,12 @@ def _read_token(
     return x, tuple(filled)
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "measure"), donate_argnums=(1,))
+@mesh.program(
+    (mesh.weights, mesh.cache, *(SEQUENCES,) * 4, STEPS),
+    lambda model, cache, *_: (SEQUENCES, cache, STEPS),
+    static=("recipe", "measure"),
+    donate=(1,),
+)
 def feed(
     model: Decoder,
     cache: Cache,
@@ -452,7 +522,22 @@ def _first_token(logits, length, chooser, stop, seen, *, mode):
     return token, length, jnp.isin(token, stop), step + 1, _mark(seen, token)
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "mode", "chunk"), donate_argnums=(1,))
+def _parts_of_state(state: State) -> State:
+    each = dict.fromkeys(("token", "pos", "done", "seen"), SEQUENCES)
+    return State(cache=mesh.cache(state.cache), step=EVERYWHERE, **each)  # pyright: ignore[reportArgumentType]
+
+
+def _parts_of_chooser(chooser: sampling.Chooser) -> sampling.Chooser:
+    each = dict.fromkeys(chooser._fields, EVERYWHERE)
+    return sampling.Chooser(**(each | {"key": SEQUENCES}))  # pyright: ignore[reportArgumentType]
+
+
+@mesh.program(
+    (mesh.weights, _parts_of_state, _parts_of_chooser, EVERYWHERE, EVERYWHERE),
+    lambda model, state, *_: (state, EVERYWHERE),
+    static=("recipe", "mode", "chunk"),
+    donate=(1,),
+)
 def decode_loop(
     model: Decoder,
     state: State,
@@ -479,23 +564,26 @@ def decode_loop(
       The new state and the chosen tokens, -1 where a sequence had stopped.
     """
 
-    def body(carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
-        state, out, i = carry
+    running = lambda state: add(jnp.sum(~state.done, dtype=jnp.int32), DATA) > 0  # on any device
+
+    def body(carry: tuple[State, Array, Array, Array]) -> tuple[State, Array, Array, Array]:
+        state, out, i, _ = carry
         logits, cache = decode_step(model, recipe, state.cache, state.token, state.pos, ~state.done)
         token = sampling.choose(logits, chooser, state.step, mode=mode, seen=state.seen)
         out = out.at[:, i].set(jnp.where(state.done, -1, token))
         done = state.done | jnp.isin(token, stop)
         pos = state.pos + jnp.where(state.done, 0, 1)
         token = jnp.where(state.done, state.token, token)
-        return State(cache, token, pos, done, state.step + 1, _mark(state.seen, token)), out, i + 1
+        state = State(cache, token, pos, done, state.step + 1, _mark(state.seen, token))
+        return state, out, i + 1, running(state)
 
-    def more(carry: tuple[State, Array, Array]) -> Array:
-        state, _, i = carry
-        return (i < chunk) & (state.step < limit) & ~jnp.all(state.done)
+    def more(carry: tuple[State, Array, Array, Array]) -> Array:
+        state, _, i, running = carry
+        return (i < chunk) & (state.step < limit) & running
 
     out = jnp.full((state.token.shape[0], chunk), -1, jnp.int32)
-    state, out, _ = jax.lax.while_loop(more, body, (state, out, jnp.zeros((), jnp.int32)))
-    return state, out
+    state, out, *_ = jax.lax.while_loop(more, body, (state, out, jnp.zeros((), jnp.int32), running(state)))
+    return state, gather(out, 0, DATA)
 
 
 def _mark(seen: Bool[Array, "B V"] | None, token: Int[Array, " B"]) -> Bool[Array, "B V"] | None:

@@ -66,6 +66,7 @@ def parser() -> command.Parser:
     p.add_argument("--batch", type=int, metavar="N", help=f"prompts at once (default: {BATCH_TOKENS} tokens)")
     p.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
+    p.add_argument("--mesh", metavar="data=2,model=4", help="devices for sequences, and for weights and heads")
     p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
     p.add_argument("--list-tasks", action="store_true", help="show all tasks and their arguments")
     return p
@@ -92,7 +93,9 @@ def main(argv: list[str] | None = None) -> None:
     _check(args, {task.name for task in tasks}, {read_entry(point.method)[0] for point in grid}, settings)
     text = _read_text(args.text)
     command.use_compilation_cache()
-    load = lambda name: generation.load(name, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
+    load = lambda name: generation.load(
+        name, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config, mesh=args.mesh
+    )
     model, reference = load(args.model), None if args.reference is None else load(args.reference)
     for point in grid:
         generation.check_recipe(model, point.recipe)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from kvjax import command, generation, showcase
+from kvjax import command, decode, generation, showcase
 from kvjax.cache.policy import Recipe
 from kvjax.checkpoint import orbax
 from kvjax.errors import InputError
@@ -34,6 +34,10 @@ def parser() -> command.Parser:
     p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_flags(p, method="full, or what a retrofitted checkpoint is made for", many="repeatable; ")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help=f"(default: {NEW_TOKENS})")
+    p.add_argument(
+        "--prefill-chunk", type=int, default=decode.CHUNK, metavar="N",
+        help=f"tokens that the feed-forward network reads at once (default: {decode.CHUNK})",
+    )  # fmt: skip
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     p.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")
     p.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
@@ -63,6 +67,7 @@ def add_shared_flags(p: argparse.ArgumentParser, *, method: str, many: str = "")
     p.add_argument("--chat", action="store_true", help="wrap a prompt in the checkpoint's chat template")
     add_method_flags(p, method=method)
     p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
+    command.add_mesh_flags(p)
     p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
@@ -134,8 +139,9 @@ def main(argv: list[str] | None = None) -> None:
     how.check()
     _check(args, prompted)
     texts, ids = read_texts(args), [read_ids(text) for text in args.prompt_tokens or ()]
+    command.begin(args)
     command.use_compilation_cache()
-    model = generation.load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
+    model = generation.load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config, mesh=args.mesh)
     if not prompted and not args.json and args.dump_cache is None:
         showcase.run(console, model, recipe, budget, args.max_new_tokens, how)
         return
@@ -170,8 +176,9 @@ def _generate(
     streaming = len(prompts) == 1 and not args.json and not args.no_stream
     show, finish = _printer(model)
     out = generation.generate(
-        model, prompts, recipe, max_new_tokens=args.max_new_tokens, how=how, on_token=show if streaming else None
-    )
+        model, prompts, recipe, max_new_tokens=args.max_new_tokens, how=how, on_token=show if streaming else None,
+        prefill_chunk=args.prefill_chunk,
+    )  # fmt: skip
     if streaming:
         finish()
     elif not args.json:

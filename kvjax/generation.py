@@ -1,6 +1,7 @@
 """Text in, text out: the library's main function and what it reports."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,13 +13,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from kvjax import checkpoint, decode, demo, kernels, sampling
+from kvjax import mesh as meshes
 from kvjax.cache import learned, pages
 from kvjax.cache import tier as tiers_
 from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Recipe
 from kvjax.cache.tier import Bytes
+from kvjax.collectives import COPIES, DATA
 from kvjax.decode import Cache
 from kvjax.errors import InputError
+from kvjax.mesh import EVERYWHERE, SEQUENCES
 from kvjax.methods import make, of
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_generation_config
@@ -46,6 +50,11 @@ class Model:
         """Shape and mathematics of the decoder."""
         return self.decoder.spec
 
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The devices that the weights are split over; None = one device."""
+        return meshes.of(self.decoder)
+
 
 class Continuation(NamedTuple):
     """One generated sequence."""
@@ -69,7 +78,7 @@ class Generation(NamedTuple):
     """What `generate` returns."""
 
     sequences: list[Continuation]
-    bytes: Bytes  # allocated for the cache
+    bytes: Bytes  # allocated for the cache, on all devices together
     full_bytes: int  # that a full cache needs for the same prompts and new tokens
     slots: list[list[int | float]]  # kept slots per layer, per sequence, averaged over heads
     timing: Timing
@@ -77,9 +86,16 @@ class Generation(NamedTuple):
     cache: Cache
     recipe: Recipe
     forced: int = 0  # slots that a learned gate asked for in vain, over all rows; 0 for other methods
+    device_bytes: int = 0  # allocated for the cache on each device
 
 
-def load(name: str | Path | None = None, *, dtype: DTypeLike | None = None, ignore_config: Sequence[str] = ()) -> Model:
+def load(
+    name: str | Path | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    ignore_config: Sequence[str] = (),
+    mesh: str | None = None,
+) -> Model:
     """Load a checkpoint.
 
     Args:
@@ -87,20 +103,27 @@ def load(name: str | Path | None = None, *, dtype: DTypeLike | None = None, igno
         `demo` (None as well) or `demo-dmc`.
       dtype: of weights, activations and cache; None = float32 on CPU, bfloat16 elsewhere.
       ignore_config: config fields that may be ignored although kvjax does not know them.
+      mesh: "data=2,model=4" takes 2 times 4 devices: sequences are split over 2, weights and key/value heads over 4.
+        What is computed with the model runs on them. None = one device.
 
     >>> import kvjax
     >>> model = kvjax.load()
     >>> model.spec.num_kv_heads
     2
     """
-    return load_from(name, dtype=dtype, ignore_config=ignore_config)[0]
+    return load_from(name, dtype=dtype, ignore_config=ignore_config, mesh=mesh)[0]
 
 
 def load_from(
-    name: str | Path | None, *, dtype: DTypeLike | None = None, ignore_config: Sequence[str] = ()
+    name: str | Path | None,
+    *,
+    dtype: DTypeLike | None = None,
+    ignore_config: Sequence[str] = (),
+    mesh: str | None = None,
 ) -> tuple[Model, Path]:
     """Like `load`, and the directory that the checkpoint's files are in."""
-    decoder, directory = checkpoint.load_model(str(demo.find(name)), dtype, ignore_config)
+    size = None if mesh is None else meshes.parse(mesh)
+    decoder, directory = checkpoint.load_model(str(demo.find(name)), dtype, ignore_config, size)
     label = "demo" if name is None else str(name)
     return Model(decoder, Tokenizer.load(directory), read_generation_config(directory), label), directory
 
@@ -114,6 +137,7 @@ def generate(
     max_new_tokens: int = 64,
     how: Sampling | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    prefill_chunk: int = decode.CHUNK,
 ) -> Generation:
     """Generate a continuation of each prompt with a compressed cache.
 
@@ -126,6 +150,7 @@ def generate(
       max_new_tokens: most tokens to generate for each prompt.
       how: how tokens are chosen; None = greedy.
       on_token: called as `(sequence, token)` as tokens appear.
+      prefill_chunk: tokens that the feed-forward network reads at once; a smaller number needs less memory.
 
     >>> import kvjax
     >>> model = kvjax.load()
@@ -144,27 +169,32 @@ def generate(
     for prompt, question in zip(ids, after, strict=True):
         _check_new(model.spec, recipe, len(prompt), len(question), max_new_tokens)
         decode.check_turn(model.spec, recipe, len(prompt), len(prompt) + len(question) + max_new_tokens - 1)
+    if prefill_chunk < 1:
+        raise InputError(f"prefill-chunk {prefill_chunk} is not a number of tokens")
     how.check()
     kernels.check(recipe.kernels)
+    count, (ids, after) = len(ids), even(model, ids, after)
     whole = [prompt + question for prompt, question in zip(ids, after, strict=True)]
     with Stopwatch() as watch:
-        logits, cache = prefill(model, recipe, ids, max_new_tokens + max(map(len, after)))
+        logits, cache = prefill(model, recipe, ids, max_new_tokens + max(map(len, after)), prefill_chunk)
         answer, cache, _ = feed(model, recipe, logits, cache, ids, after)
         jax.block_until_ready((answer, cache))
         prefill_s = watch.lap()
-        cache, chosen = _decode(model, recipe, whole, max_new_tokens, answer, cache, how, on_token)
+        cache, chosen = _decode(model, recipe, whole, count, max_new_tokens, answer, cache, how, on_token)
         decode_s = watch.lap()
+    whole = whole[:count]
     decoded = sum(len(new) - 1 for new in chosen)  # the first token comes from prefill
     return Generation(
         sequences=[_sequence(model, prompt, new) for prompt, new in zip(whole, chosen, strict=True)],
         bytes=cache_bytes(cache),
         full_bytes=full_bytes(model, [len(prompt) + max_new_tokens for prompt in whole]),
-        slots=kept_slots(model.spec, recipe, cache),
+        slots=kept_slots(model.spec, recipe, cache)[:count],
         timing=Timing(prefill_s, decode_s, decoded / decode_s if decoded else 0.0, watch.compile_s),
-        logits=np.asarray(answer),
+        logits=meshes.read(answer)[:count],
         cache=cache,
         recipe=recipe,
         forced=learned.forced(cache),
+        device_bytes=cache_bytes(cache).total // meshes.count(cache),
     )
 
 
@@ -192,9 +222,10 @@ def continued(model: Model, text: str | Sequence[int]) -> list[int]:
 
 
 def cache_bytes(cache: Cache) -> Bytes:
-    """Allocated bytes of a cache by part."""
-    parts = [tiers_.nbytes(tier) for tiers in cache for tier in tiers]
-    return Bytes(*(sum(column) for column in zip(*parts, strict=True)))
+    """Allocated bytes of a cache by part, on all devices together."""
+    copies = meshes.shape_of(cache)[COPIES]
+    parts = [tiers_.nbytes(tier, meshes.read(tier.length)) for tiers in cache for tier in tiers]
+    return Bytes(*(copies * sum(column) for column in zip(*parts, strict=True)))
 
 
 def full_bytes(model: Model, lengths: Sequence[int]) -> int:
@@ -215,8 +246,8 @@ def cached_positions(model: Model, generation: Generation, tier: int | None = No
     for group, tiers in zip(decode.layer_groups(model.spec), generation.cache, strict=True):
         for place, layer in enumerate(group.index):
             chosen = tiers if tier is None else tiers[tier : tier + 1]
-            rows = [tiers_.positions(tiers_.layer(each, place)) for each in chosen]
-            layers[layer] = np.concatenate([np.asarray(row) for row in rows], axis=-1)
+            rows = [meshes.read(decode.positions(each, place)) for each in chosen]
+            layers[layer] = np.concatenate(rows, axis=-1)[: len(generation.sequences)]
     widest = max(layer.shape[-1] for layer in layers)
     padded = [np.pad(x, ((0, 0), (0, 0), (0, widest - x.shape[-1])), constant_values=-1) for x in layers]
     return np.stack(padded, axis=1)
@@ -260,12 +291,15 @@ def _check_new(spec: ModelSpec, recipe: Recipe, prompt: int, question: int, new:
         )
 
 
-def prefill(model: Model, recipe: Recipe, ids: Sequence[Sequence[int]], new: int) -> tuple[jax.Array, Cache]:
+def prefill(
+    model: Model, recipe: Recipe, ids: Sequence[Sequence[int]], new: int, chunk: int = decode.CHUNK
+) -> tuple[jax.Array, Cache]:
     """Logits after each prompt and a cache with room for `new` more tokens."""
     lengths = Lengths(tuple(map(len, ids)), new, decode.padded_length(max(map(len, ids))))
     cache = decode.init_cache(model.decoder, recipe, lengths)
-    length = jnp.asarray(lengths.prompt, jnp.int32)
-    return decode.prefill(model.decoder, recipe, _padded(ids, lengths.padded), length, cache)
+    length = np.asarray(lengths.prompt, np.int32)
+    tokens, length = (meshes.place(model.mesh, SEQUENCES, x) for x in (_padded(ids, lengths.padded), length))
+    return decode.prefill(model.decoder, recipe, tokens, length, cache, chunk)
 
 
 def feed(
@@ -281,8 +315,9 @@ def feed(
     """Read what follows the prompts through the cache that `prefill` made; see `decode.feed`."""
     if measure is None and not any(after):
         return logits, cache, ()
-    tokens = _padded(after, fed_length(after))
-    length, count = (jnp.asarray([len(x) for x in xs], jnp.int32) for xs in (ids, after))
+    counted = ([len(x) for x in xs] for xs in (ids, after))
+    arrays = (_padded(after, fed_length(after)), *(np.asarray(numbers, np.int32) for numbers in counted))
+    tokens, length, count = (meshes.place(model.mesh, SEQUENCES, x) for x in arrays)
     return decode.feed(model.decoder, cache, logits, tokens, length, count, given, recipe=recipe, measure=measure)
 
 
@@ -291,37 +326,46 @@ def fed_length(after: Sequence[Sequence[int]]) -> int:
     return pages.ladder(max(1, *map(len, after)), steps=8, smallest=8)
 
 
-def _padded(ids: Sequence[Sequence[int]], width: int) -> jax.Array:
+def even(model: Model, *texts: list[list[int]]) -> tuple[list[list[int]], ...]:
+    """Lists of sequences with some of one token added, so that the devices have equally many."""
+    more = -len(texts[0]) % meshes.shape_of(model.decoder)[DATA]
+    return tuple(text + [[0]] * more for text in texts)
+
+
+def _padded(ids: Sequence[Sequence[int]], width: int) -> np.ndarray:
     tokens = np.zeros((len(ids), width), np.int32)
     for row, sequence in zip(tokens, ids, strict=True):
         row[: len(sequence)] = sequence
-    return jnp.asarray(tokens)
+    return tokens
 
 
 def _decode(
     model: Model,
     recipe: Recipe,
     ids: list[list[int]],
+    count: int,
     new: int,
     logits: jax.Array,
     cache: Cache,
     how: Sampling,
     on_token: Callable[[int, int], None] | None,
 ) -> tuple[Cache, list[list[int]]]:
-    """Run the compiled loop in chunks until every sequence has stopped or is long enough."""
-    chooser, stop = sampling.chooser(how, len(ids)), jnp.asarray(model.stop, jnp.int32)
+    """Run the compiled loop in chunks until the first `count` sequences have stopped or are long enough."""
+    here = functools.partial(meshes.place, model.mesh)
+    chooser, stop = sampling.chooser(how, len(ids)), here(EVERYWHERE, np.asarray(model.stop, np.int32))
     seen = None
     if how.repetition_penalty != 1:
         marks = np.zeros((len(ids), model.spec.vocab_size), bool)
         for row, prompt in zip(marks, ids, strict=True):
             row[prompt] = True
-        seen = jnp.asarray(marks)
-    length, limit = jnp.asarray([len(prompt) for prompt in ids], jnp.int32), jnp.asarray(new, jnp.int32)
+        seen = here(SEQUENCES, marks)
+    length = here(SEQUENCES, np.asarray([len(prompt) for prompt in ids], np.int32))
+    limit = here(EVERYWHERE, np.asarray(new, np.int32))
     state = decode.first_token(logits, cache, length, chooser, stop, seen, mode=how.mode)
-    tokens: list[list[int]] = [[] for _ in ids]
+    tokens: list[list[int]] = [[] for _ in range(count)]
 
     def collect(chunk: jax.Array) -> None:
-        for column in np.asarray(chunk).T:
+        for column in meshes.read(chunk)[:count].T:
             for i, token in enumerate(column):
                 if token >= 0:
                     tokens[i].append(int(token))
@@ -347,7 +391,7 @@ def kept_slots(spec: ModelSpec, recipe: Recipe, cache: Cache) -> list[list[int |
     """Kept slots `[B][L]`, averaged over heads; whole numbers where the heads agree."""
     layers: list[np.ndarray] = [np.zeros(0)] * spec.num_layers
     for group, tiers in zip(decode.layer_groups(spec), cache, strict=True):
-        kept = np.sum([np.asarray(tier.length) for tier in tiers], axis=0).mean(axis=-1)  # l B
+        kept = np.sum([meshes.read(tier.length) for tier in tiers], axis=0).mean(axis=-1)  # l B
         for place, layer in enumerate(group.index):
             layers[layer] = kept[place]
     return [[int(x) if x == int(x) else float(x) for x in row] for row in np.stack(layers, axis=1)]

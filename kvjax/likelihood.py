@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kvjax import decode, generation
+from kvjax import decode, generation, mesh
 from kvjax.cache.policy import Recipe
 from kvjax.cache.tier import Bytes
 from kvjax.decode import Measure
@@ -62,7 +62,7 @@ def log_likelihood(
     targets = np.zeros((generation.fed_length(fed), len(ids)), np.int32)
     for column, text in enumerate(after):
         targets[: len(text) - 1, column] = text[1:]
-    first, rest, reading = _read(model, recipe or make(of(model.spec)), ids, fed, jnp.asarray(targets), _judge)
+    first, rest, reading = _read(model, recipe or make(of(model.spec)), ids, fed, targets, _judge)
     start = _judge_first(first, jnp.asarray([text[0] for text in after], jnp.int32))
     judged = []
     for i, text in enumerate(fed):
@@ -100,7 +100,7 @@ def divergence(
       Per continuation `sum_v p(v) log(p(v) / q(v))` [nats], p with the reference and q with the recipe's, `[q]`.
     """
     ids, after = _ids(model, prompts, continuations)
-    _, values, reading = _read(model, recipe, ids, after, jnp.asarray(reference, model.decoder.dtype), _diverge)
+    _, values, reading = _read(model, recipe, ids, after, np.asarray(reference, model.decoder.dtype), _diverge)
     return [values[: len(text), i] for i, text in enumerate(after)], reading
 
 
@@ -123,12 +123,21 @@ def _read(
     """Prefill, then feed; logits after the prompts, what was measured `[Q B ...]`, and what it cost."""
     for prompt, text in zip(ids, after, strict=True):
         decode.check_turn(model.spec, recipe, len(prompt), len(prompt) + len(text))
-    logits, cache = generation.prefill(model, recipe, ids, max(map(len, after)))
-    _, cache, measured = generation.feed(model, recipe, logits, cache, ids, after, given, measure)
     lengths = [len(prompt) + len(text) for prompt, text in zip(ids, after, strict=True)]
-    slots = generation.kept_slots(model.spec, recipe, cache)
+    ids, after = generation.even(model, ids, after)
+    logits, cache = generation.prefill(model, recipe, ids, max(map(len, after)))
+    given = jax.tree.map(lambda x: _place(model, x, len(ids)), given)
+    _, cache, measured = generation.feed(model, recipe, logits, cache, ids, after, given, measure)
+    slots = generation.kept_slots(model.spec, recipe, cache)[: len(lengths)]
     reading = Reading(generation.cache_bytes(cache), generation.full_bytes(model, lengths), slots)
-    return logits, jax.tree.map(np.asarray, measured), reading
+    measured = jax.tree.map(lambda x: mesh.read(x)[:, : len(lengths)], measured)
+    return jnp.asarray(mesh.read(logits)[: len(lengths)]), measured, reading
+
+
+def _place(model: Model, x: np.ndarray, batch: int) -> Array:
+    """What is given for each step `[Q B ...]`, with zeros for sequences that were added."""
+    padded = np.pad(x, [(0, 0), (0, batch - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+    return mesh.place(model.mesh, mesh.STEPS, padded)
 
 
 def _output(model: Decoder, x: Float[Array, "B D"], given: PyTree) -> Float[Array, "B D"]:

@@ -19,7 +19,13 @@ def describe(model: Model, out: Generation, budget: str | int | None) -> dict[st
         "method": out.recipe.name,
         "stores": [store.name for store in out.recipe.stores],
         "sequences": [sequence._asdict() for sequence in out.sequences],
-        "cache": {"bytes": out.bytes._asdict(), "full_bytes": out.full_bytes, "slots": out.slots, "forced": out.forced},
+        "cache": {
+            "bytes": out.bytes._asdict(),
+            "full_bytes": out.full_bytes,
+            "slots": out.slots,
+            "forced": out.forced,
+            "device_bytes": out.device_bytes,
+        },
         "timing": out.timing._asdict(),
         "model": model.name,
         "dtype": jnp.dtype(model.decoder.dtype).name,
@@ -44,6 +50,8 @@ def summary(outs: Sequence[Generation], names: Sequence[str]) -> Table:
         "kept slots": [f"{kept_fraction(out):.1%}" for out in outs],
         "cache bytes": [f"{out.bytes.total:,}" for out in outs],
     }
+    if any(out.device_bytes != out.bytes.total for out in outs):
+        rows["  on each device"] = [f"{out.device_bytes:,}" for out in outs]
     for part in ("payload", "scales", "statistics", "tables", "slack"):
         rows[f"  {part}"] = [f"{getattr(out.bytes, part):,}" for out in outs]
     rows |= {

@@ -14,8 +14,9 @@ A *row* is one (sequence, key/value head), or one (sequence, latent). Keys and v
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from pallas_kernels.implementation import Implementation
 
@@ -146,6 +147,12 @@ class Lengths(NamedTuple):
     prompt: tuple[int, ...]  # tokens of each prompt, without padding
     new: int  # tokens that may be generated
     padded: int  # tokens of a prompt after padding
+    parts: int = 1  # devices that the sequences are split over; each has a pool of its own
+
+    def most(self, needed: Shaped[np.ndarray, "*l B"]) -> int:
+        """The sum over what sequences need, in the part that needs most."""
+        each = np.asarray(needed).reshape(*np.shape(needed)[:-1], self.parts, -1)
+        return int(each.sum(axis=-1).reshape(-1, self.parts).sum(axis=0).max())
 
 
 class Gate(NamedTuple):

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import itertools
+import os
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 import kvjax
 from kvjax import METHODS, decode, demo, methods
+from kvjax import mesh as meshes
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import Recipe
 from kvjax.models.decoder import Decoder, forward
@@ -20,6 +24,7 @@ from kvjax.spec import GateSpec, LatentSpec, RopeSpec
 from tests import oracle
 
 STEPS, BUDGET, WINDOW = 6, 12, 4
+MESH = os.environ.get("KVJAX_TEST_MESH")  # try everything on this mesh; set by tests/test_mesh.py
 ARGUMENTS = {name: {"window": WINDOW} for name in ("snapkv", "pyramidkv", "adakv", "dynamickv")}
 # Besides each method as it comes: number formats. The first word is the method.
 VARIANTS = {name: ARGUMENTS.get(name, {}) for name in METHODS} | {
@@ -105,7 +110,16 @@ every_model = pytest.mark.parametrize("model", MODELS)
 @functools.cache
 def decoder(name: str) -> Decoder:
     fields = MODELS[name]
-    return kvjax.load(dtype=jnp.float32).decoder if fields is None else oracle.random_model(5, **fields)
+    model = kvjax.load(dtype=jnp.float32).decoder if fields is None else oracle.random_model(5, **fields)
+    return model if MESH is None else on_mesh(model, MESH)
+
+
+def on_mesh(model: Decoder, size: str) -> Decoder:
+    """The same weights, split over devices."""
+    where = meshes.make(meshes.parse(size), model.spec)
+    with meshes.on(where):
+        specs = meshes.weights(model)
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(where, spec)), model, specs)
 
 
 def recipe_of(method: str, budget: int | str) -> Recipe:
@@ -120,6 +134,8 @@ def text(length: int, seed: int) -> list[int]:
 # Batches of equal shapes, every prompt far longer than the budget.
 BATCH = (text(40, 0), text(30, 0), text(24, 0))
 MATES = (text(25, 1), text(30, 1), text(40, 0))
+if MESH is not None:  # one more, so that two devices have equally many
+    BATCH, MATES = (*BATCH, text(35, 0)), (*MATES, text(36, 1))
 
 
 def teacher() -> np.ndarray:
@@ -177,6 +193,26 @@ def describe(tree) -> tuple:
 
 def assert_close(a: np.ndarray, b: np.ndarray, tolerance: float) -> None:
     assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+def parts(tier: tiers_.Tier, model: str) -> list[tiers_.Tier]:
+    """What each device has of a tier that was read to the host."""
+    shape = meshes.shape_of(decoder(model))
+    found = []
+    for d, h in itertools.product(range(shape["data"]), range(shape["heads"])):
+        at = d * shape["heads"] + h
+
+        def pool(x, at=at):
+            size = x.shape[0] // tier.num_free.shape[0]
+            return x[at * size : (at + 1) * size]
+
+        def rows(x, d=d, h=h):
+            b, k = x.shape[1] // shape["data"], x.shape[2] // shape["heads"]
+            return x[:, d * b : (d + 1) * b, h * k : (h + 1) * k]
+
+        split = {n: rows for n in ("table", "length", "budget", "calib")}
+        found.append(tiers_.Tier(**{n: jax.tree.map(split.get(n, pool), x) for n, x in tier._asdict().items()}))
+    return found
 
 
 def tiers_of(cache: decode.Cache) -> list[tiers_.Tier]:

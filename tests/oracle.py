@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kvjax import decode
+from kvjax import decode, mesh
 from kvjax.cache import tier as tiers_
 from kvjax.models.decoder import Decoder
 from kvjax.spec import Lengths, ModelSpec
@@ -197,7 +197,7 @@ def random_model(seed: int, *, dtype=jnp.float32, **fields) -> Decoder:
     return model
 
 
-@functools.partial(jax.jit, static_argnames=("spec",))
+@mesh.program((mesh.cache,), lambda cache: mesh.ROWS, static=("spec",))
 def _positions(cache: decode.Cache, *, spec: ModelSpec) -> list[list[jax.Array]]:
     """Positions of every layer's slots, one array per tier."""
     layers: dict[int, list[jax.Array]] = {}
@@ -207,9 +207,14 @@ def _positions(cache: decode.Cache, *, spec: ModelSpec) -> list[list[jax.Array]]
     return [layers[layer] for layer in range(spec.num_layers)]
 
 
-@functools.partial(jax.jit, static_argnames=("recipe",), donate_argnums=(1,))
 def step(model: Decoder, cache: decode.Cache, token: jax.Array, pos: jax.Array, active: jax.Array, *, recipe):
     """kvjax's `decode_step`, compiled."""
+    with mesh.on(mesh.of(model)):
+        return _step(model, cache, token, pos, active, recipe=recipe)
+
+
+@functools.partial(jax.jit, static_argnames=("recipe",), donate_argnums=(1,))
+def _step(model: Decoder, cache: decode.Cache, token: jax.Array, pos: jax.Array, active: jax.Array, *, recipe):
     return decode.decode_step(model, recipe, cache, token, pos, active)
 
 

@@ -145,7 +145,7 @@ def test_budgets_per_layer_are_decided_after_the_prompt_inside_jit(model):
         assert (np.asarray(before.length) == slots[..., None]).all()
         assert (np.asarray(tier.length) == slots[..., None] + NEW - 1).all()
         held = -(-np.asarray(before.length) // before.page)
-        assert int(before.num_free) == before.free.shape[0] - held.sum()  # what was trimmed is free again
+        assert int(before.num_free[0]) == before.free.shape[0] - held.sum()  # what was trimmed is free again
         for b, prompt in enumerate(got.prompts):
             oracle = Oracle(model)
             oracle.prefill(prompt, lambda layer, p, n=slots[:, b]: _window_choice(p, n[layer]))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import decode, methods
+from kvjax import decode, mesh, methods
 from kvjax.cache import tier as tiers_
 from tests import matrix, oracle
 from tests.matrix import (
@@ -31,6 +31,7 @@ from tests.matrix import (
     every_model,
     greedy,
     model_of,
+    parts,
     recipe_of,
     small_budget,
     teacher,
@@ -45,16 +46,24 @@ def full_cache(model: str, store: str = "dense"):
     return oracle.run(decoder(model), methods.full(store=store), BATCH, teacher())
 
 
-def contents(cache: decode.Cache, b: int) -> list[np.ndarray]:
+def contents(cache: decode.Cache, b: int, model: str) -> list[np.ndarray]:
     """Everything that a cache holds of one sequence."""
-    found = []
+    found, each = [], len(BATCH) // mesh.shape_of(decoder(model))["data"]
     for tier in tiers_of(cache):
-        found += [tier.length[:, b], tier.budget[:, b], *(x[:, b] for x in jax.tree.leaves(tier.calib))]
-        for leaf in jax.tree.leaves((tier.k, tier.v, tier.pos, tier.score)):
-            for table, length in zip(tier.table[:, b], tier.length[:, b], strict=True):
-                for row, n in zip(table, length, strict=True):
-                    pages = leaf[row[row < tier.free.shape[0]]]
-                    found.append(pages.reshape(-1, *leaf.shape[2:])[:n])
+        own = parts(tier, model)
+        heads = len(own) * each // len(BATCH)
+        for part in own[b // each * heads : (b // each + 1) * heads]:
+            found += _of_sequence(part, b % each)
+    return found
+
+
+def _of_sequence(tier: tiers_.Tier, b: int) -> list[np.ndarray]:
+    found = [tier.length[:, b], tier.budget[:, b], *(x[:, b] for x in jax.tree.leaves(tier.calib))]
+    for leaf in jax.tree.leaves((tier.k, tier.v, tier.pos, tier.score)):
+        for table, length in zip(tier.table[:, b], tier.length[:, b], strict=True):
+            for row, n in zip(table, length, strict=True):
+                pages = leaf[row[row < tier.free.shape[0]]]
+                found.append(pages.reshape(-1, *leaf.shape[2:])[:n])
     return found
 
 
@@ -125,14 +134,14 @@ def test_rows_hold_what_they_may(model, method):
 def test_every_page_has_one_owner(model, method):
     caches = small_budget(model, method).caches
     assert all(describe(cache) == describe(caches[0]) for cache in caches)
-    for tier in (tier for cache in caches for tier in tiers_of(cache)):
+    for tier in (part for cache in caches for whole in tiers_of(cache) for part in parts(whole, model)):
         size = tier.free.shape[0]
         assert (tier.length <= tier.capacity).all()
         owned = tier.table < size
         held = owned.sum(axis=-1)
         assert (owned == (np.arange(owned.shape[-1]) < held[..., None])).all()
         assert (held * tier.page >= tier.length).all()
-        pages = np.concatenate([tier.table[owned], tier.free[: tier.num_free]])
+        pages = np.concatenate([tier.table[owned], tier.free[: int(tier.num_free[0])]])
         assert sorted(pages.tolist()) == list(range(size))
 
 
@@ -160,7 +169,7 @@ def test_a_sequence_ignores_its_batch_mates(model, method):
 @every_method_and_a_full_cache
 def test_a_sequence_ignores_padding_and_may_be_alone(method):
     model, recipe = decoder(model_of(method)), recipe_of(method, BUDGET)
-    alone = greedy(model, recipe, [BATCH[1]], padded=96)
+    alone = greedy(model, recipe, [BATCH[1]] * mesh.shape_of(model)["data"], padded=96)
     assert_same(alone, 0, small_budget(model_of(method), method), 1)
 
 
@@ -171,11 +180,11 @@ def test_a_finished_sequence_leaves_its_cache_alone(model, method):
         if model != "gqa":
             pytest.skip("its models are tried in float32")
         model = model_of(method)
-    active = np.array([[True, step < 2, True] for step in range(STEPS)])
+    active = np.array([[True, step < 2, *[True] * (len(BATCH) - 2)] for step in range(STEPS)])
     stopped = greedy(decoder(model), recipe_of(method, BUDGET), BATCH, active=active)
     for b in (0, 2):
         assert_same(stopped, b, small_budget(model, method), b)
     for step in range(2, STEPS + 1):
         assert stopped.positions[step][1] == small_budget(model, method).positions[2][1]
-    for x, y in zip(contents(stopped.caches[2], 1), contents(stopped.caches[-1], 1), strict=True):
+    for x, y in zip(contents(stopped.caches[2], 1, model), contents(stopped.caches[-1], 1, model), strict=True):
         np.testing.assert_array_equal(x, y)

@@ -99,7 +99,7 @@ def check(tier: Tier, model: Model) -> None:
     pos, score, taken = (np.asarray(x).reshape(shape) for x in (pos, score, slots.score))
     length = np.asarray(tier.length[1]).reshape(ROWS)
     table = np.asarray(tier.table[1]).reshape(ROWS, -1)
-    free, num_free = np.asarray(tier.free), int(tier.num_free)
+    free, num_free = np.asarray(tier.free), int(tier.num_free[0])
     assert not np.asarray(tier.length[0]).any() and (np.asarray(tier.table[0]) == model.pool).all()  # other layers
     owned: list[int] = []
     for i, row in enumerate(model.rows):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import command, decode, generation, kernels, sampling
+from kvjax import mesh as meshes
 from kvjax.bench import compiling, memory, models, report, transformers, turns
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
@@ -80,7 +81,8 @@ def _read(model: Model, recipe: Recipe, batch: int, setting: Setting) -> tuple[j
     """Logits after prompts of random tokens, and their cache."""
     reader = model.decoder
     if setting.cheap:
-        reader = models.random(models.narrow(model.spec), reader.dtype, "narrow").decoder
+        size = None if model.mesh is None else meshes.size_of(model.mesh)
+        reader = models.random(models.narrow(model.spec), reader.dtype, "narrow", size).decoder
     lengths = Lengths((setting.context,) * batch, setting.new, decode.padded_length(setting.context))
     tokens = np.random.default_rng(0).integers(0, reader.spec.vocab_size, (batch, lengths.padded), np.int32)
     length = jnp.full((batch,), setting.context, jnp.int32)
@@ -114,6 +116,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
         default="real",
         help="what fills the cache: the model, or a narrow one of the same cache, in a fraction of the time",
     )
+    p.add_argument("--mesh", metavar="data=2,model=4", help="devices for sequences, and for weights and heads")
     p.add_argument("--impose-cr", type=float, metavar="CR", help="tokens per slot of dmc and dms on random weights")
     p.add_argument("--against", default="", metavar="A,B", help=f"compare with: {', '.join(AGAINST)}")
     p.add_argument("--transformers", action="store_true", help="short for --against transformers")
@@ -188,6 +191,8 @@ def _check(args: argparse.Namespace, recipes: dict[str, Recipe]) -> None:
             raise InputError("--impose-cr is for random weights (--model llama-3-8b): a checkpoint has its own gate")
         if not any(recipe.name in LEARNED for recipe in recipes.values()):
             raise InputError(f"--impose-cr is for {' and '.join(LEARNED)}: name one in --methods")
+    if args.batch == "max" and args.mesh is not None:
+        raise InputError("--batch max is for one device: give a number with --mesh")
     if args.batch == "max" and "transformers" in _opponents(args):
         raise InputError("--batch max fills the memory with one cache: leave --against transformers out")
 
@@ -218,7 +223,7 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
         recipes = {label: make("full", None, _kernels(args))} | recipes
         against[against.index("full")] = label
     command.use_compilation_cache()
-    model = models.load(args.model, args.dtype)
+    model = models.load(args.model, args.dtype, args.mesh)
     limit = memory.of_device(args.memory) if args.batch == "max" else 0
     against = [transformers.NAME if name == "transformers" else name for name in against] or [next(iter(recipes))]
     sections = []

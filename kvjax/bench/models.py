@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kvjax import generation
+from kvjax import mesh as meshes
 from kvjax.errors import InputError
 from kvjax.generation import Model
 from kvjax.models.decoder import Decoder
@@ -39,19 +40,26 @@ def default_dtype() -> DTypeLike:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
-def load(name: str, dtype: str | None) -> Model:
-    """A model by the name of a shape, or a checkpoint."""
+def load(name: str, dtype: str | None, mesh: str | None = None) -> Model:
+    """A model by the name of a shape, or a checkpoint; on one device, or on a mesh such as `data=2,model=4`."""
     if name in SHAPES:
-        return random(SHAPES[name], jnp.dtype(dtype or default_dtype()), f"random {name}")
+        size = None if mesh is None else meshes.parse(mesh)
+        return random(SHAPES[name], jnp.dtype(dtype or default_dtype()), f"random {name}", size)
     try:
-        return generation.load(name, dtype=None if dtype is None else jnp.dtype(dtype))
+        return generation.load(name, dtype=None if dtype is None else jnp.dtype(dtype), mesh=mesh)
     except InputError as error:
         raise InputError(f"{error}; random weights: {', '.join(SHAPES)}") from None
 
 
-def random(spec: ModelSpec, dtype: DTypeLike, name: str) -> Model:
-    """A model with random weights."""
-    return Model(Decoder(spec, dtype=dtype, rngs=nnx.Rngs(0)), None, (), name)
+def random(spec: ModelSpec, dtype: DTypeLike, name: str, size: meshes.Size | None = None) -> Model:
+    """A model with random weights, on one device or on a mesh, where each device draws its own."""
+    draw = lambda: Decoder(spec, dtype=dtype, rngs=nnx.Rngs(0))
+    if size is None:
+        return Model(draw(), None, (), name)
+    mesh = meshes.make(size, spec)
+    with meshes.on(mesh):
+        shardings = jax.tree.map(lambda part: jax.NamedSharding(mesh, part), meshes.weights(nnx.eval_shape(draw)))
+        return Model(jax.jit(draw, out_shardings=shardings)(), None, (), name)
 
 
 def gated(model: Model, objective: Literal["dmc", "dms"], rate: float) -> Model:

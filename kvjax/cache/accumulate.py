@@ -69,7 +69,7 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
         if not apart:
             return (closed,)
         size = dict(zip(("layers", "batch", "heads"), shape, strict=True))
-        slots = shape[0] * shape[1] * shape[2]
+        slots = shape[0] * shape[1] * shape[2] // lengths.parts
         return closed, tiers_.init(
             **size, row=1, page=1, slots=slots, widths=layers.widths, store=KVStore(), dtype=dtype
         )

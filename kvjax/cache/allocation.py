@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from kvjax import attention
+from kvjax import attention, collectives
 from kvjax.cache.apportion import count_best, hand_out
 from kvjax.cache.budget import LARGEST, Budget, Keep, parse_keep, share, tokens_of
 from kvjax.errors import InputError
@@ -33,18 +33,20 @@ def per_head(budget: Budget, floor: float) -> Budget:
     even = _fraction("floor", floor)
 
     def split(stat: Float[Array, "B K T"], slots: Int[Array, " B"], length: Int[Array, " B"]) -> Int[Array, "B K"]:
+        stat = collectives.gather(stat, axis=1)
         heads, (base, available) = stat.shape[1], _room(stat[:, 0], slots, length)
         counts = count_best(jnp.moveaxis(stat, 1, 0), base * heads)
         wanted = base * even.numerator + counts * (even.denominator - even.numerator)
         rows = hand_out(wanted, even.denominator, base * heads, jnp.zeros_like(counts), available)
         rows = jnp.moveaxis(rows, 0, 1) + jnp.minimum(slots, length - available)[:, None]
+        rows = collectives.own(rows, axis=1)
         return _or_all(rows, slots[:, None], length[:, None])
 
     def most(num_layers: int, num_heads: int, length) -> Int[Array, "*b"]:
         slots = jnp.max(jnp.stack([budget.slots(i, num_layers, length) for i in range(num_layers)]), axis=0)
         return jnp.maximum(jnp.minimum(_times(slots, Fraction(num_heads)), length), slots)
 
-    return budget._replace(split=split, most=most)
+    return budget._replace(split=split, most=most, by_head=True)
 
 
 def from_scores(
@@ -116,6 +118,7 @@ def from_scores(
         allocate=allocate,
         every=every or None,
         most=most,
+        by_head=ada,
     )
 
 
@@ -170,12 +173,12 @@ def from_variance(keep: Keep, *, least: int, full_layers: tuple[int, ...] = ()) 
             )
 
     def allocate(
-        infos: list[Float[Array, " B"]], seen: Array, length: Int[Array, " B"], held: Int[Array, "L B K"]
+        infos: list[Float[Array, "B K"]], seen: Array, length: Int[Array, " B"], held: Int[Array, "L B K"]
     ) -> Int[Array, "L B K"]:
-        layers = len(infos)
+        layers, info = len(infos), jnp.stack(infos)[..., 0]  # of a layer, not of a head
         full = jnp.zeros((layers, 1), bool).at[jnp.asarray(places(layers), jnp.int32)].set(True)
         rest = mean(length) * layers - length * full.sum()
-        shares = jax.nn.softmax(jnp.where(full, -jnp.inf, -jnp.stack(infos)), axis=0)
+        shares = jax.nn.softmax(jnp.where(full, -jnp.inf, -info), axis=0)
         unit = jnp.clip(
             2**30 // jnp.maximum(rest, length + 1), 1, 4096
         )  # fractions of a slot decide who gets what is left
@@ -184,9 +187,9 @@ def from_variance(keep: Keep, *, least: int, full_layers: tuple[int, ...] = ()) 
         rows = jnp.where(full, length, hand_out(wanted, unit, rest, low, high))
         return jnp.broadcast_to(_or_all(rows, tokens_of(amount, length), length)[..., None], held.shape)
 
-    def measure(prompt: Prompt, stat: Array) -> Float[Array, " B"]:
-        del stat
-        return density(attention.query_column_sums(prompt), prompt.length)
+    def measure(prompt: Prompt, stat: Array) -> Float[Array, "B K"]:
+        found = density(attention.query_column_sums(prompt), prompt.length)
+        return jnp.broadcast_to(found[:, None], stat.shape[:2])
 
     return Budget(
         slots=slots,
@@ -203,7 +206,7 @@ def density(sums: Float[Array, "B N T"], length: Int[Array, " B"]) -> Float[Arra
     real = jnp.arange(sums.shape[-1]) < length[:, None, None]
     mean = jnp.mean(sums, axis=-1, where=real, keepdims=True)
     square = jnp.sum(jnp.where(real, (sums - mean) ** 2, 0.0), axis=-1)
-    variance = square / jnp.maximum(length - 1, 1).astype(jnp.float32)[:, None]
+    variance = collectives.gather(square / jnp.maximum(length - 1, 1).astype(jnp.float32)[:, None], axis=1)
     low, high = variance.min(axis=-1, keepdims=True), variance.max(axis=-1, keepdims=True)
     return jnp.mean((variance - low) / (high - low + 1e-6), axis=-1)
 

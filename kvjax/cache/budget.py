@@ -29,12 +29,13 @@ class Budget(NamedTuple):
       allocate: `(infos, seen, length [B], held [L B K]) -> [L B K]` distributes the slots of layers that share a pool,
         from what `prefill` returned for the `seen` first of them (zeros for the others); rows hold at most `held` by
         now. None = `slots` is final.
-      measure: `(prompt, statistic [B K T]) -> info` for `allocate`; None = the statistic.
+      measure: `(prompt, statistic [B K T]) -> info [B K ...]` for `allocate`; None = the statistic.
       every: call `allocate` after every so many layers, to bound the peak; None = once, after the last layer.
       room: `prompt length -> slots` that each row may fill while decoding beyond what it was given, before tokens are
         evicted; None = appended tokens are not counted, rows that evict may fill what they were given.
       grow: `tokens seen -> slots` of a row while decoding, where that is more than it was given; None = it stays.
       most: `(num_layers, K, prompt length) -> slots` that any row may be given; None = `slots`. On ints and arrays.
+      by_head: the heads of a layer may be given different numbers of slots.
       whole: `allocate` needs all layers of a model in one pool, as those of equal cached widths are.
       check: `(num_layers, prompt length)` raises `InputError` for a prompt that the budget cannot serve; on the host.
       ladder: rungs per power of two and smallest step of the cache's shapes (see `pages.ladder`).
@@ -51,6 +52,7 @@ class Budget(NamedTuple):
     room: Callable[..., Int[Array, "*b"]] | None = None
     grow: Callable[..., Int[Array, "*b"]] | None = None
     most: Callable[..., Int[Array, "*b"]] | None = None
+    by_head: bool = False
     whole: bool = False
     check: Callable[[int, int], None] = lambda num_layers, length: None
     ladder: tuple[int, int] = (32, 8)

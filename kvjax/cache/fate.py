@@ -27,14 +27,14 @@ class Losers(NamedTuple):
     v: Float[Array, "B K T W"]
     best: Int[Array, "B K n"]  # tokens in the order of their slots; T in empty ones
     filled: Int[Array, "B K"]  # slots that are filled
-    length: Int[Array, " B"]
+    length: Int[Array, "B K"]
 
     @property
     def gone(self) -> Bool[Array, "B K T"]:
         """Which tokens are not kept."""
         filled = jnp.arange(self.best.shape[-1]) < self.filled[..., None]
         stays = jnp.zeros(self.k.shape[:3], bool).at[(*_row(self.filled), self.best)].set(filled, mode="drop")
-        return ~stays & (jnp.arange(self.k.shape[2]) < self.length[:, None, None])
+        return ~stays & (jnp.arange(self.k.shape[2]) < self.length[..., None])
 
 
 class Fate(NamedTuple):

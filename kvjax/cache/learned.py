@@ -24,6 +24,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
+from kvjax import mesh
 from kvjax.cache import pages
 from kvjax.cache import tier as tiers_
 from kvjax.cache.apportion import choose_best
@@ -31,6 +32,7 @@ from kvjax.cache.budget import LARGEST, Budget, Keep, parse_keep, share
 from kvjax.cache.policy import Found, Layers, Tiers
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Tier
+from kvjax.collectives import HEADS
 from kvjax.errors import InputError
 from kvjax.spec import GateSpec, Lengths, ModelSpec
 
@@ -123,7 +125,7 @@ def init(
     row = np.minimum(-(-room // rows), np.ceil((prompt + lengths.new) / gate.rate)).max()
     page = pages.page_size(pages.ladder(int(row), *LADDER))
     # Each row may have a page that holds nothing yet, taken for a token that was merged after all.
-    slots = int(np.sum(room + rows * (page - elsewhere)))
+    slots = lengths.most(room + rows * (page - elsewhere))
     spread = lambda x: jnp.asarray(np.broadcast_to(x[..., None], shape), jnp.int32)
     shared = {"room": spread(room), "floor": spread(floor), "forced": jnp.zeros(shape, jnp.int32)}
     shared["new"] = jnp.full(shape, lengths.new, jnp.int32)
@@ -182,18 +184,22 @@ def fit(tiers: Tiers, length: Int[Array, " B"], *, capacity: Capacity) -> tuple[
       capacity: None = new tokens may need `LATER` times as many slots as the prompt's; else all that is left of it.
     """
     tier, *rest = tiers
-    layers, _, heads = tier.length.shape
-    rows, tokens = layers * heads, np.asarray(length, np.int64)
-    used = np.sum([np.asarray(each.length, np.int64) for each in tiers], axis=0).sum(axis=(0, 2))
-    new, room = (np.asarray(tier.calib[name], np.int64)[0, :, 0] for name in ("new", "room"))
+    layers, batch, heads = tier.length.shape
+    devices = mesh.shape_of(tier)[HEADS]
+    own, tokens = heads // devices, np.asarray(length, np.int64)[:, None]
+    rows = layers * own
+    used = np.sum([mesh.read(each.length).astype(np.int64) for each in tiers], axis=0)
+    used = used.reshape(layers, batch, devices, own).sum(axis=(0, 3))
+    new, room = (mesh.read(tier.calib[name]).astype(np.int64)[0, :, ::own] for name in ("new", "room"))
     more = np.minimum(rows * new, room - used)
     if capacity is None:
         more = np.minimum(more, np.ceil(LATER * new * used / tokens).astype(np.int64) + rows)
     room = used + more
-    slots = int(np.sum(room + rows * (tier.page - len(rest))))
-    spread = jnp.asarray(np.broadcast_to(room[:, None], tier.length.shape), jnp.int32)
+    slots = mesh.fullest(tier, (room + rows * (tier.page - len(rest)))[None])
+    spread = np.broadcast_to(np.repeat(room, own, axis=1), tier.length.shape).astype(np.int32)
     size = -(-pages.ladder(slots, *LADDER) // tier.page)
-    return (tier._replace(calib=tier.calib | {"room": spread}), *rest), (size, *(t.free.shape[0] for t in rest))
+    calib = tier.calib | {"room": mesh.place(mesh.of(tier), mesh.LAYERS, spread)}
+    return (tier._replace(calib=calib), *rest), (size, *(t.free.shape[0] // t.num_free.shape[0] for t in rest))
 
 
 def budget() -> Budget:

@@ -40,10 +40,10 @@ def pages_for(slots, page: int):
 def grow(
     table: Int[Array, "rows M"],
     free: Int[Array, " P"],
-    num_free: Int[Array, ""],
+    num_free: Int[Array, " one"],
     want: Int[Array, " rows"],
     most: int,
-) -> tuple[Int[Array, "rows M"], Int[Array, ""]]:
+) -> tuple[Int[Array, "rows M"], Int[Array, " one"]]:
     """Give each row the first `want` pages of its table; at most the last `most` of them may be missing.
 
     When the pool runs dry the remaining entries stay empty.
@@ -64,9 +64,9 @@ def grow(
 def shrink(
     table: Int[Array, "rows M"],
     free: Int[Array, " P"],
-    num_free: Int[Array, ""],
+    num_free: Int[Array, " one"],
     want: Int[Array, " rows"],
-) -> tuple[Int[Array, "rows M"], Int[Array, " P"], Int[Array, ""]]:
+) -> tuple[Int[Array, "rows M"], Int[Array, " P"], Int[Array, " one"]]:
     """Leave each row the first `want` pages of its table and push the others back."""
     size = free.shape[0]
     drop = (jnp.arange(table.shape[1]) >= want[:, None]) & (table < size)

@@ -41,7 +41,7 @@ class Layers(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What `CachePolicy.prefill` says of a layer beside its tiers."""
+    """What `CachePolicy.prefill` says of a layer beside its tiers; every leaf leads with [B K]."""
 
     info: PyTree = ()  # for `Budget.allocate`; kept until the last layer
     waiting: PyTree = ()  # for `CachePolicy.settle`; kept until the layer's slots are allocated

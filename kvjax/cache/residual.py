@@ -44,12 +44,12 @@ def residual(store: KVStore) -> CachePolicy:
         rows = np.asarray(lengths.prompt) + lengths.new
         row = pages.ladder(int(rows.max()), *LADDER)
         page = max(pages.page_size(row), group)
-        held = shape["layers"] * shape["heads"] * int(np.sum(-(-rows // page)))
+        held = shape["layers"] * shape["heads"] * lengths.most(-(-rows // page))
         sized = functools.partial(tiers_.init, **shape, widths=layers.widths, dtype=dtype)
         low = sized(row=row, page=page, slots=pages.ladder(held * page, *LADDER), store=store, positions=False)
         row = min(ring_size, row)
         page = pages.page_size(row)
-        slots = math.prod(shape.values()) * -(-row // page) * page
+        slots = math.prod(shape.values()) // lengths.parts * -(-row // page) * page
         return low, sized(row=row, page=page, slots=slots, store=KVStore())
 
     def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:

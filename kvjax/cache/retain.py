@@ -3,14 +3,13 @@
 import functools
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from kvjax import attention
+from kvjax import attention, collectives, mesh
 from kvjax.cache import pages
 from kvjax.cache import tier as tiers_
 from kvjax.cache.budget import Budget
@@ -19,6 +18,7 @@ from kvjax.cache.policy import CachePolicy, Found, Layers, Tiers, append_room
 from kvjax.cache.score import Score
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots, Tier
+from kvjax.collectives import HEADS
 from kvjax.errors import InputError
 from kvjax.kernels import kernel_or_xla
 from kvjax.spec import Lengths, ModelSpec, Prompt, Token
@@ -35,7 +35,7 @@ class Candidates(NamedTuple):
     v: Float[Array, "B K n W"]
     pos: Int[Array, "B K n"]  # -1 = none
     stat: Float[Array, "B K n"]
-    length: Int[Array, " B"]  # tokens of each prompt
+    length: Int[Array, "B K"]  # tokens of each prompt
 
 
 def retain(
@@ -80,6 +80,7 @@ def retain(
     if evict == "after" and score.observe is None:
         raise InputError("this score does not learn from attention: it cannot evict while decoding")
     beyond, spare = budget.room or jnp.zeros_like, int(evict == "after")
+    apart = lambda: budget.by_head and collectives.count(HEADS) > 1  # heads that compete have pools of their own
 
     def room(slots: ArrayLike, length: ArrayLike, new: int) -> np.ndarray:
         """Slots that rows may fill: with generated tokens, or with the one that is seen before another is evicted."""
@@ -90,25 +91,29 @@ def retain(
     def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
         prompt, heads, padded = np.asarray(lengths.prompt), spec.num_rows, lengths.padded
         some, which = np.unique(prompt, return_inverse=True)  # no new programs for every batch size
-        with jax.ensure_compile_time_eval():  # so that `eval_shape` can plan a cache without allocating it
+        every_head = heads * collectives.count(HEADS)
+        with collectives.on_the_host():  # so that `eval_shape` can plan a cache without allocating it
             for length in set(lengths.prompt):
                 budget.check(spec.num_layers, length)
             extra = np.asarray(beyond(some))[which]
             given = np.stack([np.asarray(budget.slots(i, spec.num_layers, some))[which] for i in layers.index])  # L B
             grown = 0 if budget.grow is None else np.asarray(budget.grow(some + lengths.new))[which]
-            most = None if budget.most is None else np.asarray(budget.most(spec.num_layers, heads, padded))
+            most = None if budget.most is None else np.asarray(budget.most(spec.num_layers, every_head, padded))
         rows = room(np.maximum(given + extra, grown), prompt, lengths.new)
         page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder))
         # Only the width of the tables depends on the longest row: no new shape for every prompt length.
         longest = rows if most is None else room(most + extra.max(), padded, lengths.new)
         row = pages.ladder(int(longest.max()), *budget.ladder)
 
-        def pool(rows: np.ndarray, page: int) -> int:
+        def pool(rows: np.ndarray, page: int, longest: np.ndarray | int) -> int:
             """Slots for all rows; rows that share theirs may each have a page that holds one slot only."""
-            even, uneven = heads * np.sum(-(-rows // page)), heads * np.sum(rows + page - 1) // page
-            return pages.ladder(int(even if most is None else uneven) * page, *budget.ladder)
+            needed = -(-rows // page) * page if most is None else rows + page - 1
+            if apart():  # until `fit`, for whichever heads are given most
+                needed = np.minimum(rows * (every_head // heads), longest) + page - 1
+            return pages.ladder(heads * lengths.most(needed) // page * page, *budget.ladder)
 
         shape = (len(layers.index), len(prompt), heads)
+        later = {"new": jnp.full(shape, lengths.new, jnp.int32)} if apart() else {}
         balance = lambda store: {"balance": jnp.ones((*shape, layers.widths[0]))} if store.balanced else {}
         sized = functools.partial(
             tiers_.init, layers=shape[0], batch=shape[1], heads=heads, widths=layers.widths, dtype=dtype
@@ -116,11 +121,11 @@ def retain(
         tier = sized(
             row=row,
             page=page,
-            slots=pool(rows, page),
+            slots=pool(rows, page, longest),
             store=store,
             positions=score.prompt is not None,
             scores=score.observe is not None,
-            calib=fate.init(shape) | balance(store),
+            calib=fate.init(shape) | balance(store) | later,
         )
         if fate.low is None:
             return (tier,)
@@ -129,7 +134,7 @@ def retain(
         page = pages.page_size(pages.ladder(int(left.max()), *budget.ladder))
         row = int(left.max()) if most is None else max(lengths.prompt) + lengths.new
         row = pages.ladder(row, *budget.ladder)
-        return tier, sized(row=row, page=page, slots=pool(left, page), store=fate.low, calib=balance(fate.low))
+        return tier, sized(row=row, page=page, slots=pool(left, page, row), store=fate.low, calib=balance(fate.low))
 
     def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:
         if any(store.balanced for store in stores):
@@ -151,16 +156,17 @@ def retain(
         info = open_ if budget.measure is None else budget.measure(prompt, open_)
         found = _candidates(prompt, stat)
         if fate.prompt is None and budget.most is not None:
-            with jax.ensure_compile_time_eval():
-                width = int(budget.most(prompt.num_layers, stat.shape[1], np.asarray(stat.shape[-1])))
-            most = budget.most(prompt.num_layers, stat.shape[1], prompt.length)
+            every_head = stat.shape[1] * collectives.count(HEADS)
+            with collectives.on_the_host():
+                width = int(budget.most(prompt.num_layers, every_head, np.asarray(stat.shape[-1])))
+            most = budget.most(prompt.num_layers, every_head, prompt.length)
             found = _shortlist(score, found, most, width, prompt.kernels)
         return tiers, Found(info, found)
 
     def settle(tiers: Tiers, found: Candidates, rows: Int[Array, "B K"], kernels: Implementation | None) -> Tiers:
         (tier, *_) = tiers
         n = min(found.pos.shape[-1], tier.capacity)
-        filled = jnp.minimum(rows, found.length[:, None])
+        filled = jnp.minimum(rows, found.length)
         best = _best(score, found, rows, filled, n, kernels)
         kept = Slots(best.k, best.v, best.pos, best.stat)
         if fate.prompt is not None:
@@ -170,13 +176,25 @@ def retain(
         k, v = store.encode(kept.k, kept.v, tier.calib)
         kept = kept._replace(k=k, v=v)
         slot = jnp.broadcast_to(jnp.arange(n), best.index.shape)
-        tier = tiers_.reserve(tier._replace(budget=rows + beyond(found.length)[:, None]), filled, n)
+        tier = tiers_.reserve(tier._replace(budget=rows + beyond(found.length)), filled, n)
         return (tiers_.put(tier, slot, kept, slot < filled[..., None]), *rest)
 
     def reserve(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
         (tier, *rest) = tiers
         room = tier.length + 1 if evict != "before" else jnp.minimum(tier.length + 1, tier.budget)
         return (tiers_.reserve(tier, jnp.where(active[:, None], room, 0), 1), *append_room(tuple(rest), active))
+
+    def fit(tiers: Tiers, length: Int[Array, " B"]) -> tuple[Tiers, tuple[int, ...]]:
+        """Pools for the device whose heads were given most."""
+        sizes = [tier.free.shape[0] // tier.num_free.shape[0] for tier in tiers]
+        for i, tier in enumerate(tiers):
+            if "new" in tiers[0].calib:
+                longest = mesh.read(tier.length) + mesh.read(tiers[0].calib["new"])
+                if i == 0 and evict != "never" and budget.grow is None:
+                    longest = np.minimum(longest, mesh.read(tier.budget) + spare)
+                slots = mesh.fullest(tier, -(-longest // tier.page)) * tier.page
+                sizes[i] = pages.ladder(slots, *budget.ladder) // tier.page
+        return tiers, tuple(sizes)
 
     def insert(tiers: Tiers, token: Token) -> Tiers:
         (tier, *rest) = tiers
@@ -211,6 +229,7 @@ def retain(
         observe if score.observe is not None else None,
         reserve,
         settle if budget.allocate is not None else None,
+        fit if budget.by_head else None,
     )
 
 
@@ -236,15 +255,16 @@ def _open(score: Score, stat: Float[Array, "B K T"], length: Int[Array, " B"], s
 def _candidates(prompt: Prompt, stat: Float[Array, "B K T"]) -> Candidates:
     """All tokens of a prompt."""
     k, v = (jnp.moveaxis(x, 2, 1) for x in (prompt.key, prompt.value))
-    return Candidates(k, v, jnp.broadcast_to(jnp.arange(stat.shape[-1]), stat.shape), stat, prompt.length)
+    pos = jnp.broadcast_to(jnp.arange(stat.shape[-1]), stat.shape)
+    return Candidates(k, v, pos, stat, jnp.broadcast_to(prompt.length[:, None], stat.shape[:2]))
 
 
 def _shortlist(
     score: Score, found: Candidates, most: Int[Array, " B"], width: int, kernels: Implementation | None
 ) -> Candidates:
     """The candidates that rows of up to `most` slots can keep, at most `width` of them."""
-    each = lambda x: jnp.broadcast_to(x[:, None], found.stat.shape[:2])
-    best = _best(score, found, each(most), each(found.length), min(width, found.stat.shape[2]), kernels)
+    most = jnp.broadcast_to(most[:, None], found.length.shape)
+    best = _best(score, found, most, found.length, min(width, found.stat.shape[2]), kernels)
     return found._replace(k=best.k, v=best.v, pos=best.pos, stat=best.stat)
 
 
@@ -257,7 +277,7 @@ def _best(
     kernels: Implementation | None,
 ) -> Kept:
     """The `count` best candidates of rows with so many slots, at most n, best first; ties go to the first candidate."""
-    length = found.length[:, None, None]
+    length = found.length[..., None]
     protected = score.protect(found.pos, length, rows[..., None])
     real = (found.pos >= 0) & (found.pos < length)
     priority = jnp.where(real, jnp.where(protected, jnp.inf, found.stat), -jnp.inf)

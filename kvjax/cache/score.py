@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from kvjax import attention
+from kvjax import attention, collectives
 from kvjax.cache import budget as budgets
 from kvjax.errors import InputError
 from kvjax.spec import Prompt
@@ -90,11 +90,11 @@ def last_row() -> Score:
     """
 
     def prompt(prompt: Prompt) -> Float[Array, "B K T"]:
-        row = attention.window_sums(prompt, 1).mean(axis=1, keepdims=True)
+        row = collectives.mean(attention.window_sums(prompt, 1), axis=1)[:, None]
         return jnp.broadcast_to(row, (row.shape[0], prompt.key.shape[2], row.shape[2]))
 
     def observe(stat: Float[Array, "B K S"], probs: Float[Array, "B K G S"]) -> Float[Array, "B K S"]:
-        return jnp.broadcast_to(probs.mean(axis=(1, 2))[:, None], stat.shape)
+        return jnp.broadcast_to(collectives.mean(probs.mean(axis=2), axis=1)[:, None], stat.shape)
 
     return Score(prompt, lambda pos, now, budget: jnp.zeros_like(pos, bool), observe)
 

@@ -20,7 +20,7 @@ from kvjax.spec import PyTree
 
 
 class Tier(NamedTuple):
-    """A pool of pages and, per row, which of them hold its slots.
+    """A pool of pages and, per row, which of them hold its slots; on a mesh each device's own, side by side.
 
     With a leading `L` axis it is the tier of several layers of equal widths, without it one layer's view.
     """
@@ -33,7 +33,7 @@ class Tier(NamedTuple):
     length: Int[Array, "*L B K"]  # filled slots
     budget: Int[Array, "*L B K"]  # slots that the row may keep
     free: Int[Array, " P"]  # stack of free pages
-    num_free: Int[Array, ""]
+    num_free: Int[Array, " one"]  # an entry for each device that has a pool of its own
     calib: PyTree  # constants per row of the store or the policy, every leaf [*L B K ...]
 
     @property
@@ -109,7 +109,7 @@ def init(
         length=jnp.zeros((layers, batch, heads), jnp.int32),
         budget=jnp.full((layers, batch, heads), row, jnp.int32),
         free=jnp.arange(size, dtype=jnp.int32),
-        num_free=jnp.asarray(size, jnp.int32),
+        num_free=jnp.full(1, size, jnp.int32),
         calib=calib,
     )
 
@@ -261,19 +261,20 @@ def resize(tier: Tier, size: int) -> Tier:
         score=pick(tier.score),
         table=jnp.where(tier.table < before, number[jnp.minimum(tier.table, before - 1)], size),
         free=jnp.minimum(place + count, size - 1),
-        num_free=size - count,
+        num_free=(size - count)[None],
     )
 
 
-def nbytes(tier: Tier) -> Bytes:
-    """Allocated bytes of a tier by part. Reads `length` back to the host."""
+def nbytes(tier: Tier, length: np.ndarray | None = None) -> Bytes:
+    """Allocated bytes of a tier by part. Reads `length` back to the host, unless it is given."""
+    length = np.asarray(tier.length) if length is None else length
     size = lambda tree: sum(_bytes(x) for x in jax.tree.leaves(tree))
     payload = size(_payload(tier.k)) + size(_payload(tier.v))
     scales = size(tier.k) + size(tier.v) - payload
     statistics = size((tier.pos, tier.score, tier.calib))
     tables = size((tier.table, tier.length, tier.budget, tier.free, tier.num_free))
     slots = tier.free.shape[0] * tier.page
-    filled = payload * int(np.sum(np.asarray(tier.length))) // slots
+    filled = payload * int(np.sum(length)) // slots
     return Bytes(filled, scales, statistics, tables, payload - filled, payload + scales + statistics + tables)
 
 

@@ -8,23 +8,27 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kvjax.checkpoint import hf, orbax
+from kvjax.mesh import Size
 from kvjax.models.decoder import Decoder
 
 
-def load_model(name: str, dtype: DTypeLike | None = None, ignore: Collection[str] = ()) -> tuple[Decoder, Path]:
+def load_model(
+    name: str, dtype: DTypeLike | None = None, ignore: Collection[str] = (), size: Size | None = None
+) -> tuple[Decoder, Path]:
     """A decoder and the directory that its tokenizer and configuration are in.
 
     Args:
       name: a converted directory, a Hugging Face directory, or a hub id `org/name`.
       dtype: dtype of weights and activations; None for float32 on CPU and bfloat16 elsewhere.
       ignore: fields of `config.json` to treat as absent; a converted directory remembers those it was made with.
+      size: of the mesh to put it on; None = one device.
     """
     native: DTypeLike = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     wanted = native if dtype is None else dtype
     if orbax.is_orbax(Path(name)):
-        return orbax.load(Path(name), wanted, ignore), Path(name)
+        return orbax.load(Path(name), wanted, ignore, size), Path(name)
     path = hf.resolve(name)
-    return hf.load(path, wanted, ignore), path
+    return hf.load(path, wanted, ignore, size=size), path
 
 
 __all__ = ["load_model"]

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from kvjax import mesh
 from kvjax.checkpoint import names
 from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder
@@ -84,13 +85,23 @@ def by_path(module: nnx.Module) -> tuple[dict[str, Any], Any]:
     return dict(zip(paths, (leaf for _, leaf in leaves), strict=True)), tree
 
 
-def load(path: Path, dtype: DTypeLike, ignore: Collection[str] = (), progress: Progress | None = None) -> Decoder:
-    """A decoder with the weights of the Hugging Face directory `path`, cast to `dtype`."""
+def load(
+    path: Path,
+    dtype: DTypeLike,
+    ignore: Collection[str] = (),
+    progress: Progress | None = None,
+    size: mesh.Size | None = None,
+) -> Decoder:
+    """A decoder with the weights of the Hugging Face directory `path`, cast to `dtype`, on one device or on a mesh."""
     spec = read_config(path, ignore)
+    where = None if size is None else mesh.make(size, spec)
     targets, tree = abstract(spec, dtype)
     weights = locate(path, spec)
     # The largest first, so that the peak of memory comes early.
-    arrays = {target: jax.device_put(array) for target, array in read(weights, weights.stored, dtype, progress)}
+    arrays = {
+        target: mesh.place_weight(where, target, array)
+        for target, array in read(weights, weights.stored, dtype, progress)
+    }
     return jax.tree.unflatten(tree, [arrays[target] for target in targets])
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
+from kvjax import mesh
 from kvjax.checkpoint import hf
 from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder
@@ -86,20 +87,25 @@ def _write(stage: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: 
     (stage / ABOUT).write_text(json.dumps({"format": FORMAT, **about}, indent=2) + "\n")
 
 
-def load(path: Path, dtype: DTypeLike | None = None, ignore: Collection[str] = ()) -> Decoder:
+def load(
+    path: Path, dtype: DTypeLike | None = None, ignore: Collection[str] = (), size: mesh.Size | None = None
+) -> Decoder:
     """A decoder from a converted checkpoint.
 
     Args:
       path: the directory.
       dtype: cast to it; None for the dtype it was converted to.
       ignore: fields of `config.json` to treat as absent, beside those it was converted with.
+      size: of the mesh to put it on, each device's part read for itself; None = one device.
 
     Cost: host memory of the parameters in `dtype` and of about the largest part, as stored, for buffers. The C library
       may keep a few hundred MB of the buffers below 32 MiB.
     """
     spec = read_spec(path, ignore)
     wanted, tree = hf.abstract(spec, dtype or read_about(path)["dtype"])
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where = None if size is None else mesh.make(size, spec)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = {n: one if where is None else mesh.weight(n, leaf.shape, where) for n, leaf in wanted.items()}
     arrays = {}
     try:
         stored = {part: ocp.metadata(str(part)).metadata for part in (path / PARAMS).absolute().iterdir()}
@@ -107,7 +113,7 @@ def load(path: Path, dtype: DTypeLike | None = None, ignore: Collection[str] = (
         if shapes != {name: leaf.shape for name, leaf in wanted.items()}:
             raise ValueError("config.json describes other shapes")
         for part, leaves in stored.items():
-            arrays |= ocp.load(str(part), {name: wanted[name].update(sharding=device) for name in leaves})
+            arrays |= ocp.load(str(part), {name: wanted[name].update(sharding=place[name]) for name in leaves})
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: params cannot be read, convert the source again ({_reason(error)})") from error
     return jax.tree.unflatten(tree, [arrays[target] for target in wanted])

@@ -15,9 +15,11 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from kvjax.collectives import HEADS, MODEL, Axes, add, gather, look_up
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.spec import Activation, Gate, ModelSpec
+from pallas_kernels.blocks import divisor
 from pallas_kernels.decode_attention import Expand
 from pallas_kernels.rotation import Rotation
 from pallas_kernels.soft_cap import soft_cap
@@ -31,8 +33,9 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param((jax.random.normal(rngs.params(), (inner, outer)) * scale).astype(dtype))
         self.bias = nnx.Param(jnp.zeros((outer,), dtype)) if bias else None
 
-    def __call__(self, x: Float[Array, "*b inner"]) -> Float[Array, "*b outer"]:
-        y = x @ self.kernel[...]
+    def __call__(self, x: Float[Array, "*b inner"], over: Axes = ()) -> Float[Array, "*b outer"]:
+        """The projection; where x is spread over the devices of some axes, that of all of it."""
+        y = add(x @ self.kernel[...], over)
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -126,7 +129,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         act, up = ACTIVATIONS[self.activation], self.up(x)
-        return self.down(act(up) if self.gate is None else act(self.gate(x)) * up)
+        return self.down(act(up) if self.gate is None else act(self.gate(x)) * up, over=MODEL)
 
 
 class Layer(nnx.Module):
@@ -193,13 +196,29 @@ class Layer(nnx.Module):
         norm = self.attention.k_norm
         return k if norm is None else norm(k)
 
-    def finish(self, x: Float[Array, "*b D"], heads: Float[Array, "*b N H"]) -> Float[Array, "*b D"]:
-        """Add the attention's output and the feed-forward network to the residual stream."""
-        attended = self.attention.o(heads.reshape(*x.shape[:-1], -1).astype(x.dtype))
+    def finish(
+        self, x: Float[Array, "*b D"], heads: Float[Array, "*b N H"], chunk: int | None = None
+    ) -> Float[Array, "*b D"]:
+        """Add the attention's output and the feed-forward network to the residual stream.
+
+        Args:
+          x: the residual stream.
+          heads: the attention's output.
+          chunk: tokens that the feed-forward network reads at once, at most; None = all.
+        """
+        attended = self.attention.o(heads.reshape(*x.shape[:-1], -1).astype(x.dtype), over=HEADS)
         after = x + (attended if self.attention_post_norm is None else self.attention_post_norm(attended))
-        norm = self.attention_norm if self.mlp_norm is None else self.mlp_norm
-        fed = self.mlp(norm(x if self.parallel else after))
-        return after + (fed if self.mlp_post_norm is None else self.mlp_post_norm(fed))
+        read, tokens = x if self.parallel else after, x.size // x.shape[-1]
+        size = tokens if chunk is None else divisor(tokens, chunk)
+        if size == tokens:
+            return after + self._fed(read)
+        parts = read.reshape(tokens // size, size, -1)
+        return after + jax.lax.map(self._fed, parts).reshape(x.shape)
+
+    def _fed(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        """What the feed-forward network adds."""
+        fed = self.mlp((self.attention_norm if self.mlp_norm is None else self.mlp_norm)(x))
+        return fed if self.mlp_post_norm is None else self.mlp_post_norm(fed)
 
 
 class Decoder(nnx.Module):
@@ -226,12 +245,13 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
         """Token vectors."""
-        return scaled(self.spec, self.embedding[...][tokens])
+        return scaled(self.spec, look_up(self.embedding[...], tokens, self.spec.vocab_size))
 
     def logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Next-token logits in float32."""
         x = self.norm(x)
         y = x @ self.embedding[...].T if self.head is None else self.head(x)
+        y = y if y.shape[-1] == self.spec.vocab_size else gather(y, y.ndim - 1, MODEL)
         return soft_cap(y.astype(jnp.float32), self.spec.logit_cap)
 
 

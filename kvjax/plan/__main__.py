@@ -98,7 +98,8 @@ def _largest(
     name: str, args: argparse.Namespace, argv: Sequence[str], planned: Setting, chip: Chip, peak: int
 ) -> Largest:
     """The largest batch or context that fits, the other one being as planned."""
-    unit, most = UNIT[name], MOST[name] // UNIT[name]
+    unit = UNIT[name] * (planned.devices.data if name == "batch" else 1)
+    most = MOST[name] // unit
     changed = lambda n: planned._replace(**{name: n * unit})
 
     def needs(n: int) -> int:

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh
 
-from kvjax import ahead, command, decode, sampling
+from kvjax import ahead, command, decode, mesh, sampling
 from kvjax.models.decoder import Decoder
 from kvjax.plan import estimate
 from kvjax.plan.chips import Chip, find
@@ -41,6 +42,7 @@ class Program(NamedTuple):
     there: int  # bytes of arguments that are weights and cache
     held: int = 0  # bytes of what waits beside it
     layers: int = 0  # of a step; 0 for programs of prefill
+    split: tuple[mesh.Kind, ...] | None = None  # how arguments are split over a mesh; None = as `fn.given` says
 
 
 class Measured(NamedTuple):
@@ -95,7 +97,9 @@ def _allocation(setting: Setting, cache: decode.Cache) -> Iterator[Program]:
     for group, tiers in zip(decode.layer_groups(setting.spec), cache, strict=True):
         slots, n = ints(len(group.index), setting.batch, setting.spec.num_rows), len(group.index)
         args = ([found.info] * n, ints(), ints(setting.batch), slots)
-        yield Program("allocate", decode._run_allocate, args, {"recipe": recipe}, n * size(found.info), held)
+        split = mesh.ROWS, mesh.EVERYWHERE, mesh.SEQUENCES, mesh.LAYERS
+        there = n * size(found.info)
+        yield Program("allocate", decode._run_allocate, args, {"recipe": recipe}, there, held, split=split)
         yield Program("trim", decode._trim, (tiers, slots), {}, size(tiers), held)
         if recipe.policy.settle is not None:
             args = (tiers, found.waiting, ints(), ints(*slots.shape[1:]))
@@ -113,6 +117,7 @@ def _step(setting: Setting, layers: int) -> Program:
     """The decode loop of so many layers."""
     dtype = jnp.dtype(setting.dtype)
     model = nnx.eval_shape(lambda: Decoder(setting.spec, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = mesh.placed(setting.mesh, mesh.weights, model)
     cache, batch = abstract_cache(setting), setting.batch
     of: Any = lambda kind, *shape: jax.ShapeDtypeStruct(shape, kind)
     chooser = jax.eval_shape(functools.partial(sampling.chooser, sampling.Sampling(), batch))
@@ -122,12 +127,15 @@ def _step(setting: Setting, layers: int) -> Program:
     return Program("step", decode.decode_loop, args, static, size(model) + size(cache), layers=layers)
 
 
-def compile_program(target: ahead.Target, program: Program) -> dict[str, Any]:
+def compile_program(target: ahead.Target, program: Program, devices: AbstractMesh | None = None) -> dict[str, Any]:
     """Bytes of a program as the compiler counts them; `beside` is what it takes beside weights and cache."""
     line: dict[str, Any] = {"program": program.name, "layers": program.layers, "there": program.there}
-    start = time.perf_counter()
+    start, args = time.perf_counter(), program.args
+    if devices is not None:
+        kinds = program.fn.given if program.split is None else program.split
+        args = tuple(mesh.placed(devices, kind, arg) for kind, arg in zip(kinds, args, strict=True))
     try:
-        memory = target.compile(program.fn, *program.args, **program.static).memory_analysis()
+        memory = target.compile(program.fn, *args, **program.static).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -196,10 +204,10 @@ def main() -> None:
     args = parse(sys.argv[2:])
     spec, _ = find_model(args.model, args.ignore_config)
     planned = setting(args, spec, find(args.chip), args.only or method_of(args, spec))
-    target = ahead.Target(sys.argv[1])
+    target = ahead.Target(sys.argv[1], planned.devices.data * planned.devices.model)
     for program in programs(planned, steps_of(args, spec.num_layers)):
         if args.program in (None, program.name):
-            print(json.dumps(compile_program(target, program)), flush=True)
+            print(json.dumps(compile_program(target, program, planned.mesh)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 """What a plan adds up to, by formula: device bytes by part and the bound on speed. Formulas: docs/bytes.md."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kvjax import decode
+from kvjax import decode, mesh
 from kvjax.abstract import CacheSize, cache_size
 from kvjax.cache.policy import Found
+from kvjax.cache.tier import Bytes
+from kvjax.collectives import DATA, HEADS
 from kvjax.models.decoder import Layer
 from kvjax.plan.chips import Chip, Platform
 from kvjax.plan.settings import Setting
-from kvjax.spec import ModelSpec, PyTree
+from kvjax.spec import PyTree
 from pallas_kernels.blocks import divisor
 
 BLOCK = 512  # tokens of a block of attention, at most
@@ -83,25 +86,39 @@ def weights(setting: Setting) -> Weights:
     return Weights(
         embedding=size(decoder.embedding),
         head=size(decoder.norm) + (0 if decoder.head is None else size(decoder.head)),
-        layers=sum(len(group.index) * size(layer(setting.spec, setting.dtype, group.index[0])) for group in groups),
+        layers=sum(len(group.index) * size(layer(setting, group.index[0])) for group in groups),
     )
 
 
 @functools.lru_cache(maxsize=64)
 def held(setting: Setting) -> CacheSize:
     """The cache."""
-    return cache_size(setting.model, setting.recipe, setting.lengths)
+    whole, parts = cache_size(setting.model, setting.recipe, setting.lengths), _pools(setting)
+    return CacheSize(Bytes(*(part // parts for part in whole.bytes)), whole.slots // parts)
+
+
+def _pools(setting: Setting) -> int:
+    """Devices that have different parts of the cache."""
+    return 1 if setting.mesh is None else setting.mesh.shape[DATA] * setting.mesh.shape[HEADS]
 
 
 @functools.lru_cache(maxsize=64)
-def layer(spec: ModelSpec, dtype: str, index: int) -> Layer:
+def layer(setting: Setting, index: int) -> Layer:
     """A layer without arrays."""
-    return nnx.eval_shape(lambda: Layer(spec, index, jnp.dtype(dtype), nnx.Rngs(0)))
+    made = nnx.eval_shape(lambda: Layer(setting.spec, index, jnp.dtype(setting.dtype), nnx.Rngs(0)))
+    return mesh.placed(setting.mesh, mesh.weights, made)
 
 
 def size(tree: PyTree) -> int:
-    """Bytes of arrays that need not exist."""
-    return sum(-(-x.size * jax.dtypes.itemsize_bits(x.dtype) // 8) for x in jax.tree.leaves(tree))
+    """Bytes of arrays that need not exist, on one device."""
+    return sum(_own(x) * jax.dtypes.itemsize_bits(x.dtype) // 8 for x in jax.tree.leaves(tree))
+
+
+def _own(x: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Numbers that one device has, in whole bytes."""
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    each = 8 // math.gcd(8, jax.dtypes.itemsize_bits(x.dtype))
+    return -(-math.prod(shape) // each) * each
 
 
 def waiting(setting: Setting) -> int:
@@ -109,16 +126,19 @@ def waiting(setting: Setting) -> int:
     budget, layers = setting.recipe.budget, setting.spec.num_layers
     if budget is None or budget.allocate is None:
         return 0
-    found = found_in_a_layer(setting._replace(batch=1))  # sequences are apart
+    data = setting.devices.data
+    found = found_in_a_layer(setting._replace(batch=data))  # sequences are apart
     of_one = min(budget.every or layers, layers) * size(found.waiting) + layers * size(found.info)
-    return setting.batch * of_one
+    return setting.batch // data * of_one
 
 
 @functools.lru_cache(maxsize=64)
 def found_in_a_layer(setting: Setting) -> Found:
     """Shapes of what reading the prompts with one layer leaves."""
     args, static = layer_arguments(setting, abstract_cache(setting), 0)
-    return jax.eval_shape(functools.partial(decode._prefill_layer, **static), *args)[2]
+    with mesh.on(setting.mesh):
+        found = jax.eval_shape(functools.partial(decode._prefill_layer, **static), *args)[2]
+    return mesh.placed(setting.mesh, mesh.ROWS, found)
 
 
 def layer_arguments(setting: Setting, cache: decode.Cache, index: int) -> tuple[tuple[PyTree, ...], dict[str, Any]]:
@@ -127,50 +147,59 @@ def layer_arguments(setting: Setting, cache: decode.Cache, index: int) -> tuple[
     group = next(g for g, group in enumerate(decode.layer_groups(spec)) if index in group.index)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     stream = (setting.batch, setting.lengths.padded, spec.embed_dim)
-    arrays = layer(spec, setting.dtype, index), jax.ShapeDtypeStruct(stream, jnp.dtype(setting.dtype)), cache[group]
+    arrays = layer(setting, index), jax.ShapeDtypeStruct(stream, jnp.dtype(setting.dtype)), cache[group]
     static = {"spec": spec, "recipe": setting.recipe, "window": spec.window(index), "rotary": spec.rotary(index)}
     return (*arrays, ints(setting.batch), ints(), ints()), static
 
 
 def abstract_cache(setting: Setting) -> decode.Cache:
     """The shapes of a cache."""
-    return jax.eval_shape(functools.partial(decode.init_cache, setting.model.decoder, setting.recipe, setting.lengths))
+    made = jax.eval_shape(functools.partial(decode.init_cache, setting.model.decoder, setting.recipe, setting.lengths))
+    return mesh.placed(setting.mesh, mesh.cache, made)
 
 
 def prefill_temporaries(setting: Setting, platform: Platform) -> int:
     """Bytes that one layer over all prompts takes: the residual stream, and the wider half of the layer.
 
-    With n = batch x padded tokens, in numbers a token: the stream is D. The feed-forward network holds its gate, its up
-    projection and the stream's next value, `2 F + D`; on TPU the first two are one, `F + D`. Attention holds queries,
-    keys, values and outputs, `2 N H + 2 K H`, N log-sum-exps in float32, and the blocks that it works on.
+    With n = batch x padded tokens, in numbers a token: the stream is D. Attention holds queries, keys, values and
+    outputs, `2 N H + 2 K H`, N log-sum-exps in float32 and the blocks that it works on; a GPU copies keys and values
+    that no other query head shares, a TPU copies most of it for its layouts, in all `5.4 (N H + K H)`. On a GPU the
+    feed-forward network holds the outputs, the stream after attention and what is to be added, `N H + 2 D`, one more D
+    where devices add up, and `2 F` for the tokens that it reads at once; a TPU puts it where attention was.
     """
+    split, setting = setting.devices.model > 1, setting.share
     spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
-    n = setting.batch * setting.lengths.padded
-    widest = (1 if platform == "tpu" else 2) * spec.mlp_dim + spec.embed_dim
-    heads = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
+    n, width = setting.batch * setting.lengths.padded, spec.embed_dim
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    stream = n * itemsize * width
+    if platform == "tpu":
+        return stream + int(5.4 * n * itemsize * (queries + keys))
     block = divisor(setting.lengths.padded, BLOCK)
-    each = 16 * block + 4 * spec.head_dim if platform == "tpu" else (4 + itemsize) * (block + spec.head_dim)
-    blocks = setting.batch * spec.num_heads * block * each
-    attention = n * (itemsize * heads + 4 * spec.num_heads) + blocks
-    return n * itemsize * spec.embed_dim + max(n * itemsize * widest, attention)
+    blocks = setting.batch * spec.num_heads * block * (4 + itemsize) * (block + spec.head_dim)
+    own = 2 * keys if spec.group_size == 1 else 0
+    attention = n * (itemsize * (2 * queries + 2 * keys + own // 2) + 4 * spec.num_heads) + blocks
+    fed = n * itemsize * (queries + (3 if split else 2) * width)
+    fed += itemsize * divisor(n, decode.CHUNK) * 2 * spec.mlp_dim
+    return stream + max(attention, fed)
 
 
 def decode_temporaries(setting: Setting) -> int:
     """Bytes that a step takes: logits over the vocabulary, blocks of slots, and their weights where a method learns."""
+    slots, setting = held(setting).slots, setting.share
     spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
     rows = setting.batch * spec.num_rows
     block = rows * BLOCK * sum(spec.widths(0)) * (itemsize + 4)
     learned = 0
     if setting.recipe.policy.observe is not None:
-        slots = held(setting).slots
         learned = 3 * 4 * spec.num_heads // spec.num_kv_heads * slots // spec.num_layers
     return setting.batch * spec.vocab_size * (4 + itemsize) + block + learned
 
 
 def bound(setting: Setting, chip: Chip) -> Bound:
-    """What bandwidth and peak allow."""
-    spec, cache = setting.spec, held(setting)
-    itemsize, stored = jnp.dtype(setting.dtype).itemsize, weights(setting)
+    """What bandwidth and peak allow; what devices tell each other costs nothing."""
+    cache, stored, data = held(setting), weights(setting), setting.devices.data
+    setting, itemsize = setting.share, jnp.dtype(setting.dtype).itemsize
+    spec = setting.spec
     read = stored.read + cache.bytes.total - cache.bytes.tables
     products = setting.batch * stored.read // itemsize + cache.slots * spec.group_size * sum(spec.widths(0))
     step = max(read / chip.bandwidth, 2 * products / chip.flops)
@@ -179,6 +208,6 @@ def bound(setting: Setting, chip: Chip) -> Bound:
     return Bound(
         prefill_s=max(2 * prompts / chip.flops, stored.read / chip.bandwidth),
         step_s=step,
-        tokens_per_s=setting.batch / step,
+        tokens_per_s=data * setting.batch / step,
         limit="bandwidth" if step == read / chip.bandwidth else "compute",
     )

@@ -44,6 +44,7 @@ def described(
         "new_tokens": args.new_tokens,
         "batch": args.batch,
         "budget": args.budget,
+        "mesh": args.mesh,
         "chip": chip._asdict(),
         "plans": list(plans),
         "left_out": dict(left_out),
@@ -80,7 +81,10 @@ def show(console: Console, found: Plan) -> None:
     """Print tables."""
     chip, plans = found["chip"], found["plans"]
     lengths = f"{found['batch']} x ({found['context']:,} + {found['new_tokens']:,} tokens)"
-    title = f"{found['model']} ({found['shape']}) in {found['dtype']}, {lengths} on {chip['name']}"
+    chips = (
+        chip["name"] if found["mesh"] is None else f"{chip['name']}, {found['mesh']}: bytes are those of each device"
+    )
+    title = f"{found['model']} ({found['shape']}) in {found['dtype']}, {lengths} on {chips}"
     console.print(title, highlight=False, markup=False)
     if len(plans) == 1:
         console.print(one(found, plans[0]))

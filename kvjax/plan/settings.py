@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
-from kvjax import command, decode, methods
+from kvjax import command, decode, mesh, methods
 from kvjax.abstract import read_spec, without_weights
 from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Recipe
+from kvjax.collectives import HEADS
 from kvjax.errors import InputError
 from kvjax.generate import DTYPES
 from kvjax.generation import Model
+from kvjax.mesh import Size
 from kvjax.methods import METHODS, default_budget, make
 from kvjax.models.named import NAMED, named
 from kvjax.plan.chips import CHIPS, Chip
@@ -26,7 +29,7 @@ PROG = "kvjax.plan"
 
 
 class Setting(NamedTuple):
-    """What is planned, for one device; hashable."""
+    """What is planned; hashable."""
 
     spec: ModelSpec
     dtype: str
@@ -34,21 +37,41 @@ class Setting(NamedTuple):
     context: int  # tokens of each prompt
     new: int  # tokens that may follow
     batch: int
+    devices: Size = Size()
+
+    @property
+    def mesh(self) -> AbstractMesh | None:
+        """The mesh, of devices that need not be there; None = one device."""
+        return None if self.devices == Size() else mesh.imagined(self.devices, self.spec)
+
+    @property
+    def share(self) -> "Setting":
+        """What one device has, as if it were alone: fewer sequences, heads and hidden numbers."""
+        if self.mesh is None:
+            return self
+        shape, spec = self.mesh.shape, self.spec
+        heads, model = shape[HEADS], self.devices.model
+        own = replace(
+            spec, num_heads=spec.num_heads // heads, num_kv_heads=spec.num_kv_heads // heads,
+            mlp_dim=spec.mlp_dim // model,
+        )  # fmt: skip
+        return self._replace(spec=own, batch=self.batch // self.devices.data, devices=Size())
 
     @property
     def lengths(self) -> Lengths:
         """What a cache is made for."""
-        return Lengths((self.context,) * self.batch, self.new, decode.padded_length(self.context))
+        return Lengths((self.context,) * self.batch, self.new, decode.padded_length(self.context), self.devices.data)
 
     @property
     def model(self) -> Model:
         """Shapes only."""
-        return _model(self.spec, self.dtype)
+        return _model(self.spec, self.dtype, self.mesh)
 
 
 @functools.lru_cache(maxsize=64)
-def _model(spec: ModelSpec, dtype: str) -> Model:
-    return without_weights(spec, jnp.dtype(dtype), None, "")
+def _model(spec: ModelSpec, dtype: str, devices: AbstractMesh | None) -> Model:
+    model = without_weights(spec, jnp.dtype(dtype), None, "")
+    return replace(model, decoder=mesh.placed(devices, mesh.weights, model.decoder))
 
 
 def parser() -> command.Parser:
@@ -84,7 +107,7 @@ def parser() -> command.Parser:
     p.add_argument(
         "--out", type=Path, nargs="?", const=Path("plan.png"), metavar="FILE.png", help="draw it (default: plan.png)"
     )
-    p.add_argument("--mesh", metavar="data=2,model=4", help="not there yet: plans are for one device")
+    p.add_argument("--mesh", metavar="data=2,model=4", help="devices: bytes and largest sizes are those of each")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return p
 
@@ -92,8 +115,9 @@ def parser() -> command.Parser:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Flags that can be followed."""
     args = command.parse(parser(), argv)
-    if args.mesh is not None:
-        raise InputError("--mesh: sharding is not there yet; leave it out to plan one device")
+    size = Size() if args.mesh is None else mesh.parse(args.mesh)
+    if args.batch % size.data:
+        raise InputError(f"--batch {args.batch} cannot be split over the devices of --mesh {args.mesh}")
     for name, known in {"model": NAMED, "chip": CHIPS}.items():
         if getattr(args, name) is None:
             raise InputError(f"--{name} is missing: for example --{name} {next(iter(known))}")
@@ -146,7 +170,8 @@ def setting(args: argparse.Namespace, spec: ModelSpec, chip: Chip, method: str) 
     if recipe.kernels is None:
         recipe = recipe._replace(kernels=chip.platform)
     longer = replace(spec, max_position=2 * LARGEST)  # bytes do not depend on what a model is made for
-    return Setting(longer, args.dtype, recipe, args.context, args.new_tokens, args.batch)
+    size = Size() if args.mesh is None else mesh.parse(args.mesh)
+    return Setting(longer, args.dtype, recipe, args.context, args.new_tokens, args.batch, size)
 
 
 def method_of(args: argparse.Namespace, spec: ModelSpec) -> str:

@@ -77,6 +77,7 @@ def parser() -> command.Parser:
     train.add_argument(
         "--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field"
     )
+    command.add_mesh_flags(p.add_argument_group("devices"))
     files = p.add_argument_group("files")
     files.add_argument("--export", type=float, nargs="+", action="extend", metavar="CR", help="also write DST/rateCR")
     files.add_argument("--save-every", type=int, default=100, help="steps (default: 100)")
@@ -163,6 +164,7 @@ def options(args: argparse.Namespace) -> Options:
         save_every=args.save_every,
         keep=args.keep,
         minutes=args.minutes,
+        mesh=args.mesh,
         ignore=tuple(args.ignore_config),
     )
 
@@ -178,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.config is not None:
         flags = command.config_flags(args.config, command.read_config(args.config), p, args)
         args = p.parse_args([*flags, *command.given(argv)])
+    command.begin(args)
     chosen = options(args)
     command.use_compilation_cache()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[about]}"), TimeRemainingColumn())

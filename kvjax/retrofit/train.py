@@ -18,9 +18,11 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jax import Array
+from jaxtyping import Float
 
-from kvjax import generation, runs
+from kvjax import generation, mesh, runs
 from kvjax.checkpoint import orbax
+from kvjax.collectives import DATA
 from kvjax.errors import InputError
 from kvjax.retrofit import data, objective, weights
 from kvjax.retrofit.data import Stream
@@ -32,6 +34,8 @@ from pallas_kernels.implementation import Implementation
 
 RUN = "run"  # folder of the run, in that of the checkpoint
 MEASURED = 16  # sequences that a checkpoint's rate is measured on
+CLOSE = 1.01  # a measured rate is the target's up to so much
+LARGEST_STEP = 1e4  # of a gate's offset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +64,12 @@ class Options:
     save_every: int = 100
     keep: int = 2  # checkpoints to continue from
     minutes: float = float("inf")
+    mesh: str | None = None  # devices, as `kvjax.load` takes them
     ignore: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """What a run that is continued must agree on, as JSON has it."""
-        free = ("files", "keep", "minutes", "save_every", "log_every", "remat", "kernels", "export")
+        free = ("files", "keep", "minutes", "save_every", "log_every", "remat", "kernels", "export", "mesh")
         found = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
         return json.loads(json.dumps(found | {"schedule": self.schedule._asdict(), "model": str(self.model)}))
 
@@ -106,7 +111,7 @@ class Step:
         self.gated = dataclasses.replace(source, gate=options.gate)
         self.optimize = optimizer(options)
         self._run = jax.jit(self._update, static_argnames="fading", donate_argnames=("params", "opt"))
-        self.measure = jax.jit(self._measure)
+        self._merged = jax.jit(self._measure, static_argnames="spec")
 
     def __call__(self, state: State, batch: Batch, step: int) -> tuple[State, Losses]:
         """One step."""
@@ -114,9 +119,10 @@ class Step:
         numbers = (schedule.target(step), schedule.learning_rate(step), schedule.keep(step))
         key = jax.random.fold_in(jax.random.key(self._options.seed), step)
         fading = schedule.stage(step)[0] == "fade"
-        params, opt, losses = self._run(
-            state.params, state.opt, self._base, batch, key, *map(np.float32, numbers), fading=fading
-        )
+        with mesh.on(mesh.of(state.params)):
+            params, opt, losses = self._run(
+                state.params, state.opt, self._base, batch, key, *map(np.float32, numbers), fading=fading
+            )
         return State(params, opt), losses
 
     def _update(
@@ -140,7 +146,7 @@ class Step:
 
         trained = {name: params[name] for name in names}
         some = lambda x: x.reshape(-1, options.together, *x.shape[1:])
-        batches = jax.tree.map(some, batch)
+        batches = mesh.constrain(jax.tree.map(some, batch), mesh.STEPS)
         keys = jax.random.split(key, batches.ids.shape[0])
 
         def add(total: Any, one: tuple[Batch, Array]) -> tuple[Any, None]:
@@ -156,11 +162,17 @@ class Step:
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
             updates, opt = self.optimize.update(grads, opt, trained)
         trained = jax.tree.map(jnp.add, trained, jax.tree.map(lambda x: learning_rate * x, updates))
+        trained = {name: mesh.constrain(leaf, mesh.weight_spec(name, leaf.shape)) for name, leaf in trained.items()}
         return frozen | trained, opt, found
 
-    def _measure(self, params: Params, batch: Batch) -> Array:
-        model = weights.to_model(params, self.gated, self._options.dtype)
-        return objective.run(model, batch, None)[1].mean(axis=1)
+    def measure(self, params: Params, batches: Sequence[Batch], offset: float) -> Float[np.ndarray, "L K"]:
+        """Share of the tokens that take no slot of their own, without noise."""
+        spec = dataclasses.replace(self.gated, gate=dataclasses.replace(self._options.gate, offset=offset))
+        with mesh.on(mesh.of(params)):
+            return np.mean([mesh.read(self._merged(params, batch, spec=spec)) for batch in batches], axis=0)
+
+    def _measure(self, params: Params, batch: Batch, *, spec: ModelSpec) -> Array:
+        return objective.run(weights.to_model(params, spec, self._options.dtype), batch, None)[1].mean(axis=1)
 
     def begin(self, state: State, step: int) -> State:
         """The state with which a step begins: in the first of a stage the optimiser starts anew, and gates are made."""
@@ -209,7 +221,8 @@ def retrofit(options: Options, out: Path, show: Callable[[Progress, int], None] 
                 pending.append(losses)
                 for rate in options.export:
                     if schedule.passes(index, rate):
-                        _export(out / f"rate{rate:g}", src, options, step, state.params, stream, into=False)
+                        passed = dataclasses.replace(options.gate, rate=rate)
+                        _export(out / f"rate{rate:g}", src, options, passed, step, state.params, stream)
             done = block.stop
             progress, merged = _summary(pending, done, options, since)
             runs.append(log, progress._asdict() | {"merged": merged})
@@ -218,13 +231,13 @@ def retrofit(options: Options, out: Path, show: Callable[[Progress, int], None] 
             manager.save(done, args=ocp.args.StandardSave(tuple(state)), force=over)
     over = done == schedule.steps
     if over and not orbax.is_orbax(out):
-        _export(out, src, options, step, state.params, stream, into=True)
+        _export(out, src, options, options.gate, step, state.params, stream, into=True)
     return over
 
 
 def _prepare(options: Options) -> tuple[Options, Params, ModelSpec, Stream, Path]:
     """The options, with the rate that the model has; its weights and shape, the data, and where the model came from."""
-    model, src = generation.load_from(options.model, dtype=jnp.float32, ignore_config=options.ignore)
+    model, src = generation.load_from(options.model, dtype=jnp.float32, ignore_config=options.ignore, mesh=options.mesh)
     spec, gate = model.spec, options.gate
     if spec.gate is not None:
         options = continued(options, spec.gate, model.name)
@@ -232,6 +245,8 @@ def _prepare(options: Options) -> tuple[Options, Params, ModelSpec, Stream, Path
         raise InputError(f"{model.name} has low-rank keys, which a gate of each head cannot merge or evict")
     if gate.neuron is not None and not -spec.head_dim <= gate.neuron < spec.head_dim:
         raise InputError(f"--neuron {gate.neuron}: heads of {model.name} have {spec.head_dim} coordinates")
+    if options.together % mesh.shape_of(model.decoder)[DATA]:
+        raise InputError(f"--micro-batch {options.together} cannot be split over the devices of --mesh {options.mesh}")
     if options.length > spec.max_position:
         raise InputError(f"--length {options.length} is more than the context limit ({spec.max_position})")
     stream = data.read(options.files, model, options.length)
@@ -243,7 +258,7 @@ def teacher(options: Options, spec: ModelSpec, source: Params) -> tuple[ModelSpe
     if not options.distill:
         return None
     if options.teacher is not None:
-        model = generation.load(options.teacher, dtype=jnp.float32, ignore_config=options.ignore)
+        model = generation.load(options.teacher, dtype=jnp.float32, ignore_config=options.ignore, mesh=options.mesh)
         if model.spec.vocab_size != spec.vocab_size:
             raise InputError(
                 f"--teacher {model.name} has {model.spec.vocab_size} tokens, the model {spec.vocab_size}: their"
@@ -257,7 +272,7 @@ def teacher(options: Options, spec: ModelSpec, source: Params) -> tuple[ModelSpe
 
 def continued(options: Options, gate: GateSpec, name: str) -> Options:
     """The options for a model that is retrofitted already: it keeps its gate, and its rate grows from where it is."""
-    for field in ("objective", "window", "neuron", "offset", "scale"):
+    for field in ("objective", "window", "neuron", "scale"):
         asked, found = getattr(options.gate, field), getattr(gate, field)
         if asked != found:
             raise InputError(f"{name} is retrofitted already, with {field} {found}, not {asked}: they must agree")
@@ -266,7 +281,8 @@ def continued(options: Options, gate: GateSpec, name: str) -> Options:
     least = min((options.gate.rate, *options.export))
     if least <= gate.rate:
         raise InputError(f"{name} has a rate of {gate.rate:g} already: ask for more than {least:g}")
-    return dataclasses.replace(options, schedule=options.schedule._replace(start=gate.rate))
+    goes_on = dataclasses.replace(options.gate, offset=gate.offset)
+    return dataclasses.replace(options, gate=goes_on, schedule=options.schedule._replace(start=gate.rate))
 
 
 def _resume(
@@ -278,9 +294,16 @@ def _resume(
         state = jax.eval_shape(lambda params: step.begin(State(params, ()), 0), source)
     if done > schedule.fade:
         state = jax.eval_shape(lambda state: step.begin(state, schedule.fade), state)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    placed = lambda x: x.update(sharding=here) if isinstance(x, jax.ShapeDtypeStruct) else x
-    return runs.resume(manager, jax.tree.map(placed, state), log)
+    one, where = jax.sharding.SingleDeviceSharding(jax.devices()[0]), mesh.of(source)
+
+    def placed(path: Any, x: Any) -> Any:
+        """The optimiser's state lies where the weight of the same name does."""
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            return x
+        name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), "")
+        return x.update(sharding=one if where is None else mesh.weight(name, x.shape, where))
+
+    return runs.resume(manager, jax.tree.map_with_path(placed, state), log)
 
 
 def _check_exports(out: Path, options: Options, done: int) -> None:
@@ -312,14 +335,49 @@ def _summary(pending: Sequence[Losses], done: int, options: Options, since: floa
     return progress, np.round(found.merged, 3).tolist()
 
 
-def _export(dst: Path, src: Path, options: Options, step: Step, params: Params, stream: Stream, *, into: bool) -> None:
-    """Write a checkpoint that `generate` can use, with the rate that its decisions have without noise."""
+def _rate(merged: Float[np.ndarray, "L K"]) -> float:
+    """Tokens per slot."""
+    return 1 / max(1 - float(merged.mean()), 1e-6)
+
+
+def calibrated(
+    measure: Callable[[float], Float[np.ndarray, "L K"]], gate: GateSpec
+) -> tuple[float, Float[np.ndarray, "L K"]]:
+    """The gate's offset, larger where its rate without noise is above the target, and what is merged with it.
+
+    Training decides with noise and never punishes a rate that is too high. One that is too low stays as it is.
+
+    Args:
+      measure: `offset -> merged`, as in `Step.measure`.
+      gate: as it was trained, with the target.
+    """
+    offset, step, merged = gate.offset, max(abs(gate.offset), 1.0) / 16, measure(gate.offset)
+    low = high = offset
+    while _rate(merged) > CLOSE * gate.rate and step < LARGEST_STEP:  # until it is on the other side
+        low, high, step = high, high + step, 2 * step
+        offset, merged = high, measure(high)
+    while _rate(merged) < gate.rate / CLOSE and high - low > 1e-3 and high > gate.offset:
+        middle = (low + high) / 2
+        found = measure(middle)
+        if _rate(found) > CLOSE * gate.rate:
+            low = middle
+        else:
+            high = offset = middle
+            merged = found
+    return offset, merged
+
+
+def _export(
+    dst: Path, src: Path, options: Options, gate: GateSpec, step: Step, params: Params, stream: Stream, *,
+    into: bool = False,
+) -> None:  # fmt: skip
+    """Write a checkpoint that `generate` can use; `gate.rate` is the target."""
     if orbax.is_orbax(dst):
         return
     count = -(-MEASURED // options.together)
-    batches = (data.batch(stream, options.seed + 1, i, options.together, options.length) for i in range(count))
-    merged = np.mean([step.measure(params, batch) for batch in batches], axis=0)
-    gate = dataclasses.replace(options.gate, rate=round(1 / max(1 - float(merged.mean()), 1e-6), 3))
+    batches = [data.batch(stream, options.seed + 1, i, options.together, options.length) for i in range(count)]
+    offset, merged = calibrated(lambda offset: step.measure(params, batches, offset), gate)
+    gate = dataclasses.replace(gate, rate=round(_rate(merged), 3), offset=round(offset, 4))
     spec = dataclasses.replace(step.gated, gate=gate)
     about = weights.about(src.name, {*options.ignore, *orbax.ignored(src)}, spec, options.dtype, merged)
     save = orbax.save_into if into else orbax.save

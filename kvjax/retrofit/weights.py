@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from kvjax import mesh
 from kvjax.checkpoint import hf
 from kvjax.models import gate as gates
 from kvjax.models.decoder import Decoder
@@ -65,7 +66,7 @@ def parts(weights: Params, spec: ModelSpec, dtype: DTypeLike) -> Iterator[tuple[
     for path in hf.abstract(spec, dtype)[0]:
         head, *rest = path.split(".")
         name = f"{head}.{rest[0]}" if head == "layers" else "embedding" if head == "embedding" else "head"
-        found.setdefault(name, {})[path] = np.asarray(weights[path].astype(dtype))
+        found.setdefault(name, {})[path] = mesh.read(weights[path].astype(dtype))
     yield from found.items()
 
 

@@ -1,0 +1,86 @@
+"""Generate on one device and on a mesh of those that this process has; a JSON line for each method.
+
+python -m tests.on_mesh data=2,model=4 h2o full@demo count:tova
+"""
+
+import collections
+import functools
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kvjax
+from kvjax import decode, mesh, sampling
+from kvjax.cache.policy import Recipe
+from kvjax.generation import Generation, Model
+from kvjax.models.decoder import Decoder
+from kvjax.spec import GateSpec, Lengths
+from tests import matrix, oracle
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_disable_most_optimizations", True)
+HEADS = dict(vocab_size=104, num_layers=2, num_heads=16, num_kv_heads=8, max_position=512)
+GATES = {"dmc": GateSpec("dmc", rate=1.5, window=3, offset=0.5), "dms": GateSpec("dms", rate=1.5, window=3, offset=-1)}
+BUDGET, NEW, PROMPTS = 24, 12, (90, 61, 77, 85, 90, 70, 66, 88)
+
+
+@functools.cache
+def models(of: str, gate: str, size: str) -> tuple[Decoder, Decoder]:
+    """A model on one device, and on a mesh."""
+    fields = HEADS | ({"gate": GATES[gate]} if gate else {})
+    one = kvjax.load().decoder if of == "demo" else oracle.random_model(5, **fields)
+    return one, matrix.on_mesh(one, size)
+
+
+def generate(model: Decoder, recipe: Recipe) -> Generation:
+    prompts = [np.random.default_rng(n).integers(0, 97, n).tolist() for n in PROMPTS]
+    return kvjax.generate(Model(model, None, (), "m"), prompts, recipe, max_new_tokens=NEW)
+
+
+def collectives(model: Decoder, recipe: Recipe) -> dict[str, int]:
+    """What a step of one sequence tells other devices, in the compiled program."""
+    cache = decode.init_cache(model, recipe, Lengths((40,), 8, 64))
+    state = decode.first_token(
+        jnp.zeros((1, model.spec.vocab_size)), cache, jnp.asarray([40]), sampling.chooser(sampling.Sampling(), 1),
+        jnp.zeros(0, jnp.int32), None, mode="greedy",
+    )  # fmt: skip
+    with mesh.on(mesh.of(model)):
+        step = jax.jit(decode.decode_step, static_argnames=("recipe",), donate_argnames=("cache",))
+        text = step.lower(model, recipe, state.cache, state.token, state.pos).compile().as_text()
+    found = re.findall(r" = (.*?) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text)
+    counts = collections.Counter()
+    for made, kind in found:  # XLA sends several arrays at once
+        counts[kind] += made.count("[")
+    return dict(counts)
+
+
+def main() -> None:
+    size, *entries = sys.argv[1:]
+    for entry in entries:
+        task, _, rest = entry.rpartition(":")
+        method, _, of = rest.partition("@")
+        one, many = models(of, method if method in GATES else "", size)
+        recipe = matrix.recipe_of(method, BUDGET)
+        if task == "count":
+            print(json.dumps({"method": method, "collectives": collectives(many, recipe)}))
+            continue
+        want, got = generate(one, recipe), generate(many, recipe)
+        arrays = collections.Counter()
+        for leaf in jax.tree.leaves(got.cache):
+            for shard in leaf.addressable_shards:
+                arrays[shard.device.id] += shard.data.nbytes
+        tokens = lambda out: [sequence.tokens for sequence in out.sequences]
+        found = {
+            "method": method, "tokens": tokens(got), "expected": tokens(want), "slots": got.slots,
+            "expected_slots": want.slots, "bytes": want.bytes.total, "device_bytes": got.device_bytes,
+            "arrays": list(arrays.values()),
+        }  # fmt: skip
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Many devices: what one of them does, split over eight on the host, and over two processes.
+
+A process has its devices from the start, so everything here runs in processes of its own: `tests/on_mesh.py` compares
+generations, and the laws are tried again with their models on a mesh.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from kvjax import METHODS, InputError, mesh
+from tests.matrix import DISTINCT, slow
+
+CPU = {**os.environ, "JAX_PLATFORMS": "cpu"}
+MESHES = ("data=1,model=8", "data=2,model=4", "data=8,model=1")
+
+
+def devices(count: int, **more: str) -> dict[str, str]:
+    """The environment of a process with so many devices."""
+    return CPU | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"} | more
+
+
+def on_mesh(size: str, *methods: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "tests.on_mesh", size, *methods]
+    done = subprocess.run(line, env=devices(8), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def compare(size: str, *methods: str) -> list[dict]:
+    """What `tests/on_mesh.py` says of each method."""
+    return [json.loads(line) for line in on_mesh(size, *methods).stdout.splitlines()]
+
+
+@pytest.mark.parametrize("size", slow(MESHES, ("data=1,model=8", "data=8,model=1")))
+def test_a_mesh_generates_what_one_device_does(size):
+    methods = DISTINCT if size == "data=2,model=4" else METHODS
+    for found in compare(size, *methods):
+        name = found["method"]
+        assert found["tokens"] == found["expected"], name
+        assert found["slots"] == found["expected_slots"], name
+        if name not in ("adakv", "dmc", "dms"):  # whose heads differ: pools are for the device that holds most
+            assert found["device_bytes"] <= 1.05 * found["bytes"] / 8, name
+        assert found["arrays"] == [found["device_bytes"]] * 8, name  # on every device
+
+
+@pytest.mark.slow
+def test_every_method_on_two_by_four():
+    for found in compare("data=2,model=4", *METHODS):
+        assert (found["tokens"], found["slots"]) == (found["expected"], found["expected_slots"]), found["method"]
+
+
+def test_more_devices_than_heads_hold_copies():
+    done = on_mesh("data=1,model=8", "h2o@demo")
+    found = json.loads(done.stdout)
+    assert found["tokens"] == found["expected"]
+    assert found["device_bytes"] == pytest.approx(found["bytes"] / 2, rel=0.05)  # two heads, of which each has one
+    assert "mesh model=8: 2 devices split the key/value heads, 4 have the same" in done.stderr
+
+
+SOME = "gqa-dynamickv and not bf16 and not int8"
+
+
+@pytest.mark.parametrize("chosen", slow((SOME, ""), ("",)))
+def test_the_laws_hold_on_a_mesh(chosen):
+    line = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_laws.py"]
+    done = subprocess.run(
+        [*line, "-k", chosen], env=devices(4, KVJAX_TEST_MESH="data=2,model=2"), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_heads_talk_only_where_a_method_needs_all_of_them():
+    counts = {found["method"]: found["collectives"] for found in compare("data=1,model=8", "count:full", "count:h2o",
+                                                                          "count:tova", "count:snapkv")}  # fmt: skip
+    layers = 2
+    # A step: the embedding, attention's and the feed-forward network's sum in each layer; the logits are gathered.
+    assert counts["full"] == counts["h2o"] == counts["snapkv"] == {"all-reduce": 1 + 2 * layers, "all-gather": 1}
+    assert counts["tova"] == {"all-reduce": 1 + 3 * layers, "all-gather": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("data=2", None), ("model=0", "data=2,model=4"), ("heads=2", "data=2,model=4"), ("data=2,data=2", "data=2,model")],
+)
+def test_a_mesh_is_written_so(text, message):
+    if message is None:
+        assert mesh.parse(text) == mesh.Size(2, 1)
+        return
+    with pytest.raises(InputError, match=message):
+        mesh.parse(text)
+
+
+def test_the_command_line_says_what_is_wrong():
+    for flags, words in ((["--mesh", "data=3"], "needs 3 devices, there are 1"), (["--distributed", "x"], "HOST:PORT")):
+        line = [sys.executable, "-m", "kvjax.generate", "--prompt", "a", *flags]
+        done = subprocess.run(line, env=CPU, capture_output=True, text=True)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def together(*line: str, count: int = 2, each: int = 2) -> list[subprocess.Popen]:
+    """The same command in so many processes, with so many devices each."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    start = lambda i: subprocess.Popen(
+        [sys.executable, "-m", *line, "--distributed", f"127.0.0.1:{port},{count},{i}"],
+        env=devices(each), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return [start(i) for i in range(count)]
+
+
+def test_two_processes_generate_what_one_does():
+    ids = ",".join(map(str, np.random.default_rng(0).integers(2, 4000, 80).tolist()))
+    line = ["kvjax.generate", "--prompt-tokens", ids, "--prompt-tokens", ids[:99].rsplit(",", 1)[0], "--json"]
+    line += ["--method", "dynamickv", "--budget", "24", "--max-new-tokens", "12"]
+    alone = subprocess.run([sys.executable, "-m", *line], env=CPU, capture_output=True, text=True, check=True)
+    first, second = together(*line, "--mesh", "data=2,model=2")
+    out, error = first.communicate(timeout=600)
+    said, _ = second.communicate()
+    assert (first.returncode, second.returncode) == (0, 0), error[-2000:]
+    assert said == ""
+    assert json.loads(out)["sequences"] == json.loads(alone.stdout)["sequences"]
+
+
+def test_a_process_that_dies_ends_the_others():
+    line = ["kvjax.generate", "--prompt-tokens", "1,2,3", "--max-new-tokens", "4000", "--mesh", "data=1,model=4"]
+    first, second = together(*line)
+    assert first.stdout is not None
+    first.stdout.read(1)  # it has begun to write
+    second.kill()
+    since = time.monotonic()
+    second.communicate()
+    _, error = first.communicate(timeout=300)
+    assert first.returncode not in (0, None) and time.monotonic() - since < 60
+    assert "another process" in error or "distributed service" in error
