@@ -180,6 +180,11 @@ def add_mesh_flags(parser: Any) -> None:
     parser.add_argument(
         "--mesh", metavar="data=2,model=4", help="split sequences over data, weights and heads over model devices"
     )
+    add_distributed_flag(parser)
+
+
+def add_distributed_flag(parser: Any) -> None:
+    """The flag for several processes."""
     parser.add_argument(
         "--distributed", nargs="?", const="", metavar="HOST:PORT,COUNT,INDEX",
         help="one of several processes, each with devices of its own: where the first listens, how many they are,"

@@ -173,6 +173,12 @@ def on(mesh: AnyMesh | None) -> Iterator[None]:
             yield
 
 
+def meet(where: str) -> None:
+    """Wait until every process is there."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
 def constrain(x: PyTree, spec: P) -> PyTree:
     """Arrays of a compiled function that are to be split so; on one device, as they are."""
     mesh = in_force()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import orbax.checkpoint as ocp
 
 from kvjax.errors import InputError
@@ -13,7 +14,9 @@ State = TypeVar("State", bound=tuple)
 
 
 def check(out: Path, given: Mapping[str, Any]) -> None:
-    """Write `run.json`, or refuse to continue a run that was given something else."""
+    """Write `run.json`, or refuse to continue a run that was given something else; the first process does."""
+    if jax.process_index():
+        return
     path = out / "run.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -38,12 +41,16 @@ def resume(manager: ocp.CheckpointManager, state: State, log: Path) -> tuple[Sta
     if done:
         found = manager.restore(done, args=ocp.args.StandardRestore(tuple(state)))
         state = type(state)(*found)  # pyright: ignore[reportCallIssue]
+    if jax.process_index():
+        return state, done
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done))
     return state, done
 
 
 def append(log: Path, entry: dict[str, Any]) -> None:
-    """One more line of the log."""
+    """One more line of the log, by the first process."""
+    if jax.process_index():
+        return
     with log.open("a") as file:
         file.write(json.dumps(entry) + "\n")

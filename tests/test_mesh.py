@@ -14,7 +14,8 @@ import time
 import numpy as np
 import pytest
 
-from kvjax import METHODS, InputError, mesh
+import kvjax
+from kvjax import METHODS, InputError, demo, mesh
 from tests.matrix import DISTINCT, slow
 
 CPU = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -140,3 +141,41 @@ def test_a_process_that_dies_ends_the_others():
     _, error = first.communicate(timeout=300)
     assert first.returncode not in (0, None) and time.monotonic() - since < 60
     assert "another process" in error or "distributed service" in error
+
+
+@pytest.mark.slow
+def test_two_processes_convert_and_retrofit(tmp_path):
+    """The losses are those of one process; the model that they write is one that one process reads."""
+    documents = tmp_path / "documents.jsonl"
+    rng = np.random.default_rng(0)
+    lines = ({"tokens": rng.integers(2, 4000, 80).tolist()} for _ in range(40))
+    documents.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = str(tmp_path / "source")
+    convert = ["kvjax.convert", str(demo.directory()), source, "--dtype", "float32"]
+    settings = (
+        "--cr 2 --fade-steps 2 --ramp-steps 2 --final-steps 2 --length 64 --batch 4 --micro-batch 4 --log-every 2"
+    )
+    train = [
+        "kvjax.retrofit",
+        "--model",
+        source,
+        "--data",
+        str(documents),
+        *settings.split(),
+        "--log-every",
+        "2",
+        "--save-every",
+        "2",
+    ]
+    for line in (convert, [*train, "--mesh", "data=2,model=2", "--out", str(tmp_path / "both")]):
+        for process in together(*line):
+            _, error = process.communicate(timeout=600)
+            assert process.returncode == 0, error[-2000:]
+    alone = [*train, "--out", str(tmp_path / "alone")]
+    subprocess.run([sys.executable, "-m", *alone], env=CPU, capture_output=True, check=True)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "run" / "log.jsonl").read_text().splitlines()]
+        for name in ("both", "alone")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 3
+    assert kvjax.load(tmp_path / "both").spec.gate is not None

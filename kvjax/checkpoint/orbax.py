@@ -54,6 +54,8 @@ def save(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapp
       about: what to note in `kvjax.json` beside the format. Read after the last part, so that what is learned while
         parts are made can still be noted.
 
+    Of several processes, which share the directory, all call this; Orbax has the first one write.
+
     Cost: host memory of the largest part and of its largest array, and at most `_TOGETHER + _IN_FLIGHT` bytes, whatever
       the model's size. Weights hardly compress, and compressing holds a second copy, so they are stored plain.
     """
@@ -63,19 +65,23 @@ def save(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapp
 
 def save_into(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapping[str, Any]) -> None:
     """Like `save`, but `dst` exists and holds other things. It is complete once `kvjax.json` is there."""
-    made = dst / ".model"
+    made, first = dst / ".model", jax.process_index() == 0
     for left in (made, dst / PARAMS):  # by a call that was killed
-        shutil.rmtree(left, ignore_errors=True)
+        if first:
+            shutil.rmtree(left, ignore_errors=True)
+    mesh.meet(f"{dst} is cleared")
     with _staged(made) as stage:
         _write(stage, src, parts, about)
-    for path in sorted(made.iterdir(), key=lambda path: path.name == ABOUT):
-        path.replace(dst / path.name)
-    made.rmdir()
+    if first:
+        for path in sorted(made.iterdir(), key=lambda path: path.name == ABOUT):
+            path.replace(dst / path.name)
+        made.rmdir()
 
 
 def _write(stage: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapping[str, Any]) -> None:
+    first = jax.process_index() == 0
     for name in COPIED:
-        if (src / name).is_file():
+        if first and (src / name).is_file():
             shutil.copyfile(src / name, stage / name)
     for name, arrays in _grouped(parts):
         with _context(max(_IN_FLIGHT, 1 + max(array.nbytes for array in arrays.values()))):
@@ -84,7 +90,8 @@ def _write(stage: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: 
             except ValueError as error:  # how tensorstore reports a full or failing disk
                 raise OSError(_reason(error)) from error
         del arrays  # before the next part is made
-    (stage / ABOUT).write_text(json.dumps({"format": FORMAT, **about}, indent=2) + "\n")
+    if first:
+        (stage / ABOUT).write_text(json.dumps({"format": FORMAT, **about}, indent=2) + "\n")
 
 
 def load(
@@ -184,16 +191,23 @@ def _staged(dst: Path) -> Iterator[Path]:
     """A directory beside `dst` that becomes `dst` when the block ends well. One conversion to a `dst` at a time."""
     if dst.exists() or dst.is_symlink():
         raise InputError(f"{dst}: exists already; remove it or choose another directory")
-    stage = dst.parent / f".{dst.name}.partial"
-    shutil.rmtree(stage, ignore_errors=True)  # left by a conversion that was killed
+    stage, first = dst.parent / f".{dst.name}.partial", jax.process_index() == 0
+    mesh.meet(f"{dst} is not there")
     try:
-        stage.mkdir(parents=True)
+        if first:
+            shutil.rmtree(stage, ignore_errors=True)  # left by a conversion that was killed
+            stage.mkdir(parents=True)
+        mesh.meet(f"{dst} is begun")
         yield stage
-        stage.rename(dst)
+        mesh.meet(f"{dst} is written")
+        if first:
+            stage.rename(dst)
+        mesh.meet(f"{dst} is done")
     except OSError as error:
         raise InputError(f"{dst}: cannot be written ({error})") from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if first:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def _reason(error: Exception) -> str:

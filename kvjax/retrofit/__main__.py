@@ -194,6 +194,8 @@ def main(argv: list[str] | None = None) -> None:
             bar.update(task, completed=progress.step, description=progress.stage, about=about, visible=True)
 
         complete = retrofit(chosen, args.out, show)
+    if jax.process_index():
+        return
     try:
         curves.save(args.out / RUN)
         if complete:

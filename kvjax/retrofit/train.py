@@ -230,7 +230,7 @@ def retrofit(options: Options, out: Path, show: Callable[[Progress, int], None] 
             over = done == schedule.steps or time.monotonic() - began >= 60 * options.minutes
             manager.save(done, args=ocp.args.StandardSave(tuple(state)), force=over)
     over = done == schedule.steps
-    if over and not orbax.is_orbax(out):
+    if over:
         _export(out, src, options, options.gate, step, state.params, stream, into=True)
     return over
 
@@ -372,6 +372,7 @@ def _export(
     into: bool = False,
 ) -> None:  # fmt: skip
     """Write a checkpoint that `generate` can use; `gate.rate` is the target."""
+    mesh.meet(f"before {dst}")  # so that all see the same
     if orbax.is_orbax(dst):
         return
     count = -(-MEASURED // options.together)
@@ -382,3 +383,4 @@ def _export(
     about = weights.about(src.name, {*options.ignore, *orbax.ignored(src)}, spec, options.dtype, merged)
     save = orbax.save_into if into else orbax.save
     save(dst, src, weights.parts(params, spec, options.dtype), about)
+    mesh.meet(f"after {dst}")
