@@ -256,7 +256,8 @@ def cached_positions(model: Model, generation: Generation, tier: int | None = No
 def check_recipe(model: Model, recipe: Recipe) -> None:
     """Raise `InputError` for a recipe that cannot keep this model's vectors, without allocating anything."""
     kernels.check(recipe.kernels)
-    jax.eval_shape(lambda: decode.init_cache(model.decoder, recipe, Lengths((1,), 1, 64)))
+    each = meshes.shape_of(model.decoder)[DATA]
+    jax.eval_shape(lambda: decode.init_cache(model.decoder, recipe, Lengths((1,) * each, 1, 64)))
 
 
 def check(spec: ModelSpec, ids: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> None:

@@ -165,12 +165,13 @@ def on(mesh: AnyMesh | None) -> Iterator[None]:
     """Run programs on a mesh, or trace them for an imagined one; None = as they are run already."""
     if mesh is None or jax.sharding.get_abstract_mesh() == mesh.abstract_mesh:
         yield
-    elif isinstance(mesh, AbstractMesh):
-        with jax.sharding.use_abstract_mesh(mesh):
-            yield
-    else:
-        with jax.set_mesh(mesh):
-            yield
+        return
+    try:
+        entered = jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
+    except ValueError:  # something is being traced
+        entered = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    with entered:
+        yield
 
 
 def meet(where: str) -> None:

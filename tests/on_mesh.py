@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
-from kvjax import decode, mesh, sampling
+from kvjax import decode, generation, mesh, sampling
 from kvjax.cache.policy import Recipe
 from kvjax.generation import Generation, Model
 from kvjax.models.decoder import Decoder
@@ -39,6 +39,16 @@ def models(of: str, gate: str, size: str) -> tuple[Decoder, Decoder]:
 def generate(model: Decoder, recipe: Recipe) -> Generation:
     prompts = [np.random.default_rng(n).integers(0, 97, n).tolist() for n in PROMPTS]
     return kvjax.generate(Model(model, None, (), "m"), prompts, recipe, max_new_tokens=NEW)
+
+
+def judge(decoder: Decoder, recipe: Recipe) -> list[float]:
+    """Log-probabilities of given continuations, and how far they are from the full cache's."""
+    model, rng = Model(decoder, None, (), "m"), np.random.default_rng(1)
+    prompts, after = ([rng.integers(0, 97, n).tolist() for n in lengths] for lengths in ((50, 31, 44), (5, 2, 4)))
+    generation.check_recipe(model, recipe)
+    judged, _ = kvjax.log_likelihood(model, prompts, after, recipe)
+    far, _ = kvjax.divergence(model, prompts, after, recipe, kvjax.references(model, prompts, after))
+    return np.concatenate([*(j.logprobs for j in judged), *far]).tolist()
 
 
 def collectives(model: Decoder, recipe: Recipe) -> dict[str, int]:
@@ -67,6 +77,9 @@ def main() -> None:
         recipe = matrix.recipe_of(method, BUDGET)
         if task == "count":
             print(json.dumps({"method": method, "collectives": collectives(many, recipe)}))
+            continue
+        if task == "judge":
+            print(json.dumps({"method": method, "one": judge(one, recipe), "many": judge(many, recipe)}))
             continue
         want, got = generate(one, recipe), generate(many, recipe)
         arrays = collections.Counter()

@@ -252,6 +252,23 @@ def test_a_stopped_run_goes_on(tmp_path: Path, texts: Path, capsys: pytest.Captu
     assert json.loads(capsys.readouterr().out)["method"] == "dmc"
 
 
+@pytest.mark.parametrize(
+    ("rate", "least", "most"),
+    [
+        (lambda offset: 6 - (offset - 5) / 2, 3.96, 4.04),  # closes steadily
+        (lambda offset: 6 if offset < 5.7 else 2, 2, 2),  # at once: not above what was asked for
+        (lambda offset: 3.0, 3, 3),  # too little is left alone
+        (lambda offset: 6.0, 6, 6),  # no offset helps
+    ],
+)
+def test_gates_are_closed_until_their_rate_is_the_target(rate, least: float, most: float) -> None:
+    merged = lambda offset: np.full((2, 2), 1 - 1 / rate(offset))
+    offset, found = train.calibrated(merged, dataclasses.replace(DMC, rate=4.0))
+    assert least - 1e-6 <= 1 / (1 - found.mean()) <= most + 1e-6
+    assert offset >= DMC.offset and 1 / (1 - merged(offset).mean()) == pytest.approx(1 / (1 - found.mean()))
+    assert (offset == DMC.offset) == (rate(DMC.offset) <= 4)
+
+
 def test_a_retrofitted_model_is_retrofitted_further() -> None:
     """It keeps its gates, and the target grows from its own rate."""
     options = lambda *flags: command.options(command.parser().parse_args(["--out", "o", "--data", "d", *TINY, *flags]))
