@@ -109,7 +109,7 @@ def init(
         length=jnp.zeros((layers, batch, heads), jnp.int32),
         budget=jnp.full((layers, batch, heads), row, jnp.int32),
         free=jnp.arange(size, dtype=jnp.int32),
-        num_free=jnp.full(1, size, jnp.int32),
+        num_free=jnp.asarray([size], jnp.int32),
         calib=calib,
     )
 
