@@ -218,6 +218,9 @@ def _step(model: Decoder, cache: decode.Cache, token: jax.Array, pos: jax.Array,
     return decode.decode_step(model, recipe, cache, token, pos, active)
 
 
+step.lower = _step.lower  # as of a compiled function
+
+
 def kept_positions(model: Decoder, cache: decode.Cache) -> list[list[list[list[int]]]]:
     """Positions `[B][L][K]` of the kept tokens, sorted; all tiers together."""
     layers = _positions(cache, spec=model.spec)
