@@ -153,9 +153,10 @@ class Target:
         """A jitted function, compiled for this device; or for all of them, where its arguments lie on a mesh."""
         from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-        if (imagined := _mesh_of(args)) is not None:
-            return self._compile_for_all(imagined, fn, args, static)
+        from kvjax import mesh as meshes
 
+        if (imagined := meshes.of(args)) is not None:
+            return self._compile_for_all(imagined, fn, args, static)
         device = AbstractDevice(self._device.device_kind, 1, "tpu" if self.platform == "tpu" else "gpu")
         mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
         with use_abstract_mesh(mesh):
@@ -172,11 +173,3 @@ class Target:
         with use_abstract_mesh(mesh.abstract_mesh):
             traced = fn.trace(*(jax.tree.map(place, arg) for arg in args), **static)
             return traced.lower(lowering_platforms=(self.platform,)).compile()
-
-
-def _mesh_of(args: Any) -> Any:
-    """The imagined mesh that arguments lie on; None = one device."""
-    import jax
-
-    found = (getattr(x.sharding, "mesh", None) for x in jax.tree.leaves(args))
-    return next((mesh for mesh in found if mesh is not None), None)

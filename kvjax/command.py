@@ -175,12 +175,11 @@ def check_writable(path: Path) -> None:
         raise InputError(f"cannot write {path}")
 
 
-def add_mesh_flags(parser: Any) -> None:
-    """Flags for more devices than one."""
+def add_mesh_flag(parser: Any) -> None:
+    """The flag for more devices than one."""
     parser.add_argument(
         "--mesh", metavar="data=2,model=4", help="split sequences over data, weights and heads over model devices"
     )
-    add_distributed_flag(parser)
 
 
 def add_distributed_flag(parser: Any) -> None:

@@ -66,7 +66,7 @@ def parser() -> command.Parser:
     p.add_argument("--batch", type=int, metavar="N", help=f"prompts at once (default: {BATCH_TOKENS} tokens)")
     p.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
-    p.add_argument("--mesh", metavar="data=2,model=4", help="devices for sequences, and for weights and heads")
+    command.add_mesh_flag(p)
     p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
     p.add_argument("--list-tasks", action="store_true", help="show all tasks and their arguments")
     return p

@@ -86,7 +86,11 @@ class Generation(NamedTuple):
     cache: Cache
     recipe: Recipe
     forced: int = 0  # slots that a learned gate asked for in vain, over all rows; 0 for other methods
-    device_bytes: int = 0  # allocated for the cache on each device
+
+    @property
+    def device_bytes(self) -> int:
+        """Allocated for the cache on each device."""
+        return self.bytes.total // meshes.count(self.cache)
 
 
 def load(
@@ -194,7 +198,6 @@ def generate(
         cache=cache,
         recipe=recipe,
         forced=learned.forced(cache),
-        device_bytes=cache_bytes(cache).total // meshes.count(cache),
     )
 
 

@@ -121,7 +121,7 @@ def placed(mesh: AnyMesh | None, kind: Kind, tree: PyTree) -> PyTree:
     return jax.tree.map(put, tree, each)
 
 
-def size_of(mesh: Mesh) -> Size:
+def size_of(mesh: AnyMesh) -> Size:
     """What `make` was asked for."""
     return Size(mesh.shape[DATA], mesh.shape[HEADS] * mesh.shape[COPIES])
 
@@ -202,13 +202,13 @@ def read(x: Any) -> np.ndarray:
 
 def weight(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """Where a parameter of a decoder lies, given its dotted path."""
-    return NamedSharding(mesh, _weight(path, shape, mesh.shape[HEADS] * mesh.shape[COPIES]))
+    return NamedSharding(mesh, _weight(path, shape, size_of(mesh).model))
 
 
 def weight_spec(path: str, shape: Sequence[int]) -> P:
     """How a parameter of a decoder is split over the mesh that is in force."""
     mesh = in_force()
-    return EVERYWHERE if mesh is None else _weight(path, shape, mesh.shape[HEADS] * mesh.shape[COPIES])
+    return EVERYWHERE if mesh is None else _weight(path, shape, size_of(mesh).model)
 
 
 def place_weight(mesh: Mesh | None, path: str, x: np.ndarray) -> jax.Array:
@@ -239,9 +239,9 @@ def cache(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda tier: own, tree, is_leaf=lambda x: isinstance(x, Tier))
 
 
-def share(spec: ModelSpec) -> ModelSpec:
-    """What one device has of a model; the model itself outside of a program."""
-    heads = collectives.count(HEADS)
+def share(spec: ModelSpec, heads: int | None = None) -> ModelSpec:
+    """What one device has of a model whose heads are split over so many; None = over those of this program, if any."""
+    heads = collectives.count(HEADS) if heads is None else heads
     return dataclasses.replace(spec, num_heads=spec.num_heads // heads, num_kv_heads=spec.num_kv_heads // heads)
 
 

@@ -313,6 +313,18 @@ def test_the_cache_is_there_once_while_decoding(model):
     assert max(alive) == 2 * shape_bytes  # keys and values
 
 
+@pytest.mark.parametrize("chunk", [16, 100, 4096])
+def test_a_prompt_is_the_same_in_parts(model, chunk):
+    """Whatever the feed-forward network reads at once, and whether that divides the tokens."""
+    prompts, recipe = [list(range(90)), list(range(2, 60))], kvjax.methods.h2o(24)
+    whole = kvjax.generate(model, prompts, recipe, max_new_tokens=4, prefill_chunk=2**20)
+    parts = kvjax.generate(model, prompts, recipe, max_new_tokens=4, prefill_chunk=chunk)
+    np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-4)
+    assert [s.tokens for s in parts.sequences] == [s.tokens for s in whole.sequences]
+    with pytest.raises(InputError, match="prefill-chunk 0"):
+        kvjax.generate(model, prompts, recipe, max_new_tokens=4, prefill_chunk=0)
+
+
 def test_equal_arguments_give_the_same_recipe():
     h2o = kvjax.methods.h2o
     assert h2o() is h2o("20%") is h2o(budget="20%", recent=0.5)

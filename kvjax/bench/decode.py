@@ -116,7 +116,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
         default="real",
         help="what fills the cache: the model, or a narrow one of the same cache, in a fraction of the time",
     )
-    p.add_argument("--mesh", metavar="data=2,model=4", help="devices for sequences, and for weights and heads")
+    command.add_mesh_flag(p)
     p.add_argument("--impose-cr", type=float, metavar="CR", help="tokens per slot of dmc and dms on random weights")
     p.add_argument("--against", default="", metavar="A,B", help=f"compare with: {', '.join(AGAINST)}")
     p.add_argument("--transformers", action="store_true", help="short for --against transformers")

@@ -186,7 +186,7 @@ def fit(tiers: Tiers, length: Int[Array, " B"], *, capacity: Capacity) -> tuple[
     tier, *rest = tiers
     layers, batch, heads = tier.length.shape
     devices = mesh.shape_of(tier)[HEADS]
-    own, tokens = heads // devices, np.asarray(length, np.int64)[:, None]
+    own, tokens = heads // devices, mesh.read(length).astype(np.int64)[:, None]
     rows = layers * own
     used = np.sum([mesh.read(each.length).astype(np.int64) for each in tiers], axis=0)
     used = used.reshape(layers, batch, devices, own).sum(axis=(0, 3))

@@ -186,14 +186,15 @@ def retain(
 
     def fit(tiers: Tiers, length: Int[Array, " B"]) -> tuple[Tiers, tuple[int, ...]]:
         """Pools for the device whose heads were given most."""
-        sizes = [tier.free.shape[0] // tier.num_free.shape[0] for tier in tiers]
+        if "new" not in tiers[0].calib:  # one device has the heads, and their slots add up
+            return tiers, tuple(tier.free.shape[0] for tier in tiers)
+        new, sizes = mesh.read(tiers[0].calib["new"]), []
         for i, tier in enumerate(tiers):
-            if "new" in tiers[0].calib:
-                longest = mesh.read(tier.length) + mesh.read(tiers[0].calib["new"])
-                if i == 0 and evict != "never" and budget.grow is None:
-                    longest = np.minimum(longest, mesh.read(tier.budget) + spare)
-                slots = mesh.fullest(tier, -(-longest // tier.page)) * tier.page
-                sizes[i] = pages.ladder(slots, *budget.ladder) // tier.page
+            longest = mesh.read(tier.length) + new
+            if i == 0 and evict != "never" and budget.grow is None:
+                longest = np.minimum(longest, mesh.read(tier.budget) + spare)
+            slots = mesh.fullest(tier, -(-longest // tier.page)) * tier.page
+            sizes.append(pages.ladder(slots, *budget.ladder) // tier.page)
         return tiers, tuple(sizes)
 
     def insert(tiers: Tiers, token: Token) -> Tiers:

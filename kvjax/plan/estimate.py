@@ -176,8 +176,8 @@ def prefill_temporaries(setting: Setting, platform: Platform) -> int:
         return stream + int(5.4 * n * itemsize * (queries + keys))
     block = divisor(setting.lengths.padded, BLOCK)
     blocks = setting.batch * spec.num_heads * block * (4 + itemsize) * (block + spec.head_dim)
-    own = 2 * keys if spec.group_size == 1 else 0
-    attention = n * (itemsize * (2 * queries + 2 * keys + own // 2) + 4 * spec.num_heads) + blocks
+    copied = keys if spec.group_size == 1 else 0
+    attention = n * (itemsize * (2 * queries + 2 * keys + copied) + 4 * spec.num_heads) + blocks
     fed = n * itemsize * (queries + (3 if split else 2) * width)
     fed += itemsize * divisor(n, decode.CHUNK) * 2 * spec.mlp_dim
     return stream + max(attention, fed)

@@ -49,12 +49,8 @@ class Setting(NamedTuple):
         """What one device has, as if it were alone: fewer sequences, heads and hidden numbers."""
         if self.mesh is None:
             return self
-        shape, spec = self.mesh.shape, self.spec
-        heads, model = shape[HEADS], self.devices.model
-        own = replace(
-            spec, num_heads=spec.num_heads // heads, num_kv_heads=spec.num_kv_heads // heads,
-            mlp_dim=spec.mlp_dim // model,
-        )  # fmt: skip
+        own = mesh.share(self.spec, self.mesh.shape[HEADS])
+        own = replace(own, mlp_dim=own.mlp_dim // self.devices.model)
         return self._replace(spec=own, batch=self.batch // self.devices.data, devices=Size())
 
     @property
@@ -115,8 +111,7 @@ def parser() -> command.Parser:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Flags that can be followed."""
     args = command.parse(parser(), argv)
-    size = Size() if args.mesh is None else mesh.parse(args.mesh)
-    if args.batch % size.data:
+    if args.batch % devices(args).data:
         raise InputError(f"--batch {args.batch} cannot be split over the devices of --mesh {args.mesh}")
     for name, known in {"model": NAMED, "chip": CHIPS}.items():
         if getattr(args, name) is None:
@@ -130,6 +125,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.estimate and args.exact:
         raise InputError("--estimate compiles nothing: leave --exact out")
     return args
+
+
+def devices(args: argparse.Namespace) -> Size:
+    """The mesh that the flags ask for."""
+    return Size() if args.mesh is None else mesh.parse(args.mesh)
 
 
 def find_model(name: str, ignore: Collection[str] = ()) -> tuple[ModelSpec, str]:
@@ -170,8 +170,7 @@ def setting(args: argparse.Namespace, spec: ModelSpec, chip: Chip, method: str) 
     if recipe.kernels is None:
         recipe = recipe._replace(kernels=chip.platform)
     longer = replace(spec, max_position=2 * LARGEST)  # bytes do not depend on what a model is made for
-    size = Size() if args.mesh is None else mesh.parse(args.mesh)
-    return Setting(longer, args.dtype, recipe, args.context, args.new_tokens, args.batch, size)
+    return Setting(longer, args.dtype, recipe, args.context, args.new_tokens, args.batch, devices(args))
 
 
 def method_of(args: argparse.Namespace, spec: ModelSpec) -> str:

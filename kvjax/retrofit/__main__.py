@@ -77,7 +77,9 @@ def parser() -> command.Parser:
     train.add_argument(
         "--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field"
     )
-    command.add_mesh_flags(p.add_argument_group("devices"))
+    devices = p.add_argument_group("devices")
+    command.add_mesh_flag(devices)
+    command.add_distributed_flag(devices)
     files = p.add_argument_group("files")
     files.add_argument("--export", type=float, nargs="+", action="extend", metavar="CR", help="also write DST/rateCR")
     files.add_argument("--save-every", type=int, default=100, help="steps (default: 100)")
