@@ -214,7 +214,7 @@ def test_counts_stay_exact_beyond_the_square_root_of_32_bits():
 
 def test_shares_of_a_million_tokens_add_up():
     budget = from_variance(20000, least=5)
-    infos = [jax.numpy.asarray([x], jax.numpy.float32) for x in np.linspace(0, 1, 8)]
+    infos = [jax.numpy.asarray([[x]], jax.numpy.float32) for x in np.linspace(0, 1, 8)]
     held = jax.numpy.full((8, 1, 1), budgets.LARGEST)
     rows = budget.allocate(infos, jax.numpy.asarray(8), jax.numpy.asarray([1 << 20]), held)
     assert int(rows.sum()) == 8 * 20000 and len(set(np.asarray(rows).ravel().tolist())) == 8
