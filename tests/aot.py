@@ -1,6 +1,7 @@
 """Compile kernels and decode loops for accelerators that are not there, and print what they take: a JSON line each.
 
-    python -m tests.aot v5e:2x2                 # every kernel
+    python -m tests.aot v5e                     # every kernel in every store
+    python -m tests.aot v5e shapes              # other models, contexts and options
     python -m tests.aot sm_90 loop              # every method's decode loop, with kernels
 
 A process of its own for each target, because the plug-ins change what JAX sees. Needs `pip install '.[aot]'`.
@@ -15,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +50,6 @@ def resources(text: str, gpu: Gpu) -> dict[str, int]:
 # What is compiled
 
 MODELS = {"Llama-3-8B": (8, 4, 128), "Llama-2-7B": (32, 1, 128), "Qwen2-7B": (4, 7, 128)}  # K, G, H
-THOROUGH = ("v5e", "sm_90")  # targets that are tried at all shapes
 STORES = ("dense", "int8", "int4", "int3", "int2", "int4:32", "fp8", "kivi2")
 # Parts that are read in one launch, and their shares of a context; 0 = one slot.
 TIERS = {"mikv": {"dense": 0.2, "int2": 0.8}, "dmc+store=int4": {"int4": 1.0, "dense": 0.0}}
@@ -67,7 +67,7 @@ class Case(NamedTuple):
 
 
 def cases(target: str) -> Iterator[Case]:
-    """Every kernel at the shapes of real models."""
+    """Every kernel and store at the shapes of a real model."""
     refused = {"fp8": ("v4", "sm_80"), "kivi2": TPUS}  # no such format; read by XLA
     for store in (*STORES, *TIERS):
         if target not in refused.get(store, ()):
@@ -84,8 +84,10 @@ def cases(target: str) -> Iterator[Case]:
     # Latents of all heads together, of each head, and keys that are only rotated.
     for latent in ((8, 512, 640), (1, 64, 96), (1, 128, 128)) if target in ("v5e", *GPUS) else ():
         yield Case("decode_attention", "Llama-3-8B", "dense", 32768, 16, {"latent": latent})
-    if target not in THOROUGH:
-        return
+
+
+def shapes(target: str) -> Iterator[Case]:
+    """Other models, contexts and options."""
     for latent in ((1, 64, 96), (8, 512, 640))[: 1 + (target in TPUS)]:  # GPUs read joint latents of few bits by XLA
         yield Case("decode_attention", "Llama-3-8B", "int4", 32768, 16, {"latent": latent})
     for model in MODELS:
@@ -244,13 +246,11 @@ KERNELS = {
 }
 
 
-def compile_kernels(target: Target, some: list[str]) -> None:
-    """Print a line for every case, or for those of some stores or options."""
+def compile_kernels(target: Target, some: Iterable[Case]) -> None:
+    """Print a line for every case."""
     import jax
 
-    for case in cases(target.name):
-        if some and not {case.store, *case.options} & set(some):
-            continue
+    for case in some:
         fn, args = KERNELS[case.kernel](target, case)
         memory = target.compile(jax.jit(fn), *args).memory_analysis()
         line: dict[str, Any] = {**case._asdict(), "arguments": memory.argument_size_in_bytes}
@@ -303,4 +303,4 @@ if __name__ == "__main__":
     if sys.argv[2:3] == ["loop"]:
         compile_loops(chosen, sys.argv[3:])
     else:
-        compile_kernels(chosen, sys.argv[2:])
+        compile_kernels(chosen, (shapes if sys.argv[2:] == ["shapes"] else cases)(chosen.name))

@@ -65,9 +65,7 @@ GATED = ("full", "h2o")  # methods that are tried on a model with a gate that th
 WITH_BUDGET = [name for name in VARIANTS if "budget" in inspect.signature(METHODS[name.split()[0]]).parameters]
 EVICTING = [name for name in WITH_BUDGET if name.split()[0] not in ("mikv", "oracle")]  # what is not kept is gone
 _METHODS = [*METHODS, "full kivi2", "h2o int4", "mikv dynamickv"]
-every_method = pytest.mark.parametrize("method", _METHODS)
-every_method_and_a_full_cache = pytest.mark.parametrize("method", [*_METHODS, "dmc int4"])  # which refuses slots
-DISTINCT = ("full", "h2o", "snapkv", "dynamickv", "d2o", "mikv")  # methods that differ in more than a score
+DISTINCT = ("full", "h2o", "d2o", "mikv")  # methods that differ in more than a score or a budget
 
 
 def _is_slow(model: str, name: str) -> bool:
@@ -76,12 +74,24 @@ def _is_slow(model: str, name: str) -> bool:
         return name != "full"
     if model == "gated" and name == "h2o":
         return True  # as the full cache shows, and the likelihood
-    return model not in ("gqa", model_of(name)) and name in METHODS and name not in DISTINCT
+    if model == "latent" and name not in ("h2o int4", "d2o"):
+        return True
+    return model not in ("gqa", "latent", model_of(name)) and name not in DISTINCT
 
 
-def slow(names: Iterable[str], some: Container[str]) -> list[Any]:
+def slow(names: Iterable[Any], some: Container[Any]) -> list[Any]:
     """Parameters of which some are left to the slow tests."""
     return [pytest.param(name, marks=[pytest.mark.slow] if name in some else []) for name in names]
+
+
+def quick(names: Iterable[Any], some: Container[Any]) -> list[Any]:
+    """Parameters of which all but some are left to the slow tests."""
+    return [pytest.param(name, marks=[] if name in some else [pytest.mark.slow]) for name in names]
+
+
+# Whole generations are tried with all; by default with those that differ in more than a score.
+every_method = pytest.mark.parametrize("method", quick(_METHODS, ("full", "streaming_llm", "dynamickv", "mikv", "dms")))
+every_method_and_a_full_cache = pytest.mark.parametrize("method", [*_METHODS, "dmc int4"])  # which refuses slots
 
 
 def model_of(method: str) -> str:
@@ -103,7 +113,7 @@ CASES = [
     for model in MODELS
     if _fits(model, name)
 ]
-every_case = pytest.mark.parametrize(("model", "method"), CASES)
+every_case = pytest.mark.parametrize(("model", "method"), CASES, scope="module")
 every_model = pytest.mark.parametrize("model", MODELS)
 
 

@@ -22,7 +22,20 @@ def test_every_kernel_compiles_without_copies_and_spills(target):
     installed(target)
     found = ahead.run(target, "tests.aot", dump=True)
     assert len(found) == len(list(aot.cases(target)))
-    for line in found:
+    neither_copies_nor_spills(target, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5e", "sm_90"])
+def test_every_shape_compiles_without_copies_and_spills(target):
+    installed(target)
+    found = ahead.run(target, "tests.aot", "shapes", dump=True)
+    assert len(found) == len(list(aot.shapes(target)))
+    neither_copies_nor_spills(target, found)
+
+
+def neither_copies_nor_spills(target, lines):
+    for line in lines:
         # The partial results of a GPU's splits, or logits; never a copy of a pool.
         least, share = aot.allowance(line)
         assert line["temp"] < max(least, share * line["arguments"]), line

@@ -140,10 +140,11 @@ def compare(name: str, define, model_name: str, lengths, budget, arguments: dict
             assert_same(logits, cache, b, next(moments[b]), f"prompt of {len(prompt)} tokens, step {step}")
 
 
-def named(*cases: tuple) -> list:
-    """Cases with readable names."""
+def named(*cases: tuple, quick: tuple[int, ...]) -> list:
+    """Cases with readable names, all but those at some places left to the slow tests."""
     name = lambda c: "-".join([*map(str, c[:3]), *(f"{k}={v}" for k, v in c[3].items())])
-    return [pytest.param(*case, id=name(case).replace(" ", "")) for case in cases]
+    marks = [[] if i in quick else [pytest.mark.slow] for i in range(len(cases))]
+    return [pytest.param(*c, id=name(c).replace(" ", ""), marks=m) for c, m in zip(cases, marks, strict=True)]
 
 
 DYNAMICKV = named(  # model, budget, tokens read after the prompt, arguments
@@ -161,6 +162,7 @@ DYNAMICKV = named(  # model, budget, tokens read after the prompt, arguments
     ("gqa", 20, 0, dict(ada=True, floor=1.0)),  # uniform
     ("gqa", 20, 0, dict(window=5, kernel=3)),
     ("gqa", 4, 0, {}),  # smaller than the window
+    quick=(0, 2, 4, 6, 8, 10, 12),
 )  # fmt: skip
 
 
@@ -176,6 +178,7 @@ ADAKV = named(
     ("gqa", "40%", 0, {}),  # of 60 tokens: less than the window
     ("gqa", 20, 0, dict(window=8, floor=1.0, pooling="avg", kernel=3)),  # SnapKV
     ("mha", "50%", 0, dict(window=4, floor=0.125)),
+    quick=(0, 3, 4),
 )  # fmt: skip
 
 
@@ -203,6 +206,7 @@ D2O = named(
     ("gqa", 6, STEPS, dict(important=0.9, beta=0.05)),  # the least that a layer keeps binds
     ("gqa", "90%", STEPS, dict(merge="scatter_mean")),  # a layer keeps everything
     ("deep", "70%", STEPS, dict(full_layers="0,1,-1")),
+    quick=(0, 4, 6),
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from kvjax.generate import main
 from kvjax.generation import Model
 from kvjax.sampling import Sampling
 from tests import golden
+from tests.matrix import quick
 
 PROG = "kvjax.generate"
 
@@ -52,7 +53,10 @@ def ids(tokens) -> str:
     return ",".join(str(int(i)) for i in tokens)
 
 
-@pytest.mark.parametrize("name", golden.NAMES)
+SOME = ("falcon_7b", "gemma2", "llama3_scaling", "phi3_longrope", "qwen2_window", "qwen3")
+
+
+@pytest.mark.parametrize("name", quick(golden.NAMES, SOME))
 def test_greedy_tokens_and_logits_are_those_of_transformers(name, tmp_path, capsys):
     want = golden.load(name)
     checkpoint = golden.write_checkpoint(name, tmp_path / "hf")

@@ -174,7 +174,7 @@ def test_a_sequence_ignores_padding_and_may_be_alone(method):
 
 
 @every_method_and_a_full_cache
-@pytest.mark.parametrize("model", ["gqa", "gqa-bf16"])
+@pytest.mark.parametrize("model", ["gqa", pytest.param("gqa-bf16", marks=pytest.mark.slow)])
 def test_a_finished_sequence_leaves_its_cache_alone(model, method):
     if model_of(method) != "gqa":
         if model != "gqa":

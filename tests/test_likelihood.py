@@ -29,7 +29,7 @@ LONGEST = 5
 _slow = lambda model, method: (
     model in ("mqa", "windowed", "demo", "gated-dms")
     or (model, method) == ("gated", "h2o")
-    or method in ("pyramidkv", "adakv", "tova", "oracle")
+    or method in ("pyramidkv", "adakv", "tova", "oracle", "streaming_llm", "snapkv", "d2o")
 )
 CASES = [
     pytest.param(model, method, marks=[pytest.mark.slow] if _slow(model, method) else [])

@@ -33,7 +33,7 @@ from kvjax.models.hf_config import read_config
 from kvjax.spec import LatentSpec, Lengths, ModelSpec
 from kvjax.tokenizer import Tokenizer
 from tests import oracle
-from tests.matrix import ARGUMENTS, BATCH, assert_close, teacher, tiers_of
+from tests.matrix import ARGUMENTS, BATCH, assert_close, quick, teacher, tiers_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -219,7 +219,7 @@ def sequences_of(text: str, length: int) -> list[list[int]]:
 # --- the models ---
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "mha"])
+@pytest.mark.parametrize("name", quick(["llama", "qwen2", "mistral", "mha"], ("qwen2",)))
 def test_full_rank_is_the_model_itself(name, converted):
     """Biases, norms, windows and rotation survive: logits of prompts and of 64 decoded tokens."""
     source, whole = converted(name), converted(name, "--lorc", "keep=100%")
@@ -547,7 +547,15 @@ def test_a_text_needs_a_tokenizer_that_fits(converted, tmp_path, capsys):
 
 HALF = ("--lorc", "keep=50%,rule=uniform")
 SELECTING = [name for name in METHODS if name not in ("full", "oracle", *methods.LEARNED)]
-SLOW = ("full", "h2o", "pyramidkv", "adakv")  # as `test_latent`, the laws, snapkv and dynamickv show
+SLOW = (
+    "full",
+    "h2o",
+    "pyramidkv",
+    "adakv",
+    "streaming_llm",
+    "tova",
+    "snapkv",
+)  # as `test_latent`, the laws, snapkv and dynamickv show
 CASES = [
     pytest.param(name, store, marks=[] if store == "int4" and name not in SLOW else [pytest.mark.slow])
     for name in ("full", *SELECTING)
@@ -577,7 +585,9 @@ def test_methods_and_stores_on_a_converted_model(name, store, converted):
     assert found.payload + found.scales < dense.payload and found.total < dense.total
 
 
-@pytest.mark.parametrize("name", [name for name in SELECTING if name not in ("d2o", "mikv", "pyramidkv")])
+@pytest.mark.parametrize(
+    "name", quick([x for x in SELECTING if x not in ("d2o", "mikv", "pyramidkv")], ("h2o", "adakv"))
+)
 def test_a_budget_larger_than_the_text_is_the_full_cache(name, converted):
     """Heads share a latent. `test_latent` shows it of D2O and MiKV, and PyramidKV is SnapKV then."""
     narrow = converted("llama", *HALF)

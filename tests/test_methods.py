@@ -215,7 +215,7 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("define", "group", "layers", "budget", "arguments"),
-    CASES,
+    [pytest.param(*c, marks=[] if c[1] == "gqa" or c[0] is h2o else [pytest.mark.slow]) for c in CASES],
     ids=[f"{c[0].__name__}-{c[1]}-{c[2]}-{c[3]}-{'-'.join(map(str, c[4].values()))}" for c in CASES],
 )
 def test_method_follows_its_paper(define, group, layers, budget, arguments):

@@ -26,11 +26,12 @@ from kvjax.retrofit.schedule import Schedule
 from kvjax.spec import Gate, GateSpec, RopeSpec
 from pallas_kernels import segment_merge
 from tests.killing import CPU, kill
-from tests.matrix import CAPPED
+from tests.matrix import CAPPED, slow
 from tests.oracle import random_model
 
 DMC = GateSpec("dmc", rate=2.0, window=5)
 DMS = GateSpec("dms", rate=2.0, window=5, scale=100.0)
+GATES = (DMC, dataclasses.replace(DMC, window=0), DMS)
 TINY = ["--cr", "2", "--fade-steps", "4", "--ramp-steps", "6", "--final-steps", "4", "--learning-rate", "1e-3"]
 TINY += ["--length", "32", "--batch", "2", "--micro-batch", "1", "--log-every", "2", "--save-every", "2"]
 
@@ -70,7 +71,7 @@ def test_pooling_is_that_of_loops(window: int) -> None:
         np.testing.assert_allclose(got[b, t, k], top / bottom, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("gate", [DMC, dataclasses.replace(DMC, window=0), DMS], ids=["dmc", "unlimited", "dms"])
+@pytest.mark.parametrize("gate", slow(GATES, GATES[1:2]), ids=["dmc", "unlimited", "dms"])
 def test_gradients_are_those_of_finite_differences(gate: GateSpec) -> None:
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
@@ -117,7 +118,7 @@ def test_noise_and_the_straight_gradient() -> None:
     np.testing.assert_allclose(jnp.exp(stays), 1 - alpha, atol=1e-6)
 
 
-@pytest.mark.parametrize("gate", [DMC, dataclasses.replace(DMC, window=0), DMS], ids=["dmc", "unlimited", "dms"])
+@pytest.mark.parametrize("gate", slow(GATES, GATES[1:2]), ids=["dmc", "unlimited", "dms"])
 def test_hard_decisions_are_those_of_the_cache(gate: GateSpec) -> None:
     """The training form with hard gates and the prefill of a prompt give the same logits."""
     open_ = dataclasses.replace(gate, offset=0.3 if gate.objective == "dmc" else 3.0)
@@ -144,7 +145,7 @@ def test_a_faded_model_is_one_with_closed_gates() -> None:
     np.testing.assert_allclose(plain.logits(fade(plain, jnp.float32(1))), logits(plain), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", slow([False, True], (False,)))
 def test_the_loss_of_many_tokens_is_that_of_few_at_a_time(monkeypatch: pytest.MonkeyPatch, remat: bool) -> None:
     model, base = random_model(5, gate=DMC), random_model(6)
     batch, relax = packed(np.random.default_rng(5), 2, 40), Relax(jax.random.key(1))

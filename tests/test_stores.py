@@ -16,6 +16,7 @@ from tests.matrix import ARGUMENTS, BATCH, BUDGET, STEPS, assert_close, decoder,
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 COMPOSED = ("h2o", "snapkv", "dynamickv", "adakv", "d2o")
+QUICK = [("h2o", "int2"), ("snapkv", "int4"), ("adakv", "int8"), ("d2o", "int4")]
 
 
 def contents(tier: tiers_.Tier, layer: int) -> tiers_.Slots:
@@ -32,8 +33,14 @@ def by_position(held: tiers_.Slots, codes) -> list[dict[int, list[np.ndarray]]]:
     return [{int(p): [x[i, slot] for x in leaves] for slot, p in enumerate(row) if p >= 0} for i, row in rows]
 
 
-@pytest.mark.parametrize("store", ["int8", "int4", "int2"])
-@pytest.mark.parametrize("method", COMPOSED)
+PAIRS = [
+    pytest.param(method, store, marks=[] if (method, store) in QUICK else [pytest.mark.slow])
+    for method in COMPOSED
+    for store in ("int8", "int4", "int2")
+]
+
+
+@pytest.mark.parametrize(("method", "store"), PAIRS)
 def test_every_choice_of_tokens_composes_with_every_store(method, store):
     """At first the dense run's tokens, encoded; later the same codes, wherever they moved."""
     model, arguments = decoder("gqa"), ARGUMENTS.get(method, {})

@@ -59,6 +59,7 @@ VERBS: tuple[str, ...] = tuple(
 )
 
 
+@functools.cache
 def nouns() -> tuple[str, ...]:
     """The words of the demo model's keys."""
     return tuple(key.removesuffix(":") for key in vocabulary.keys())
