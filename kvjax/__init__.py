@@ -1,11 +1,13 @@
 """kvjax: Llama-family inference in JAX with a compressed, paged key/value cache."""
 
 from kvjax import methods
-from kvjax.decode import decode_step, init_cache, padded_length, prefill
+from kvjax.decode import decode_step
 from kvjax.errors import InputError
 from kvjax.generation import Generation, Model, generate, load
+from kvjax.layout import init_cache
 from kvjax.likelihood import divergence, log_likelihood, references
 from kvjax.methods import METHODS
+from kvjax.prefilling import padded_length, prefill
 from kvjax.sampling import Sampling
 from kvjax.spec import Lengths, ModelSpec
 

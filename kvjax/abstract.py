@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from kvjax import decode, demo, generation
+from kvjax import demo, generation, layout, prefilling
 from kvjax.arguments import read_argument
 from kvjax.cache.policy import AMOUNTS, Recipe
 from kvjax.cache.tier import Bytes
@@ -52,7 +52,7 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
         raise InputError(
             f"prompt ({context} tokens) and max-new-tokens ({new}) pass the context limit ({spec.max_position})"
         )
-    decode.check_turn(spec, recipe, context, context + new - 1)
+    prefilling.check_turn(spec, recipe, context, context + new - 1)
     return Plan(
         budget=None
         if budget is None or recipe.policy.revise is not None
@@ -60,8 +60,8 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
         decided=_decided(recipe),
         stores=[store.name for store in recipe.stores],
         fold=_fold(spec),
-        rotate=f"when {'read' if decode.rotates_at_read(spec, recipe) else 'written'}",
-        bytes=_bytes(model, recipe, Lengths((context,) * batch, new, decode.padded_length(context))),
+        rotate=f"when {'read' if layout.rotates_at_read(spec, recipe) else 'written'}",
+        bytes=_bytes(model, recipe, Lengths((context,) * batch, new, prefilling.padded_length(context))),
         full_bytes=generation.full_bytes(model, [context + new] * batch),
     )
 
@@ -130,11 +130,11 @@ class CacheSize(NamedTuple):
 
 
 def cache_size(model: Model, recipe: Recipe, lengths: Lengths) -> CacheSize:
-    """The cache that `decode.init_cache` would allocate."""
+    """The cache that `layout.init_cache` would allocate."""
     counted: list[CacheSize] = []
 
     def count() -> None:
-        cache = decode.init_cache(model.decoder, recipe, lengths)
+        cache = layout.init_cache(model.decoder, recipe, lengths)
         with jax.ensure_compile_time_eval():  # counting reads the filled slots: none, so far
             empty = [tuple(t._replace(length=jnp.zeros(t.length.shape, jnp.int32)) for t in tiers) for tiers in cache]
         slots = sum(tier.free.shape[0] * tier.page for tiers in cache for tier in tiers)

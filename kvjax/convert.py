@@ -32,14 +32,15 @@ def main(argv: list[str] | None = None) -> None:
     add_lorc_flags(parser)
     command.add_distributed_flag(parser)
     args = parser.parse_args(argv)
-    try:
-        options = lorc_options(args)
-        if options is None:
-            jax.config.update("jax_platforms", "cpu")  # an accelerator is of no use here
-        command.begin(args)
-        convert(args.src, args.dst, args.dtype, args.ignore_config, options)
-    except InputError as error:
-        command.fail(parser.prog, str(error))
+    command.run(parser.prog, lambda: _convert(args))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    options = lorc_options(args)
+    if options is None:
+        jax.config.update("jax_platforms", "cpu")  # an accelerator is of no use here
+    command.begin(args)
+    convert(args.src, args.dst, args.dtype, args.ignore_config, options)
 
 
 def add_lorc_flags(parser: argparse.ArgumentParser) -> None:

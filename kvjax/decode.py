@@ -1,308 +1,31 @@
-"""Prefill, one decode step, the decode loop: the library's compiled programs, and what they use up.
+"""One decode step, given tokens, the decode loop: the compiled programs that read a cache, and use it up.
 
 They are written for one device and run on as many as the weights lie on; see `kvjax.mesh`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from kvjax import attention, mesh, sampling
-from kvjax.cache import pages
 from kvjax.cache import tier as tiers_
-from kvjax.cache.budget import LARGEST
-from kvjax.cache.policy import Found, Layers, Recipe, Tiers
-from kvjax.cache.tier import Tier
-from kvjax.collectives import DATA, add, gather, own
+from kvjax.cache.policy import Recipe, Tiers
+from kvjax.collectives import DATA, add, gather
 from kvjax.errors import InputError
-from kvjax.mesh import EVERYWHERE, LAYERS, ROWS, SEQUENCES, STEPS
+from kvjax.layout import Cache, layer_groups, locate, rotates_at_read
+from kvjax.mesh import EVERYWHERE, SEQUENCES, STEPS
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer
-from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, PyTree, RopeSpec, Token
+from kvjax.spec import ModelSpec, PyTree, RopeSpec, Token
 from pallas_kernels.rotation import Rotation
 
-CHUNK = 8192  # tokens that the feed-forward network reads at once
-Cache = tuple[Tiers, ...]  # one per group of layers with equal cached widths
 Measure = Callable[[Decoder, Float[Array, "B D"], PyTree], PyTree]
-
-
-@functools.lru_cache(maxsize=256)
-def layer_groups(spec: ModelSpec) -> tuple[Layers, ...]:
-    """Layers by the widths of their cached vectors; each group has a page pool of its own."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for layer in range(spec.num_layers):
-        groups.setdefault(spec.widths(layer), []).append(layer)
-    return tuple(Layers(tuple(index), widths) for widths, index in groups.items())
-
-
-def _place(groups: Sequence[Layers], layer: int) -> tuple[int, int]:
-    """Group of a layer, and its index there."""
-    return next((g, group.index.index(layer)) for g, group in enumerate(groups) if layer in group.index)
-
-
-def init_cache(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
-    """Allocate an empty cache for a batch of prompts.
-
-    Args:
-      model: the decoder.
-      recipe: the method.
-      lengths: tokens of each prompt, and how many may be generated.
-    """
-    if rotates_at_read(model.spec, recipe) and any(store.balanced for store in recipe.stores):
-        raise InputError(
-            f"{recipe.name}: balanced keys are undone in the query, so they must be rotated when they are written"
-            + (", which latents are not: set balance=false" if model.spec.latent else "")
-        )
-    if recipe.policy.revise is not None and model.spec.latent is not None:
-        raise InputError(f"{recipe.name}: low-rank keys cannot be merged or evicted by a gate of each head")
-    if len(layer_groups(model.spec)) > 1 and recipe.budget is not None and recipe.budget.whole:
-        raise InputError(f"{recipe.name}: full layers need others of equal ranks: convert with rule=uniform")
-    devices, init = mesh.of(model), functools.partial(_init, model.spec, recipe)
-    if devices is None:
-        return init(lengths, model.dtype)
-    lengths = lengths._replace(parts=devices.shape[DATA])
-    if len(lengths.prompt) % lengths.parts:
-        raise InputError(f"{len(lengths.prompt)} sequences cannot be split over data={lengths.parts} devices")
-    with mesh.on(devices):
-        return _init_parts(model.spec, recipe, lengths, model.dtype)
-
-
-def _init(spec: ModelSpec, recipe: Recipe, lengths: Lengths, dtype: DTypeLike) -> Cache:
-    return tuple(recipe.policy.init(spec, group, lengths, dtype) for group in layer_groups(spec))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _init_parts(spec: ModelSpec, recipe: Recipe, lengths: Lengths, dtype: DTypeLike) -> Cache:
-    """Every device's own pool, and its rows."""
-
-    def init() -> Cache:
-        mine = lambda tree: jax.tree.map(lambda x: own(x, 1, DATA), tree)
-        rows = lambda t: {name: mine(getattr(t, name)) for name in ("table", "length", "budget", "calib")}
-        cache = _init(mesh.share(spec), recipe, lengths, dtype)
-        return tuple(tuple(tier._replace(**rows(tier)) for tier in tiers) for tiers in cache)
-
-    specs = mesh.cache(jax.eval_shape(functools.partial(_init, spec, recipe, lengths, dtype)))
-    devices = jax.sharding.get_abstract_mesh()
-    return jax.shard_map(init, mesh=devices, in_specs=(), out_specs=specs, check_vma=False)()
-
-
-def rotates_at_read(spec: ModelSpec, recipe: Recipe) -> bool:
-    """Whether keys are cached before rotation."""
-    return recipe.rotate == "read" or spec.latent is not None
-
-
-def check_turn(spec: ModelSpec, recipe: Recipe, prompt: int, reach: int) -> None:
-    """Raise `InputError` where keys would be cached under frequencies that their sequence outgrows.
-
-    Args:
-      spec, recipe: the model and the method.
-      prompt: tokens of a prompt.
-      reach: tokens that are read of the sequence in the end.
-    """
-    turn = spec.rope.original_max_position
-    if spec.rope.type == "longrope" and prompt <= turn < reach and not rotates_at_read(spec, recipe):
-        raise InputError(
-            f"the model has other rotary frequencies beyond {turn} tokens, which cached keys of a prompt of {prompt} "
-            f"cannot follow: end at {turn} tokens, not {reach}, or begin with a longer prompt"
-        )
-
-
-def padded_length(longest: int) -> int:
-    """Tokens that a prompt is padded to: 8 rungs per power of two, so that a new length rarely recompiles."""
-    return pages.ladder(longest, steps=8, smallest=64)
-
-
-def prefill(
-    model: Decoder,
-    recipe: Recipe,
-    tokens: Int[Array, "B T"],
-    length: Int[Array, " B"],
-    cache: Cache,
-    chunk: int = CHUNK,
-) -> tuple[Float[Array, "B V"], Cache]:
-    """Run the prompts and fill the cache. Consumes `cache`: its buffers are reused.
-
-    Layers run one after the other through one compiled function. Each layer's keys and values are compressed as soon as
-    its attention is done, so the peak is one layer's full keys and values.
-
-    Args:
-      model: the decoder.
-      recipe: the method.
-      tokens: prompts, padded on the right; T should come from `padded_length`.
-      length: tokens of each prompt, at least 1.
-      cache: an empty cache from `init_cache`.
-      chunk: tokens that the feed-forward network reads at once, at most: fewer need less memory.
-
-    Returns:
-      Logits after each prompt's last token, in float32, and the filled cache.
-
-    >>> import jax.numpy as jnp, kvjax
-    >>> model, recipe = kvjax.load().decoder, kvjax.methods.h2o(budget=8)
-    >>> prompt = jnp.zeros((1, kvjax.padded_length(20)), jnp.int32)  # 20 tokens and padding
-    >>> cache = kvjax.init_cache(model, recipe, kvjax.Lengths(prompt=(20,), new=4, padded=prompt.shape[1]))
-    >>> logits, cache = kvjax.prefill(model, recipe, prompt, jnp.asarray([20], jnp.int32), cache)
-    >>> logits.shape, cache[0][0].length.tolist()
-    ((1, 4096), [[[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]]])
-    """
-    spec, groups = model.spec, layer_groups(model.spec)
-    x = _embed(model, tokens)
-    filled, allocation = list(cache), _Allocation(spec, recipe, groups, length)
-    for index, layer in enumerate(model.layers):
-        group, place = _place(groups, index)
-        x, filled[group], found = _prefill_layer(
-            layer,
-            x,
-            filled[group],
-            length,
-            jnp.asarray(index, jnp.int32),
-            jnp.asarray(place, jnp.int32),
-            spec=spec,
-            recipe=recipe,
-            window=spec.window(index),
-            rotary=spec.rotary(index),
-            chunk=chunk,
-        )
-        filled = allocation.after(filled, found)
-    if recipe.policy.fit is not None:
-        filled = [_fit(tiers, length, recipe) for tiers in filled]
-    return _last_logits(model, x, length), tuple(filled)
-
-
-class _Allocation:
-    """Distributes slots over layers while the layers of a prompt are run; over layers that share a pool of pages."""
-
-    def __init__(self, spec: ModelSpec, recipe: Recipe, groups: Sequence[Layers], length: Array):
-        self._layers, self._recipe, self._groups, self._length = spec.num_layers, recipe, groups, length
-        self._infos: dict[int, PyTree] = {}
-        self._waiting: dict[int, PyTree] = {}
-        self._held = jnp.full((spec.num_layers, length.shape[0], spec.num_rows), LARGEST, jnp.int32)
-
-    def after(self, cache: list[Tiers], found: Found) -> list[Tiers]:
-        """The cache after one more layer: with the slots redistributed, when the budget wants that now."""
-        budget, done = self._recipe.budget, len(self._infos) + 1
-        if budget is None or budget.allocate is None:
-            return cache
-        self._infos[done - 1] = found.info
-        self._waiting[done - 1] = found.waiting
-        if done < self._layers and (budget.every is None or done % budget.every):
-            return cache
-        unseen = jax.tree.map(jnp.zeros_like, found.info)  # with it, all updates are one program
-        for g, group in enumerate(self._groups):
-            if not self._waiting.keys().isdisjoint(group.index):
-                infos = [self._infos.get(layer, unseen) for layer in group.index]
-                seen = jnp.asarray(sum(layer < done for layer in group.index), jnp.int32)
-                index = jnp.asarray(group.index, jnp.int32)
-                slots = _run_allocate(infos, seen, self._length, self._held[index], recipe=self._recipe)
-                self._held = self._held.at[index].set(slots)
-                cache[g] = _trim(cache[g], slots)
-        if self._recipe.policy.settle is not None:
-            for index, waiting in self._waiting.items():
-                group, place = _place(self._groups, index)
-                where = jnp.asarray(place, jnp.int32)
-                cache[group] = _settle(cache[group], waiting, where, self._held[index], recipe=self._recipe)
-        self._waiting.clear()
-        return cache
-
-
-@functools.partial(jax.jit, static_argnames=("recipe",))
-def _run_allocate(
-    infos: list[PyTree], seen: Int[Array, ""], length: Int[Array, " B"], held: Int[Array, "L B K"], *, recipe: Recipe
-) -> Int[Array, "L B K"]:
-    assert recipe.budget is not None and recipe.budget.allocate is not None
-    return recipe.budget.allocate(infos, seen, length, held)
-
-
-@mesh.program((mesh.cache, LAYERS), lambda tiers, slots: tiers, donate=(0,))
-def _trim(tiers: Tiers, slots: Int[Array, "l B K"]) -> Tiers:
-    """Trim the first tier's rows to their slots; other tiers hold what the first one gave up."""
-    tier, *rest = tiers
-    budget = jnp.where(slots < LARGEST, slots, tier.budget)
-    return (tiers_.trim(tier._replace(budget=budget), slots), *rest)
-
-
-@mesh.program((mesh.cache, ROWS, EVERYWHERE, ROWS), lambda tiers, *_: tiers, static=("recipe",), donate=(0,))
-def _settle(tiers: Tiers, waiting: PyTree, place: Int[Array, ""], slots: Int[Array, "B K"], *, recipe: Recipe) -> Tiers:
-    """Fill a layer's rows with what has waited for their slots."""
-    assert recipe.policy.settle is not None
-    olds = tuple(tiers_.layer(t, place) for t in tiers)
-    views = recipe.policy.settle(olds, waiting, slots, recipe.kernels)
-    return tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
-
-
-def _fit(tiers: Tiers, length: Int[Array, " B"], recipe: Recipe) -> Tiers:
-    """Leave pools the pages that they will need."""
-    assert recipe.policy.fit is not None
-    tiers, sizes = recipe.policy.fit(tiers, length)
-    return tuple(
-        _resize(t, size=n) if n * t.num_free.shape[0] < t.free.shape[0] else t
-        for t, n in zip(tiers, sizes, strict=True)
-    )
-
-
-_resize = mesh.program((mesh.cache,), lambda tier: tier, static=("size",))(tiers_.resize)
-
-
-@mesh.program((mesh.weights, SEQUENCES), lambda *_: SEQUENCES)
-def _embed(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    return model.embed(tokens)
-
-
-@mesh.program((mesh.weights, SEQUENCES, SEQUENCES), lambda *_: SEQUENCES)
-def _last_logits(model: Decoder, x: Float[Array, "B T D"], length: Int[Array, " B"]) -> Float[Array, "B V"]:
-    return model.logits(jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0])
-
-
-@mesh.program(
-    (mesh.weights, SEQUENCES, mesh.cache, SEQUENCES, EVERYWHERE, EVERYWHERE),
-    lambda layer, x, tiers, *_: (SEQUENCES, tiers, ROWS),
-    static=("spec", "recipe", "window", "rotary", "chunk"),
-    donate=(1, 2),
-)
-def _prefill_layer(
-    layer: Layer,
-    x: Float[Array, "B T D"],
-    tiers: Tiers,
-    length: Int[Array, " B"],
-    index: Int[Array, ""],
-    place: Int[Array, ""],
-    *,
-    spec: ModelSpec,
-    recipe: Recipe,
-    window: int | None,
-    rotary: RopeSpec,
-    chunk: int = CHUNK,
-) -> tuple[Float[Array, "B T D"], Tiers, Found]:
-    """One layer over the whole prompt: exact attention, then compression into the layer's rows."""
-    q, key, value, gate = layer.project(x)
-    k, v = layer.keys(key), layer.values(value)
-    olds = tuple(tiers_.layer(t, place) for t in tiers)
-    until, revised = None, ()
-    if recipe.policy.revise is not None and isinstance(gate, Gate):
-        k, v, until, revised = recipe.policy.revise(olds, k, v, gate, length, recipe.kernels)
-        key, value = k, v
-    pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    cos, sin = rope.angles(rotary, spec.head_dim, pos, length)  # B T H/2
-    q, k = (rope.rotate(y, cos[:, :, None], sin[:, :, None]) for y in (q, k))
-    q = gates.silence(spec.gate, q, spec.num_kv_heads)
-    options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "until": until, "kernels": recipe.kernels}
-    heads, lse = attention.prefill_attention(q, k, v, length, **options)
-    key = key if rotates_at_read(spec, recipe) else k
-    prompt = Prompt(
-        *(q, k, v, key, value, lse, length, index, spec.num_layers, window, spec.scale, spec.score_cap),
-        kernels=recipe.kernels,
-        gate=gate,
-        revised=revised,
-    )
-    views, found = recipe.policy.prefill(olds, prompt)
-    tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
-    return layer.finish(x, heads, chunk), tiers, found
 
 
 def _decode_layer(
@@ -372,12 +95,6 @@ def _in_cache(head_dim: int, rotary: RopeSpec, capacity: int, length: Int[Array,
     return Rotation(of(size)[None, None], rotary.attention_factor, table)
 
 
-@mesh.program((mesh.cache, EVERYWHERE), lambda *_: ROWS)
-def positions(tier: Tier, place: Int[Array, ""] | int) -> Int[Array, "B K S"]:
-    """Position of every slot of one of the tier's layers, -1 where it is empty."""
-    return tiers_.positions(tiers_.layer(tier, place))
-
-
 def decode_step(
     model: Decoder,
     recipe: Recipe,
@@ -434,7 +151,7 @@ def _read_token(
     x = model.embed(token)
     filled = [recipe.policy.reserve(tiers, active) for tiers in cache]
     for index, layer in enumerate(model.layers):
-        group, place = _place(groups, index)
+        group, place = locate(groups, index)
         olds = tuple(tiers_.layer(t, place) for t in filled[group])
         x, views = _decode_layer(layer, recipe, spec, index, x, olds, pos, active)
         filled[group] = tuple(

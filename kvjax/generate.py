@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from kvjax import command, decode, generation, showcase
+from kvjax import command, generation, prefilling, showcase
 from kvjax.cache.policy import Recipe
 from kvjax.checkpoint import orbax
 from kvjax.errors import InputError
@@ -35,8 +35,8 @@ def parser() -> command.Parser:
     add_shared_flags(p, method="full, or what a retrofitted checkpoint is made for", many="repeatable; ")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help=f"(default: {NEW_TOKENS})")
     p.add_argument(
-        "--prefill-chunk", type=int, default=decode.CHUNK, metavar="N",
-        help=f"tokens that the feed-forward network reads at once (default: {decode.CHUNK})",
+        "--prefill-chunk", type=int, default=prefilling.CHUNK, metavar="N",
+        help=f"tokens that the feed-forward network reads at once (default: {prefilling.CHUNK})",
     )  # fmt: skip
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     p.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from kvjax import checkpoint, decode, demo, kernels, sampling
+from kvjax import checkpoint, decode, demo, kernels, layout, prefilling, sampling
 from kvjax import mesh as meshes
 from kvjax.cache import learned, pages
 from kvjax.cache import tier as tiers_
@@ -20,8 +20,8 @@ from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Recipe
 from kvjax.cache.tier import Bytes
 from kvjax.collectives import COPIES, DATA
-from kvjax.decode import Cache
 from kvjax.errors import InputError
+from kvjax.layout import Cache
 from kvjax.mesh import EVERYWHERE, SEQUENCES
 from kvjax.methods import make, of
 from kvjax.models.decoder import Decoder
@@ -141,7 +141,7 @@ def generate(
     max_new_tokens: int = 64,
     how: Sampling | None = None,
     on_token: Callable[[int, int], None] | None = None,
-    prefill_chunk: int = decode.CHUNK,
+    prefill_chunk: int = prefilling.CHUNK,
 ) -> Generation:
     """Generate a continuation of each prompt with a compressed cache.
 
@@ -172,7 +172,7 @@ def generate(
     check(model.spec, ids, after)
     for prompt, question in zip(ids, after, strict=True):
         _check_new(model.spec, recipe, len(prompt), len(question), max_new_tokens)
-        decode.check_turn(model.spec, recipe, len(prompt), len(prompt) + len(question) + max_new_tokens - 1)
+        prefilling.check_turn(model.spec, recipe, len(prompt), len(prompt) + len(question) + max_new_tokens - 1)
     if prefill_chunk < 1:
         raise InputError(f"prefill-chunk {prefill_chunk} is not a number of tokens")
     how.check()
@@ -246,10 +246,10 @@ def cached_positions(model: Model, generation: Generation, tier: int | None = No
       tier: one tier only, an index into the recipe's `stores`.
     """
     layers: list[np.ndarray] = [np.zeros(0)] * model.spec.num_layers
-    for group, tiers in zip(decode.layer_groups(model.spec), generation.cache, strict=True):
+    for group, tiers in zip(layout.layer_groups(model.spec), generation.cache, strict=True):
         for place, layer in enumerate(group.index):
             chosen = tiers if tier is None else tiers[tier : tier + 1]
-            rows = [meshes.read(decode.positions(each, place)) for each in chosen]
+            rows = [meshes.read(layout.positions(each, place)) for each in chosen]
             layers[layer] = np.concatenate(rows, axis=-1)[: len(generation.sequences)]
     widest = max(layer.shape[-1] for layer in layers)
     padded = [np.pad(x, ((0, 0), (0, 0), (0, widest - x.shape[-1])), constant_values=-1) for x in layers]
@@ -260,7 +260,7 @@ def check_recipe(model: Model, recipe: Recipe) -> None:
     """Raise `InputError` for a recipe that cannot keep this model's vectors, without allocating anything."""
     kernels.check(recipe.kernels)
     each = meshes.shape_of(model.decoder)[DATA]
-    jax.eval_shape(lambda: decode.init_cache(model.decoder, recipe, Lengths((1,) * each, 1, 64)))
+    jax.eval_shape(lambda: layout.init_cache(model.decoder, recipe, Lengths((1,) * each, 1, 64)))
 
 
 def check(spec: ModelSpec, ids: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> None:
@@ -296,14 +296,14 @@ def _check_new(spec: ModelSpec, recipe: Recipe, prompt: int, question: int, new:
 
 
 def prefill(
-    model: Model, recipe: Recipe, ids: Sequence[Sequence[int]], new: int, chunk: int = decode.CHUNK
+    model: Model, recipe: Recipe, ids: Sequence[Sequence[int]], new: int, chunk: int = prefilling.CHUNK
 ) -> tuple[jax.Array, Cache]:
     """Logits after each prompt and a cache with room for `new` more tokens."""
-    lengths = Lengths(tuple(map(len, ids)), new, decode.padded_length(max(map(len, ids))))
-    cache = decode.init_cache(model.decoder, recipe, lengths)
+    lengths = Lengths(tuple(map(len, ids)), new, prefilling.padded_length(max(map(len, ids))))
+    cache = layout.init_cache(model.decoder, recipe, lengths)
     length = np.asarray(lengths.prompt, np.int32)
     tokens, length = (meshes.place(model.mesh, SEQUENCES, x) for x in (_padded(ids, lengths.padded), length))
-    return decode.prefill(model.decoder, recipe, tokens, length, cache, chunk)
+    return prefilling.prefill(model.decoder, recipe, tokens, length, cache, chunk)
 
 
 def feed(
@@ -394,7 +394,7 @@ def _sequence(model: Model, prompt: list[int], new: list[int]) -> Continuation:
 def kept_slots(spec: ModelSpec, recipe: Recipe, cache: Cache) -> list[list[int | float]]:
     """Kept slots `[B][L]`, averaged over heads; whole numbers where the heads agree."""
     layers: list[np.ndarray] = [np.zeros(0)] * spec.num_layers
-    for group, tiers in zip(decode.layer_groups(spec), cache, strict=True):
+    for group, tiers in zip(layout.layer_groups(spec), cache, strict=True):
         kept = np.sum([meshes.read(tier.length) for tier in tiers], axis=0).mean(axis=-1)  # l B
         for place, layer in enumerate(group.index):
             layers[layer] = kept[place]

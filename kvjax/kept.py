@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from rich.cells import cell_len
 from rich.text import Text
 
-from kvjax import command, decode, generation
+from kvjax import command, generation, layout
 from kvjax.errors import InputError
 from kvjax.generation import Generation, Model
 from kvjax.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ def read(model: Model, out: Generation, prompt: Sequence[int]) -> Kept:
         (positions,) = generation.cached_positions(model, out, tier)
         np.put_along_axis(held[place], positions, True, axis=-1)  # empty slots, -1, mark the spare last column
     budget = np.zeros((layers, heads), int)
-    for group, tiers in zip(decode.layer_groups(model.spec), out.cache, strict=True):
+    for group, tiers in zip(layout.layer_groups(model.spec), out.cache, strict=True):
         budget[list(group.index)] = np.asarray(tiers[order[0]].budget)[:, 0]
     best, low = held[..., :-1]
     names = tuple(stores[tier].name for tier in order)

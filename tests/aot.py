@@ -269,7 +269,7 @@ def compile_loops(target: Target, methods: list[str]) -> None:
     import jax.numpy as jnp
     from flax import nnx
 
-    from kvjax import decode, sampling
+    from kvjax import decode, layout, sampling
     from kvjax.methods import LEARNED, default_budget, make, read_entry
     from kvjax.models.decoder import Decoder
     from kvjax.spec import GateSpec, Lengths, ModelSpec
@@ -285,7 +285,7 @@ def compile_loops(target: Target, methods: list[str]) -> None:
         model = nnx.eval_shape(lambda gated=gated: Decoder(gated, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
         for kernels in ("xla", "tpu" if target.platform == "tpu" else "gpu"):
             recipe = make(name, None if default_budget(name) is None else 2048, {**arguments, "kernels": kernels})
-            init = functools.partial(decode.init_cache, model, recipe, Lengths((16000, 9000), 64, 16384))
+            init = functools.partial(layout.init_cache, model, recipe, Lengths((16000, 9000), 64, 16384))
             cache = jax.eval_shape(init)
             chooser = jax.eval_shape(lambda: sampling.chooser(sampling.Sampling(), 2))
             of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)

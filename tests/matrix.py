@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 import kvjax
-from kvjax import METHODS, decode, demo, methods
+from kvjax import METHODS, demo, layout, methods
 from kvjax import mesh as meshes
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import Recipe
@@ -159,7 +159,7 @@ class Greedy(NamedTuple):
     tokens: np.ndarray  # [B steps]
     logits: np.ndarray  # [steps + 1, B, V]
     positions: list  # [steps + 1][B][L][K]
-    caches: list[decode.Cache]  # [steps + 1], on the host
+    caches: list[layout.Cache]  # [steps + 1], on the host
 
 
 def greedy(model: Decoder, recipe: Recipe, prompts, *, padded: int | None = None, active=None) -> Greedy:
@@ -225,5 +225,5 @@ def parts(tier: tiers_.Tier, model: str) -> list[tiers_.Tier]:
     return found
 
 
-def tiers_of(cache: decode.Cache) -> list[tiers_.Tier]:
+def tiers_of(cache: layout.Cache) -> list[tiers_.Tier]:
     return [tier for tiers in cache for tier in tiers]

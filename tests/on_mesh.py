@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
-from kvjax import decode, generation, mesh, sampling
+from kvjax import decode, generation, layout, mesh, sampling
 from kvjax.cache.policy import Recipe
 from kvjax.generation import Generation, Model
 from kvjax.models.decoder import Decoder
@@ -56,7 +56,7 @@ def judge(decoder: Decoder, recipe: Recipe) -> list[float]:
 
 def collectives(model: Decoder, recipe: Recipe) -> dict[str, int]:
     """What a step of one sequence tells other devices, in the compiled program."""
-    cache = decode.init_cache(model, recipe, Lengths((40,), 8, 64))
+    cache = layout.init_cache(model, recipe, Lengths((40,), 8, 64))
     state = decode.first_token(
         jnp.zeros((1, model.spec.vocab_size)), cache, jnp.asarray([40]), sampling.chooser(sampling.Sampling(), 1),
         jnp.zeros(0, jnp.int32), None, mode="greedy",

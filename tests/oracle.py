@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kvjax import decode, mesh
+from kvjax import decode, layout, mesh, prefilling
 from kvjax.cache import tier as tiers_
 from kvjax.models.decoder import Decoder
 from kvjax.spec import Lengths, ModelSpec
@@ -198,30 +198,30 @@ def random_model(seed: int, *, dtype=jnp.float32, **fields) -> Decoder:
 
 
 @mesh.program((mesh.cache,), lambda cache: mesh.ROWS, static=("spec",))
-def _positions(cache: decode.Cache, *, spec: ModelSpec) -> list[list[jax.Array]]:
+def _positions(cache: layout.Cache, *, spec: ModelSpec) -> list[list[jax.Array]]:
     """Positions of every layer's slots, one array per tier."""
     layers: dict[int, list[jax.Array]] = {}
-    for group, tiers in zip(decode.layer_groups(spec), cache, strict=True):
+    for group, tiers in zip(layout.layer_groups(spec), cache, strict=True):
         for place, layer in enumerate(group.index):
             layers[layer] = [tiers_.positions(tiers_.layer(tier, place)) for tier in tiers]
     return [layers[layer] for layer in range(spec.num_layers)]
 
 
-def step(model: Decoder, cache: decode.Cache, token: jax.Array, pos: jax.Array, active: jax.Array, *, recipe):
+def step(model: Decoder, cache: layout.Cache, token: jax.Array, pos: jax.Array, active: jax.Array, *, recipe):
     """kvjax's `decode_step`, compiled."""
     with mesh.on(mesh.of(model)):
         return _step(model, cache, token, pos, active, recipe=recipe)
 
 
 @functools.partial(jax.jit, static_argnames=("recipe",), donate_argnums=(1,))
-def _step(model: Decoder, cache: decode.Cache, token: jax.Array, pos: jax.Array, active: jax.Array, *, recipe):
+def _step(model: Decoder, cache: layout.Cache, token: jax.Array, pos: jax.Array, active: jax.Array, *, recipe):
     return decode.decode_step(model, recipe, cache, token, pos, active)
 
 
 step.lower = _step.lower  # as of a compiled function
 
 
-def kept_positions(model: Decoder, cache: decode.Cache) -> list[list[list[list[int]]]]:
+def kept_positions(model: Decoder, cache: layout.Cache) -> list[list[list[list[int]]]]:
     """Positions `[B][L][K]` of the kept tokens, sorted; all tiers together."""
     layers = _positions(cache, spec=model.spec)
     pos = [np.concatenate(tiers, axis=-1) for tiers in layers]
@@ -230,14 +230,14 @@ def kept_positions(model: Decoder, cache: decode.Cache) -> list[list[list[list[i
 
 def start(model: Decoder, recipe, prompts: Sequence[Sequence[int]], new: int, padded: int | None = None):
     """kvjax's prefill of a padded batch: logits [B V] and the cache, with room for `new` more tokens."""
-    padded = padded or decode.padded_length(max(map(len, prompts)))
+    padded = padded or prefilling.padded_length(max(map(len, prompts)))
     tokens = np.full((len(prompts), padded), 3, np.int32)  # padding is not zeros: it must not matter
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     lengths = Lengths(tuple(map(len, prompts)), new, padded)
-    cache = decode.init_cache(model, recipe, lengths)
+    cache = layout.init_cache(model, recipe, lengths)
     length = jnp.asarray(lengths.prompt, jnp.int32)
-    return decode.prefill(model, recipe, jnp.asarray(tokens), length, cache)
+    return prefilling.prefill(model, recipe, jnp.asarray(tokens), length, cache)
 
 
 def run(model: Decoder, recipe, prompts: Sequence[Sequence[int]], teacher_tokens, *, padded: int | None = None):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kvjax import decode, methods
+from kvjax import layout, methods
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
@@ -78,7 +78,7 @@ def _slots(tier: tiers_.Tier, *, layers: int) -> list[tiers_.Slots]:
     return [tiers_.take(v, jnp.broadcast_to(jnp.arange(v.capacity), (*v.length.shape, v.capacity))) for v in views]
 
 
-def held(spec: ModelSpec, cache: decode.Cache) -> Held:
+def held(spec: ModelSpec, cache: layout.Cache) -> Held:
     ((tier,),) = cache
     slots = jax.device_get(_slots(tier, layers=spec.num_layers))
     _, batch, heads = tier.length.shape
@@ -246,14 +246,14 @@ def test_batch_mates_change_nothing(name):
 def test_d2o_budget_out_of_reach_is_an_error(prompts, budget, arguments):
     model = model_of("gqa")
     with pytest.raises(InputError):
-        decode.init_cache(model, methods.d2o(budget, **arguments), Lengths(prompts, STEPS, 128))
+        layout.init_cache(model, methods.d2o(budget, **arguments), Lengths(prompts, STEPS, 128))
 
 
 @pytest.mark.parametrize(
     ("prompts", "budget", "arguments"), [((60,), 25, dict(full_layers="0")), ((9, 5), 9, {}), ((60,), 5, {})]
 )
 def test_d2o_budget_within_reach_is_none(prompts, budget, arguments):
-    assert decode.init_cache(model_of("gqa"), methods.d2o(budget, **arguments), Lengths(prompts, STEPS, 128))
+    assert layout.init_cache(model_of("gqa"), methods.d2o(budget, **arguments), Lengths(prompts, STEPS, 128))
 
 
 def test_the_cases_are_not_vacuous():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import InputError, abstract, decode, methods
+from kvjax import InputError, abstract, methods, prefilling
 from kvjax.cache import budget as budgets
 from kvjax.cache import fate, score
 from kvjax.cache.allocation import from_scores, from_variance, per_head
@@ -171,13 +171,13 @@ def test_one_compilation_serves_every_split(method):
 
 def test_dynamickv_holds_few_layers_beside_the_pool(monkeypatch):
     """At most `every` layers wait, with at most `r_max` times the mean budget, beside a pool for the budgets' sum."""
-    waiting, after = [], decode._Allocation.after
+    waiting, after = [], prefilling._Allocation.after
 
     def watched(self, cache, found):
         waiting.append([w.pos.shape[-1] for w in (*self._waiting.values(), found.waiting)])
         return after(self, cache, found)
 
-    monkeypatch.setattr(decode._Allocation, "after", watched)
+    monkeypatch.setattr(prefilling._Allocation, "after", watched)
     recipe = methods.dynamickv(budget=20, r_max=3.0, every=2, **SMALL["dynamickv"])
     out = kvjax.generate(Model(model_of("deep"), None, (), "random"), [text(100, 0)], recipe, max_new_tokens=2)
     assert waiting == [[60], [60, 60]] * 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import InputError, decode, methods
+from kvjax import InputError, layout, methods
 from kvjax.cache import tier as tiers_
 from kvjax.cache.apportion import choose_best
 from kvjax.cache.quantize import named
@@ -98,7 +98,7 @@ def test_the_pool_is_updated_in_place(arguments):
     """No copy of it is made in a step, in any of the tiers."""
     model = oracle.random_model(0, num_layers=2, head_dim=64, gate=GateSpec("dmc", 4.0, 12))
     recipe, now = dmc(**arguments), jax.ShapeDtypeStruct((1,), jnp.int32)
-    cache = jax.eval_shape(lambda: decode.init_cache(model, recipe, kvjax.Lengths((60000,), 64, 61440)))
+    cache = jax.eval_shape(lambda: layout.init_cache(model, recipe, kvjax.Lengths((60000,), 64, 61440)))
     active = jax.ShapeDtypeStruct((1,), bool)
     memory = oracle.step.lower(model, cache, now, now, active, recipe=recipe).compile().memory_analysis()
     assert memory.temp_size_in_bytes < sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache[0][0].k)) / 2
@@ -108,9 +108,9 @@ def test_the_pool_is_updated_in_place(arguments):
 def test_other_models_and_arguments_are_refused(method, other):
     lengths = kvjax.Lengths((5,), 2, 64)
     with pytest.raises(InputError, match=r"kvjax\.retrofit: this model has no gate"):
-        decode.init_cache(oracle.random_model(0), methods.make(method), lengths)
+        layout.init_cache(oracle.random_model(0), methods.make(method), lengths)
     with pytest.raises(InputError, match=f"this model's gate is for {other}"):
-        decode.init_cache(gated_model(other, 3, 2, 0.0), methods.make(method), lengths)
+        layout.init_cache(gated_model(other, 3, 2, 0.0), methods.make(method), lengths)
     with pytest.raises(InputError, match="capacity 'much' is not a number of tokens"):
         methods.make(method, None, {"capacity": "much"})
     with pytest.raises(InputError, match="lets its model decide and takes no budget"):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import decode, sampling
+from kvjax import decode, layout, prefilling, sampling
 from kvjax.cache import budget as budgets
 from kvjax.cache import score
 from kvjax.cache import tier as tiers_
@@ -29,8 +29,8 @@ class Run(NamedTuple):
 
     prompts: list[list[int]]
     tokens: np.ndarray  # [B NEW]
-    prefilled: decode.Cache  # a copy of the cache after prefill
-    cache: decode.Cache
+    prefilled: layout.Cache  # a copy of the cache after prefill
+    cache: layout.Cache
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,13 @@ def run(model, recipe: Recipe, seed: int = 0) -> Run:
     """Greedy generation for two prompts of different lengths through the jitted loop, in two chunks."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, model.spec.vocab_size, n).tolist() for n in PROMPTS]
-    lengths = Lengths(PROMPTS, NEW, decode.padded_length(max(PROMPTS)))
+    lengths = Lengths(PROMPTS, NEW, prefilling.padded_length(max(PROMPTS)))
     padded = np.zeros((len(prompts), lengths.padded), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     length, stop = jnp.asarray(PROMPTS, jnp.int32), jnp.zeros((0,), jnp.int32)
-    cache = decode.init_cache(model, recipe, lengths)
-    logits, cache = decode.prefill(model, recipe, jnp.asarray(padded), length, cache)
+    cache = layout.init_cache(model, recipe, lengths)
+    logits, cache = prefilling.prefill(model, recipe, jnp.asarray(padded), length, cache)
     prefilled = jax.tree.map(jnp.copy, cache)
     chooser = sampling.chooser(sampling.Sampling(), len(prompts))
     state = decode.first_token(logits, cache, length, chooser, stop, None, mode="greedy")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kvjax import METHODS, decode, methods
+from kvjax import METHODS, layout, methods
 from kvjax.cache import tier as tiers_
 from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder, forward
@@ -112,7 +112,7 @@ def test_a_pool_per_pair_of_widths():
         (12, 8, (1, 3, 1)),
         (8, 12, (1, 3, 1)),
     ]
-    assert [group.index for group in decode.layer_groups(narrow.spec)] == [(0,), (1,)]
+    assert [group.index for group in layout.layer_groups(narrow.spec)] == [(0,), (1,)]
 
 
 @pytest.mark.parametrize("name", ["mha joint", "qwen2"])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import decode, mesh, methods
+from kvjax import layout, mesh, methods
 from kvjax.cache import tier as tiers_
 from tests import matrix, oracle
 from tests.matrix import (
@@ -46,7 +46,7 @@ def full_cache(model: str, store: str = "dense"):
     return oracle.run(decoder(model), methods.full(store=store), BATCH, teacher())
 
 
-def contents(cache: decode.Cache, b: int, model: str) -> list[np.ndarray]:
+def contents(cache: layout.Cache, b: int, model: str) -> list[np.ndarray]:
     """Everything that a cache holds of one sequence."""
     found, each = [], len(BATCH) // mesh.shape_of(decoder(model))["data"]
     for tier in tiers_of(cache):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import METHODS, InputError, Model, Sampling, decode, methods, sampling
+from kvjax import METHODS, InputError, Model, Sampling, decode, layout, methods, sampling
 from kvjax.cache.policy import Recipe
 from kvjax.models.decoder import Decoder
 from tests import matrix, oracle
@@ -51,7 +51,7 @@ def traced_functions() -> Iterator[list[str]]:
 CHUNK, CHUNKS = 3, 3
 
 
-def loop(model: Decoder, recipe: Recipe, prompts, stop: int) -> tuple[np.ndarray, decode.Cache]:
+def loop(model: Decoder, recipe: Recipe, prompts, stop: int) -> tuple[np.ndarray, layout.Cache]:
     """Tokens `[B 1 + CHUNKS x CHUNK]` of the compiled loop, which must keep its shapes and stay on the device."""
     chooser, stops = sampling.chooser(Sampling(), len(prompts)), jnp.asarray([stop], jnp.int32)
     limit = jnp.asarray(1 + CHUNK * CHUNKS, jnp.int32)

@@ -23,7 +23,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 import kvjax.convert
 import kvjax.generate
-from kvjax import METHODS, command, decode, methods
+from kvjax import METHODS, command, layout, methods
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import Recipe
 from kvjax.cache.tier import Bytes
@@ -141,7 +141,7 @@ def model_in(directory: Path) -> Decoder:
     return kvjax.load(directory, dtype=jnp.float32).decoder
 
 
-def run(model: Decoder, recipe: Recipe, given: np.ndarray) -> tuple[np.ndarray, decode.Cache]:
+def run(model: Decoder, recipe: Recipe, given: np.ndarray) -> tuple[np.ndarray, layout.Cache]:
     """Logits `[steps + 1, B, V]` after the prompts of `BATCH` and each given token, and the cache in the end."""
     last, cache = oracle.start(model, recipe, BATCH, given.shape[1])
     logits, pos = [np.asarray(last)], np.asarray([len(prompt) for prompt in BATCH])
@@ -158,7 +158,7 @@ def logits_of(directory: Path, store: str = "dense") -> np.ndarray:
     return run(model_in(directory), methods.full(store=store), GIVEN)[0]
 
 
-def bytes_of(cache: decode.Cache) -> Bytes:
+def bytes_of(cache: layout.Cache) -> Bytes:
     return Bytes(*map(sum, zip(*(tiers_.nbytes(tier) for tier in tiers_of(cache)), strict=True)))
 
 
@@ -381,7 +381,7 @@ def test_int4_latents_of_a_real_width_with_their_scales():
     def stored(spec: ModelSpec, store: str) -> int:
         """Bytes of the arrays that hold keys and values."""
         model = nnx.eval_shape(lambda: Decoder(spec, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-        cache = jax.eval_shape(lambda: decode.init_cache(model, methods.full(store=store), Lengths((4096,), 64, 4096)))
+        cache = jax.eval_shape(lambda: layout.init_cache(model, methods.full(store=store), Lengths((4096,), 64, 4096)))
         leaves = [leaf for tier in tiers_of(cache) for leaf in jax.tree.leaves((tier.k, tier.v))]
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 

@@ -148,39 +148,53 @@ def test_a_process_that_dies_ends_the_others():
     assert "another process" in error or "distributed service" in error
 
 
-@pytest.mark.slow
-def test_two_processes_convert_and_retrofit(tmp_path):
-    """The losses are those of one process; the model that they write is one that one process reads."""
-    documents = tmp_path / "documents.jsonl"
-    rng = np.random.default_rng(0)
-    lines = ({"tokens": rng.integers(2, 4000, 80).tolist()} for _ in range(40))
+STEPS = "--cr 2 --fade-steps 2 --ramp-steps 4 --final-steps 2 --length 64 --batch 4 --micro-batch 4"
+
+
+@pytest.fixture
+def training(tmp_path) -> list[str]:
+    """The command of a retrofit, without its result's place."""
+    documents, rng = tmp_path / "documents.jsonl", np.random.default_rng(0)
+    lines = ({"tokens": rng.integers(2, 4000, 80).tolist()} for _ in range(60))
     documents.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    source = str(tmp_path / "source")
-    convert = ["kvjax.convert", str(demo.directory()), source, "--dtype", "float32"]
-    settings = (
-        "--cr 2 --fade-steps 2 --ramp-steps 2 --final-steps 2 --length 64 --batch 4 --micro-batch 4 --log-every 2"
-    )
-    train = [
-        "kvjax.retrofit",
-        "--model",
-        source,
-        "--data",
-        str(documents),
-        *settings.split(),
-        "--log-every",
-        "2",
-        "--save-every",
-        "2",
-    ]
-    for line in (convert, [*train, "--mesh", "data=2,model=2", "--out", str(tmp_path / "both")]):
-        for process in together(*line):
-            _, error = process.communicate(timeout=600)
-            assert process.returncode == 0, error[-2000:]
-    alone = [*train, "--out", str(tmp_path / "alone")]
+    often = ["--log-every", "1", "--save-every", "1"]
+    return ["kvjax.retrofit", "--model", str(tmp_path / "source"), "--data", str(documents), *STEPS.split(), *often]
+
+
+def finish(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        _, error = process.communicate(timeout=900)
+        assert process.returncode == 0, error[-2000:]
+
+
+def losses(out) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "run" / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_convert_and_retrofit(tmp_path, training):
+    """The losses are those of one process, also when a process has died on the way; one process reads the model."""
+    finish(together("kvjax.convert", str(demo.directory()), str(tmp_path / "source"), "--dtype", "float32"))
+    alone = [*training, "--out", str(tmp_path / "alone")]
     subprocess.run([sys.executable, "-m", *alone], env=CPU, capture_output=True, check=True)
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "run" / "log.jsonl").read_text().splitlines()]
-        for name in ("both", "alone")
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 3
-    assert kvjax.load(tmp_path / "both").spec.gate is not None
+    assert len(losses(tmp_path / "alone")) == 8
+    both = [*training, "--mesh", "data=2,model=2"]
+    finish(together(*both, "--out", str(tmp_path / "both")))
+
+    log = tmp_path / "again" / "run" / "log.jsonl"
+    first, second = together(*both, "--out", str(tmp_path / "again"))
+    while not (log.exists() and log.read_text().count("\n") >= 4):
+        assert first.poll() is None and second.poll() is None, first.communicate()[1][-2000:]
+        time.sleep(0.01)
+    second.kill()
+    since = time.monotonic()
+    second.communicate()
+    _, error = first.communicate(timeout=300)
+    assert first.returncode not in (0, None) and time.monotonic() - since < 60, error[-2000:]
+    assert not (tmp_path / "again" / "kvjax.json").exists()
+    finish(together(*both, "--out", str(tmp_path / "again")))
+
+    for name in ("both", "again"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "alone"), rel=1e-3), name
+        gate = kvjax.load(tmp_path / name).spec.gate
+        assert gate is not None and gate.objective == "dmc"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import decode, methods
+from kvjax import layout, methods
 from kvjax.cache import tier as tiers_
 from tests import brute_mikv, oracle
 from tests.brute_mikv import KIVI, MiKV, Moment, Theirs
@@ -44,7 +44,7 @@ class Run(NamedTuple):
     teacher: np.ndarray  # [B steps]
     logits: np.ndarray  # [steps + 1, B, V]
     moments: list[list[Moment]]  # [steps + 1][B]
-    caches: list[decode.Cache]  # [steps + 1]
+    caches: list[layout.Cache]  # [steps + 1]
 
 
 def model_of(head_dim: int, seed: int = 11):
@@ -56,7 +56,7 @@ def prompts_of() -> list[list[int]]:
 
 
 @functools.partial(jax.jit, static_argnames=("recipe",))
-def decoded(cache: decode.Cache, *, recipe) -> list[list[Theirs]]:
+def decoded(cache: layout.Cache, *, recipe) -> list[list[Theirs]]:
     """What each layer's tiers hold, `[B K S ...]`; slots that are empty have position -1."""
 
     def of(tier: tiers_.Tier, store) -> Theirs:

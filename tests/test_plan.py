@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 import kvjax
-from kvjax import ahead, command, decode, demo, methods
+from kvjax import ahead, command, demo, layout, methods
 from kvjax.models.named import HUB, NAMED, named
 from kvjax.plan import compiled, search
 from kvjax.plan.__main__ import main
@@ -51,7 +51,7 @@ def test_an_estimate_counts_the_arrays_of_a_real_model_and_cache(entry):
     method, arguments = methods.read_entry(entry)
     recipe = methods.make(method, None if method == "full" else "20%", arguments)
     made = Setting(model.spec, "float32", recipe, 300, 20, 3)
-    cache = decode.init_cache(model.decoder, recipe, made.lengths)
+    cache = layout.init_cache(model.decoder, recipe, made.lengths)
     parts = estimate(made, "gpu")
     assert parts.cache == sum(x.nbytes for x in jax.tree.leaves(cache))
     assert parts.weights == sum(x.nbytes for x in jax.tree.leaves(model.decoder))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import decode
+from kvjax import layout, prefilling
 from kvjax.checkpoint import orbax
 from kvjax.errors import InputError
 from kvjax.generate import main as generate
@@ -128,8 +128,8 @@ def test_hard_decisions_are_those_of_the_cache(gate: GateSpec) -> None:
     x, merged = jax.jit(lambda model: objective.run(model, batch, None))(model)
     assert 0.1 < float(merged.mean()) < 0.9
     lengths, recipe = kvjax.Lengths((64, 64), 1, 64), kvjax.methods.make(gate.objective, None, {"capacity": "100%"})
-    logits, _ = decode.prefill(
-        model, recipe, jnp.asarray(ids, jnp.int32), jnp.asarray([64, 64]), decode.init_cache(model, recipe, lengths)
+    logits, _ = prefilling.prefill(
+        model, recipe, jnp.asarray(ids, jnp.int32), jnp.asarray([64, 64]), layout.init_cache(model, recipe, lengths)
     )
     np.testing.assert_allclose(logits, model.logits(x[:, -1]), rtol=1e-4, atol=1e-4)
 

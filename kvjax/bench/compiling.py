@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from kvjax import decode, sampling
+from kvjax import decode, layout, sampling
 from kvjax.bench.report import Column, Section
 from kvjax.cache.policy import Recipe
 from kvjax.models.decoder import Decoder
@@ -24,7 +24,7 @@ def seconds(recipe: Recipe, layers: int) -> tuple[float, float]:
     model, lengths = Decoder(spec, rngs=nnx.Rngs(0)), Lengths((100,), 64, 128)
     chooser, stop = sampling.chooser(sampling.Sampling(), 1), jnp.zeros((0,), jnp.int32)
     length, logits = jnp.full((1,), 100, jnp.int32), jnp.zeros((1, spec.vocab_size))
-    cache = decode.init_cache(model, recipe, lengths)
+    cache = layout.init_cache(model, recipe, lengths)
     state = decode.first_token(logits, cache, length, chooser, stop, None, mode="greedy")
     start = time.perf_counter()
     lowered = decode.decode_loop.lower(

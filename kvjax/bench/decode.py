@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import command, decode, generation, kernels, sampling
+from kvjax import command, decode, generation, kernels, layout, prefilling, sampling
 from kvjax import mesh as meshes
 from kvjax.bench import compiling, memory, models, report, transformers, turns
 from kvjax.bench.report import Column, Report, Section
@@ -77,17 +77,17 @@ def contestant(model: Model, label: str, recipe: Recipe, batch: int, setting: Se
     return Contestant(label, turn, batch * setting.steps, setting.steps * floor, facts)
 
 
-def _read(model: Model, recipe: Recipe, batch: int, setting: Setting) -> tuple[jax.Array, decode.Cache]:
+def _read(model: Model, recipe: Recipe, batch: int, setting: Setting) -> tuple[jax.Array, layout.Cache]:
     """Logits after prompts of random tokens, and their cache."""
     reader = model.decoder
     if setting.cheap:
         size = None if model.mesh is None else meshes.size_of(model.mesh)
         reader = models.random(models.narrow(model.spec), reader.dtype, "narrow", size).decoder
-    lengths = Lengths((setting.context,) * batch, setting.new, decode.padded_length(setting.context))
+    lengths = Lengths((setting.context,) * batch, setting.new, prefilling.padded_length(setting.context))
     tokens = np.random.default_rng(0).integers(0, reader.spec.vocab_size, (batch, lengths.padded), np.int32)
     length = jnp.full((batch,), setting.context, jnp.int32)
-    cache = decode.init_cache(reader, recipe, lengths)
-    return decode.prefill(reader, recipe, jnp.asarray(tokens), length, cache)
+    cache = layout.init_cache(reader, recipe, lengths)
+    return prefilling.prefill(reader, recipe, jnp.asarray(tokens), length, cache)
 
 
 def weight_bytes(model: Decoder) -> int:

@@ -263,7 +263,7 @@ def scaled(spec: ModelSpec, vectors: Float[Array, "*b D"]) -> Float[Array, "*b D
 def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     """Logits at every position, without a cache: differentiable, for training and as a reference.
 
-    Cost: materialises the `[B, N, T, T]` attention matrix; use `kvjax.decode.prefill` for long prompts.
+    Cost: materialises the `[B, N, T, T]` attention matrix; use `kvjax.prefill` for long prompts.
     """
     spec = model.spec
     b, t = tokens.shape

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from kvjax import ahead, command, decode, mesh, sampling
+from kvjax import ahead, command, decode, layout, mesh, prefilling, sampling
 from kvjax.models.decoder import Decoder
 from kvjax.plan import estimate
 from kvjax.plan.chips import Chip, find
@@ -65,14 +65,14 @@ def programs(setting: Setting, steps: Sequence[int]) -> Iterator[Program]:
     model, ints = setting.model.decoder, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     stream = jax.ShapeDtypeStruct((batch, setting.lengths.padded, spec.embed_dim), model.dtype)
     head = size(model.norm) + size(model.embedding if model.head is None else model.head)
-    yield Program("embed", decode._embed, (model, ints(*stream.shape[:2])), {}, size(model.embedding))
-    yield Program("last logits", decode._last_logits, (model, stream, ints(batch)), {}, head)
+    yield Program("embed", prefilling._embed, (model, ints(*stream.shape[:2])), {}, size(model.embedding))
+    yield Program("last logits", prefilling._last_logits, (model, stream, ints(batch)), {}, head)
     yield from _allocation(setting, cache)
     waits = max(0, estimate.waiting(setting) - _found_bytes(setting))
     for index in _kinds(spec):
         args, static = estimate.layer_arguments(setting, cache, index)
         there = size(args[0]) + size(args[2])
-        yield Program(f"prefill of layer {index}", decode._prefill_layer, args, static, there, waits)
+        yield Program(f"prefill of layer {index}", prefilling._prefill_layer, args, static, there, waits)
     for layers in steps:
         yield _step(setting._replace(spec=_first(spec, layers)), layers)
 
@@ -88,23 +88,23 @@ def _kinds(spec: ModelSpec) -> list[int]:
     return sorted(kinds.values())
 
 
-def _allocation(setting: Setting, cache: decode.Cache) -> Iterator[Program]:
+def _allocation(setting: Setting, cache: layout.Cache) -> Iterator[Program]:
     """What distributes slots over layers, and fills the rows with what has waited for them."""
     recipe, held = setting.recipe, estimate.waiting(setting)
     if recipe.budget is None or recipe.budget.allocate is None:
         return
     found, ints = estimate.found_in_a_layer(setting), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    for group, tiers in zip(decode.layer_groups(setting.spec), cache, strict=True):
+    for group, tiers in zip(layout.layer_groups(setting.spec), cache, strict=True):
         slots, n = ints(len(group.index), setting.batch, setting.spec.num_rows), len(group.index)
         args = ([found.info] * n, ints(), ints(setting.batch), slots)
         split = mesh.ROWS, mesh.EVERYWHERE, mesh.SEQUENCES, mesh.LAYERS
         there = n * size(found.info)
-        yield Program("allocate", decode._run_allocate, args, {"recipe": recipe}, there, held, split=split)
-        yield Program("trim", decode._trim, (tiers, slots), {}, size(tiers), held)
+        yield Program("allocate", prefilling._run_allocate, args, {"recipe": recipe}, there, held, split=split)
+        yield Program("trim", prefilling._trim, (tiers, slots), {}, size(tiers), held)
         if recipe.policy.settle is not None:
             args = (tiers, found.waiting, ints(), ints(*slots.shape[1:]))
             there = size(tiers) + size(found.waiting)
-            yield Program("settle", decode._settle, args, {"recipe": recipe}, there, held)
+            yield Program("settle", prefilling._settle, args, {"recipe": recipe}, there, held)
 
 
 def _first(spec: ModelSpec, layers: int) -> ModelSpec:

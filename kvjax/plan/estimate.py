@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kvjax import decode, mesh
+from kvjax import layout, mesh, prefilling
 from kvjax.abstract import CacheSize, cache_size
 from kvjax.cache.policy import Found
 from kvjax.cache.tier import Bytes
@@ -82,7 +82,7 @@ def estimate(setting: Setting, platform: Platform) -> Parts:
 
 def weights(setting: Setting) -> Weights:
     """Bytes of a model's arrays."""
-    decoder, groups = setting.model.decoder, decode.layer_groups(setting.spec)
+    decoder, groups = setting.model.decoder, layout.layer_groups(setting.spec)
     return Weights(
         embedding=size(decoder.embedding),
         head=size(decoder.norm) + (0 if decoder.head is None else size(decoder.head)),
@@ -137,14 +137,14 @@ def found_in_a_layer(setting: Setting) -> Found:
     """Shapes of what reading the prompts with one layer leaves."""
     args, static = layer_arguments(setting, abstract_cache(setting), 0)
     with mesh.on(setting.mesh):
-        found = jax.eval_shape(functools.partial(decode._prefill_layer, **static), *args)[2]
+        found = jax.eval_shape(functools.partial(prefilling._prefill_layer, **static), *args)[2]
     return mesh.placed(setting.mesh, mesh.ROWS, found)
 
 
-def layer_arguments(setting: Setting, cache: decode.Cache, index: int) -> tuple[tuple[PyTree, ...], dict[str, Any]]:
+def layer_arguments(setting: Setting, cache: layout.Cache, index: int) -> tuple[tuple[PyTree, ...], dict[str, Any]]:
     """What a layer is read with, as shapes: arguments, and those that are static."""
     spec = setting.spec
-    group = next(g for g, group in enumerate(decode.layer_groups(spec)) if index in group.index)
+    group = next(g for g, group in enumerate(layout.layer_groups(spec)) if index in group.index)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     stream = (setting.batch, setting.lengths.padded, spec.embed_dim)
     arrays = layer(setting, index), jax.ShapeDtypeStruct(stream, jnp.dtype(setting.dtype)), cache[group]
@@ -152,9 +152,9 @@ def layer_arguments(setting: Setting, cache: decode.Cache, index: int) -> tuple[
     return (*arrays, ints(setting.batch), ints(), ints()), static
 
 
-def abstract_cache(setting: Setting) -> decode.Cache:
+def abstract_cache(setting: Setting) -> layout.Cache:
     """The shapes of a cache."""
-    made = jax.eval_shape(functools.partial(decode.init_cache, setting.model.decoder, setting.recipe, setting.lengths))
+    made = jax.eval_shape(functools.partial(layout.init_cache, setting.model.decoder, setting.recipe, setting.lengths))
     return mesh.placed(setting.mesh, mesh.cache, made)
 
 
@@ -179,7 +179,7 @@ def prefill_temporaries(setting: Setting, platform: Platform) -> int:
     copied = keys if spec.group_size == 1 else 0
     attention = n * (itemsize * (2 * queries + 2 * keys + copied) + 4 * spec.num_heads) + blocks
     fed = n * itemsize * (queries + (3 if split else 2) * width)
-    fed += itemsize * divisor(n, decode.CHUNK) * 2 * spec.mlp_dim
+    fed += itemsize * divisor(n, prefilling.CHUNK) * 2 * spec.mlp_dim
     return stream + max(attention, fed)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from kvjax import command, decode, mesh, methods
+from kvjax import command, mesh, methods, prefilling
 from kvjax.abstract import read_spec, without_weights
 from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Recipe
@@ -56,7 +56,9 @@ class Setting(NamedTuple):
     @property
     def lengths(self) -> Lengths:
         """What a cache is made for."""
-        return Lengths((self.context,) * self.batch, self.new, decode.padded_length(self.context), self.devices.data)
+        return Lengths(
+            (self.context,) * self.batch, self.new, prefilling.padded_length(self.context), self.devices.data
+        )
 
     @property
     def model(self) -> Model:

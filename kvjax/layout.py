@@ -1,0 +1,92 @@
+"""How a model's cache is laid out: which layers share a pool of pages, an empty cache, where tokens lie in it."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Int
+
+from kvjax import mesh
+from kvjax.cache import tier as tiers_
+from kvjax.cache.policy import Layers, Recipe, Tiers
+from kvjax.cache.tier import Tier
+from kvjax.collectives import DATA, own
+from kvjax.errors import InputError
+from kvjax.mesh import EVERYWHERE, ROWS
+from kvjax.models.decoder import Decoder
+from kvjax.spec import Lengths, ModelSpec
+
+Cache = tuple[Tiers, ...]  # one per group of layers with equal cached widths
+
+
+@functools.lru_cache(maxsize=256)
+def layer_groups(spec: ModelSpec) -> tuple[Layers, ...]:
+    """Layers by the widths of their cached vectors; each group has a page pool of its own."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for layer in range(spec.num_layers):
+        groups.setdefault(spec.widths(layer), []).append(layer)
+    return tuple(Layers(tuple(index), widths) for widths, index in groups.items())
+
+
+def locate(groups: Sequence[Layers], layer: int) -> tuple[int, int]:
+    """Group of a layer, and its index there."""
+    return next((g, group.index.index(layer)) for g, group in enumerate(groups) if layer in group.index)
+
+
+def init_cache(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
+    """Allocate an empty cache for a batch of prompts.
+
+    Args:
+      model: the decoder.
+      recipe: the method.
+      lengths: tokens of each prompt, and how many may be generated.
+    """
+    if rotates_at_read(model.spec, recipe) and any(store.balanced for store in recipe.stores):
+        raise InputError(
+            f"{recipe.name}: balanced keys are undone in the query, so they must be rotated when they are written"
+            + (", which latents are not: set balance=false" if model.spec.latent else "")
+        )
+    if recipe.policy.revise is not None and model.spec.latent is not None:
+        raise InputError(f"{recipe.name}: low-rank keys cannot be merged or evicted by a gate of each head")
+    if len(layer_groups(model.spec)) > 1 and recipe.budget is not None and recipe.budget.whole:
+        raise InputError(f"{recipe.name}: full layers need others of equal ranks: convert with rule=uniform")
+    devices, init = mesh.of(model), functools.partial(_init, model.spec, recipe)
+    if devices is None:
+        return init(lengths, model.dtype)
+    lengths = lengths._replace(parts=devices.shape[DATA])
+    if len(lengths.prompt) % lengths.parts:
+        raise InputError(f"{len(lengths.prompt)} sequences cannot be split over data={lengths.parts} devices")
+    with mesh.on(devices):
+        return _init_parts(model.spec, recipe, lengths, model.dtype)
+
+
+def _init(spec: ModelSpec, recipe: Recipe, lengths: Lengths, dtype: DTypeLike) -> Cache:
+    return tuple(recipe.policy.init(spec, group, lengths, dtype) for group in layer_groups(spec))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _init_parts(spec: ModelSpec, recipe: Recipe, lengths: Lengths, dtype: DTypeLike) -> Cache:
+    """Every device's own pool, and its rows."""
+
+    def init() -> Cache:
+        mine = lambda tree: jax.tree.map(lambda x: own(x, 1, DATA), tree)
+        rows = lambda t: {name: mine(getattr(t, name)) for name in ("table", "length", "budget", "calib")}
+        cache = _init(mesh.share(spec), recipe, lengths, dtype)
+        return tuple(tuple(tier._replace(**rows(tier)) for tier in tiers) for tiers in cache)
+
+    specs = mesh.cache(jax.eval_shape(functools.partial(_init, spec, recipe, lengths, dtype)))
+    devices = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(init, mesh=devices, in_specs=(), out_specs=specs, check_vma=False)()
+
+
+def rotates_at_read(spec: ModelSpec, recipe: Recipe) -> bool:
+    """Whether keys are cached before rotation."""
+    return recipe.rotate == "read" or spec.latent is not None
+
+
+@mesh.program((mesh.cache, EVERYWHERE), lambda *_: ROWS)
+def positions(tier: Tier, place: Int[Array, ""] | int) -> Int[Array, "B K S"]:
+    """Position of every slot of one of the tier's layers, -1 where it is empty."""
+    return tiers_.positions(tiers_.layer(tier, place))

@@ -1,0 +1,234 @@
+"""Prefill: a batch of prompts through the model, each layer's keys and values compressed as soon as it has attended.
+
+Written for one device, and run on as many as the weights lie on; see `kvjax.mesh`.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from kvjax import attention, mesh
+from kvjax.cache import pages
+from kvjax.cache import tier as tiers_
+from kvjax.cache.budget import LARGEST
+from kvjax.cache.policy import Found, Layers, Recipe, Tiers
+from kvjax.errors import InputError
+from kvjax.layout import Cache, layer_groups, locate, rotates_at_read
+from kvjax.mesh import EVERYWHERE, LAYERS, ROWS, SEQUENCES
+from kvjax.models import gate as gates
+from kvjax.models import rope
+from kvjax.models.decoder import Decoder, Layer
+from kvjax.spec import Gate, ModelSpec, Prompt, PyTree, RopeSpec
+
+CHUNK = 8192  # tokens that the feed-forward network reads at once
+
+
+def check_turn(spec: ModelSpec, recipe: Recipe, prompt: int, reach: int) -> None:
+    """Raise `InputError` where keys would be cached under frequencies that their sequence outgrows.
+
+    Args:
+      spec, recipe: the model and the method.
+      prompt: tokens of a prompt.
+      reach: tokens that are read of the sequence in the end.
+    """
+    turn = spec.rope.original_max_position
+    if spec.rope.type == "longrope" and prompt <= turn < reach and not rotates_at_read(spec, recipe):
+        raise InputError(
+            f"the model has other rotary frequencies beyond {turn} tokens, which cached keys of a prompt of {prompt} "
+            f"cannot follow: end at {turn} tokens, not {reach}, or begin with a longer prompt"
+        )
+
+
+def padded_length(longest: int) -> int:
+    """Tokens that a prompt is padded to: 8 rungs per power of two, so that a new length rarely recompiles."""
+    return pages.ladder(longest, steps=8, smallest=64)
+
+
+def prefill(
+    model: Decoder,
+    recipe: Recipe,
+    tokens: Int[Array, "B T"],
+    length: Int[Array, " B"],
+    cache: Cache,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Run the prompts and fill the cache. Consumes `cache`: its buffers are reused.
+
+    Layers run one after the other through one compiled function. Each layer's keys and values are compressed as soon as
+    its attention is done, so the peak is one layer's full keys and values.
+
+    Args:
+      model: the decoder.
+      recipe: the method.
+      tokens: prompts, padded on the right; T should come from `padded_length`.
+      length: tokens of each prompt, at least 1.
+      cache: an empty cache from `init_cache`.
+      chunk: tokens that the feed-forward network reads at once, at most: fewer need less memory.
+
+    Returns:
+      Logits after each prompt's last token, in float32, and the filled cache.
+
+    >>> import jax.numpy as jnp, kvjax
+    >>> model, recipe = kvjax.load().decoder, kvjax.methods.h2o(budget=8)
+    >>> prompt = jnp.zeros((1, kvjax.padded_length(20)), jnp.int32)  # 20 tokens and padding
+    >>> cache = kvjax.init_cache(model, recipe, kvjax.Lengths(prompt=(20,), new=4, padded=prompt.shape[1]))
+    >>> logits, cache = kvjax.prefill(model, recipe, prompt, jnp.asarray([20], jnp.int32), cache)
+    >>> logits.shape, cache[0][0].length.tolist()
+    ((1, 4096), [[[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]]])
+    """
+    spec, groups = model.spec, layer_groups(model.spec)
+    x = _embed(model, tokens)
+    filled, allocation = list(cache), _Allocation(spec, recipe, groups, length)
+    for index, layer in enumerate(model.layers):
+        group, place = locate(groups, index)
+        x, filled[group], found = _prefill_layer(
+            layer,
+            x,
+            filled[group],
+            length,
+            jnp.asarray(index, jnp.int32),
+            jnp.asarray(place, jnp.int32),
+            spec=spec,
+            recipe=recipe,
+            window=spec.window(index),
+            rotary=spec.rotary(index),
+            chunk=chunk,
+        )
+        filled = allocation.after(filled, found)
+    if recipe.policy.fit is not None:
+        filled = [_fit(tiers, length, recipe) for tiers in filled]
+    return _last_logits(model, x, length), tuple(filled)
+
+
+class _Allocation:
+    """Distributes slots over layers while the layers of a prompt are run; over layers that share a pool of pages."""
+
+    def __init__(self, spec: ModelSpec, recipe: Recipe, groups: Sequence[Layers], length: Array):
+        self._layers, self._recipe, self._groups, self._length = spec.num_layers, recipe, groups, length
+        self._infos: dict[int, PyTree] = {}
+        self._waiting: dict[int, PyTree] = {}
+        self._held = jnp.full((spec.num_layers, length.shape[0], spec.num_rows), LARGEST, jnp.int32)
+
+    def after(self, cache: list[Tiers], found: Found) -> list[Tiers]:
+        """The cache after one more layer: with the slots redistributed, when the budget wants that now."""
+        budget, done = self._recipe.budget, len(self._infos) + 1
+        if budget is None or budget.allocate is None:
+            return cache
+        self._infos[done - 1] = found.info
+        self._waiting[done - 1] = found.waiting
+        if done < self._layers and (budget.every is None or done % budget.every):
+            return cache
+        unseen = jax.tree.map(jnp.zeros_like, found.info)  # with it, all updates are one program
+        for g, group in enumerate(self._groups):
+            if not self._waiting.keys().isdisjoint(group.index):
+                infos = [self._infos.get(layer, unseen) for layer in group.index]
+                seen = jnp.asarray(sum(layer < done for layer in group.index), jnp.int32)
+                index = jnp.asarray(group.index, jnp.int32)
+                slots = _run_allocate(infos, seen, self._length, self._held[index], recipe=self._recipe)
+                self._held = self._held.at[index].set(slots)
+                cache[g] = _trim(cache[g], slots)
+        if self._recipe.policy.settle is not None:
+            for index, waiting in self._waiting.items():
+                group, place = locate(self._groups, index)
+                where = jnp.asarray(place, jnp.int32)
+                cache[group] = _settle(cache[group], waiting, where, self._held[index], recipe=self._recipe)
+        self._waiting.clear()
+        return cache
+
+
+@functools.partial(jax.jit, static_argnames=("recipe",))
+def _run_allocate(
+    infos: list[PyTree], seen: Int[Array, ""], length: Int[Array, " B"], held: Int[Array, "L B K"], *, recipe: Recipe
+) -> Int[Array, "L B K"]:
+    assert recipe.budget is not None and recipe.budget.allocate is not None
+    return recipe.budget.allocate(infos, seen, length, held)
+
+
+@mesh.program((mesh.cache, LAYERS), lambda tiers, slots: tiers, donate=(0,))
+def _trim(tiers: Tiers, slots: Int[Array, "l B K"]) -> Tiers:
+    """Trim the first tier's rows to their slots; other tiers hold what the first one gave up."""
+    tier, *rest = tiers
+    budget = jnp.where(slots < LARGEST, slots, tier.budget)
+    return (tiers_.trim(tier._replace(budget=budget), slots), *rest)
+
+
+@mesh.program((mesh.cache, ROWS, EVERYWHERE, ROWS), lambda tiers, *_: tiers, static=("recipe",), donate=(0,))
+def _settle(tiers: Tiers, waiting: PyTree, place: Int[Array, ""], slots: Int[Array, "B K"], *, recipe: Recipe) -> Tiers:
+    """Fill a layer's rows with what has waited for their slots."""
+    assert recipe.policy.settle is not None
+    olds = tuple(tiers_.layer(t, place) for t in tiers)
+    views = recipe.policy.settle(olds, waiting, slots, recipe.kernels)
+    return tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
+
+
+def _fit(tiers: Tiers, length: Int[Array, " B"], recipe: Recipe) -> Tiers:
+    """Leave pools the pages that they will need."""
+    assert recipe.policy.fit is not None
+    tiers, sizes = recipe.policy.fit(tiers, length)
+    return tuple(
+        _resize(t, size=n) if n * t.num_free.shape[0] < t.free.shape[0] else t
+        for t, n in zip(tiers, sizes, strict=True)
+    )
+
+
+_resize = mesh.program((mesh.cache,), lambda tier: tier, static=("size",))(tiers_.resize)
+
+
+@mesh.program((mesh.weights, SEQUENCES), lambda *_: SEQUENCES)
+def _embed(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    return model.embed(tokens)
+
+
+@mesh.program((mesh.weights, SEQUENCES, SEQUENCES), lambda *_: SEQUENCES)
+def _last_logits(model: Decoder, x: Float[Array, "B T D"], length: Int[Array, " B"]) -> Float[Array, "B V"]:
+    return model.logits(jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0])
+
+
+@mesh.program(
+    (mesh.weights, SEQUENCES, mesh.cache, SEQUENCES, EVERYWHERE, EVERYWHERE),
+    lambda layer, x, tiers, *_: (SEQUENCES, tiers, ROWS),
+    static=("spec", "recipe", "window", "rotary", "chunk"),
+    donate=(1, 2),
+)
+def _prefill_layer(
+    layer: Layer,
+    x: Float[Array, "B T D"],
+    tiers: Tiers,
+    length: Int[Array, " B"],
+    index: Int[Array, ""],
+    place: Int[Array, ""],
+    *,
+    spec: ModelSpec,
+    recipe: Recipe,
+    window: int | None,
+    rotary: RopeSpec,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "B T D"], Tiers, Found]:
+    """One layer over the whole prompt: exact attention, then compression into the layer's rows."""
+    q, key, value, gate = layer.project(x)
+    k, v = layer.keys(key), layer.values(value)
+    olds = tuple(tiers_.layer(t, place) for t in tiers)
+    until, revised = None, ()
+    if recipe.policy.revise is not None and isinstance(gate, Gate):
+        k, v, until, revised = recipe.policy.revise(olds, k, v, gate, length, recipe.kernels)
+        key, value = k, v
+    pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    cos, sin = rope.angles(rotary, spec.head_dim, pos, length)  # B T H/2
+    q, k = (rope.rotate(y, cos[:, :, None], sin[:, :, None]) for y in (q, k))
+    q = gates.silence(spec.gate, q, spec.num_kv_heads)
+    options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "until": until, "kernels": recipe.kernels}
+    heads, lse = attention.prefill_attention(q, k, v, length, **options)
+    key = key if rotates_at_read(spec, recipe) else k
+    prompt = Prompt(
+        *(q, k, v, key, value, lse, length, index, spec.num_layers, window, spec.scale, spec.score_cap),
+        kernels=recipe.kernels,
+        gate=gate,
+        revised=revised,
+    )
+    views, found = recipe.policy.prefill(olds, prompt)
+    tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
+    return layer.finish(x, heads, chunk), tiers, found
