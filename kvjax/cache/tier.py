@@ -18,6 +18,8 @@ from kvjax.cache import pages
 from kvjax.cache.store import KVStore
 from kvjax.spec import PyTree
 
+LANES = 128  # numbers in a row of a TPU's memory
+
 
 class Tier(NamedTuple):
     """A pool of pages and, per row, which of them hold its slots; on a mesh each device's own, side by side.
@@ -181,7 +183,7 @@ def put(tier: Tier, slot: Int[Array, "B K n"], slots: Slots, where: Bool[Array, 
     page, offset = _locate(tier, slot)
     page = jnp.where(where, page, tier.free.shape[0])
     written = page < tier.free.shape[0]
-    write = lambda x, y: x.at[page, offset].set(y.astype(x.dtype), mode="drop")
+    write = lambda x, y: _write(x, page, offset, y.astype(x.dtype))
     return tier._replace(
         k=jax.tree.map(write, tier.k, slots.k),
         v=jax.tree.map(write, tier.v, slots.v),
@@ -291,6 +293,26 @@ def _locate(tier: Tier, slot: Int[Array, "B K n"]) -> tuple[Int[Array, "B K n"],
     logical = slot // tier.page
     page = jnp.take_along_axis(tier.table, logical, axis=-1, mode="clip")
     return jnp.where(logical < tier.table.shape[-1], page, tier.free.shape[0]), slot % tier.page
+
+
+def _write(pool: Array, page: Int[Array, "B K n"], offset: Int[Array, "B K n"], x: Array) -> Array:
+    """A pool's leaf `[P page ...]` with slots `[B K n ...]` written, those in page P dropped.
+
+    TPUs have rows of 128 lanes, and XLA lays narrower vectors across the slots of a page instead of padding them. Its
+    scatter of a slot per row would lay the whole pool anew first, so there each is written together with its page.
+    """
+
+    def slots(pool: Array, x: Array) -> Array:
+        return pool.at[page, offset].set(x, mode="drop")
+
+    def whole_pages(pool: Array, x: Array) -> Array:
+        own = page[..., 0]
+        here = (jnp.arange(pool.shape[1]) == offset)[..., None]
+        return pool.at[own].set(jnp.where(here, x, pool.at[own].get(mode="clip")), mode="drop")
+
+    if page.shape[-1] > 1 or pool.ndim != 3 or pool.shape[-1] % LANES == 0:
+        return slots(pool, x)
+    return jax.lax.platform_dependent(pool, x, tpu=whole_pages, default=slots)
 
 
 def _rows(tier: Tier, pool: Array) -> Array:
