@@ -1,7 +1,7 @@
 """Compile kernels and decode loops for accelerators that are not there, and print what they take: a JSON line each.
 
-    python -m tests.aot v5e                     # every kernel in every store
-    python -m tests.aot v5e shapes              # other models, contexts and options
+    python -m tests.aot v5e                     # every kernel
+    python -m tests.aot v5e more                # other shapes and options
     python -m tests.aot sm_90 loop              # every method's decode loop, with kernels
 
 A process of its own for each target, because the plug-ins change what JAX sees. Needs `pip install '.[aot]'`.
@@ -50,9 +50,12 @@ def resources(text: str, gpu: Gpu) -> dict[str, int]:
 # What is compiled
 
 MODELS = {"Llama-3-8B": (8, 4, 128), "Llama-2-7B": (32, 1, 128), "Qwen2-7B": (4, 7, 128)}  # K, G, H
+THOROUGH = ("v5e", "sm_90")
 STORES = ("dense", "int8", "int4", "int3", "int2", "int4:32", "fp8", "kivi2")
 # Parts that are read in one launch, and their shares of a context; 0 = one slot.
 TIERS = {"mikv": {"dense": 0.2, "int2": 0.8}, "dmc+store=int4": {"int4": 1.0, "dense": 0.0}}
+FEW = ("dense", "int4", "mikv")
+REFUSED = {"fp8": ("v4", "sm_80"), "kivi2": TPUS}  # no such format; read by XLA
 
 
 class Case(NamedTuple):
@@ -67,16 +70,13 @@ class Case(NamedTuple):
 
 
 def cases(target: str) -> Iterator[Case]:
-    """Every kernel and store at the shapes of a real model."""
-    refused = {"fp8": ("v4", "sm_80"), "kivi2": TPUS}  # no such format; read by XLA
-    for store in (*STORES, *TIERS):
-        if target not in refused.get(store, ()):
+    """Every kernel at the shapes of a real model; on two targets in every number format."""
+    for store in (*STORES, *TIERS) if target in THOROUGH else FEW:
+        if target not in REFUSED.get(store, ()):
             yield Case("decode_attention", "Llama-3-8B", store, 32768, 16)
-    for context in (8192, 32768):
-        yield Case("column_sums", "Llama-3-8B", "", context, 1)
-        if target in TPUS:  # cuDNN is not compiled ahead of time
-            yield Case("attention", "Llama-3-8B", "", context, 1)
-            yield Case("attention", "Llama-3-8B", "", context, 1, {"window": 4096})
+    yield Case("column_sums", "Llama-3-8B", "", 32768, 1)
+    if target in TPUS:  # cuDNN is not compiled ahead of time
+        yield Case("attention", "Llama-3-8B", "", 32768, 1)
     if target not in ("v5p", "v6e", "tpu7x"):  # not tried there
         yield Case("segment_merge", "Llama-3-8B", "", 32768, 1, {"window": 12})
     if target in GPUS:
@@ -86,8 +86,17 @@ def cases(target: str) -> Iterator[Case]:
         yield Case("decode_attention", "Llama-3-8B", "dense", 32768, 16, {"latent": latent})
 
 
-def shapes(target: str) -> Iterator[Case]:
-    """Other models, contexts and options."""
+def more(target: str) -> Iterator[Case]:
+    """Other number formats, prompts and windows; on two targets other models, contexts and options."""
+    for store in (*STORES, *TIERS) if target not in THOROUGH else ():
+        if store not in FEW and target not in REFUSED.get(store, ()):
+            yield Case("decode_attention", "Llama-3-8B", store, 32768, 16)
+    yield Case("column_sums", "Llama-3-8B", "", 8192, 1)
+    if target in TPUS:
+        for context, options in ((8192, {}), (8192, {"window": 4096}), (32768, {"window": 4096})):
+            yield Case("attention", "Llama-3-8B", "", context, 1, options)
+    if target not in THOROUGH:
+        return
     for latent in ((1, 64, 96), (8, 512, 640))[: 1 + (target in TPUS)]:  # GPUs read joint latents of few bits by XLA
         yield Case("decode_attention", "Llama-3-8B", "int4", 32768, 16, {"latent": latent})
     for model in MODELS:
@@ -303,4 +312,4 @@ if __name__ == "__main__":
     if sys.argv[2:3] == ["loop"]:
         compile_loops(chosen, sys.argv[3:])
     else:
-        compile_kernels(chosen, (shapes if sys.argv[2:] == ["shapes"] else cases)(chosen.name))
+        compile_kernels(chosen, (more if sys.argv[2:] == ["more"] else cases)(chosen.name))

@@ -91,7 +91,9 @@ def quick(names: Iterable[Any], some: Container[Any]) -> list[Any]:
 
 # Whole generations are tried with all; by default with those that differ in more than a score.
 every_method = pytest.mark.parametrize("method", quick(_METHODS, ("full", "streaming_llm", "dynamickv", "mikv", "dms")))
-every_method_and_a_full_cache = pytest.mark.parametrize("method", [*_METHODS, "dmc int4"])  # which refuses slots
+every_method_and_a_full_cache = pytest.mark.parametrize(  # which refuses slots
+    "method", quick([*_METHODS, "dmc int4"], (*DISTINCT, "streaming_llm", "dynamickv", "full kivi2", "dmc int4"))
+)
 
 
 def model_of(method: str) -> str:

@@ -14,7 +14,7 @@ from kvjax.cache.retain import retain
 from kvjax.cache.store import KVStore
 from kvjax.generation import Model, cached_positions
 from tests import brute, oracle
-from tests.matrix import EVICTING, WINDOW, text
+from tests.matrix import EVICTING, WINDOW, quick, text
 from tests.test_budget_methods import assert_same, model_of, run, texts
 from tests.test_loop import traced_functions
 from tests.test_methods import best
@@ -114,7 +114,7 @@ COMPOSED = {
 }
 
 
-@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.parametrize("name", quick(COMPOSED, list(COMPOSED)[::2]))
 def test_scores_budgets_and_fates_compose(name):
     """Rows share no more than they were given, and every row has the pages that it needs."""
     votes, keep, end = COMPOSED[name]
@@ -142,7 +142,7 @@ def uneven_model() -> Model:
     return Model(network, None, (), "random")
 
 
-@pytest.mark.parametrize("method", UNEVEN)
+@pytest.mark.parametrize("method", quick(UNEVEN, UNEVEN[:1]))
 def test_rows_of_different_lengths_are_really_shorter(method):
     """A quarter of 4,096 tokens is a quarter of the bytes. Masking evicted tokens, as is usual, would save nothing."""
     arguments = {"ada": True} if method == "dynamickv" else {}
@@ -155,7 +155,7 @@ def test_rows_of_different_lengths_are_really_shorter(method):
         assert rows.max() > 4 * rows.min()
 
 
-@pytest.mark.parametrize("method", UNEVEN)
+@pytest.mark.parametrize("method", quick(UNEVEN, UNEVEN[:1]))
 def test_one_compilation_serves_every_split(method):
     model, splits = Model(model_of("deep"), None, (), "random"), set()
     recipe = methods.make(method, 30, SMALL.get(method))

@@ -57,6 +57,7 @@ def test_every_method_on_two_by_four():
         assert (found["tokens"], found["slots"]) == (found["expected"], found["expected_slots"]), found["method"]
 
 
+@pytest.mark.slow
 def test_teacher_forcing_on_a_mesh():
     for found in compare("data=2,model=4", "judge:h2o", "judge:d2o"):  # three prompts on two times four devices
         assert found["many"] == pytest.approx(found["one"], rel=1e-3, abs=1e-4), found["method"]

@@ -12,7 +12,7 @@ from kvjax.cache.quantize import named
 from kvjax.models.decoder import Decoder
 from kvjax.spec import Lengths, ModelSpec
 from tests import oracle
-from tests.matrix import ARGUMENTS, BATCH, BUDGET, STEPS, assert_close, decoder, teacher
+from tests.matrix import ARGUMENTS, BATCH, BUDGET, STEPS, assert_close, decoder, quick, teacher
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 COMPOSED = ("h2o", "snapkv", "dynamickv", "adakv", "d2o")
@@ -135,7 +135,7 @@ def test_uniform_stores_cost_what_their_papers_print(store, percent):
 LONG = ["full int8", "full int4", "full int2", "full fp8", "full kivi2", "mikv", "mikv int8"]
 
 
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("name", quick(LONG, ("full int4", "full kivi2", "mikv")))
 def test_a_step_makes_no_dense_copy_of_a_row(name):
     """At 32,768 tokens the temporary memory of the compiled step is less than a tenth of the codes."""
     method, *store = name.split()
