@@ -42,12 +42,14 @@ def compare(size: str, *methods: str) -> list[dict]:
 @pytest.mark.parametrize("size", slow(MESHES, ("data=1,model=8", "data=8,model=1")))
 def test_a_mesh_generates_what_one_device_does(size):
     methods = DISTINCT if size == "data=2,model=4" else METHODS
+    # Prompts of 61 to 90 tokens, one on each device: pools are for the longest.
+    slack = 1.15 if size == "data=8,model=1" else 1.05
     for found in compare(size, *methods):
         name = found["method"]
         assert found["tokens"] == found["expected"], name
         assert found["slots"] == found["expected_slots"], name
         if name not in ("adakv", "dmc", "dms"):  # whose heads differ: pools are for the device that holds most
-            assert found["device_bytes"] <= 1.05 * found["bytes"] / 8, name
+            assert found["device_bytes"] <= slack * found["bytes"] / 8, name
         assert found["arrays"] == [found["device_bytes"]] * 8, name  # on every device
 
 
