@@ -55,6 +55,8 @@ STORES = ("dense", "int8", "int4", "int3", "int2", "int4:32", "fp8", "kivi2")
 # Parts that are read in one launch, and their shares of a context; 0 = one slot.
 TIERS = {"mikv": {"dense": 0.2, "int2": 0.8}, "dmc+store=int4": {"int4": 1.0, "dense": 0.0}}
 FEW = ("dense", "int4", "mikv")
+# Heads that share a latent, ranks of keys and values; the last: keys that are only rotated.
+LATENTS = ((8, 512, 640), (1, 64, 96), (1, 128, 128))
 REFUSED = {"fp8": ("v4", "sm_80"), "kivi2": TPUS}  # no such format; read by XLA
 
 
@@ -77,12 +79,10 @@ def cases(target: str) -> Iterator[Case]:
     yield Case("column_sums", "Llama-3-8B", "", 32768, 1)
     if target in TPUS:  # cuDNN is not compiled ahead of time
         yield Case("attention", "Llama-3-8B", "", 32768, 1)
-    if target not in ("v5p", "v6e", "tpu7x"):  # not tried there
-        yield Case("segment_merge", "Llama-3-8B", "", 32768, 1, {"window": 12})
+    yield Case("segment_merge", "Llama-3-8B", "", 32768, 1, {"window": 12})
     if target in GPUS:
         yield Case("topk_retain", "Llama-3-8B", "", 32768, 1, {"keep": 0.2})
-    # Latents of all heads together, of each head, and keys that are only rotated.
-    for latent in ((8, 512, 640), (1, 64, 96), (1, 128, 128)) if target in ("v5e", *GPUS) else ():
+    for latent in LATENTS if target in THOROUGH else ():
         yield Case("decode_attention", "Llama-3-8B", "dense", 32768, 16, {"latent": latent})
 
 
@@ -91,6 +91,8 @@ def more(target: str) -> Iterator[Case]:
     for store in (*STORES, *TIERS) if target not in THOROUGH else ():
         if store not in FEW and target not in REFUSED.get(store, ()):
             yield Case("decode_attention", "Llama-3-8B", store, 32768, 16)
+    for latent in LATENTS if target not in THOROUGH else ():
+        yield Case("decode_attention", "Llama-3-8B", "dense", 32768, 16, {"latent": latent})
     yield Case("column_sums", "Llama-3-8B", "", 8192, 1)
     if target in TPUS:
         for context, options in ((8192, {}), (8192, {"window": 4096}), (32768, {"window": 4096})):
