@@ -192,19 +192,20 @@ def test_tier_without_positions_counts_slots():
         tiers_.scores(view)
 
 
-def test_tpus_write_a_slot_with_its_page(monkeypatch):
-    """Narrow vectors, some rows dropped and one without a page: the same pool either way."""
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("n", [1, 5])
+def test_tpus_write_slots_with_their_pages(n, monkeypatch):
+    """Narrow vectors, across the border of pages, some dropped and a row without pages: the same pool either way."""
+    rng = np.random.default_rng(n)
     store = named("int4:8")
     tier = tiers_.init(
         layers=1, batch=2, heads=3, row=16, page=8, slots=80, widths=(16, 16), store=store, dtype=jnp.float32
     )
     tier = tiers_.reserve(tier, jnp.asarray([[[16, 9, 1], [8, 16, 0]]], jnp.int32), 16)
     view = tiers_.layer(tier, 0)
-    k, v = (jnp.asarray(rng.normal(size=(2, 3, 1, 16)), jnp.float32) for _ in range(2))
-    slots = Slots(*store.encode(k, v, ()), jnp.asarray(rng.integers(0, 50, (2, 3, 1)), jnp.int32))
-    slot = jnp.asarray([[15, 8, 0], [3, 9, 5]])[..., None]  # the last row has no pages
-    where = jnp.asarray([[True, True, False], [True, True, True]])[..., None]
+    k, v = (jnp.asarray(rng.normal(size=(2, 3, n, 16)), jnp.float32) for _ in range(2))
+    slots = Slots(*store.encode(k, v, ()), jnp.asarray(rng.integers(0, 50, (2, 3, n)), jnp.int32))
+    slot = jnp.asarray([[11, 4, 0], [3, 5, 5]])[..., None] + jnp.arange(n)  # the last row has no pages
+    where = jnp.asarray([[True, True, False], [True, True, True]])[..., None] & (jnp.arange(n) != 3)
     expected = tiers_.put(view, slot, slots, where)
     assert any((leaf != 0).any() for leaf in jax.tree.leaves(expected.k))
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))

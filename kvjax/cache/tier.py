@@ -299,18 +299,23 @@ def _write(pool: Array, page: Int[Array, "B K n"], offset: Int[Array, "B K n"], 
     """A pool's leaf `[P page ...]` with slots `[B K n ...]` written, those in page P dropped.
 
     TPUs have rows of 128 lanes, and XLA lays narrower vectors across the slots of a page instead of padding them. Its
-    scatter of a slot per row would lay the whole pool anew first, so there each is written together with its page.
+    scatter of slots would lay the whole pool anew first, so there each is written together with its page, one of every
+    row at a time; but for prompts, whose programs run once.
     """
+    n = page.shape[-1]
 
     def slots(pool: Array, x: Array) -> Array:
         return pool.at[page, offset].set(x, mode="drop")
 
     def whole_pages(pool: Array, x: Array) -> Array:
-        own = page[..., 0]
-        here = (jnp.arange(pool.shape[1]) == offset)[..., None]
-        return pool.at[own].set(jnp.where(here, x, pool.at[own].get(mode="clip")), mode="drop")
+        def write(i: int | Array, pool: Array) -> Array:
+            own, at, new = (jax.lax.dynamic_index_in_dim(y, i, 2, keepdims=False) for y in (page, offset, x))
+            here = (jnp.arange(pool.shape[1]) == at[..., None])[..., None]
+            return pool.at[own].set(jnp.where(here, new[:, :, None], pool.at[own].get(mode="clip")), mode="drop")
 
-    if page.shape[-1] > 1 or pool.ndim != 3 or pool.shape[-1] % LANES == 0:
+        return write(0, pool) if n == 1 else jax.lax.fori_loop(0, n, write, pool)
+
+    if n > pages.LARGEST_PAGE or pool.ndim != 3 or pool.shape[-1] % LANES == 0:
         return slots(pool, x)
     return jax.lax.platform_dependent(pool, x, tpu=whole_pages, default=slots)
 
