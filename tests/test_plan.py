@@ -161,7 +161,8 @@ def test_a_long_prompt_fits_on_eight_small_chips(method, capsys):
     assert plan["fits"] and not plan["refused"]
     made = estimate(planned("--context", 131072, "--mesh", "model=8", method=method), "tpu")
     # On a mesh of TPUs prompts take more than the formulas know: see docs/performance.md.
-    assert 0.75 * plan["bytes"]["peak"] < made.peak < 1.05 * plan["bytes"]["peak"]
+    least = 0.95 if method == "full" else 0.75
+    assert least * plan["bytes"]["peak"] < made.peak < 1.05 * plan["bytes"]["peak"]
 
 
 def test_a_plan_adds_up_and_its_largest_sizes_fit(capsys):
