@@ -1,4 +1,6 @@
-"""Block sizes: of loops over a prompt, and of parts that a kernel may load."""
+"""Block sizes: of loops over a prompt, of parts that a kernel may load, of a TPU's memory."""
+
+LANES = 128  # numbers in a row of a TPU's memory
 
 
 def divisor(n: int, most: int) -> int:

@@ -17,8 +17,7 @@ from jaxtyping import Bool, Float, Int
 from kvjax.cache import pages
 from kvjax.cache.store import KVStore
 from kvjax.spec import PyTree
-
-LANES = 128  # numbers in a row of a TPU's memory
+from pallas_kernels.blocks import LANES
 
 
 class Tier(NamedTuple):

@@ -24,11 +24,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
+from pallas_kernels.blocks import LANES
 from pallas_kernels.codes import assemble
 from pallas_kernels.decode_attention import tpu_expand
 from pallas_kernels.decode_attention.formats import Format, format_of
 from pallas_kernels.decode_attention.reference import EMPTY, Expand, Part, Partial, merge
-from pallas_kernels.decode_attention.tpu_page import LANES, Page, dot
+from pallas_kernels.decode_attention.tpu_page import Page, dot
 from pallas_kernels.soft_cap import soft_cap
 
 SLOTS = 2048  # of a step, which costs about 300 bundles whatever it does

@@ -9,10 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
+from pallas_kernels.blocks import LANES
 from pallas_kernels.codes import Piece, whole
 from pallas_kernels.decode_attention.formats import Format
-
-LANES = 128
 
 
 class Page:

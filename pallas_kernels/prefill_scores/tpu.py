@@ -18,10 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
+from pallas_kernels.blocks import LANES
 from pallas_kernels.prefill_scores.reference import first_query, query_blocks
 from pallas_kernels.soft_cap import soft_cap
-
-LANES = 128
 
 
 def column_sums(
