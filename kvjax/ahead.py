@@ -142,7 +142,7 @@ class Target:
 
     @staticmethod
     def _load_plugin() -> None:
-        import jax_plugins.xla_cuda13 as plugin
+        import jax_plugins.xla_cuda13 as plugin  # pyright: ignore[reportMissingImports]
 
         try:
             plugin.initialize()  # JAX 0.10 does not, without a driver

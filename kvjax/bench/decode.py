@@ -19,7 +19,7 @@ import numpy as np
 
 from kvjax import command, decode, generation, kernels, layout, prefilling, sampling
 from kvjax import mesh as meshes
-from kvjax.bench import compiling, memory, models, report, transformers, turns
+from kvjax.bench import compiling, hugging_face, memory, models, report, turns
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
 from kvjax.cache import learned
@@ -164,7 +164,7 @@ def _opponents(args: argparse.Namespace) -> list[str]:
         if name not in AGAINST:
             raise InputError(f"--against {name}: choose from {', '.join(AGAINST)}")
     if "transformers" in names:
-        transformers.check()
+        hugging_face.check()
     return list(dict.fromkeys(names))
 
 
@@ -225,15 +225,15 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     command.use_compilation_cache()
     model = models.load(args.model, args.dtype, args.mesh)
     limit = memory.of_device(args.memory) if args.batch == "max" else 0
-    against = [transformers.NAME if name == "transformers" else name for name in against] or [next(iter(recipes))]
+    against = [hugging_face.NAME if name == "transformers" else name for name in against] or [next(iter(recipes))]
     sections = []
     for context in contexts_of(args, model, new):
         setting = Setting(context, new, args.steps, args.prefill == "cheap")
         runs_on = {label: _gated(model, recipe, args.impose_cr) for label, recipe in recipes.items()}
         ready = [_maker(runs_on[label], label, recipe, setting, args, limit) for label, recipe in recipes.items()]
-        if transformers.NAME in against:
+        if hugging_face.NAME in against:
             size = weight_bytes(model.decoder), int(args.batch)
-            ready.insert(0, functools.partial(transformers.contestant, model, context, args.steps, *size))
+            ready.insert(0, functools.partial(hugging_face.contestant, model, context, args.steps, *size))
         sections.append(_section(ready, args, context, against))
     columns = (*COLUMNS, *(Column(f"x {name}", f"x {name}") for name in against), *SIZES)
     columns += (KEPT,) if args.impose_cr else ()
