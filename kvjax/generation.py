@@ -154,7 +154,7 @@ def generate(
       max_new_tokens: most tokens to generate for each prompt.
       how: how tokens are chosen; None = greedy.
       on_token: called as `(sequence, token)` as tokens appear.
-      prefill_chunk: tokens that the feed-forward network reads at once; a smaller number needs less memory.
+      prefill_chunk: tokens of all prompts that a layer reads at once, but for attention; fewer need less memory.
 
     >>> import kvjax
     >>> model = kvjax.load()

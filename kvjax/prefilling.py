@@ -23,8 +23,9 @@ from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer
 from kvjax.spec import Gate, ModelSpec, Prompt, PyTree, RopeSpec
+from pallas_kernels.blocks import divisor
 
-CHUNK = 8192  # tokens that the feed-forward network reads at once
+CHUNK = 4096  # tokens of all prompts that a layer reads at once, but for attention
 
 
 def check_turn(spec: ModelSpec, recipe: Recipe, prompt: int, reach: int) -> None:
@@ -67,7 +68,7 @@ def prefill(
       tokens: prompts, padded on the right; T should come from `padded_length`.
       length: tokens of each prompt, at least 1.
       cache: an empty cache from `init_cache`.
-      chunk: tokens that the feed-forward network reads at once, at most: fewer need less memory.
+      chunk: tokens of all prompts that a layer reads at once, but for attention, at most: fewer need less memory.
 
     Returns:
       Logits after each prompt's last token, in float32, and the filled cache.
@@ -209,17 +210,16 @@ def _prefill_layer(
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, "B T D"], Tiers, Found]:
     """One layer over the whole prompt: exact attention, then compression into the layer's rows."""
-    q, key, value, gate = layer.project(x)
+    pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    turn = rope.angles(rotary, spec.head_dim, pos, length)  # B T H/2
+    q, key, value, gate = _project(layer, spec, chunk, x, *turn)
     k, v = layer.keys(key), layer.values(value)
     olds = tuple(tiers_.layer(t, place) for t in tiers)
     until, revised = None, ()
     if recipe.policy.revise is not None and isinstance(gate, Gate):
         k, v, until, revised = recipe.policy.revise(olds, k, v, gate, length, recipe.kernels)
         key, value = k, v
-    pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    cos, sin = rope.angles(rotary, spec.head_dim, pos, length)  # B T H/2
-    q, k = (rope.rotate(y, cos[:, :, None], sin[:, :, None]) for y in (q, k))
-    q = gates.silence(spec.gate, q, spec.num_kv_heads)
+    k = rope.rotate(k, *(y[:, :, None] for y in turn))
     options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "until": until, "kernels": recipe.kernels}
     heads, lse = attention.prefill_attention(q, k, v, length, **options)
     key = key if rotates_at_read(spec, recipe) else k
@@ -231,4 +231,53 @@ def _prefill_layer(
     )
     views, found = recipe.policy.prefill(olds, prompt)
     tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
-    return layer.finish(x, heads, chunk), tiers, found
+    return _finish(layer, x, heads, chunk), tiers, found
+
+
+def _project(
+    layer: Layer, spec: ModelSpec, chunk: int, x: Float[Array, "B T D"], *turn: Float[Array, "B T half"]
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K R"], Float[Array, "B T K W"], Gate | tuple]:
+    """What `Layer.project` makes of a prompt, queries rotated, some tokens at a time.
+
+    It is written heads first, as attention reads it: XLA would keep another copy in that order.
+    """
+
+    def read(x: Array, cos: Array, sin: Array) -> tuple[PyTree, ...]:
+        q, *rest = layer.project(x)
+        q = rope.rotate(q, cos[:, :, None], sin[:, :, None])
+        return gates.silence(spec.gate, q, spec.num_kv_heads), *rest
+
+    n = at_once(x.shape[0], x.shape[1], chunk)
+    if n == x.shape[1]:
+        return read(x, *turn)
+
+    def some(i: Array, whole: PyTree) -> PyTree:
+        part = read(*(jax.lax.dynamic_slice_in_dim(y, i * n, n, axis=1) for y in (x, *turn)))
+        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, -2), i * n, axis=-2)
+        return jax.tree.map(put, whole, part)
+
+    shapes = jax.eval_shape(lambda: jax.tree.map(lambda y: jnp.moveaxis(y, 1, -2), read(x, *turn)))
+    whole = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
+    whole = jax.lax.fori_loop(0, x.shape[1] // n, some, whole)
+    return jax.tree.map(lambda y: jnp.moveaxis(y, -2, 1), whole)
+
+
+def _finish(layer: Layer, x: Float[Array, "B T D"], heads: Float[Array, "B T N H"], chunk: int) -> Array:
+    """`Layer.finish` of a prompt, some tokens at a time: their sums take the place of what they were made of."""
+    n, heads = at_once(x.shape[0], x.shape[1], chunk), jnp.moveaxis(heads, 1, 2)
+
+    def some(i: Array, x: Array) -> Array:
+        part = lambda y, axis: jax.lax.dynamic_slice_in_dim(y, i * n, n, axis)
+        new = layer.finish(part(x, 1), jnp.moveaxis(part(heads, 2), 2, 1))
+        return jax.lax.dynamic_update_slice_in_dim(x, new, i * n, 1)
+
+    return jax.lax.fori_loop(0, x.shape[1] // n, some, x)
+
+
+def at_once(batch: int, tokens: int, chunk: int) -> int:
+    """Tokens of each of a batch's prompts that are read at once: a divisor of them, so that all turns are equal.
+
+    >>> at_once(4, 32768, 4096)
+    1024
+    """
+    return divisor(tokens, max(1, chunk // batch))

@@ -228,7 +228,14 @@ def kept_positions(model: Decoder, cache: layout.Cache) -> list[list[list[list[i
     return [[[sorted(row[row >= 0].tolist()) for row in layer[b]] for layer in pos] for b in range(pos[0].shape[0])]
 
 
-def start(model: Decoder, recipe, prompts: Sequence[Sequence[int]], new: int, padded: int | None = None):
+def start(
+    model: Decoder,
+    recipe,
+    prompts: Sequence[Sequence[int]],
+    new: int,
+    padded: int | None = None,
+    chunk: int = prefilling.CHUNK,
+):
     """kvjax's prefill of a padded batch: logits [B V] and the cache, with room for `new` more tokens."""
     padded = padded or prefilling.padded_length(max(map(len, prompts)))
     tokens = np.full((len(prompts), padded), 3, np.int32)  # padding is not zeros: it must not matter
@@ -237,7 +244,7 @@ def start(model: Decoder, recipe, prompts: Sequence[Sequence[int]], new: int, pa
     lengths = Lengths(tuple(map(len, prompts)), new, padded)
     cache = layout.init_cache(model, recipe, lengths)
     length = jnp.asarray(lengths.prompt, jnp.int32)
-    return prefilling.prefill(model, recipe, jnp.asarray(tokens), length, cache)
+    return prefilling.prefill(model, recipe, jnp.asarray(tokens), length, cache, chunk)
 
 
 def run(model: Decoder, recipe, prompts: Sequence[Sequence[int]], teacher_tokens, *, padded: int | None = None):

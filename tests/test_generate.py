@@ -317,9 +317,9 @@ def test_the_cache_is_there_once_while_decoding(model):
     assert max(alive) == 2 * shape_bytes  # keys and values
 
 
-@pytest.mark.parametrize("chunk", [16, 100, 4096])
+@pytest.mark.parametrize("chunk", [1, 100])
 def test_a_prompt_is_the_same_in_parts(model, chunk):
-    """Whatever the feed-forward network reads at once, and whether that divides the tokens."""
+    """Whether what is read at once is less than a token of each, or no divisor of their tokens."""
     prompts, recipe = [list(range(90)), list(range(2, 60))], kvjax.methods.h2o(24)
     whole = kvjax.generate(model, prompts, recipe, max_new_tokens=4, prefill_chunk=2**20)
     parts = kvjax.generate(model, prompts, recipe, max_new_tokens=4, prefill_chunk=chunk)

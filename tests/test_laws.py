@@ -79,6 +79,16 @@ def test_a_large_budget_is_the_full_cache(model, method):
     assert_close(logits, full, 5e-2 if decoder(model).dtype == jnp.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("model", matrix.quick(matrix.MODELS, ("gqa", "latent", "gated")))
+def test_a_prompt_may_be_read_in_parts(model):
+    """Projections and the feed-forward network know nothing of other tokens; 64 padded ones take four turns."""
+    method = {"gated": "dmc", "gated-dms": "dms"}.get(model, "h2o")
+    whole, recipe = small_budget(model, method), recipe_of(method, BUDGET)
+    last, cache = oracle.start(decoder(model), recipe, BATCH, STEPS, chunk=16 * len(BATCH))
+    assert oracle.kept_positions(decoder(model), cache) == whole.positions[0]
+    assert_close(np.asarray(last), whole.logits[0], 5e-2 if decoder(model).dtype == jnp.bfloat16 else 1e-5)
+
+
 @every_model
 def test_decoding_a_token_is_prefilling_one_more(model):
     network = decoder(model)

@@ -118,24 +118,33 @@ def test_the_bound_is_bytes_over_bandwidth_or_products_over_peak():
 
 # What compilers say that reading prompts takes beside weights and cache, of JAX 0.10.2, its libtpu and CUDA plug-in:
 # python -m kvjax.plan.compiled TARGET FLAGS --program "prefill of layer 0"
-COMPILED = [  # chip, context, batch, changes, mesh, bytes
-    ("v5p", 32768, 4, {}, None, 8_675_815_868),
-    ("v5p", 32768, 1, {"mlp_dim": 128}, None, 2_015_417_948),
-    ("v5p", 4096, 2, {"mlp_dim": 128, "num_kv_heads": 32}, None, 765_003_356),
-    ("v5e", 16384, 1, {}, None, 965_663_228),
-    ("v5e", 32768, 2, {}, "data=2,model=4", 740_725_756),
-    ("h200", 32768, 4, {}, None, 4_831_909_284),
-    ("h200", 8192, 2, {"mlp_dim": 128}, None, 603_986_332),
-    ("h200", 8192, 2, {"mlp_dim": 128, "num_kv_heads": 32}, None, 940_334_492),
-    ("h200", 131072, 1, {}, "model=8", 4_362_082_968),
+COMPILED = [  # chip, context, batch, changes, mesh, method, bytes
+    ("v5p", 32768, 4, {}, None, "full", 6_073_255_548),
+    ("v5p", 32768, 4, {}, None, "mikv", 8_637_956_344),
+    ("v5p", 32768, 1, {"mlp_dim": 128}, None, "full", 1_588_127_196),
+    ("v5p", 4096, 2, {"mlp_dim": 128, "num_kv_heads": 32}, None, "full", 658_071_516),
+    ("v5e", 16384, 1, {}, None, "full", 673_080_828),
+    ("v5e", 32768, 2, {}, "data=2,model=4", "full", 547_868_668),
+    ("v5e", 131072, 1, {}, "model=8", "full", 1_632_901_884),
+    ("v5e", 131072, 1, {}, "model=8", "mikv", 1_946_298_872),
+    ("v5e", 131072, 1, {}, "model=8", "adakv", 1_773_838_460),
+    ("h200", 32768, 4, {}, None, "full", 4_093_712_812),
+    ("h200", 32768, 4, {}, None, "h2o", 4_093_644_732),
+    ("h200", 8192, 2, {"mlp_dim": 128}, None, "full", 598_485_412),
+    ("h200", 8192, 2, {"mlp_dim": 128, "num_kv_heads": 32}, None, "full", 813_715_876),
+    ("h200", 131072, 1, {}, "model=8", "full", 1_543_506_336),
 ]
 
 
-@pytest.mark.parametrize("chip, context, batch, changes, mesh, beside", COMPILED)
-def test_what_prompts_take_is_near_what_compilers_say(chip, context, batch, changes, mesh, beside):
-    made = planned("--context", context, "--batch", batch, *([] if mesh is None else ["--mesh", mesh]))
+@pytest.mark.parametrize("chip, context, batch, changes, mesh, method, beside", COMPILED)
+def test_what_prompts_take_is_near_what_compilers_say(chip, context, batch, changes, mesh, method, beside):
+    flags = ["--context", context, "--batch", batch, "--budget", "20%", *([] if mesh is None else ["--mesh", mesh])]
+    made = planned(*flags, method=method)
     made = made._replace(spec=dataclasses.replace(made.spec, **changes))
-    assert estimate(made, find(chip).platform).prefill == pytest.approx(beside, rel=0.09)
+    platform = find(chip).platform
+    parts = estimate(made, platform)
+    assert parts.prefill == pytest.approx(beside, rel=0.02 if platform == "gpu" else 0.2)
+    assert parts.peak == pytest.approx(parts._replace(prefill=beside).peak, rel=0.02)
 
 
 def test_a_device_of_a_mesh_has_its_part():
@@ -152,17 +161,16 @@ def test_a_device_of_a_mesh_has_its_part():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "dynamickv", "d2o"])
+@pytest.mark.parametrize("method", sorted(set(methods.METHODS) - {"dmc", "dms"}))
 def test_a_long_prompt_fits_on_eight_small_chips(method, capsys):
     if reason := ahead.missing("v5e"):
         pytest.skip(reason)
     flags = ["--model", "llama-3-8b", "--context", 131072, "--chip", "v5e", "--mesh", "model=8", "--no-verify"]
-    (plan,) = run_json(capsys, *flags, "--method", method)["plans"]
+    budget = [] if method == "full" else ["--budget", "20%"]
+    (plan,) = run_json(capsys, *flags, "--method", method, *budget)["plans"]
     assert plan["fits"] and not plan["refused"]
-    made = estimate(planned("--context", 131072, "--mesh", "model=8", method=method), "tpu")
-    # On a mesh of TPUs prompts take more than the formulas know: see docs/performance.md.
-    least = 0.95 if method == "full" else 0.75
-    assert least * plan["bytes"]["peak"] < made.peak < 1.05 * plan["bytes"]["peak"]
+    made = estimate(planned("--context", 131072, "--mesh", "model=8", *budget, method=method), "tpu")
+    assert 0.95 * plan["bytes"]["peak"] < made.peak < 1.05 * plan["bytes"]["peak"]
 
 
 def test_a_plan_adds_up_and_its_largest_sizes_fit(capsys):

@@ -19,7 +19,6 @@ from kvjax.collectives import HEADS, MODEL, Axes, add, gather, look_up
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.spec import Activation, Gate, ModelSpec
-from pallas_kernels.blocks import divisor
 from pallas_kernels.decode_attention import Expand
 from pallas_kernels.rotation import Rotation
 from pallas_kernels.soft_cap import soft_cap
@@ -196,24 +195,11 @@ class Layer(nnx.Module):
         norm = self.attention.k_norm
         return k if norm is None else norm(k)
 
-    def finish(
-        self, x: Float[Array, "*b D"], heads: Float[Array, "*b N H"], chunk: int | None = None
-    ) -> Float[Array, "*b D"]:
-        """Add the attention's output and the feed-forward network to the residual stream.
-
-        Args:
-          x: the residual stream.
-          heads: the attention's output.
-          chunk: tokens that the feed-forward network reads at once, at most; None = all.
-        """
+    def finish(self, x: Float[Array, "*b D"], heads: Float[Array, "*b N H"]) -> Float[Array, "*b D"]:
+        """Add the attention's output and the feed-forward network to the residual stream."""
         attended = self.attention.o(heads.reshape(*x.shape[:-1], -1).astype(x.dtype), over=HEADS)
         after = x + (attended if self.attention_post_norm is None else self.attention_post_norm(attended))
-        read, tokens = x if self.parallel else after, x.size // x.shape[-1]
-        size = tokens if chunk is None else divisor(tokens, chunk)
-        if size == tokens:
-            return after + self._fed(read)
-        parts = read.reshape(tokens // size, size, -1)
-        return after + jax.lax.map(self._fed, parts).reshape(x.shape)
+        return after + self._fed(x if self.parallel else after)
 
     def _fed(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         """What the feed-forward network adds."""

@@ -17,7 +17,7 @@ from kvjax.models.decoder import Layer
 from kvjax.plan.chips import Chip, Platform
 from kvjax.plan.settings import Setting
 from kvjax.spec import PyTree
-from pallas_kernels.blocks import divisor
+from pallas_kernels.blocks import LANES, divisor
 
 BLOCK = 512  # tokens of a block of attention, at most
 
@@ -152,6 +152,7 @@ def layer_arguments(setting: Setting, cache: layout.Cache, index: int) -> tuple[
     return (*arrays, ints(setting.batch), ints(), ints()), static
 
 
+@functools.lru_cache(maxsize=64)
 def abstract_cache(setting: Setting) -> layout.Cache:
     """The shapes of a cache."""
     made = jax.eval_shape(functools.partial(layout.init_cache, setting.model.decoder, setting.recipe, setting.lengths))
@@ -159,28 +160,35 @@ def abstract_cache(setting: Setting) -> layout.Cache:
 
 
 def prefill_temporaries(setting: Setting, platform: Platform) -> int:
-    """Bytes that one layer over all prompts takes: the residual stream, and the wider half of the layer.
+    """Bytes that one layer over all prompts takes: the residual stream, and the wider part of the layer.
 
-    With n = batch x padded tokens, in numbers a token: the stream is D. Attention holds queries, keys, values and
-    outputs, `2 N H + 2 K H`, N log-sum-exps in float32 and the blocks that it works on; a GPU copies keys and values
-    that no other query head shares, a TPU copies most of it for its layouts, in all `5.4 (N H + K H)`. On a GPU the
-    feed-forward network holds the outputs, the stream after attention and what is to be added, `N H + 2 D`, one more D
-    where devices add up, and `2 F` for the tokens that it reads at once; a TPU puts it where attention was.
+    With n = batch x padded tokens, c those that are read at once, in numbers a token: the stream is D. Attention holds
+    queries, keys, values and outputs, `2 N H + 2 K H`, N log-sum-exps and H cosines and sines in float32 and the blocks
+    that it works on, or, before it, two of the stream for c tokens. A TPU copies some of it for its layouts, in all
+    `4 (N H + K H)`, and pools of few bits. The feed-forward network holds the outputs, and for c tokens `3 D + 2 F`.
     """
-    split, setting = setting.devices.model > 1, setting.share
+    relaid = _laid_anew(setting) if platform == "tpu" else 0
+    setting = setting.share
     spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
-    n, width = setting.batch * setting.lengths.padded, spec.embed_dim
+    batch, padded, width = setting.batch, setting.lengths.padded, spec.embed_dim
+    n, at_once = batch * padded, batch * prefilling.at_once(batch, padded, prefilling.CHUNK)
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    stream = n * itemsize * width
+    fed = itemsize * (n * queries + at_once * (3 * width + 2 * spec.mlp_dim))
     if platform == "tpu":
-        return stream + int(5.4 * n * itemsize * (queries + keys))
-    block = divisor(setting.lengths.padded, BLOCK)
-    blocks = setting.batch * spec.num_heads * block * (4 + itemsize) * (block + spec.head_dim)
-    copied = keys if spec.group_size == 1 else 0
-    attention = n * (itemsize * (2 * queries + 2 * keys + copied) + 4 * spec.num_heads) + blocks
-    fed = n * itemsize * (queries + (3 if split else 2) * width)
-    fed += itemsize * divisor(n, prefilling.CHUNK) * 2 * spec.mlp_dim
-    return stream + max(attention, fed)
+        attention = relaid + 4 * n * itemsize * (queries + keys)
+    else:
+        block = divisor(padded, BLOCK)
+        blocks = batch * spec.num_heads * block * (4 + itemsize) * (block + spec.head_dim)
+        attention = n * (itemsize * 2 * (queries + keys) + 4 * (spec.num_heads + spec.head_dim))
+        attention += max(blocks, 2 * at_once * itemsize * width)
+    return n * itemsize * width + max(attention, fed)
+
+
+def _laid_anew(setting: Setting) -> int:
+    """Bytes of pools whose vectors a TPU lays across the slots of a page: it copies them to write a prompt."""
+    narrow = lambda pool: pool.ndim == 3 and pool.shape[-1] % LANES > 0
+    pools = lambda tiers: [x for tier in tiers for x in jax.tree.leaves((tier.k, tier.v)) if narrow(x)]
+    return max(size(pools(tiers)) for tiers in abstract_cache(setting))
 
 
 def decode_temporaries(setting: Setting) -> int:

@@ -67,10 +67,6 @@ def notes(args: argparse.Namespace, chip: Chip, spec: ModelSpec, plans: Sequence
         found.append("a step was compiled with 2 and 4 layers and continued to all; --exact compiles all")
     if not args.estimate and (args.all_methods or not args.verify):
         found.append("largest batch and context are estimated, from what was compiled at the given ones")
-    if chip.platform == "tpu" and args.estimate and args.mesh is not None:
-        found.append(
-            "prompts take more on a mesh of TPUs than the formula knows, up to a third of the total: compile to see"
-        )
     for plan in plans:
         if plan["refused"]:
             where = ", ".join(plan["refused"])

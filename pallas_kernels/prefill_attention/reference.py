@@ -40,12 +40,11 @@ def attention(
     """
     b, t, n, h = q.shape
     heads, block, factor = k.shape[2], divisor(t, block), h**-0.5 if scale is None else scale
-    q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
-    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k, v))
     cut = lambda x, i, axis=-2: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=axis)
 
-    def row(i: Array) -> tuple[Array, Array]:
-        query, pos = cut(q, i), i * block + jnp.arange(block)
+    def row(i: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
+        query, pos = cut(q, i).reshape(b, heads, n // heads, block, h), i * block + jnp.arange(block)
 
         def column(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             o, total, top = carry
@@ -71,8 +70,10 @@ def attention(
         )
         first = 0 if window is None else jnp.maximum(i - 1 - window // block, 0)
         o, total, top = jax.lax.fori_loop(first, i + 1, column, empty)
-        return (o / total[..., None]).astype(v.dtype), top + jnp.log(total)
+        o, lse = (o / total[..., None]).astype(v.dtype), top + jnp.log(total)
+        put = lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, i * block, axis=2)
+        return put(done[0], o.reshape(b, n, block, h)), put(done[1], lse.reshape(b, n, block))
 
-    o, lse = jax.lax.map(row, jnp.arange(t // block))  # blocks B K G block (H)
-    o = jnp.moveaxis(o, 0, 3).reshape(b, n, t, h)
-    return jnp.moveaxis(o, 1, 2), jnp.moveaxis(lse, 0, 3).reshape(b, n, t)
+    empty = jnp.zeros(q.shape, v.dtype), jnp.zeros((b, n, t), jnp.float32)
+    o, lse = jax.lax.fori_loop(0, t // block, row, empty)
+    return jnp.moveaxis(o, 2, 1), lse
