@@ -36,7 +36,7 @@ def parser() -> command.Parser:
     p.add_argument("--max-new-tokens", type=int, metavar="N", help=f"(default: {NEW_TOKENS})")
     p.add_argument(
         "--prefill-chunk", type=int, default=prefilling.CHUNK, metavar="N",
-        help=f"tokens of all prompts that a layer reads at once, but for attention (default: {prefilling.CHUNK})",
+        help=f"tokens of prompts that a layer reads at once, but for attention (default: {prefilling.CHUNK})",
     )  # fmt: skip
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     p.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")

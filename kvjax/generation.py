@@ -154,7 +154,7 @@ def generate(
       max_new_tokens: most tokens to generate for each prompt.
       how: how tokens are chosen; None = greedy.
       on_token: called as `(sequence, token)` as tokens appear.
-      prefill_chunk: tokens of all prompts that a layer reads at once, but for attention; fewer need less memory.
+      prefill_chunk: tokens of a device's prompts that a layer reads at once, but for attention; fewer need less memory.
 
     >>> import kvjax
     >>> model = kvjax.load()

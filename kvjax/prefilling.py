@@ -25,7 +25,7 @@ from kvjax.models.decoder import Decoder, Layer
 from kvjax.spec import Gate, ModelSpec, Prompt, PyTree, RopeSpec
 from pallas_kernels.blocks import divisor
 
-CHUNK = 4096  # tokens of all prompts that a layer reads at once, but for attention
+CHUNK = 4096  # tokens of a device's prompts that projections and the feed-forward network read at once
 
 
 def check_turn(spec: ModelSpec, recipe: Recipe, prompt: int, reach: int) -> None:
@@ -68,10 +68,14 @@ def prefill(
       tokens: prompts, padded on the right; T should come from `padded_length`.
       length: tokens of each prompt, at least 1.
       cache: an empty cache from `init_cache`.
-      chunk: tokens of all prompts that a layer reads at once, but for attention, at most: fewer need less memory.
+      chunk: tokens of a device's prompts together that projections and the feed-forward network read at once, at most,
+        but one of each at least: fewer need less memory.
 
     Returns:
       Logits after each prompt's last token, in float32, and the filled cache.
+
+    Raises:
+      InputError: a chunk below 1.
 
     >>> import jax.numpy as jnp, kvjax
     >>> model, recipe = kvjax.load().decoder, kvjax.methods.h2o(budget=8)
@@ -81,6 +85,8 @@ def prefill(
     >>> logits.shape, cache[0][0].length.tolist()
     ((1, 4096), [[[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]]])
     """
+    if chunk < 1:
+        raise InputError(f"prefill-chunk {chunk} is not a number of tokens")
     spec, groups = model.spec, layer_groups(model.spec)
     x = _embed(model, tokens)
     filled, allocation = list(cache), _Allocation(spec, recipe, groups, length)
@@ -211,15 +217,15 @@ def _prefill_layer(
 ) -> tuple[Float[Array, "B T D"], Tiers, Found]:
     """One layer over the whole prompt: exact attention, then compression into the layer's rows."""
     pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    turn = rope.angles(rotary, spec.head_dim, pos, length)  # B T H/2
-    q, key, value, gate = _project(layer, spec, chunk, x, *turn)
+    cos, sin = rope.angles(rotary, spec.head_dim, pos, length)  # B T H/2
+    q, key, value, gate = _project(layer, x, cos, sin, spec, chunk)
     k, v = layer.keys(key), layer.values(value)
     olds = tuple(tiers_.layer(t, place) for t in tiers)
     until, revised = None, ()
     if recipe.policy.revise is not None and isinstance(gate, Gate):
         k, v, until, revised = recipe.policy.revise(olds, k, v, gate, length, recipe.kernels)
         key, value = k, v
-    k = rope.rotate(k, *(y[:, :, None] for y in turn))
+    k = rope.rotate(k, cos[:, :, None], sin[:, :, None])
     options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "until": until, "kernels": recipe.kernels}
     heads, lse = attention.prefill_attention(q, k, v, length, **options)
     key = key if rotates_at_read(spec, recipe) else k
@@ -235,11 +241,16 @@ def _prefill_layer(
 
 
 def _project(
-    layer: Layer, spec: ModelSpec, chunk: int, x: Float[Array, "B T D"], *turn: Float[Array, "B T half"]
+    layer: Layer,
+    x: Float[Array, "B T D"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    spec: ModelSpec,
+    chunk: int,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K R"], Float[Array, "B T K W"], Gate | tuple]:
-    """What `Layer.project` makes of a prompt, queries rotated, some tokens at a time.
+    """What `Layer.project` makes of prompts, queries rotated, some tokens at a time.
 
-    It is written heads first, as attention reads it: XLA would keep another copy in that order.
+    It is written heads first, as attention reads it on XLA and on TPUs, which would keep another copy in that order.
     """
 
     def read(x: Array, cos: Array, sin: Array) -> tuple[PyTree, ...]:
@@ -249,33 +260,38 @@ def _project(
 
     n = at_once(x.shape[0], x.shape[1], chunk)
     if n == x.shape[1]:
-        return read(x, *turn)
+        return read(x, cos, sin)
 
-    def some(i: Array, whole: PyTree) -> PyTree:
-        part = read(*(jax.lax.dynamic_slice_in_dim(y, i * n, n, axis=1) for y in (x, *turn)))
+    def add_part(i: Array, whole: PyTree) -> PyTree:
+        part = read(*(jax.lax.dynamic_slice_in_dim(y, i * n, n, axis=1) for y in (x, cos, sin)))
         put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, -2), i * n, axis=-2)
         return jax.tree.map(put, whole, part)
 
-    shapes = jax.eval_shape(lambda: jax.tree.map(lambda y: jnp.moveaxis(y, 1, -2), read(x, *turn)))
+    shapes = jax.eval_shape(lambda: jax.tree.map(lambda y: jnp.moveaxis(y, 1, -2), read(x, cos, sin)))
     whole = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
-    whole = jax.lax.fori_loop(0, x.shape[1] // n, some, whole)
+    whole = jax.lax.fori_loop(0, x.shape[1] // n, add_part, whole)
     return jax.tree.map(lambda y: jnp.moveaxis(y, -2, 1), whole)
 
 
-def _finish(layer: Layer, x: Float[Array, "B T D"], heads: Float[Array, "B T N H"], chunk: int) -> Array:
-    """`Layer.finish` of a prompt, some tokens at a time: their sums take the place of what they were made of."""
-    n, heads = at_once(x.shape[0], x.shape[1], chunk), jnp.moveaxis(heads, 1, 2)
+def _finish(
+    layer: Layer, x: Float[Array, "B T D"], heads: Float[Array, "B T N H"], chunk: int
+) -> Float[Array, "B T D"]:
+    """`Layer.finish` of prompts, some tokens at a time: the new residual stream is written over the old one."""
+    n = at_once(x.shape[0], x.shape[1], chunk)
+    if n == x.shape[1]:
+        return layer.finish(x, heads)
+    heads = jnp.moveaxis(heads, 1, 2)
 
-    def some(i: Array, x: Array) -> Array:
+    def finish_part(i: Array, stream: Array) -> Array:
         part = lambda y, axis: jax.lax.dynamic_slice_in_dim(y, i * n, n, axis)
-        new = layer.finish(part(x, 1), jnp.moveaxis(part(heads, 2), 2, 1))
-        return jax.lax.dynamic_update_slice_in_dim(x, new, i * n, 1)
+        new = layer.finish(part(stream, 1), jnp.moveaxis(part(heads, 2), 2, 1))
+        return jax.lax.dynamic_update_slice_in_dim(stream, new, i * n, 1)
 
-    return jax.lax.fori_loop(0, x.shape[1] // n, some, x)
+    return jax.lax.fori_loop(0, x.shape[1] // n, finish_part, x)
 
 
 def at_once(batch: int, tokens: int, chunk: int) -> int:
-    """Tokens of each of a batch's prompts that are read at once: a divisor of them, so that all turns are equal.
+    """Tokens of each of a batch's prompts that are read at once: a divisor of them, so that all parts are equal.
 
     >>> at_once(4, 32768, 4096)
     1024

@@ -319,7 +319,7 @@ def test_the_cache_is_there_once_while_decoding(model):
 
 @pytest.mark.parametrize("chunk", [1, 100])
 def test_a_prompt_is_the_same_in_parts(model, chunk):
-    """Whether what is read at once is less than a token of each, or no divisor of their tokens."""
+    """Also where a part would be less than a token of each, and where it does not divide them."""
     prompts, recipe = [list(range(90)), list(range(2, 60))], kvjax.methods.h2o(24)
     whole = kvjax.generate(model, prompts, recipe, max_new_tokens=4, prefill_chunk=2**20)
     parts = kvjax.generate(model, prompts, recipe, max_new_tokens=4, prefill_chunk=chunk)

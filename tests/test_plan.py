@@ -10,9 +10,10 @@ import pytest
 from huggingface_hub import constants
 
 import kvjax
-from kvjax import ahead, command, demo, layout, methods
+from kvjax import ahead, command, demo, layout, methods, prefilling
 from kvjax.models.named import HUB, NAMED, named
 from kvjax.plan import compiled, search
+from kvjax.plan import estimate as estimates
 from kvjax.plan.__main__ import main
 from kvjax.plan.chips import CHIPS, find
 from kvjax.plan.estimate import Parts, bound, estimate, weights
@@ -118,33 +119,44 @@ def test_the_bound_is_bytes_over_bandwidth_or_products_over_peak():
 
 # What compilers say that reading prompts takes beside weights and cache, of JAX 0.10.2, its libtpu and CUDA plug-in:
 # python -m kvjax.plan.compiled TARGET FLAGS --program "prefill of layer 0"
-COMPILED = [  # chip, context, batch, changes, mesh, method, bytes
-    ("v5p", 32768, 4, {}, None, "full", 6_073_255_548),
-    ("v5p", 32768, 4, {}, None, "mikv", 8_637_956_344),
-    ("v5p", 32768, 1, {"mlp_dim": 128}, None, "full", 1_588_127_196),
-    ("v5p", 4096, 2, {"mlp_dim": 128, "num_kv_heads": 32}, None, "full", 658_071_516),
-    ("v5e", 16384, 1, {}, None, "full", 673_080_828),
-    ("v5e", 32768, 2, {}, "data=2,model=4", "full", 547_868_668),
-    ("v5e", 131072, 1, {}, "model=8", "full", 1_632_901_884),
-    ("v5e", 131072, 1, {}, "model=8", "mikv", 1_946_298_872),
-    ("v5e", 131072, 1, {}, "model=8", "adakv", 1_773_838_460),
-    ("h200", 32768, 4, {}, None, "full", 4_093_712_812),
-    ("h200", 32768, 4, {}, None, "h2o", 4_093_644_732),
-    ("h200", 8192, 2, {"mlp_dim": 128}, None, "full", 598_485_412),
-    ("h200", 8192, 2, {"mlp_dim": 128, "num_kv_heads": 32}, None, "full", 813_715_876),
-    ("h200", 131072, 1, {}, "model=8", "full", 1_543_506_336),
+COMPILED = [  # chip, context, batch, changes, flags, method, bytes
+    ("v5p", 32768, 4, {}, "", "full", 6_073_255_548),
+    ("v5p", 32768, 4, {}, "", "mikv", 8_637_956_344),
+    ("v5p", 32768, 1, {"mlp_dim": 128}, "", "full", 1_588_127_196),
+    ("v5p", 4096, 2, {"mlp_dim": 128, "num_kv_heads": 32}, "", "full", 658_071_516),
+    ("v5e", 16384, 1, {}, "", "full", 673_080_828),
+    ("v5e", 16384, 1, {}, "--store int4", "full", 854_298_108),
+    ("v5e", 16384, 1, {}, "--model llama-3.2-1b", "full", 623_288_316),
+    ("v5e", 32768, 2, {}, "--mesh data=2,model=4", "full", 547_868_668),
+    ("v5e", 131072, 1, {}, "--mesh model=8", "full", 1_632_901_884),
+    ("v5e", 131072, 1, {}, "--mesh model=8", "mikv", 1_946_298_872),
+    ("v5e", 131072, 1, {}, "--mesh model=8", "adakv", 1_773_838_460),
+    ("h200", 32768, 4, {}, "", "full", 4_093_712_812),
+    ("h200", 32768, 4, {}, "", "h2o", 4_093_644_732),
+    ("h200", 8192, 2, {"mlp_dim": 128}, "", "full", 598_485_412),
+    ("h200", 8192, 2, {"mlp_dim": 128, "num_kv_heads": 32}, "", "full", 813_715_876),
+    ("h200", 131072, 1, {}, "--mesh model=8", "full", 1_543_506_336),
 ]
 
 
-@pytest.mark.parametrize("chip, context, batch, changes, mesh, method, beside", COMPILED)
-def test_what_prompts_take_is_near_what_compilers_say(chip, context, batch, changes, mesh, method, beside):
-    flags = ["--context", context, "--batch", batch, "--budget", "20%", *([] if mesh is None else ["--mesh", mesh])]
-    made = planned(*flags, method=method)
+@pytest.mark.parametrize("chip, context, batch, changes, flags, method, beside", COMPILED)
+def test_what_prompts_take_is_near_what_compilers_say(chip, context, batch, changes, flags, method, beside):
+    made = planned("--context", context, "--batch", batch, "--budget", "20%", *flags.split(), method=method)
     made = made._replace(spec=dataclasses.replace(made.spec, **changes))
-    platform = find(chip).platform
-    parts = estimate(made, platform)
-    assert parts.prefill == pytest.approx(beside, rel=0.02 if platform == "gpu" else 0.2)
-    assert parts.peak == pytest.approx(parts._replace(prefill=beside).peak, rel=0.02)
+    parts = estimate(made, find(chip).platform)
+    assert parts.prefill == pytest.approx(beside, rel=0.02 if chip == "h200" else 0.35)
+    assert parts.peak == pytest.approx(parts._replace(prefill=beside).peak, rel=0.05)
+
+
+def test_a_prompt_in_parts_takes_less_memory():
+    """Read in parts it takes at least the bytes of a residual stream less, here the widest array."""
+    made = planned("--context", 8000, "--batch", 1)
+    small = dict(num_layers=1, embed_dim=2048, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=256)
+    made = made._replace(spec=dataclasses.replace(made.spec, **small))
+    args, static = estimates.layer_arguments(made, estimates.abstract_cache(made), 0)
+    compile_layer = lambda chunk: prefilling._prefill_layer.lower(*args, **static, chunk=chunk).compile()
+    temp = lambda chunk: compile_layer(chunk).memory_analysis().temp_size_in_bytes
+    assert temp(256) + args[1].size * args[1].dtype.itemsize < temp(8192)
 
 
 def test_a_device_of_a_mesh_has_its_part():
@@ -161,7 +173,7 @@ def test_a_device_of_a_mesh_has_its_part():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(set(methods.METHODS) - {"dmc", "dms"}))
+@pytest.mark.parametrize("method", sorted(set(methods.METHODS) - set(methods.LEARNED)))
 def test_a_long_prompt_fits_on_eight_small_chips(method, capsys):
     if reason := ahead.missing("v5e"):
         pytest.skip(reason)

@@ -165,30 +165,31 @@ def prefill_temporaries(setting: Setting, platform: Platform) -> int:
     With n = batch x padded tokens, c those that are read at once, in numbers a token: the stream is D. Attention holds
     queries, keys, values and outputs, `2 N H + 2 K H`, N log-sum-exps and H cosines and sines in float32 and the blocks
     that it works on, or, before it, two of the stream for c tokens. A TPU copies some of it for its layouts, in all
-    `4 (N H + K H)`, and pools of few bits. The feed-forward network holds the outputs, and for c tokens `3 D + 2 F`.
+    `4 (N H + K H)`, and one of keys and values where it lays narrow vectors anew. The feed-forward network holds the
+    outputs, and for c tokens `3 D + 2 F`.
     """
     relaid = _laid_anew(setting) if platform == "tpu" else 0
     setting = setting.share
     spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
     batch, padded, width = setting.batch, setting.lengths.padded, spec.embed_dim
-    n, at_once = batch * padded, batch * prefilling.at_once(batch, padded, prefilling.CHUNK)
+    n, part = batch * padded, batch * min(padded, max(1, prefilling.CHUNK // batch))  # at most: more never need less
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    fed = itemsize * (n * queries + at_once * (3 * width + 2 * spec.mlp_dim))
+    fed = itemsize * (n * queries + part * (3 * width + 2 * spec.mlp_dim))
     if platform == "tpu":
         attention = relaid + 4 * n * itemsize * (queries + keys)
     else:
         block = divisor(padded, BLOCK)
         blocks = batch * spec.num_heads * block * (4 + itemsize) * (block + spec.head_dim)
         attention = n * (itemsize * 2 * (queries + keys) + 4 * (spec.num_heads + spec.head_dim))
-        attention += max(blocks, 2 * at_once * itemsize * width)
+        attention += max(blocks, 2 * part * itemsize * width)
     return n * itemsize * width + max(attention, fed)
 
 
 def _laid_anew(setting: Setting) -> int:
-    """Bytes of pools whose vectors a TPU lays across the slots of a page: it copies them to write a prompt."""
+    """Bytes of keys or values whose vectors a TPU lays across the slots of a page: it copies that pool for a prompt."""
     narrow = lambda pool: pool.ndim == 3 and pool.shape[-1] % LANES > 0
     pools = lambda tiers: [x for tier in tiers for x in jax.tree.leaves((tier.k, tier.v)) if narrow(x)]
-    return max(size(pools(tiers)) for tiers in abstract_cache(setting))
+    return max(size(pools(tiers)) for tiers in abstract_cache(setting)) // 2
 
 
 def decode_temporaries(setting: Setting) -> int:

@@ -74,6 +74,6 @@ def attention(
         put = lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, i * block, axis=2)
         return put(done[0], o.reshape(b, n, block, h)), put(done[1], lse.reshape(b, n, block))
 
-    empty = jnp.zeros(q.shape, v.dtype), jnp.zeros((b, n, t), jnp.float32)
-    o, lse = jax.lax.fori_loop(0, t // block, row, empty)
+    nothing = jnp.zeros(q.shape, v.dtype), jnp.zeros((b, n, t), jnp.float32)
+    o, lse = jax.lax.fori_loop(0, t // block, row, nothing)
     return jnp.moveaxis(o, 2, 1), lse
