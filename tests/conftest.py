@@ -9,6 +9,8 @@ import jax
 import jaxtyping
 import pytest
 
+from tests import strict
+
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes may share a GPU
 
 if importlib.util.find_spec("beartype"):
@@ -19,6 +21,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 _TESTS = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_races():
+    yield
+    assert not strict.races_found()
 
 
 @pytest.fixture(scope="module")

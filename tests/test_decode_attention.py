@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
 
 import kvjax
 from kvjax import kernels, methods
@@ -22,14 +21,14 @@ from pallas_kernels.decode_attention import Part, decode_attention, gpu, gpu_blo
 from pallas_kernels.packing import PLANES
 from pallas_kernels.rotation import Rotation
 from tests import matrix, oracle
+from tests.strict import STRICT
 
 STORES = (
     "dense", "fp8", "int8", "int4", "int3", "int2", "int8/int4", "int4:32", "int4:symmetric", "int2:16:symmetric",
 )  # fmt: skip
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 DTYPES = (jnp.float32, jnp.bfloat16)
-CHECKED = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
-KERNELS = {"gpu": (gpu, True), "tpu": (tpu, True), "tpu checked": (tpu, CHECKED)}
+KERNELS = {"gpu": (gpu, True), "tpu": (tpu, True), "tpu checked": (tpu, STRICT)}
 
 
 def case(

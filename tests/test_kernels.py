@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention import Part, decode_attention, merge, probabilities
 from pallas_kernels.prefill_attention import attention, gpu, tpu
 from pallas_kernels.prefill_scores import column_sums
+from tests import strict
 
 B, K, G, H, PAGE, M = 2, 3, 2, 8, 8, 5
 
@@ -144,3 +147,26 @@ def test_the_gpu_kernel_says_which_prompts_it_cannot_read(dtype, width, options,
     x = jnp.zeros((1, 8, 1, width), dtype)
     with pytest.raises(NotImplementedError, match=message):
         attention(x, x, x, jnp.asarray([8]), implementation="gpu", **options)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_the_strict_interpreter_finds_what_nobody_waited_for(waits):
+    def double(x_ref, y_ref, held_ref, done):
+        copy = pltpu.make_async_copy(x_ref, held_ref, done)
+        copy.start()
+        if waits:
+            copy.wait()
+        y_ref[...] = 2 * held_ref[...]
+        if not waits:
+            copy.wait()
+
+    x = jnp.ones((8, 128))
+    run = pl.pallas_call(
+        double,
+        out_shape=x,
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
+        interpret=strict.STRICT,
+    )
+    jax.block_until_ready(run(x))
+    assert strict.races_found() is not waits

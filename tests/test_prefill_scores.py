@@ -5,13 +5,12 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.prefill_scores import column_sums, gpu, tpu
+from tests.strict import STRICT
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 T = 192
-STRICT = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
 
 
 @functools.cache

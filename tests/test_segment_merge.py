@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from kvjax import kernels, methods
 from kvjax.retrofit import objective
@@ -14,9 +13,9 @@ from kvjax.spec import Gate, GateSpec
 from pallas_kernels.segment_merge import pool, tpu
 from tests import oracle
 from tests.brute_gate import gated_model, tokens
+from tests.strict import STRICT
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-STRICT = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
 XLA = functools.partial(pool, implementation="xla")
 INTERPRETED = functools.partial(pool, implementation="interpret")
 TPU = functools.partial(tpu.pool, block=256, interpret=True)

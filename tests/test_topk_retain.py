@@ -9,10 +9,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.topk_retain import gpu, topk_retain
+from pallas_kernels.topk_retain import gpu, topk_retain, tpu
+from tests.strict import STRICT
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-B, K, R, W = 2, 2, 24, 16
+B, K, R, W = 3, 3, 24, 16  # more rows than a TPU's program reads
 KINDS = ("spread", "ties", "equal", "protected", "tiny", "strange")
 # Tokens and slots: three programs, the last not full; a row that is kept whole; one token.
 SHAPES = [(300, 40), (130, 130), (1, 1)]
@@ -23,7 +24,9 @@ def run(name, n):
     """An implementation, compiled once for each shape; with blocks so small that rows have several."""
     if name == "xla":
         return jax.jit(functools.partial(topk_retain, n=n, implementation="xla"))
-    return jax.jit(functools.partial(gpu.topk_retain, n=n, chunk=128, block=16, interpret=True))
+    if name == "gpu":
+        return jax.jit(functools.partial(gpu.topk_retain, n=n, chunk=128, block=16, interpret=True))
+    return jax.jit(functools.partial(tpu.topk_retain, n=n, chunk=128, interpret=STRICT if name == "strict" else True))
 
 
 def draw(kind, t, rng):
@@ -67,27 +70,27 @@ def assert_kept(name, t, n, dtype, kind, seed, count):
                 assert (found[b, head, len(best) :] == empty).all()
 
 
-@pytest.mark.parametrize("name", ["xla", "interpret"])
+@pytest.mark.parametrize("name", ["xla", "gpu", "tpu"])
 @pytest.mark.parametrize(("t", "n"), SHAPES)
 @settings(max_examples=20)
 @given(st.sampled_from(KINDS), st.integers(0, 10**6), st.lists(st.integers(0, 400), min_size=B * K, max_size=B * K))
-@example("strange", 0, [0, 1, 39, 400])
-@example("tiny", 0, [0, 1, 39, 400])
-@example("equal", 0, [0, 1, 39, 400])
-@example("protected", 0, [40, 130, 130, 1])
+@example("strange", 0, [0, 1, 39, 400, 40, 2, 3, 4, 5])
+@example("tiny", 0, [0, 1, 39, 400, 40, 2, 3, 4, 5])
+@example("equal", 0, [0, 1, 39, 400, 40, 2, 3, 4, 5])
+@example("protected", 0, [40, 130, 130, 1, 0, 40, 40, 7, 40])
 def test_the_best_are_kept_in_order(name, t, n, kind, seed, counts):
     count = np.minimum(np.reshape(counts, (B, K)), t)
     assert_kept(name, t, n, jnp.float32, kind, seed, count)
 
 
-@pytest.mark.parametrize("name", ["xla", "interpret"])
+@pytest.mark.parametrize("name", ["xla", "gpu", "tpu"])
 def test_bfloat16(name):
-    assert_kept(name, 300, 40, jnp.bfloat16, "ties", 0, np.array([[40, 7], [0, 300]]))
+    assert_kept(name, 300, 40, jnp.bfloat16, "ties", 0, np.array([[40, 7, 1], [0, 300, 39], [2, 3, 40]]))
 
 
-def test_there_is_no_kernel_for_tpus_yet():
-    with pytest.raises(NotImplementedError, match="no kernel for TPUs"):
-        topk_retain(implementation="tpu")
+@pytest.mark.parametrize("kind", ["ties", "protected"])
+def test_on_tpus_no_memory_is_read_beyond_its_bounds_or_before_it_is_written(kind):
+    assert_kept("strict", 300, 40, jnp.float32, kind, 0, np.array([[40, 7, 1], [0, 300, 39], [2, 3, 40]]))
 
 
 def test_more_slots_than_tokens_are_refused():
