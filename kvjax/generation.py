@@ -173,8 +173,6 @@ def generate(
     for prompt, question in zip(ids, after, strict=True):
         _check_new(model.spec, recipe, len(prompt), len(question), max_new_tokens)
         prefilling.check_turn(model.spec, recipe, len(prompt), len(prompt) + len(question) + max_new_tokens - 1)
-    if prefill_chunk < 1:
-        raise InputError(f"prefill-chunk {prefill_chunk} is not a number of tokens")
     how.check()
     kernels.check(recipe.kernels)
     count, (ids, after) = len(ids), even(model, ids, after)

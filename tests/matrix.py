@@ -96,9 +96,12 @@ every_method_and_a_full_cache = pytest.mark.parametrize(  # which refuses slots
 )
 
 
+MADE_FOR = {"gated": "dmc", "gated-dms": "dms"}  # the method of a model with a gate
+
+
 def model_of(method: str) -> str:
     """The model that a method is tried with first: one that was made for it."""
-    return {"dmc": "gated", "dms": "gated-dms"}.get(method.split()[0], "gqa")
+    return next((model for model, name in MADE_FOR.items() if name == method.split()[0]), "gqa")
 
 
 def _fits(model: str, name: str) -> bool:

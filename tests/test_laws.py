@@ -82,7 +82,7 @@ def test_a_large_budget_is_the_full_cache(model, method):
 @pytest.mark.parametrize("model", matrix.quick(matrix.MODELS, ("gqa", "latent", "gated")))
 def test_a_prompt_may_be_read_in_parts(model):
     """Projections and the feed-forward network know nothing of other tokens; here they read a quarter of them."""
-    method = {"gated": "dmc", "gated-dms": "dms"}.get(model, "h2o")
+    method = matrix.MADE_FOR.get(model, "h2o")
     whole, recipe = small_budget(model, method), recipe_of(method, BUDGET)
     last, cache = oracle.start(decoder(model), recipe, BATCH, STEPS, chunk=16 * len(BATCH))
     assert oracle.kept_positions(decoder(model), cache) == whole.positions[0]

@@ -119,32 +119,32 @@ def test_the_bound_is_bytes_over_bandwidth_or_products_over_peak():
 
 # What compilers say that reading prompts takes beside weights and cache, of JAX 0.10.2, its libtpu and CUDA plug-in:
 # python -m kvjax.plan.compiled TARGET FLAGS --program "prefill of layer 0"
-COMPILED = [  # chip, context, batch, changes, flags, method, bytes
-    ("v5p", 32768, 4, {}, "", "full", 6_073_255_548),
-    ("v5p", 32768, 4, {}, "", "mikv", 8_637_956_344),
-    ("v5p", 32768, 1, {"mlp_dim": 128}, "", "full", 1_588_127_196),
-    ("v5p", 4096, 2, {"mlp_dim": 128, "num_kv_heads": 32}, "", "full", 658_071_516),
-    ("v5e", 16384, 1, {}, "", "full", 673_080_828),
-    ("v5e", 16384, 1, {}, "--store int4", "full", 854_298_108),
-    ("v5e", 16384, 1, {}, "--model llama-3.2-1b", "full", 623_288_316),
-    ("v5e", 32768, 2, {}, "--mesh data=2,model=4", "full", 547_868_668),
-    ("v5e", 131072, 1, {}, "--mesh model=8", "full", 1_632_901_884),
-    ("v5e", 131072, 1, {}, "--mesh model=8", "mikv", 1_946_298_872),
-    ("v5e", 131072, 1, {}, "--mesh model=8", "adakv", 1_773_838_460),
-    ("h200", 32768, 4, {}, "", "full", 4_093_712_812),
-    ("h200", 32768, 4, {}, "", "h2o", 4_093_644_732),
-    ("h200", 8192, 2, {"mlp_dim": 128}, "", "full", 598_485_412),
-    ("h200", 8192, 2, {"mlp_dim": 128, "num_kv_heads": 32}, "", "full", 813_715_876),
-    ("h200", 131072, 1, {}, "--mesh model=8", "full", 1_543_506_336),
+COMPILED = [  # chip, context, batch, changes, flags, method, bytes, how near the formula is
+    ("v5p", 32768, 4, {}, "", "full", 6_073_255_548, 0.14),
+    ("v5p", 32768, 4, {}, "", "mikv", 8_637_956_344, 0.14),
+    ("v5p", 32768, 1, {"mlp_dim": 128}, "", "full", 1_588_127_196, 0.14),
+    ("v5p", 4096, 2, {"mlp_dim": 128, "num_kv_heads": 32}, "", "full", 658_071_516, 0.14),
+    ("v5e", 16384, 1, {}, "", "full", 673_080_828, 0.21),
+    ("v5e", 16384, 1, {}, "--store int4", "full", 854_298_108, 0.35),
+    ("v5e", 16384, 1, {}, "--model llama-3.2-1b", "full", 623_288_316, 0.14),
+    ("v5e", 32768, 2, {}, "--mesh data=2,model=4", "full", 547_868_668, 0.14),
+    ("v5e", 131072, 1, {}, "--mesh model=8", "full", 1_632_901_884, 0.14),
+    ("v5e", 131072, 1, {}, "--mesh model=8", "mikv", 1_946_298_872, 0.14),
+    ("v5e", 131072, 1, {}, "--mesh model=8", "adakv", 1_773_838_460, 0.14),
+    ("h200", 32768, 4, {}, "", "full", 4_093_712_812, 0.02),
+    ("h200", 32768, 4, {}, "", "h2o", 4_093_644_732, 0.02),
+    ("h200", 8192, 2, {"mlp_dim": 128}, "", "full", 598_485_412, 0.02),
+    ("h200", 8192, 2, {"mlp_dim": 128, "num_kv_heads": 32}, "", "full", 813_715_876, 0.02),
+    ("h200", 131072, 1, {}, "--mesh model=8", "full", 1_543_506_336, 0.02),
 ]
 
 
-@pytest.mark.parametrize("chip, context, batch, changes, flags, method, beside", COMPILED)
-def test_what_prompts_take_is_near_what_compilers_say(chip, context, batch, changes, flags, method, beside):
+@pytest.mark.parametrize("chip, context, batch, changes, flags, method, beside, near", COMPILED)
+def test_what_prompts_take_is_near_what_compilers_say(chip, context, batch, changes, flags, method, beside, near):
     made = planned("--context", context, "--batch", batch, "--budget", "20%", *flags.split(), method=method)
     made = made._replace(spec=dataclasses.replace(made.spec, **changes))
     parts = estimate(made, find(chip).platform)
-    assert parts.prefill == pytest.approx(beside, rel=0.02 if chip == "h200" else 0.35)
+    assert parts.prefill == pytest.approx(beside, rel=near)
     assert parts.peak == pytest.approx(parts._replace(prefill=beside).peak, rel=0.05)
 
 
