@@ -46,9 +46,9 @@ def unpack(packed: UInt8[Array, "*b bytes"], bits: int) -> UInt8[Array, "*b W"]:
     width = packed.shape[-1] * 8 // bits
     codes, start, low = jnp.zeros((), jnp.uint8), 0, 0
     for plane in PLANES[bits]:
-        size = width * plane // 8
-        part, mask = packed[..., start : start + size], jnp.uint8((1 << plane) - 1)
-        numbers = [(part >> jnp.uint8(i * plane)) & mask for i in range(8 // plane)]
-        codes = codes | (jnp.concatenate(numbers, axis=-1) << jnp.uint8(low))
+        size, mask = width * plane // 8, jnp.uint8((1 << plane) - 1)
+        shift = jnp.arange(0, 8, plane, dtype=jnp.uint8)[:, None]
+        part = (packed[..., None, start : start + size] >> shift) & mask
+        codes = codes | (part.reshape(*packed.shape[:-1], width) << jnp.uint8(low))
         start, low = start + size, low + plane
     return codes
