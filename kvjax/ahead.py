@@ -14,6 +14,8 @@ import sys
 import tempfile
 from typing import Any, NamedTuple
 
+from kvjax.kernels import ON_XLA, say_once
+
 TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 CORES = {"tpu7x": 2}  # devices of a chip
 MEGACORE = {"v4": {"chip_config_name": "megacore"}}  # one device a chip, as JAX has it; v5p is so by default
@@ -98,6 +100,9 @@ def run(target: str, module: str, *arguments: str, dump: bool = False) -> list[d
             env["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_as_text=false"
         command = [sys.executable, "-m", module, target, *arguments]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    for line in done.stderr.splitlines():
+        if ON_XLA in line:
+            say_once(line)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode:
         raise RuntimeError(f"after {len(lines)} results: {done.stderr[-3000:]}")

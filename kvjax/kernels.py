@@ -11,6 +11,7 @@ from kvjax.errors import InputError
 from pallas_kernels.implementation import Implementation
 
 T = TypeVar("T")
+ON_XLA = " on XLA, not in a kernel: "
 
 
 def check(kernels: Implementation | None) -> None:
@@ -24,7 +25,7 @@ def kernel_or_xla(name: str, run: Callable[..., T], kernels: Implementation | No
     try:
         return run(*args, implementation=kernels, **kwargs)
     except NotImplementedError as error:
-        say_once(f"{name} on XLA, not in a kernel: {error}")
+        say_once(f"{name}{ON_XLA}{error}")
         return run(*args, implementation="xla", **kwargs)
 
 

@@ -72,8 +72,8 @@ class Float8:
 class PerChannel:
     """`code x scale + zero` with a scale and a zero point per channel and run of `group` slots.
 
-    The run's scales lie beside its slots, those of `each` channels in every slot: `{"codes": [... n bytes],
-    "scale": [... n each], "zero": [... n each]}`, n a multiple of `group`.
+    The run's scales lie beside its slots, that of channel `c` in column `c // group` of the run's slot `c % group`:
+    `{"codes": [... n bytes], "scale": [... n columns], "zero": [... n columns]}`, n a multiple of `group`.
     """
 
     bits: int
@@ -87,8 +87,9 @@ class PerChannel:
         x = runs * self._gathered(codes["scale"], width) + self._gathered(codes["zero"], width)
         return x.reshape(number.shape).astype(dtype)
 
-    def _gathered(self, scale: UInt16[Array, "*b n each"], width: int) -> Float[Array, "*b runs 1 R"]:
-        runs = scale.reshape(*scale.shape[:-2], scale.shape[-2] // self.group, 1, -1)
+    def _gathered(self, scale: UInt16[Array, "*b n columns"], width: int) -> Float[Array, "*b runs 1 R"]:
+        runs = scale.reshape(*scale.shape[:-2], -1, self.group, scale.shape[-1])
+        runs = jnp.swapaxes(runs, -1, -2).reshape(*runs.shape[:-2], 1, -1)
         return whole(runs[..., :width])
 
 

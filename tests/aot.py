@@ -58,7 +58,7 @@ TIERS = {"mikv": {"dense": 0.2, "int2": 0.8}, "dmc+store=int4": {"int4": 1.0, "d
 FEW = ("dense", "int4", "mikv")
 # Heads that share a latent, ranks of keys and values; the last: keys that are only rotated.
 LATENTS = ((8, 512, 640), (1, 64, 96), (1, 128, 128))
-REFUSED = {"fp8": ("v4", "sm_80"), "kivi2": TPUS}  # no such format; read by XLA
+REFUSED = {"fp8": ("v4", "sm_80")}  # no such format
 
 
 class Case(NamedTuple):

@@ -17,7 +17,8 @@ from kvjax.cache.quantize import named
 from kvjax.models.decoder import Decoder
 from kvjax.spec import LatentSpec
 from pallas_kernels.codes import Affine, pieces
-from pallas_kernels.decode_attention import Part, decode_attention, gpu, gpu_block, gpu_expand, reference, tpu
+from pallas_kernels.decode_attention import Part, decode_attention, gpu, gpu_block, gpu_expand, reference, tpu, tpu_runs
+from pallas_kernels.decode_attention.formats import Format
 from pallas_kernels.packing import PLANES
 from pallas_kernels.rotation import Rotation
 from tests import matrix, oracle
@@ -102,8 +103,9 @@ def test_every_store(kernel, store, dtype):
 @pytest.mark.parametrize("dtype", matrix.quick(DTYPES, DTYPES[:1]), ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("store", ["kivi2:32:128", "kivi4:16:64"])
 @pytest.mark.parametrize("page", [32, 64])
-def test_keys_per_channel(store, page, dtype):
-    check("gpu", *case(store, dtype=dtype, page=page, with_logits=True))
+@pytest.mark.parametrize("kernel", ["gpu", "tpu"])
+def test_keys_per_channel(kernel, store, page, dtype):
+    check(kernel, *case(store, dtype=dtype, page=page, with_logits=True))
 
 
 TIERS = [("dense", "int2"), ("int4:32", "dense", "int8/int4")]
@@ -288,17 +290,17 @@ def test_wide_latents_of_few_bits_are_for_xla():
         decode_attention(parts, implementation="interpret", expand=expand, **options)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "store", "h", "said"),
-    [
-        ("tpu", "kivi2:16:64", 64, "xla only"),
-        ("interpret", "int2", 32, "less than 16"),
-    ],
-)
-def test_a_format_that_a_kernel_cannot_read_is_said(kernel, store, h, said):
-    parts, options = case(store, h=h)
+def test_a_format_that_a_kernel_cannot_read_is_said():
+    parts, options = case("int2", h=32)
+    with pytest.raises(NotImplementedError, match="less than 16"):
+        decode_attention(parts, implementation="interpret", **options)
+
+
+@pytest.mark.parametrize(("width", "page", "said"), [(24, 16, "keys of 24 numbers"), (32, 24, "across two of them")])
+def test_runs_that_a_tpu_cannot_read_are_said(width, page, said):
+    key = Format(pieces(2, width, 1), jnp.dtype(jnp.float32), 1, 2, run=16)
     with pytest.raises(NotImplementedError, match=said):
-        decode_attention(parts, implementation=kernel, **options)
+        tpu_runs.cut(key, page)
 
 
 def test_another_function_than_a_format_is_for_xla():

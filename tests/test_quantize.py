@@ -194,7 +194,8 @@ def test_per_channel_is_the_formula_over_tokens(bits, group, width):
     store, x = per_channel(bits, group), tokens((2, 3 * group, width)) * 5 + tokens(width, 1) * 10
     codes = jax.jit(store.encode)(x)
     across = lambda a: np.asarray(a).reshape(2, 3, group, width).swapaxes(-1, -2)  # [2 runs width group]
-    beside = lambda leaf: np.asarray(leaf).reshape(2, 3, -1)[..., :width]  # the slots of a run one after the other
+    columns = lambda leaf: np.asarray(leaf).reshape(2, 3, group, -1).swapaxes(-1, -2)
+    beside = lambda leaf: columns(leaf).reshape(2, 3, -1)[..., :width]  # the columns of a run one after the other
     assert codes["scale"].shape == codes["zero"].shape == (2, 3 * group, -(-width // group))
     number = across(unpacked(codes["codes"], bits))
     back = check(across(numbers(x)), number, beside(codes["scale"]), beside(codes["zero"]), bits)

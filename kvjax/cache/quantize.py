@@ -95,7 +95,7 @@ def per_channel(bits: int, group: int) -> Store:
     """As `rtn`, but the numbers of a group are those of one channel in `group` tokens that follow each other.
 
     A run of `group` slots is encoded at once, so this is no store for slots that move: its scales lie beside its slots,
-    each slot holding those of `width / group` channels.
+    each slot holding those of `width / group` channels (`PerChannel`).
 
     Source: KIVI (arXiv 2402.02750), keys; `quant/new_pack.py`.
     Differs: scale and zero point are bfloat16, rounded so that they cover the group.
@@ -118,10 +118,11 @@ def per_channel(bits: int, group: int) -> Store:
         codes = _affine_codes(runs, zero[..., None, :], scale[..., None, :], bits).reshape(x.shape)
         return {"codes": pack(codes, bits), "scale": spread(_upper(scale)), "zero": spread(_upper(zero))}
 
-    def spread(scale: UInt16[Array, "*b runs R"]) -> UInt16[Array, "*b n each"]:
-        each = -(-scale.shape[-1] // group)
-        padded = jnp.pad(scale, [(0, 0)] * (scale.ndim - 1) + [(0, each * group - scale.shape[-1])])
-        return padded.reshape(*scale.shape[:-2], scale.shape[-2] * group, each)
+    def spread(scale: UInt16[Array, "*b runs R"]) -> UInt16[Array, "*b n columns"]:
+        columns = -(-scale.shape[-1] // group)
+        padded = jnp.pad(scale, [(0, 0)] * (scale.ndim - 1) + [(0, columns * group - scale.shape[-1])])
+        of_slots = jnp.swapaxes(padded.reshape(*scale.shape[:-1], columns, group), -1, -2)
+        return of_slots.reshape(*scale.shape[:-2], scale.shape[-2] * group, columns)
 
     return Store(init, encode, PerChannel(bits, group), f"kivi{bits}:{group}", run=group)
 

@@ -44,11 +44,10 @@ class Block:
 
     def spread(self, pool: Any, piece: Piece, run: int) -> Array:
         """`[width]` of the scales that a run of slots, this block, keeps beside it."""
-        each = pool.shape[-1]
         channel = piece.start + jnp.arange(piece.width)
         offset = self._offset if self._whole else self._offset[0]
         page = self._page if self._whole else self._page[0]
-        return whole(plt.load(pool.at[page, offset + channel // each, channel % each]))
+        return whole(plt.load(pool.at[page, offset + channel % run, channel // run]))
 
     def place(self, part: dict[str, Any], row: Array) -> Array:
         """The slots' places: what became of their positions, or those."""

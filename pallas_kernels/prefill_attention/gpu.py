@@ -37,9 +37,12 @@ def attention(
     if cap is not None:
         raise NotImplementedError("cuDNN has no soft cap of logits")
     before = None if window is None else (window - 1, 0)
-    with jax.numpy_dtype_promotion("standard"):  # it mixes dtypes
-        out, lse = jax.nn.dot_product_attention(
-            q, k, v, scale=scale, is_causal=True, local_window_size=before, return_residual=True,
-            implementation=implementation,  # pyright: ignore
-        )  # fmt: skip
+    try:
+        with jax.numpy_dtype_promotion("standard"):  # it mixes dtypes
+            out, lse = jax.nn.dot_product_attention(
+                q, k, v, scale=scale, is_causal=True, local_window_size=before, return_residual=True,
+                implementation=implementation,  # pyright: ignore
+            )  # fmt: skip
+    except RuntimeError as error:  # as on a machine that plans for a GPU and has none
+        raise NotImplementedError(f"JAX says: {error}") from None
     return out, jnp.moveaxis(lse, 1, 2).astype(jnp.float32)
