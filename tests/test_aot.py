@@ -55,8 +55,8 @@ def test_every_decode_loop_compiles_and_updates_its_pools_in_place(target):
     assert len(found) == 2 * len(LOOPS)
     for line in found:
         assert line["aliased"] >= line["pool"]
-        # The XLA path decodes blocks of slots, where a kernel needs none; D2O compares a token with blocks of others.
-        own = 1.2e7 if line["method"] == "d2o" else 4e6
+        # The XLA path decodes blocks of slots, where a kernel needs none; a TPU lays out small pages anew.
+        own = 4e6 if target in ahead.GPUS else 1.2e7
         assert line["temp"] < (2e7 if line["kernels"] == "xla" else own), line
 
 
@@ -64,8 +64,8 @@ def test_every_decode_loop_compiles_and_updates_its_pools_in_place(target):
 @pytest.mark.parametrize("step", list(whole_step.stated()), ids=lambda step: "-".join(step[:3]))
 def test_a_whole_step_of_a_large_model_takes_what_the_docs_state(step):
     """All layers of Llama-3-8B in 16 bits: the table's bytes, and nothing of weights or cache is copied."""
-    installed(str(find(step.chip).target))
+    installed(str(find(step.chip.split()[0]).target))
     found, there = whole_step.compile_step(*step[:3])
     assert found == step
     assert there <= found.arguments < 1.001 * there
-    assert found.temporary < 0.02 * there
+    assert found.temporary < 0.04 * there

@@ -1,6 +1,6 @@
 """Compile whole decoding steps of Llama-3-8B for chips that are not there: rows of a table in docs/performance.md.
 
-python -m tests.whole_step v5p h200
+python -m tests.whole_step h200 "v5e model=8"
 """
 
 import re
@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvjax import ahead
+from kvjax.methods import LEARNED, METHODS, default_budget
 from kvjax.plan.chips import find
 
 LENGTHS = ("--context", "32768", "--new-tokens", "1024", "--batch", "4")
-METHODS = {"full": (), "h2o": ("--budget", "20%"), "snapkv": ("--budget", "20%"), "mikv": ("--budget", "20%")}
+BUDGETS = {name: () if default_budget(name) is None else ("--budget", "20%") for name in METHODS if name not in LEARNED}
 TABLE = Path(__file__).parent.parent / "docs" / "performance.md"
-ROW = r"\| (\w+) \| (\w+) \| (\w+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|"
+ROW = r"\| (\w+(?: [\w=,]+)?) \| (\w+) \| (\w+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|"
 
 
 class Step(NamedTuple):
     """A step of all layers, as the compiler counts it [bytes]."""
 
-    chip: str
+    chip: str  # and a mesh of them
     method: str
     kernels: str
     arguments: int
@@ -31,9 +32,11 @@ class Step(NamedTuple):
 
 def compile_step(chip: str, method: str, kernels: str) -> tuple[Step, int]:
     """A whole step, and the bytes of weights and cache by their shapes."""
-    target, flags = find(chip).target, ("--model", "llama-3-8b", "--chip", chip, *LENGTHS)
+    name, *mesh = chip.split()
+    target, flags = find(name).target, ("--model", "llama-3-8b", "--chip", name, *LENGTHS)
     assert target is not None
-    chosen = ("--method", method, *METHODS[method], "--kernels", kernels, "--exact", "--program", "step")
+    flags += tuple(word for size in mesh for word in ("--mesh", size))
+    chosen = ("--method", method, *BUDGETS[method], "--kernels", kernels, "--exact", "--program", "step")
     (line,) = ahead.run(target, "kvjax.plan.compiled", *flags, *chosen)
     return Step(chip, method, kernels, line["argument"], line["alias"], line["temp"]), line["there"]
 
@@ -46,7 +49,7 @@ def stated() -> Iterator[Step]:
 
 if __name__ == "__main__":
     for chip in sys.argv[1:]:
-        for method in METHODS:
+        for method in BUDGETS:
             for kernels in ("xla", "auto"):
                 step, _ = compile_step(chip, method, kernels)
                 print("|", " | ".join(x if isinstance(x, str) else f"{x:,}" for x in step), "|", flush=True)

@@ -209,8 +209,8 @@ def trim(tier: Tier, n: Int[Array, "*L B K"]) -> Tier:
 def remove(tier: Tier, slot: Int[Array, "B K"], where: Bool[Array, "B K"]) -> tuple[Tier, Slots]:
     """Remove one slot of each row, and return it: the row's last slot takes its place. The row keeps its pages."""
     last = jnp.maximum(tier.length - 1, 0)
-    # Read together: a pool that is read once more after it is written would be copied.
-    both = take(tier, jnp.stack([slot, last], axis=-1))
+    # Read together, and before the write: a pool that is read once more after it is written would be copied.
+    both = jax.lax.optimization_barrier(take(tier, jnp.stack([slot, last], axis=-1)))
     lost, moved = (jax.tree.map(lambda x, i=i: x[:, :, i : i + 1], both) for i in (0, 1))
     return put(tier, slot[..., None], moved, where[..., None])._replace(
         length=jnp.where(where, last, tier.length)

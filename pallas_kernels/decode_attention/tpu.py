@@ -11,6 +11,9 @@ lanes. They are not scaled: with number = code x scale + zero,
     q . key      = scale (q . codes) + zero (sum of q)                  once per slot and group
     sum p value  = sum (p scale) codes + sum p zero                     once per slot and group
 
+Bytes are masked where their bits lie and read with a sign, which leaves a factor and an offset for the sums
+(`tpu_page.affine`).
+
 A TPU's memory has rows of 128 lanes. XLA lays a pool's narrow vectors across its slots instead of padding them, so here
 such pages are seen with slots on the lanes, `[R page]`; the transposition costs nothing.
 """
