@@ -68,4 +68,4 @@ def test_a_whole_step_of_a_large_model_takes_what_the_docs_state(step):
     found, there = whole_step.compile_step(*step[:3])
     assert found == step
     assert there <= found.arguments < 1.001 * there
-    assert found.temporary < 0.04 * there
+    assert found.temporary < 0.05 * there
