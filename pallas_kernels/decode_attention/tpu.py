@@ -60,7 +60,7 @@ def decode_attention(
     """Attention of one query per row: the contract of `reference.decode_attention`, in one launch.
 
     Args:
-      block: slots of a block, rounded to whole pages; None = by what a page costs.
+      block: slots of a block, rounded to whole pages; None = 2,048, 512 of keys that are expanded.
       interpret: run without a TPU, slowly: True, or `pltpu.InterpretParams`.
     """
     rows, g = parts[0].length.size, parts[0].q.shape[2]

@@ -20,11 +20,10 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Float, Int, Shaped
 
 from pallas_kernels.blocks import powers
-from pallas_kernels.topk_retain.reference import Kept, check, ordered
+from pallas_kernels.topk_retain.reference import LEAST, Kept, check, ordered
 
 BITS = 4  # of a digit
 VALUES = 1 << BITS
-LEAST = jnp.iinfo(jnp.int32).min  # lower than every priority
 AT_ONCE = 128  # priorities that are compared at once with all values of a digit
 
 

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Shaped
 
+LEAST = jnp.iinfo(jnp.int32).min  # lower than every priority
+
 
 class Kept(NamedTuple):
     """What was kept of rows of tokens, best first; an empty slot has index T, position -1 and zeros."""

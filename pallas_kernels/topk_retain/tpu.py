@@ -24,10 +24,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Float, Int, Shaped
 
 from pallas_kernels.blocks import LANES
-from pallas_kernels.topk_retain.reference import Kept, check, ordered
+from pallas_kernels.topk_retain.reference import LEAST, Kept, check, ordered
 
 ROWS = 8  # sublanes of a vector
-LEAST = jnp.iinfo(jnp.int32).min  # lower than every priority
 SPARE = 2 << 20  # bytes of vector memory beside what is held
 
 
