@@ -148,6 +148,7 @@ class Lengths(NamedTuple):
     new: int  # tokens that may be generated
     padded: int  # tokens of a prompt after padding
     parts: int = 1  # devices that the sequences are split over; each has a pool of its own
+    platform: str | None = None  # what runs it, "tpu" for example; None = JAX's default
 
     def most(self, needed: Shaped[np.ndarray, "*l B"]) -> int:
         """The sum over what sequences need, in the part that needs most."""

@@ -80,7 +80,8 @@ def cases(target: str) -> Iterator[Case]:
     yield Case("column_sums", "Llama-3-8B", "", 32768, 1)
     if target in TPUS:  # cuDNN is not compiled ahead of time
         yield Case("attention", "Llama-3-8B", "", 32768, 1)
-    yield Case("segment_merge", "Llama-3-8B", "", 32768, 1, {"window": 12})
+    window = 12 if target in THOROUGH else 4  # as many products, which take a minute to compile
+    yield Case("segment_merge", "Llama-3-8B", "", 32768, 1, {"window": window})
     context, batch, keep = (32768, 1, 0.2) if target in THOROUGH else (4096, 8, 0.1)
     yield Case("topk_retain", "Llama-3-8B", "", context, batch, {"keep": keep})
     for latent in LATENTS if target in THOROUGH else ():
@@ -92,6 +93,8 @@ def more(target: str) -> Iterator[Case]:
     for store in (*STORES, *TIERS) if target not in THOROUGH else ():
         if store not in FEW and target not in REFUSED.get(store, ()):
             yield Case("decode_attention", "Llama-3-8B", store, 32768, 16)
+    if target not in THOROUGH:
+        yield Case("segment_merge", "Llama-3-8B", "", 32768, 1, {"window": 12})
     for latent in LATENTS if target not in THOROUGH else ():
         yield Case("decode_attention", "Llama-3-8B", "dense", 32768, 16, {"latent": latent})
     yield Case("column_sums", "Llama-3-8B", "", 8192, 1)
@@ -281,8 +284,8 @@ def compile_kernels(target: Target, some: Iterable[Case]) -> None:
         print(json.dumps(line), flush=True)
 
 
-def compile_loops(target: Target, methods: list[str]) -> None:
-    """Print a line for the decode loop of every method, with kernels and without."""
+def compile_loops(target: Target, width: int, methods: list[str]) -> None:
+    """Print a line for the decode loop of every method, with kernels and without, and heads of that width."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -293,7 +296,7 @@ def compile_loops(target: Target, methods: list[str]) -> None:
     from kvjax.spec import GateSpec, Lengths, ModelSpec
 
     spec = ModelSpec(
-        vocab_size=1024, embed_dim=512, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=128, mlp_dim=1024,
+        vocab_size=1024, embed_dim=512, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=width, mlp_dim=1024,
         max_position=32768,
     )  # fmt: skip
     for entry in methods:
@@ -302,8 +305,9 @@ def compile_loops(target: Target, methods: list[str]) -> None:
         gated = dataclasses.replace(spec, gate=gate)
         model = nnx.eval_shape(lambda gated=gated: Decoder(gated, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
         for kernels in ("xla", own(target)):
-            recipe = make(name, None if default_budget(name) is None else 2048, {**arguments, "kernels": kernels})
-            init = functools.partial(layout.init_cache, model, recipe, Lengths((16000, 9000), 64, 16384))
+            recipe = make(name, None if default_budget(name) is None else 8192, {**arguments, "kernels": kernels})
+            lengths = Lengths((32000, 18000), 64, 32768, platform=own(target))
+            init = functools.partial(layout.init_cache, model, recipe, lengths)
             cache = jax.eval_shape(init)
             chooser = jax.eval_shape(lambda: sampling.chooser(sampling.Sampling(), 2))
             of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
@@ -319,6 +323,6 @@ def compile_loops(target: Target, methods: list[str]) -> None:
 if __name__ == "__main__":
     chosen = Target(sys.argv[1])
     if sys.argv[2:3] == ["loop"]:
-        compile_loops(chosen, sys.argv[3:])
+        compile_loops(chosen, int(sys.argv[3]), sys.argv[4:])
     else:
         compile_kernels(chosen, (more if sys.argv[2:] == ["more"] else cases)(chosen.name))

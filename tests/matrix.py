@@ -65,18 +65,18 @@ GATED = ("full", "h2o")  # methods that are tried on a model with a gate that th
 WITH_BUDGET = [name for name in VARIANTS if "budget" in inspect.signature(METHODS[name.split()[0]]).parameters]
 EVICTING = [name for name in WITH_BUDGET if name.split()[0] not in ("mikv", "oracle")]  # what is not kept is gone
 _METHODS = [*METHODS, "full kivi2", "h2o int4", "mikv dynamickv"]
-DISTINCT = ("full", "h2o", "d2o", "mikv")  # methods that differ in more than a score or a budget
-
-
-def _is_slow(model: str, name: str) -> bool:
-    """Whether a case is left to the slow tests: other models than the first are tried with methods that differ most."""
-    if model in ("demo", "capped"):
-        return name != "full"
-    if model == "gated" and name == "h2o":
-        return True  # as the full cache shows, and the likelihood
-    if model == "latent" and name not in ("h2o int4", "d2o"):
-        return True
-    return model not in ("gqa", "latent", model_of(name)) and name not in DISTINCT
+# What the laws are tried with by default: every method on the first model, and what differs most on the others.
+QUICK = {
+    "gqa": (*METHODS, "full kivi2", "h2o int4", "d2o int4", "mikv dynamickv"),
+    "gqa-bf16": ("h2o", "mikv"),
+    "mqa": ("h2o", "d2o"),
+    "windowed": ("h2o", "mikv"),
+    "capped": ("full",),
+    "latent": ("h2o int4",),
+    "gated": ("full", "dmc", "dmc int4"),
+    "gated-dms": ("dms",),
+    "demo": ("full",),
+}
 
 
 def slow(names: Iterable[Any], some: Container[Any]) -> list[Any]:
@@ -92,7 +92,7 @@ def quick(names: Iterable[Any], some: Container[Any]) -> list[Any]:
 # Whole generations are tried with all; by default with those that differ in more than a score.
 every_method = pytest.mark.parametrize("method", quick(_METHODS, ("full", "streaming_llm", "dynamickv", "mikv", "dms")))
 every_method_and_a_full_cache = pytest.mark.parametrize(  # which refuses slots
-    "method", quick([*_METHODS, "dmc int4"], (*DISTINCT, "streaming_llm", "dynamickv", "full kivi2", "dmc int4"))
+    "method", quick([*_METHODS, "dmc int4"], ("streaming_llm", "d2o", "mikv", "full kivi2", "dmc int4"))
 )
 
 
@@ -113,7 +113,7 @@ def _fits(model: str, name: str) -> bool:
 
 
 CASES = [
-    pytest.param(model, name, marks=[pytest.mark.slow] if _is_slow(model, name) else [])
+    pytest.param(model, name, marks=[] if name in QUICK[model] else [pytest.mark.slow])
     for name in VARIANTS
     for model in MODELS
     if _fits(model, name)
@@ -167,10 +167,10 @@ class Greedy(NamedTuple):
     caches: list[layout.Cache]  # [steps + 1], on the host
 
 
-def greedy(model: Decoder, recipe: Recipe, prompts, *, padded: int | None = None, active=None) -> Greedy:
-    """Generate `STEPS` tokens; `active [steps][B]` stops sequences."""
+def greedy(model: Decoder, recipe: Recipe, prompts, *, padded: int | None = None, active=None, platform=None) -> Greedy:
+    """Generate `STEPS` tokens; `active [steps][B]` stops sequences; the cache is a platform's."""
     active = np.ones((STEPS, len(prompts)), bool) if active is None else active
-    last, cache = oracle.start(model, recipe, prompts, STEPS, padded)
+    last, cache = oracle.start(model, recipe, prompts, STEPS, padded, platform=platform)
     caches = [jax.device_get(cache)]
     pos = np.asarray([len(p) for p in prompts], np.int32)
     tokens, logits, positions = [], [np.asarray(last)], [oracle.kept_positions(model, cache)]

@@ -235,13 +235,14 @@ def start(
     new: int,
     padded: int | None = None,
     chunk: int = prefilling.CHUNK,
+    platform: str | None = None,
 ):
     """kvjax's prefill of a padded batch: logits [B V] and the cache, with room for `new` more tokens."""
     padded = padded or prefilling.padded_length(max(map(len, prompts)))
     tokens = np.full((len(prompts), padded), 3, np.int32)  # padding is not zeros: it must not matter
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    lengths = Lengths(tuple(map(len, prompts)), new, padded)
+    lengths = Lengths(tuple(map(len, prompts)), new, padded, platform=platform)
     cache = layout.init_cache(model, recipe, lengths)
     length = jnp.asarray(lengths.prompt, jnp.int32)
     return prefilling.prefill(model, recipe, jnp.asarray(tokens), length, cache, chunk)

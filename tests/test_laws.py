@@ -183,6 +183,16 @@ def test_a_sequence_ignores_padding_and_may_be_alone(method):
     assert_same(alone, 0, small_budget(model_of(method), method), 1)
 
 
+@pytest.mark.parametrize("method", matrix.quick(VARIANTS, ("mikv",)))
+def test_the_pages_of_a_platform_change_nothing(method):
+    model = model_of(method)
+    small, large = small_budget(model, method), greedy(decoder(model), recipe_of(method, BUDGET), BATCH, platform="tpu")
+    for ours, theirs in zip(tiers_of(large.caches[-1]), tiers_of(small.caches[-1]), strict=True):
+        assert ours.page == 1 == theirs.page or ours.page == 128 > theirs.page
+    assert large.positions == small.positions
+    assert_close(large.logits, small.logits, 1e-5)
+
+
 @every_method_and_a_full_cache
 @pytest.mark.parametrize("model", ["gqa", pytest.param("gqa-bf16", marks=pytest.mark.slow)])
 def test_a_finished_sequence_leaves_its_cache_alone(model, method):

@@ -51,9 +51,9 @@ def test_an_estimate_counts_the_arrays_of_a_real_model_and_cache(entry):
     model = kvjax.load()
     method, arguments = methods.read_entry(entry)
     recipe = methods.make(method, None if method == "full" else "20%", arguments)
-    made = Setting(model.spec, "float32", recipe, 300, 20, 3)
+    made = Setting(model.spec, "float32", recipe, 300, 20, 3, "gpu")
     cache = layout.init_cache(model.decoder, recipe, made.lengths)
-    parts = estimate(made, "gpu")
+    parts = estimate(made)
     assert parts.cache == sum(x.nbytes for x in jax.tree.leaves(cache))
     assert parts.weights == sum(x.nbytes for x in jax.tree.leaves(model.decoder))
 
@@ -120,19 +120,19 @@ def test_the_bound_is_bytes_over_bandwidth_or_products_over_peak():
 # What compilers say that reading prompts takes beside weights and cache, of JAX 0.10.2, its libtpu and CUDA plug-in:
 # python -m kvjax.plan.compiled TARGET FLAGS --program "prefill of layer 0"
 COMPILED = [  # chip, context, batch, changes, flags, method, bytes, how near the formula is
-    ("v5p", 32768, 4, {}, "", "full", 6_073_255_548, 0.14),
-    ("v5p", 32768, 4, {}, "", "mikv", 8_637_956_344, 0.14),
-    ("v5p", 32768, 1, {"mlp_dim": 128}, "", "full", 1_588_127_196, 0.14),
-    ("v5p", 4096, 2, {"mlp_dim": 128, "num_kv_heads": 32}, "", "full", 658_071_516, 0.14),
-    ("v5e", 16384, 1, {}, "", "full", 673_080_828, 0.21),
-    ("v5e", 16384, 1, {}, "--store int4", "full", 854_298_108, 0.35),
-    ("v5e", 16384, 1, {}, "--model llama-3.2-1b", "full", 623_288_316, 0.14),
-    ("v5e", 32768, 2, {}, "--mesh data=2,model=4", "full", 547_868_668, 0.14),
-    ("v5e", 131072, 1, {}, "--mesh model=8", "full", 1_632_901_884, 0.14),
-    ("v5e", 131072, 1, {}, "--mesh model=8", "mikv", 1_946_298_872, 0.14),
-    ("v5e", 131072, 1, {}, "--mesh model=8", "adakv", 1_773_838_460, 0.14),
-    ("h200", 32768, 4, {}, "", "full", 4_093_712_812, 0.02),
-    ("h200", 32768, 4, {}, "", "h2o", 4_093_644_732, 0.02),
+    ("v5p", 32768, 4, {}, "", "full", 6_066_149_820, 0.14),
+    ("v5p", 32768, 4, {}, "", "mikv", 8_634_923_704, 0.14),
+    ("v5p", 32768, 1, {"mlp_dim": 128}, "", "full", 1_585_065_244, 0.14),
+    ("v5p", 4096, 2, {"mlp_dim": 128, "num_kv_heads": 32}, "", "full", 655_832_444, 0.14),
+    ("v5e", 16384, 1, {}, "", "full", 672_224_764, 0.21),
+    ("v5e", 16384, 1, {}, "--store int4", "full", 569_987_580, 0.42),
+    ("v5e", 16384, 1, {}, "--model llama-3.2-1b", "full", 321_792_508, 0.26),
+    ("v5e", 32768, 2, {}, "--mesh data=2,model=4", "full", 546_711_036, 0.14),
+    ("v5e", 131072, 1, {}, "--mesh model=8", "full", 1_564_201_724, 0.14),
+    ("v5e", 131072, 1, {}, "--mesh model=8", "mikv", 1_943_818_744, 0.14),
+    ("v5e", 131072, 1, {}, "--mesh model=8", "adakv", 1_770_511_484, 0.14),
+    ("h200", 32768, 4, {}, "", "full", 4_093_680_044, 0.02),
+    ("h200", 32768, 4, {}, "", "h2o", 4_093_644_476, 0.02),
     ("h200", 8192, 2, {"mlp_dim": 128}, "", "full", 598_485_412, 0.02),
     ("h200", 8192, 2, {"mlp_dim": 128, "num_kv_heads": 32}, "", "full", 813_715_876, 0.02),
     ("h200", 131072, 1, {}, "--mesh model=8", "full", 1_543_506_336, 0.02),
@@ -141,9 +141,11 @@ COMPILED = [  # chip, context, batch, changes, flags, method, bytes, how near th
 
 @pytest.mark.parametrize("chip, context, batch, changes, flags, method, beside, near", COMPILED)
 def test_what_prompts_take_is_near_what_compilers_say(chip, context, batch, changes, flags, method, beside, near):
-    made = planned("--context", context, "--batch", batch, "--budget", "20%", *flags.split(), method=method)
+    made = planned(
+        "--chip", chip, "--context", context, "--batch", batch, "--budget", "20%", *flags.split(), method=method
+    )
     made = made._replace(spec=dataclasses.replace(made.spec, **changes))
-    parts = estimate(made, find(chip).platform)
+    parts = estimate(made)
     assert parts.prefill == pytest.approx(beside, rel=near)
     assert parts.peak == pytest.approx(parts._replace(prefill=beside).peak, rel=0.05)
 
@@ -161,11 +163,11 @@ def test_a_prompt_in_parts_takes_less_memory():
 
 def test_a_device_of_a_mesh_has_its_part():
     lengths = ["--context", 8192, "--new-tokens", 128, "--batch", 4, "--budget", "20%"]
-    one = estimate(planned(*lengths, method="h2o"), "gpu")
-    each = estimate(planned(*lengths, "--mesh", "data=2,model=4", method="h2o"), "gpu")
+    one = estimate(planned(*lengths, method="h2o"))
+    each = estimate(planned(*lengths, "--mesh", "data=2,model=4", method="h2o"))
     assert each.cache == pytest.approx(one.cache / 8, rel=0.01)
     assert each.weights == pytest.approx(one.weights / 4, rel=0.01)
-    lone = estimate(planned(*lengths, "--mesh", "data=1,model=16", method="h2o"), "gpu")  # two devices a head
+    lone = estimate(planned(*lengths, "--mesh", "data=1,model=16", method="h2o"))  # two devices a head
     assert lone.cache == pytest.approx(one.cache / 8, rel=0.01)
     assert bound(planned(*lengths, "--mesh", "model=4"), find("h200")).tokens_per_s == pytest.approx(
         4 * bound(planned(*lengths), find("h200")).tokens_per_s, rel=0.02
@@ -181,7 +183,7 @@ def test_a_long_prompt_fits_on_eight_small_chips(method, capsys):
     budget = [] if method == "full" else ["--budget", "20%"]
     (plan,) = run_json(capsys, *flags, "--method", method, *budget)["plans"]
     assert plan["fits"] and not plan["refused"]
-    made = estimate(planned("--context", 131072, "--mesh", "model=8", *budget, method=method), "tpu")
+    made = estimate(planned("--chip", "v5e", "--context", 131072, "--mesh", "model=8", *budget, method=method))
     assert 0.95 * plan["bytes"]["peak"] < made.peak < 1.05 * plan["bytes"]["peak"]
 
 
@@ -195,7 +197,7 @@ def test_a_plan_adds_up_and_its_largest_sizes_fit(capsys):
     assert plan["fits"] and not plan["compiled"]
     for flag, unit in (("batch", 1), ("context", 64)):
         most = plan["largest"][flag]["size"]
-        at = [estimate(planned(*lengths, f"--{flag}", n, method="h2o"), "gpu").peak for n in (most, most + unit)]
+        at = [estimate(planned(*lengths, f"--{flag}", n, method="h2o")).peak for n in (most, most + unit)]
         assert at[0] <= usable < at[1]
     assert any("8,192 tokens" in note for note in found["notes"])
 
@@ -288,5 +290,5 @@ def test_a_program_that_does_not_fit_is_numbers():
     (line,) = ahead.run("v5e", "kvjax.plan.compiled", *flags, "--program", "prefill of layer 0")
     assert line["refused"] and line["beside"] is not None
     args = parse(flags)
-    guess = estimate(setting(args, NAMED["llama-3-8b"], find("v5e"), "full"), "tpu")
+    guess = estimate(setting(args, NAMED["llama-3-8b"], find("v5e"), "full"))
     assert line["beside"] == pytest.approx(guess.prefill, rel=0.2)  # what it states is before it has found an order

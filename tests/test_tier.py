@@ -193,21 +193,45 @@ def test_tier_without_positions_counts_slots():
 
 
 @pytest.mark.parametrize("n", [1, 5])
-def test_tpus_write_slots_with_their_pages(n, monkeypatch):
+def test_tpus_write_and_read_slots_with_their_pages(n, monkeypatch):
     """Narrow vectors, across the border of pages, some dropped and a row without pages: the same pool either way."""
     rng = np.random.default_rng(n)
     store = named("int4:8")
     tier = tiers_.init(
-        layers=1, batch=2, heads=3, row=16, page=8, slots=80, widths=(16, 16), store=store, dtype=jnp.float32
+        layers=1, batch=2, heads=3, row=256, page=128, slots=1280, widths=(16, 16), store=store, dtype=jnp.float32
     )
-    tier = tiers_.reserve(tier, jnp.asarray([[[16, 9, 1], [8, 16, 0]]], jnp.int32), 16)
+    tier = tiers_.reserve(tier, jnp.asarray([[[256, 129, 1], [128, 256, 0]]], jnp.int32), 256)
     view = tiers_.layer(tier, 0)
     k, v = (jnp.asarray(rng.normal(size=(2, 3, n, 16)), jnp.float32) for _ in range(2))
     slots = Slots(*store.encode(k, v, ()), jnp.asarray(rng.integers(0, 50, (2, 3, n)), jnp.int32))
-    slot = jnp.asarray([[11, 4, 0], [3, 5, 5]])[..., None] + jnp.arange(n)  # the last row has no pages
+    slot = jnp.asarray([[171, 124, 0], [123, 125, 5]])[..., None] + jnp.arange(n)  # the last row has no pages
     where = jnp.asarray([[True, True, False], [True, True, True]])[..., None] & (jnp.arange(n) != 3)
     expected = tiers_.put(view, slot, slots, where)
     assert any((leaf != 0).any() for leaf in jax.tree.leaves(expected.k))
+    found = tiers_.take(expected, slot)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))
-    for a, b in zip(jax.tree.leaves(tiers_.put(view, slot, slots, where)), jax.tree.leaves(expected), strict=True):
+    again = tiers_.put(view, slot, slots, where), tiers_.take(expected, slot)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves((expected, found)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("n", [1, 8, 21, 48])
+@pytest.mark.parametrize("pages", [40, 7], ids=["ample", "scarce"])
+def test_filling_rows_is_putting_their_first_slots(n, pages):
+    """Also more than rows may hold, and where the pool runs dry."""
+    rng, store = np.random.default_rng(n), named("int4:8")
+    tier = tiers_.init(
+        layers=1, batch=2, heads=3, row=32, page=8, slots=8 * pages, widths=(16, 16), store=store, dtype=jnp.float32
+    )
+    count = jnp.asarray([[0, 1, 8], [9, 21, 32]], jnp.int32)
+    view = tiers_.layer(tiers_.reserve(tier, count[None], 32), 0)
+    k, v = (jnp.asarray(rng.normal(size=(2, 3, n, 16)), jnp.float32) for _ in range(2))
+    slots = Slots(*store.encode(k, v, ()), jnp.asarray(rng.integers(0, 50, (2, 3, n)), jnp.int32))
+    slot = jnp.broadcast_to(jnp.arange(n), (2, 3, n))
+    count = jnp.minimum(count, n)
+    put, filled = tiers_.put(view, slot, slots, slot < count[..., None]), tiers_.fill(view, slots, count)
+    np.testing.assert_array_equal(filled.length, put.length)
+    assert pages == 7 or (filled.length == count).all()
+    real = np.asarray(slot < put.length[..., None])
+    for a, b in zip(*(jax.tree.leaves(tiers_.take(x, slot)) for x in (put, filled)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a)[real], np.asarray(b)[real])

@@ -40,10 +40,10 @@ def of_device(given: str | None) -> int:
 
 def needed(model: Model, recipe: Recipe, context: int, new: int, batch: int, reader: ModelSpec) -> int:
     """Bytes of weights, cache and temporaries, as `kvjax.plan` estimates them; `reader` reads the prompts."""
-    setting = Setting(model.spec, model.decoder.dtype.name, recipe, context, new, batch)
     platform = "tpu" if jax.default_backend() == "tpu" else "gpu"
-    parts = estimate.estimate(setting, platform)
-    prefill = estimate.waiting(setting) + estimate.prefill_temporaries(setting._replace(spec=reader), platform)
+    setting = Setting(model.spec, model.decoder.dtype.name, recipe, context, new, batch, platform)
+    parts = estimate.estimate(setting)
+    prefill = estimate.waiting(setting) + estimate.prefill_temporaries(setting._replace(spec=reader))
     return parts._replace(prefill=prefill).peak
 
 

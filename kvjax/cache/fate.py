@@ -1,5 +1,6 @@
 """Fates: what becomes of the tokens that must leave."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -147,14 +148,16 @@ def _nearest_slot(
     per_block = max(1, BLOCK // tier.page)
     size = per_block * tier.page
 
-    def block(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+    def block(i: Array, best: tuple[Array, Array], keys: Callable[[Array], PyTree]) -> tuple[Array, Array]:
         filled = i * size + jnp.arange(size) < tier.length[..., None]
-        cosine, at = _nearest(x, store.key.decode(tiers_.keys(tier, i, per_block), jnp.float32), filled)
+        cosine, at = _nearest(x, store.key.decode(keys(i), jnp.float32), filled)
         better = cosine > best[0]
         return jnp.where(better, cosine, best[0]), jnp.where(better, i * size + at, best[1])
 
     nothing = (jnp.full(x.shape[:3], -2.0), jnp.zeros(x.shape[:3], jnp.int32))
-    return jax.lax.fori_loop(0, (jnp.max(tier.length) + size - 1) // size, block, nothing)
+    blocks = (jnp.max(tier.length) + size - 1) // size
+    search = lambda keys: jax.lax.fori_loop(0, blocks, functools.partial(block, keys=keys), nothing)
+    return tiers_.reading_keys(tier, per_block, search)
 
 
 def _row(rows: Array) -> tuple[Array, Array]:

@@ -123,7 +123,7 @@ def init(
     budget = np.repeat(floor[None], shape[0], axis=0)
     budget[0] = first - (shape[0] - 1) * floor
     row = np.minimum(-(-room // rows), np.ceil((prompt + lengths.new) / gate.rate)).max()
-    page = pages.page_size(pages.ladder(int(row), *LADDER))
+    page = pages.page_size(pages.ladder(int(row), *LADDER), lengths.platform)
     # Each row may have a page that holds nothing yet, taken for a token that was merged after all.
     slots = lengths.most(room + rows * (page - elsewhere))
     spread = lambda x: jnp.asarray(np.broadcast_to(x[..., None], shape), jnp.int32)

@@ -5,6 +5,7 @@ such an entry are masked by the caller, writes to it are dropped. Free pages are
 cumulative sums, so allocation works inside `jit` and for all rows at once.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
@@ -27,8 +28,18 @@ def ladder(n: int, steps: int, smallest: int) -> int:
     return -(-n // step) * step
 
 
-def page_size(row: int) -> int:
-    """Slots of a page for rows of up to `row` slots: the partly filled last page wastes at most 1/32 of a full row."""
+def page_size(row: int, platform: str | None = None) -> int:
+    """Slots of a page for rows of up to `row` slots: the partly filled last page wastes at most 1/32 of a full row.
+
+    But on TPUs every page has 128 slots, as many as a vector has lanes. A pool of smaller pages, if what it holds of a
+    slot is narrower than that, would be laid with its pages on the lanes: each spread over the memory of 128.
+
+    Args:
+      row: slots.
+      platform: "cpu", "gpu" or "tpu"; None = JAX's default.
+    """
+    if (platform or jax.default_backend()) == "tpu":
+        return LARGEST_PAGE
     return min(max(1 << max(row // 32, 1).bit_length() - 1, SMALLEST_PAGE), LARGEST_PAGE)
 
 

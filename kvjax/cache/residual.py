@@ -43,12 +43,12 @@ def residual(store: KVStore) -> CachePolicy:
         shape = {"layers": len(layers.index), "batch": len(lengths.prompt), "heads": spec.num_rows}
         rows = np.asarray(lengths.prompt) + lengths.new
         row = pages.ladder(int(rows.max()), *LADDER)
-        page = max(pages.page_size(row), group)
+        page = max(pages.page_size(row, lengths.platform), group)
         held = shape["layers"] * shape["heads"] * lengths.most(-(-rows // page))
         sized = functools.partial(tiers_.init, **shape, widths=layers.widths, dtype=dtype)
         low = sized(row=row, page=page, slots=pages.ladder(held * page, *LADDER), store=store, positions=False)
         row = min(ring_size, row)
-        page = pages.page_size(row)
+        page = pages.page_size(row, lengths.platform)
         slots = math.prod(shape.values()) // lengths.parts * -(-row // page) * page
         return low, sized(row=row, page=page, slots=slots, store=KVStore())
 
@@ -59,10 +59,7 @@ def residual(store: KVStore) -> CachePolicy:
         k, v = (jnp.pad(jnp.moveaxis(x, 2, 1), pad) for x in (prompt.key, prompt.value))
         codes = store.encode(k, v, low.calib)
         encoded = jnp.broadcast_to(jnp.maximum(length - 1, 0) // size * size, rows)  # `reserve` does what is just due
-        slot = jnp.broadcast_to(jnp.arange(k.shape[2]), (*rows, k.shape[2]))
-        low = tiers_.put(
-            tiers_.reserve(low, encoded, k.shape[2]), slot, Slots(codes[0], codes[1]), slot < encoded[..., None]
-        )
+        low = tiers_.fill(tiers_.reserve(low, encoded, k.shape[2]), Slots(codes[0], codes[1]), encoded)
         low = low._replace(length=jnp.broadcast_to(jnp.maximum(length - ring_size, 0), rows))
         # The newest token of each place of the ring.
         pos = length - length % ring_size + jnp.arange(ring_size)

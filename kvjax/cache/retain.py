@@ -100,7 +100,7 @@ def retain(
             grown = 0 if budget.grow is None else np.asarray(budget.grow(some + lengths.new))[which]
             most = None if budget.most is None else np.asarray(budget.most(spec.num_layers, every_head, padded))
         rows = room(np.maximum(given + extra, grown), prompt, lengths.new)
-        page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder))
+        page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder), lengths.platform)
         # Only the width of the tables depends on the longest row: no new shape for every prompt length.
         longest = rows if most is None else room(most + extra.max(), padded, lengths.new)
         row = pages.ladder(int(longest.max()), *budget.ladder)
@@ -131,7 +131,7 @@ def retain(
             return (tier,)
         # Of a row, as a mean over layers and heads; where rows share, one may be given nothing that others want.
         left = np.maximum(prompt + lengths.new - np.maximum(given, grown), 1)
-        page = pages.page_size(pages.ladder(int(left.max()), *budget.ladder))
+        page = pages.page_size(pages.ladder(int(left.max()), *budget.ladder), lengths.platform)
         row = int(left.max()) if most is None else max(lengths.prompt) + lengths.new
         row = pages.ladder(row, *budget.ladder)
         return tier, sized(row=row, page=page, slots=pool(left, page, row), store=fate.low, calib=balance(fate.low))
@@ -175,9 +175,8 @@ def retain(
         (tier, *rest) = tiers
         k, v = store.encode(kept.k, kept.v, tier.calib)
         kept = kept._replace(k=k, v=v)
-        slot = jnp.broadcast_to(jnp.arange(n), best.index.shape)
         tier = tiers_.reserve(tier._replace(budget=rows + beyond(found.length)), filled, n)
-        return (tiers_.put(tier, slot, kept, slot < filled[..., None]), *rest)
+        return (tiers_.fill(tier, kept, filled), *rest)
 
     def reserve(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
         (tier, *rest) = tiers
@@ -238,12 +237,11 @@ def _fill_in_order(tier: Tier, prompt: Prompt, slots: Int[Array, " B"], store: K
     """The first tokens of the prompt, in order."""
     rows = tier.length.shape
     n = min(prompt.key.shape[1], tier.capacity)
-    slot = jnp.broadcast_to(jnp.arange(n), (*rows, n))
     k, v = (jnp.moveaxis(x[:, :n], 2, 1) for x in (prompt.key, prompt.value))
     k, v = store.encode(k, v, tier.calib)
     filled = jnp.broadcast_to(jnp.minimum(slots, prompt.length)[:, None], rows)
     tier = tier._replace(budget=jnp.broadcast_to(slots[:, None], rows))
-    return tiers_.put(tiers_.reserve(tier, filled, n), slot, Slots(k, v), slot < filled[..., None])
+    return tiers_.fill(tiers_.reserve(tier, filled, n), Slots(k, v), filled)
 
 
 def _open(score: Score, stat: Float[Array, "B K T"], length: Int[Array, " B"], slots: Int[Array, " B"]) -> Array:

@@ -5,7 +5,8 @@ Slots `[0, length)` of a row are filled. Their order carries no meaning unless a
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ from jaxtyping import Bool, Float, Int
 from kvjax.cache import pages
 from kvjax.cache.store import KVStore
 from kvjax.spec import PyTree
-from pallas_kernels.blocks import LANES
+from pallas_kernels.pools import lies_across, reading
+
+FEW = 4  # slots of a row that may be read with their pages
 
 
 class Tier(NamedTuple):
@@ -159,7 +162,7 @@ def reserve(tier: Tier, n: Int[Array, "*L B K"], most: int) -> Tier:
 def take(tier: Tier, slot: Int[Array, "B K n"]) -> Slots:
     """The contents of slots of a layer's view; empty slots hold anything, their position is -1."""
     page, offset = _locate(tier, slot)
-    read = lambda x: x.at[page, offset].get(mode="clip")
+    read = lambda x: _read(x, page, offset)
     filled = slot < tier.length[..., None]
     return Slots(
         k=jax.tree.map(read, tier.k),
@@ -192,6 +195,30 @@ def put(tier: Tier, slot: Int[Array, "B K n"], slots: Slots, where: Bool[Array, 
     )
 
 
+def fill(tier: Tier, slots: Slots, count: Int[Array, "B K"]) -> Tier:
+    """Write the first `count` slots of each row of a layer's view, in pages that `reserve` took, and whole ones.
+
+    What follows them in `slots`, `[B K n ...]`, is written up to the end of a page; there empty slots hold anything.
+    """
+    m = min(pages.pages_for(jax.tree.leaves(slots.k)[0].shape[2], tier.page), tier.table.shape[-1])
+    first = jnp.arange(m) * tier.page
+    page = jnp.where(first < count[..., None], tier.table[..., :m], tier.free.shape[0])
+    written = jnp.where(page < tier.free.shape[0], jnp.minimum(first + tier.page, count[..., None]), 0)
+
+    def write(pool: Array, x: Any) -> Array:
+        x = x.astype(pool.dtype)[:, :, : m * tier.page]
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, m * tier.page - x.shape[2]), *[(0, 0)] * (x.ndim - 3)])
+        return pool.at[page].set(x.reshape(*page.shape, *pool.shape[1:]), mode="drop")
+
+    return tier._replace(
+        k=jax.tree.map(write, tier.k, slots.k),
+        v=jax.tree.map(write, tier.v, slots.v),
+        pos=tier.pos if isinstance(tier.pos, tuple) else write(tier.pos, slots.pos),
+        score=tier.score if isinstance(tier.score, tuple) else write(tier.score, slots.score),
+        length=jnp.maximum(tier.length, jnp.max(written, axis=-1)),
+    )
+
+
 def trim(tier: Tier, n: Int[Array, "*L B K"]) -> Tier:
     """Keep the first `n` slots of each row and give the pages behind them back.
 
@@ -217,13 +244,16 @@ def remove(tier: Tier, slot: Int[Array, "B K"], where: Bool[Array, "B K"]) -> tu
     ), lost
 
 
-def keys(tier: Tier, block: int | Int[Array, ""], per_block: int) -> PyTree:
-    """Key codes of one block of `per_block` pages of a layer's view, `[B K n ...]`; empty slots hold anything."""
+def reading_keys(tier: Tier, per_block: int, run: Callable[[Callable[[Int[Array, ""]], PyTree]], Any]) -> Any:
+    """A loop that reads the keys of a layer's view, a block of `per_block` pages at a time.
+
+    `run` is given a function of a block's number: its key codes `[B K n ...]`; empty slots hold anything.
+    """
     pad = ((0, 0), (0, 0), (0, -tier.table.shape[-1] % per_block))
     table = jnp.pad(tier.table, pad, constant_values=tier.free.shape[0])
-    at = jax.lax.dynamic_slice_in_dim(table, block * per_block, per_block, axis=2)
-    shape = (*tier.length.shape, per_block * tier.page)
-    return jax.tree.map(lambda pool: pool.at[at].get(mode="clip").reshape(*shape, *pool.shape[2:]), tier.k)
+    slots = lambda x: x.reshape(*tier.length.shape, per_block * tier.page, *x.shape[4:])
+    at = lambda i: jax.lax.dynamic_slice_in_dim(table, i * per_block, per_block, axis=2)
+    return reading(tier.k, lambda pages: run(lambda i: jax.tree.map(slots, pages(at(i)))))
 
 
 def positions(tier: Tier) -> Int[Array, "B K S"]:
@@ -294,12 +324,25 @@ def _locate(tier: Tier, slot: Int[Array, "B K n"]) -> tuple[Int[Array, "B K n"],
     return jnp.where(logical < tier.table.shape[-1], page, tier.free.shape[0]), slot % tier.page
 
 
+def _read(pool: Array, page: Int[Array, "B K n"], offset: Int[Array, "B K n"]) -> Array:
+    """Slots `[B K n ...]` of a pool's leaf `[P page ...]`, on TPUs with their pages where they are few."""
+
+    def slots(pool: Array) -> Array:
+        return pool.at[page, offset].get(mode="clip")
+
+    def of_whole_pages(pool: Array) -> Array:
+        here = (jnp.arange(pool.shape[1]) == offset[..., None])[..., None]
+        return jnp.where(here, pool.at[page].get(mode="clip"), 0).sum(axis=3, dtype=pool.dtype)
+
+    if page.shape[-1] > FEW or not lies_across(pool):
+        return slots(pool)
+    return jax.lax.platform_dependent(pool, tpu=of_whole_pages, default=slots)
+
+
 def _write(pool: Array, page: Int[Array, "B K n"], offset: Int[Array, "B K n"], x: Array) -> Array:
     """A pool's leaf `[P page ...]` with slots `[B K n ...]` written, those in page P dropped.
 
-    TPUs have rows of 128 lanes, and XLA lays narrower vectors across the slots of a page instead of padding them. Its
-    scatter of slots would lay the whole pool anew first, so there each is written together with its page, one of every
-    row at a time; but for prompts, whose programs run once.
+    On TPUs with their pages, one of every row at a time; but for prompts, whose programs run once.
     """
     n = page.shape[-1]
 
@@ -314,7 +357,7 @@ def _write(pool: Array, page: Int[Array, "B K n"], offset: Int[Array, "B K n"], 
 
         return write(0, pool) if n == 1 else jax.lax.fori_loop(0, n, write, pool)
 
-    if n > pages.LARGEST_PAGE or pool.ndim != 3 or pool.shape[-1] % LANES == 0:
+    if n > pages.LARGEST_PAGE or not lies_across(pool):
         return slots(pool, x)
     return jax.lax.platform_dependent(pool, x, tpu=whole_pages, default=slots)
 

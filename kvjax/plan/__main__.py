@@ -74,7 +74,7 @@ def plan_all(
 def plan_one(args: argparse.Namespace, argv: Sequence[str], planned: Setting, chip: Chip) -> dict[str, Any]:
     """A plan as plain data."""
     if args.estimate:
-        parts, about = estimate(planned, chip.platform), {"compiled": False, "refused": [], "guessed": []}
+        parts, about = estimate(planned), {"compiled": False, "refused": [], "guessed": []}
     else:
         print(f"compiling {planned.recipe.name} for {chip.name} ...", file=sys.stderr, flush=True)
         measured = compiled.measure(argv, chip, planned, exact=args.exact)
@@ -104,12 +104,12 @@ def _largest(
 
     def needs(n: int) -> int:
         try:
-            return estimate(changed(n), chip.platform).peak
+            return estimate(changed(n)).peak
         except InputError:  # more pages than tables can number
             return 2**62
 
     if args.estimate or args.all_methods or not args.verify:
-        missed = peak / estimate(planned, chip.platform).peak  # 1 if nothing was compiled
+        missed = peak / estimate(planned).peak  # 1 if nothing was compiled
         size = search.largest(lambda n: int(needs(n) * missed), chip.usable, most)
         return Largest(size * unit, False)
 

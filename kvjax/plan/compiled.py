@@ -173,7 +173,7 @@ def measure(argv: Sequence[str], chip: Chip, planned: Setting, *, exact: bool, c
       changes: flags that take the place of earlier ones.
     """
     assert chip.target is not None
-    guess = estimate.estimate(planned, chip.platform)  # first: it may raise what a user can mend
+    guess = estimate.estimate(planned)  # first: it may raise what a user can mend
     lines = ahead.run(chip.target, "kvjax.plan.compiled", *argv, *changes)
     return add_up(lines, guess, planned.spec.num_layers, exact=exact)
 

@@ -14,10 +14,11 @@ from kvjax.cache.policy import Found
 from kvjax.cache.tier import Bytes
 from kvjax.collectives import DATA, HEADS
 from kvjax.models.decoder import Layer
-from kvjax.plan.chips import Chip, Platform
+from kvjax.plan.chips import Chip
 from kvjax.plan.settings import Setting
 from kvjax.spec import PyTree
-from pallas_kernels.blocks import LANES, divisor
+from pallas_kernels.blocks import divisor
+from pallas_kernels.pools import lies_across
 
 BLOCK = 512  # tokens of a block of attention, at most
 
@@ -66,7 +67,7 @@ class Bound(NamedTuple):
     limit: str  # of a step: "bandwidth" or "compute"
 
 
-def estimate(setting: Setting, platform: Platform) -> Parts:
+def estimate(setting: Setting) -> Parts:
     """All parts, without compiling anything."""
     cache = held(setting).bytes
     return Parts(
@@ -75,7 +76,7 @@ def estimate(setting: Setting, platform: Platform) -> Parts:
         scales=cache.scales,
         statistics=cache.statistics,
         tables=cache.tables,
-        prefill=waiting(setting) + prefill_temporaries(setting, platform),
+        prefill=waiting(setting) + prefill_temporaries(setting),
         decode=decode_temporaries(setting),
     )
 
@@ -159,23 +160,23 @@ def abstract_cache(setting: Setting) -> layout.Cache:
     return mesh.placed(setting.mesh, mesh.cache, made)
 
 
-def prefill_temporaries(setting: Setting, platform: Platform) -> int:
+def prefill_temporaries(setting: Setting) -> int:
     """Bytes that one layer over all prompts takes: the residual stream, and the wider part of the layer.
 
     With n = batch x padded tokens, c those that are read at once, in numbers a token: the stream is D. Attention holds
     queries, keys, values and outputs, `2 N H + 2 K H`, N log-sum-exps and H cosines and sines in float32 and the blocks
     that it works on, or, before it, two of the stream for c tokens. A TPU copies some of it for its layouts, in all
-    `4 (N H + K H)`, and one of keys and values where it lays narrow vectors anew. The feed-forward network holds the
+    `4 (N H + K H)`, and one of keys and values where it lays a pool anew. The feed-forward network holds the
     outputs, and for c tokens `3 D + 2 F`.
     """
-    relaid = _laid_anew(setting) if platform == "tpu" else 0
+    relaid = _laid_anew(setting) if setting.platform == "tpu" else 0
     setting = setting.share
     spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
     batch, padded, width = setting.batch, setting.lengths.padded, spec.embed_dim
     n, part = batch * padded, batch * min(padded, max(1, prefilling.CHUNK // batch))  # at most: more never need less
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     fed = itemsize * (n * queries + part * (3 * width + 2 * spec.mlp_dim))
-    if platform == "tpu":
+    if setting.platform == "tpu":
         attention = relaid + 4 * n * itemsize * (queries + keys)
     else:
         block = divisor(padded, BLOCK)
@@ -186,9 +187,12 @@ def prefill_temporaries(setting: Setting, platform: Platform) -> int:
 
 
 def _laid_anew(setting: Setting) -> int:
-    """Bytes of keys or values whose vectors a TPU lays across the slots of a page: it copies that pool for a prompt."""
-    narrow = lambda pool: pool.ndim == 3 and pool.shape[-1] % LANES > 0
-    pools = lambda tiers: [x for tier in tiers for x in jax.tree.leaves((tier.k, tier.v)) if narrow(x)]
+    """Bytes of keys or values that a TPU lays across the slots of a page and a prompt fills slot by slot.
+
+    It copies such a pool. Methods that learned what to keep fill their only one so; others all but the first.
+    """
+    first = 0 if setting.recipe.policy.revise is not None else 1
+    pools = lambda tiers: [x for tier in tiers[first:] for x in jax.tree.leaves((tier.k, tier.v)) if lies_across(x)]
     return max(size(pools(tiers)) for tiers in abstract_cache(setting)) // 2
 
 

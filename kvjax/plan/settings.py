@@ -22,7 +22,7 @@ from kvjax.generation import Model
 from kvjax.mesh import Size
 from kvjax.methods import METHODS, default_budget, make
 from kvjax.models.named import NAMED, named
-from kvjax.plan.chips import CHIPS, Chip
+from kvjax.plan.chips import CHIPS, Chip, Platform
 from kvjax.spec import Lengths, ModelSpec
 
 PROG = "kvjax.plan"
@@ -37,6 +37,7 @@ class Setting(NamedTuple):
     context: int  # tokens of each prompt
     new: int  # tokens that may follow
     batch: int
+    platform: Platform
     devices: Size = Size()
 
     @property
@@ -56,9 +57,8 @@ class Setting(NamedTuple):
     @property
     def lengths(self) -> Lengths:
         """What a cache is made for."""
-        return Lengths(
-            (self.context,) * self.batch, self.new, prefilling.padded_length(self.context), self.devices.data
-        )
+        padded = prefilling.padded_length(self.context)
+        return Lengths((self.context,) * self.batch, self.new, padded, self.devices.data, self.platform)
 
     @property
     def model(self) -> Model:
@@ -172,7 +172,7 @@ def setting(args: argparse.Namespace, spec: ModelSpec, chip: Chip, method: str) 
     if recipe.kernels is None:
         recipe = recipe._replace(kernels=chip.platform)
     longer = replace(spec, max_position=2 * LARGEST)  # bytes do not depend on what a model is made for
-    return Setting(longer, args.dtype, recipe, args.context, args.new_tokens, args.batch, devices(args))
+    return Setting(longer, args.dtype, recipe, args.context, args.new_tokens, args.batch, chip.platform, devices(args))
 
 
 def method_of(args: argparse.Namespace, spec: ModelSpec) -> str:

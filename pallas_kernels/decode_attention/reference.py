@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from pallas_kernels.codes import DENSE
+from pallas_kernels.pools import reading
 from pallas_kernels.rotation import Rotation, rotate
 from pallas_kernels.soft_cap import soft_cap
 
@@ -147,37 +148,31 @@ def attend(
       with_logits: also return every slot's logit.
     """
     q, k, v, table, length, pos, decode_key, decode_value, slots = part
-    page, size, capacity = part.page, part.size, part.capacity
+    page, capacity = part.page, part.capacity
     per_step = max(1, min(block // page, table.shape[-1]))
     steps = -(-table.shape[-1] // per_step)
     width = per_step * page
     table = jnp.pad(table, ((0, 0), (0, 0), (0, steps * per_step - table.shape[-1])))
-    table = jnp.clip(table, 0, size - 1)
     if slots is not None:
         slots = jnp.pad(slots, ((0, 0), (0, 0), (0, steps * width - capacity)))
     rows = table.shape[:2]
-    read = lambda x, at: x.at[at].get(mode="promise_in_bounds").reshape(*rows, width, *x.shape[2:])
 
-    def step(i: Array, carry: Partial) -> Partial:
-        at = jax.lax.dynamic_slice_in_dim(table, i * per_step, per_step, axis=2)
+    def step(i: Array, carry: Partial, pages: Callable[[Array], Any]) -> Partial:
+        keys, values, where = pages(jax.lax.dynamic_slice_in_dim(table, i * per_step, per_step, axis=2))
         slot = i * width + jnp.arange(width)
-        where = jnp.broadcast_to(slot, (*rows, width)) if pos is None else read(pos, at)
+        where = jnp.broadcast_to(slot, (*rows, width)) if pos is None else where.reshape(*rows, width)
         where = where if place is None else place(where)
-        key = decode_key(jax.tree.map(lambda x: read(x, at), k), q.dtype)
-        key = key if expand is None else expand.keys(key, where)
-        value = decode_value(jax.tree.map(lambda x: read(x, at), v), q.dtype)
         seen = slot < length[..., None]
         if after is not None:
             seen &= where > after[..., None]
         if slots is not None:
             seen &= jax.lax.dynamic_slice_in_dim(slots, i * width, width, axis=2)
-        s = jnp.einsum("bkgh,bksh->bkgs", q, key, preferred_element_type=jnp.float32) * scale
-        s = soft_cap(s, cap)
+        s = soft_cap(_scores(q, keys, decode_key, expand, where) * scale, cap)
         s = jnp.where(seen[:, :, None], s, EMPTY)
         m = jnp.maximum(carry.m, s.max(axis=-1))
         e = jnp.where(seen[:, :, None], jnp.exp(s - m[..., None]), 0.0)
         old = jnp.exp(carry.m - m)
-        weighted = jnp.einsum("bkgs,bksr->bkgr", e.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        weighted = _sums(e, values, decode_value, q.dtype)
         logits = tuple(jax.lax.dynamic_update_slice_in_dim(x, s, i * width, axis=3) for x in carry.logits)
         return Partial(carry.o * old[..., None] + weighted, carry.l * old + e.sum(axis=-1), m, logits)
 
@@ -190,8 +185,34 @@ def attend(
         jnp.full(heads, EMPTY, jnp.float32),
         (jnp.full((*heads, steps * width), EMPTY, jnp.float32),) if with_logits else (),
     )
-    out = jax.lax.fori_loop(0, (jnp.max(length) + width - 1) // width, step, first)
+    filled = (jnp.max(length) + width - 1) // width
+    loop = lambda pages: jax.lax.fori_loop(0, filled, functools.partial(step, pages=pages), first)
+    out = reading((k, v, pos), loop)
     return out._replace(logits=tuple(x[..., :capacity] for x in out.logits))
+
+
+def _slots(pages: Any) -> Any:
+    """Pages `[B K n page ...]` as slots `[B K s ...]`."""
+    return jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:]), pages)
+
+
+def _scores(
+    q: Float[Array, "B K G H"], codes: Any, decode: Any, expand: Expand | None, where: Int[Array, "B K s"]
+) -> Float[Array, "B K G s"]:
+    """Products of queries and the keys of pages."""
+    if expand is not None:
+        key = expand.keys(decode(_slots(codes), q.dtype), where)
+        return jnp.einsum("bkgh,bksh->bkgs", q, key, preferred_element_type=jnp.float32)
+
+    found = jnp.einsum("bkgh,bknph->bkgnp", q, decode(codes, q.dtype), preferred_element_type=jnp.float32)
+    return found.reshape(*q.shape[:3], -1)
+
+
+def _sums(e: Float[Array, "B K G s"], codes: Any, decode: Any, dtype: DTypeLike) -> Float[Array, "B K G W"]:
+    """The values of pages, weighted and added."""
+    value = decode(codes, dtype)
+    e = e.astype(value.dtype).reshape(*e.shape[:3], *value.shape[2:4])
+    return jnp.einsum("bkgnp,bknpr->bkgr", e, value, preferred_element_type=jnp.float32)
 
 
 def merge(parts: Sequence[Partial]) -> Partial:

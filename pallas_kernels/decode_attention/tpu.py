@@ -30,12 +30,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from pallas_kernels.blocks import LANES
 from pallas_kernels.codes import Piece, assemble
 from pallas_kernels.decode_attention import tpu_expand, tpu_runs
 from pallas_kernels.decode_attention.formats import Format, format_of
 from pallas_kernels.decode_attention.reference import EMPTY, Expand, Part, Partial, merge
 from pallas_kernels.decode_attention.tpu_page import Page, affine, dot, lines
+from pallas_kernels.pools import lies_across
 from pallas_kernels.soft_cap import soft_cap
 
 SLOTS = 2048  # of a block
@@ -148,7 +148,7 @@ class _Plan(NamedTuple):
 
 def _pools(part: Part, windowed: bool) -> tuple:
     """Keys, values and positions as the kernel's pages are cut from them."""
-    turned = lambda pool: jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2) if _lies_across(x) else x, pool)
+    turned = lambda pool: jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2) if lies_across(x) else x, pool)
     return turned(part.k), turned(part.v), part.pos[:, None] if windowed and part.pos is not None else None
 
 
@@ -161,14 +161,8 @@ def _plan(part: Part, pools: tuple, block: int, logits: bool) -> _Plan:
         key = key._replace(pieces=tpu_runs.cut(key, part.page))
     width = part.table.shape[-1]
     each = max(1, min(block // part.page, width, PAGES))
-    k, v = (_lies_across(pool["codes"] if isinstance(pool, dict) else pool) for pool in (part.k, part.v))
+    k, v = (lies_across(pool["codes"] if isinstance(pool, dict) else pool) for pool in (part.k, part.v))
     return _Plan(key, value, (k, v), jax.tree.structure(pools), part.page, each, pl.cdiv(width, each), logits)
-
-
-def _lies_across(pool: Array) -> bool:
-    """Whether XLA lays a pool `[P page width]` with slots on the lanes."""
-    _, page, width = pool.shape
-    return page % LANES == 0 and width % LANES > 0
 
 
 def _of_row(each: int, *shape: int) -> pl.BlockSpec:
