@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.topk_retain import gpu, topk_retain, tpu
+from pallas_kernels.topk_retain import gpu, topk_retain, tpu, tpu_copy
 from tests.strict import STRICT
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -97,3 +97,12 @@ def test_more_slots_than_tokens_are_refused():
     tokens = payload(3, jnp.float32, np.random.default_rng(0))
     with pytest.raises(ValueError, match="n=4 slots for rows of 3 tokens"):
         topk_retain(jnp.zeros((B, K, 3)), jnp.ones((B, K), jnp.int32), *map(jnp.asarray, tokens), n=4)
+
+
+@pytest.mark.parametrize(("t", "n"), [(1, 1), (100, 37), (700, 600)])  # the last in two programs
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.uint8])
+def test_tpus_copy_vectors_of_any_format(dtype, t, n):
+    rng = np.random.default_rng(n)
+    source, index = jnp.asarray(rng.integers(0, 200, (2, t, 48)), dtype), rng.integers(0, t, (2, n)).astype(np.int32)
+    found = tpu_copy.copy(source, jnp.asarray(index), True)
+    np.testing.assert_array_equal(found, np.take_along_axis(np.asarray(source), index[..., None], axis=1))

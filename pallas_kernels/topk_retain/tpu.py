@@ -8,8 +8,7 @@ neighbours that are kept, as many places lie as their distances differ by,
 
     (j - s_j mod M) - (i - s_i mod M) = 1 + (s_j div M - s_i div M) M >= 1         for i < j, M = 2, 4, 8, ...
 
-Positions and scores move along. Then XLA sorts what is kept, and copies keys and values: a vector can pick numbers of
-its own lanes only, and memory is read by whole tiles, not by rows of 16-bit numbers.
+Positions and scores move along. Then XLA sorts what is kept, and keys and values are copied (`tpu_copy`).
 """
 
 import functools
@@ -25,6 +24,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from pallas_kernels.blocks import LANES
 from pallas_kernels.topk_retain.reference import LEAST, Kept, check, ordered
+from pallas_kernels.topk_retain.tpu_copy import copy
 
 ROWS = 8  # sublanes of a vector
 SPARE = 2 << 20  # bytes of vector memory beside what is held
@@ -60,7 +60,11 @@ def topk_retain(
         jnp.where(filled, x, jnp.asarray(y, x.dtype)) for x, y in zip((~key, index, pos, stat), empty, strict=True)
     )
     _, index, pos, stat = jax.lax.sort(tuple(slots), num_keys=2, is_stable=False)
-    pick = lambda x: jnp.take_along_axis(x, index[..., None], axis=2, mode="fill", fill_value=0)
+
+    def pick(x: Array) -> Array:
+        found = copy(x.reshape(-1, *x.shape[2:]), index.reshape(-1, n), interpret)
+        return jnp.where(filled[..., None], found.reshape(*shape, *found.shape[1:]), jnp.zeros((), x.dtype))
+
     return Kept(index, pick(k), pick(v), pos, stat)
 
 
