@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from pallas_kernels.codes import DENSE
+from pallas_kernels.decode_attention import packed
 from pallas_kernels.pools import reading
 from pallas_kernels.rotation import Rotation, rotate
 from pallas_kernels.soft_cap import soft_cap
@@ -204,15 +205,28 @@ def _scores(
         key = expand.keys(decode(_slots(codes), q.dtype), where)
         return jnp.einsum("bkgh,bksh->bkgs", q, key, preferred_element_type=jnp.float32)
 
-    found = jnp.einsum("bkgh,bknph->bkgnp", q, decode(codes, q.dtype), preferred_element_type=jnp.float32)
-    return found.reshape(*q.shape[:3], -1)
+    def of_numbers(q: Array, codes: Any) -> Array:
+        found = jnp.einsum("bkgh,bknph->bkgnp", q, decode(codes, q.dtype), preferred_element_type=jnp.float32)
+        return found.reshape(*q.shape[:3], -1)
+
+    if not packed.reads(decode, codes):
+        return of_numbers(q, codes)
+    of_codes = lambda q, codes: packed.scores(q, _slots(codes), decode)
+    return jax.lax.platform_dependent(q, codes, cpu=of_codes, default=of_numbers)
 
 
 def _sums(e: Float[Array, "B K G s"], codes: Any, decode: Any, dtype: DTypeLike) -> Float[Array, "B K G W"]:
     """The values of pages, weighted and added."""
-    value = decode(codes, dtype)
-    e = e.astype(value.dtype).reshape(*e.shape[:3], *value.shape[2:4])
-    return jnp.einsum("bkgnp,bknpr->bkgr", e, value, preferred_element_type=jnp.float32)
+
+    def of_numbers(e: Array, codes: Any) -> Array:
+        value = decode(codes, dtype)
+        e = e.astype(value.dtype).reshape(*e.shape[:3], *value.shape[2:4])
+        return jnp.einsum("bkgnp,bknpr->bkgr", e, value, preferred_element_type=jnp.float32)
+
+    if not packed.reads(decode, codes):
+        return of_numbers(e, codes)
+    of_codes = lambda e, codes: packed.sums(e, _slots(codes), decode, dtype)
+    return jax.lax.platform_dependent(e, codes, cpu=of_codes, default=of_numbers)
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
