@@ -2,7 +2,7 @@
 
     python -m tests.aot v5e                     # every kernel
     python -m tests.aot v5e more                # other shapes and options
-    python -m tests.aot sm_90 loop              # every method's decode loop, with kernels
+    python -m tests.aot sm_90 loop 128 full h2o # methods' decode loops with heads of 128, with kernels and without
 
 A process of its own for each target, because the plug-ins change what JAX sees. Needs `pip install '.[aot]'`.
 """

@@ -228,10 +228,21 @@ def test_filling_rows_is_putting_their_first_slots(n, pages):
     k, v = (jnp.asarray(rng.normal(size=(2, 3, n, 16)), jnp.float32) for _ in range(2))
     slots = Slots(*store.encode(k, v, ()), jnp.asarray(rng.integers(0, 50, (2, 3, n)), jnp.int32))
     slot = jnp.broadcast_to(jnp.arange(n), (2, 3, n))
-    count = jnp.minimum(count, n)
     put, filled = tiers_.put(view, slot, slots, slot < count[..., None]), tiers_.fill(view, slots, count)
     np.testing.assert_array_equal(filled.length, put.length)
-    assert pages == 7 or (filled.length == count).all()
+    assert pages == 7 or (filled.length == jnp.minimum(count, n)).all()
     real = np.asarray(slot < put.length[..., None])
     for a, b in zip(*(jax.tree.leaves(tiers_.take(x, slot)) for x in (put, filled)), strict=True):
         np.testing.assert_array_equal(np.asarray(a)[real], np.asarray(b)[real])
+
+
+def test_pages_are_filled_up_with_zeros():
+    """Attention multiplies what empty slots hold by weights of 0."""
+    view = tiers_.layer(empty(7), 0)
+    count = jnp.full(view.length.shape, 3)
+    real = (jnp.arange(BLOCK) < 3)[:, None]
+    k = jnp.where(real, jnp.ones((*view.length.shape, BLOCK, WIDTH)), jnp.nan)
+    tags = jnp.zeros(k.shape[:3], jnp.int32)
+    filled = tiers_.fill(tiers_.reserve(view, count, BLOCK), Slots(k, k, tags, tags.astype(jnp.float32)), count)
+    assert jnp.isfinite(filled.k).all() and jnp.isfinite(filled.v).all()
+    assert filled.k.sum() == 3 * WIDTH * count.size

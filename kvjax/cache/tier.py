@@ -196,11 +196,13 @@ def put(tier: Tier, slot: Int[Array, "B K n"], slots: Slots, where: Bool[Array, 
 
 
 def fill(tier: Tier, slots: Slots, count: Int[Array, "B K"]) -> Tier:
-    """Write the first `count` slots of each row of a layer's view, in pages that `reserve` took, and whole ones.
+    """Write the first `count` slots of each row of a layer's view, page by page, in those that `reserve` took.
 
-    What follows them in `slots`, `[B K n ...]`, is written up to the end of a page; there empty slots hold anything.
+    At most as many as `slots`, `[B K n ...]`, have. Zeros follow them to the end of a page: attention multiplies what
+    empty slots hold by weights of 0.
     """
-    m = min(pages.pages_for(jax.tree.leaves(slots.k)[0].shape[2], tier.page), tier.table.shape[-1])
+    n = jax.tree.leaves(slots.k)[0].shape[2]
+    m, count = min(pages.pages_for(n, tier.page), tier.table.shape[-1]), jnp.minimum(count, n)
     first = jnp.arange(m) * tier.page
     page = jnp.where(first < count[..., None], tier.table[..., :m], tier.free.shape[0])
     written = jnp.where(page < tier.free.shape[0], jnp.minimum(first + tier.page, count[..., None]), 0)
@@ -208,6 +210,8 @@ def fill(tier: Tier, slots: Slots, count: Int[Array, "B K"]) -> Tier:
     def write(pool: Array, x: Any) -> Array:
         x = x.astype(pool.dtype)[:, :, : m * tier.page]
         x = jnp.pad(x, [(0, 0), (0, 0), (0, m * tier.page - x.shape[2]), *[(0, 0)] * (x.ndim - 3)])
+        real = jnp.arange(x.shape[2]) < count[..., None]
+        x = jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 3)), x, jnp.zeros((), x.dtype))
         return pool.at[page].set(x.reshape(*page.shape, *pool.shape[1:]), mode="drop")
 
     return tier._replace(
@@ -342,7 +346,7 @@ def _read(pool: Array, page: Int[Array, "B K n"], offset: Int[Array, "B K n"]) -
 def _write(pool: Array, page: Int[Array, "B K n"], offset: Int[Array, "B K n"], x: Array) -> Array:
     """A pool's leaf `[P page ...]` with slots `[B K n ...]` written, those in page P dropped.
 
-    On TPUs with their pages, one of every row at a time; but for prompts, whose programs run once.
+    On TPUs with their pages, one of every row at a time, if they are not more than a page's.
     """
     n = page.shape[-1]
 

@@ -32,7 +32,8 @@ class Part(NamedTuple):
       table: physical page of each logical page; entries behind the row's end are ignored.
       length: filled slots of each row.
       pos: position of each slot; None = slot s holds position s.
-      decode_key, decode_value: turn codes into numbers of the query's dtype; see `pallas_kernels.codes`.
+      decode_key, decode_value: turn codes into numbers of the query's dtype, the slots being those of a page or of
+        several; see `pallas_kernels.codes`.
       slots: which slots are attended; None = all.
     """
 
@@ -42,8 +43,8 @@ class Part(NamedTuple):
     table: Int[Array, "B K M"]
     length: Int[Array, "B K"]
     pos: Int[Array, "P page"] | None = None
-    decode_key: Callable[[Any, DTypeLike], Float[Array, "B K s R"]] = DENSE
-    decode_value: Callable[[Any, DTypeLike], Float[Array, "B K s W"]] = DENSE
+    decode_key: Callable[[Any, DTypeLike], Float[Array, "*b s R"]] = DENSE
+    decode_value: Callable[[Any, DTypeLike], Float[Array, "*b s W"]] = DENSE
     slots: Bool[Array, "B K S"] | None = None
 
     @property

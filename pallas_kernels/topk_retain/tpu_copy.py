@@ -15,6 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Int, Shaped
 
+from pallas_kernels.blocks import LANES
+
 BLOCK = 512  # slots of a program
 TILE = 8  # words
 SPARE = 2 << 20  # bytes of vector memory beside what is held
@@ -23,25 +25,22 @@ SPARE = 2 << 20  # bytes of vector memory beside what is held
 def copy(source: Shaped[Array, "r T W"], index: Int[Array, "r n"], interpret: Any = False) -> Shaped[Array, "r n W"]:
     """The vectors of some tokens of each row; of any where an index is T or more.
 
-    Raises:
-      NotImplementedError: for rows that are longer than vector memory, or numbers of more than 32 bits.
+    Rows that are longer than vector memory are XLA's to copy.
     """
     (r, t, width), n, itemsize = source.shape, index.shape[1], source.dtype.itemsize
-    if itemsize > 4:
-        raise NotImplementedError(f"numbers of {8 * itemsize} bits")
+    index = jnp.clip(index, 0, t - 1)
     words = TILE * 4 // itemsize
     tokens, block = pl.cdiv(t, words) * words, min(BLOCK, pl.cdiv(n, words) * words)
     blocks = pl.cdiv(n, block)
-    lanes = pl.cdiv(width, 128) * 128
-    row, out = (x * lanes * itemsize for x in (tokens, 2 * block))
-    room = out + SPARE + (row if interpret else 0)
-    buffers = 2
+    lanes = pl.cdiv(width, LANES) * LANES
+    held = lambda buffers: (buffers * tokens + 2 * block) * lanes * itemsize + SPARE
+    buffers = 2  # one is filled while the other is read
     if not interpret:
         room = pltpu.get_tpu_info().vmem_capacity_bytes
-        buffers = min(2, (room - out - SPARE) // row)
-        if buffers < 1:
-            raise NotImplementedError(f"rows of {t} tokens take {row} bytes of vector memory, of {room}")
-    index = jnp.pad(jnp.clip(index, 0, t - 1), ((0, 0), (0, blocks * block - n)))
+        buffers = 2 if held(2) <= room else 1
+        if held(1) > room:
+            return jnp.take_along_axis(source, index[..., None], axis=1)
+    index = jnp.pad(index, ((0, 0), (0, blocks * block - n)))
     found = pl.pallas_call(
         functools.partial(_copy, block=block),
         out_shape=jax.ShapeDtypeStruct((r, blocks * block, width), source.dtype),
@@ -52,7 +51,7 @@ def copy(source: Shaped[Array, "r T W"], index: Int[Array, "r n"], interpret: An
         ],
         out_specs=pl.BlockSpec((1, block, width), lambda i, j: (i, j, 0)),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=min(room, buffers * row + out + SPARE)
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=held(buffers)
         ),
         interpret=interpret,
         name="topk_retain_copy",
