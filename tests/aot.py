@@ -297,7 +297,7 @@ def compile_loops(target: Target, width: int, methods: list[str]) -> None:
 
     spec = ModelSpec(
         vocab_size=1024, embed_dim=512, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=width, mlp_dim=1024,
-        max_position=32768,
+        max_position=131072,
     )  # fmt: skip
     for entry in methods:
         name, arguments = read_entry(entry)
@@ -305,8 +305,8 @@ def compile_loops(target: Target, width: int, methods: list[str]) -> None:
         gated = dataclasses.replace(spec, gate=gate)
         model = nnx.eval_shape(lambda gated=gated: Decoder(gated, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
         for kernels in ("xla", own(target)):
-            recipe = make(name, None if default_budget(name) is None else 8192, {**arguments, "kernels": kernels})
-            lengths = Lengths((32000, 18000), 64, 32768, platform=own(target))
+            recipe = make(name, None if default_budget(name) is None else 16384, {**arguments, "kernels": kernels})
+            lengths = Lengths((64000, 36000), 64, 65536, platform=own(target))
             init = functools.partial(layout.init_cache, model, recipe, lengths)
             cache = jax.eval_shape(init)
             chooser = jax.eval_shape(lambda: sampling.chooser(sampling.Sampling(), 2))

@@ -234,15 +234,3 @@ def test_filling_rows_is_putting_their_first_slots(n, pages):
     real = np.asarray(slot < put.length[..., None])
     for a, b in zip(*(jax.tree.leaves(tiers_.take(x, slot)) for x in (put, filled)), strict=True):
         np.testing.assert_array_equal(np.asarray(a)[real], np.asarray(b)[real])
-
-
-def test_pages_are_filled_up_with_zeros():
-    """Attention multiplies what empty slots hold by weights of 0."""
-    view = tiers_.layer(empty(7), 0)
-    count = jnp.full(view.length.shape, 3)
-    real = (jnp.arange(BLOCK) < 3)[:, None]
-    k = jnp.where(real, jnp.ones((*view.length.shape, BLOCK, WIDTH)), jnp.nan)
-    tags = jnp.zeros(k.shape[:3], jnp.int32)
-    filled = tiers_.fill(tiers_.reserve(view, count, BLOCK), Slots(k, k, tags, tags.astype(jnp.float32)), count)
-    assert jnp.isfinite(filled.k).all() and jnp.isfinite(filled.v).all()
-    assert filled.k.sum() == 3 * WIDTH * count.size

@@ -198,8 +198,8 @@ def put(tier: Tier, slot: Int[Array, "B K n"], slots: Slots, where: Bool[Array, 
 def fill(tier: Tier, slots: Slots, count: Int[Array, "B K"]) -> Tier:
     """Write the first `count` slots of each row of a layer's view, page by page, in those that `reserve` took.
 
-    At most as many as `slots`, `[B K n ...]`, have. Zeros follow them to the end of a page: attention multiplies what
-    empty slots hold by weights of 0.
+    At most as many as `slots`, `[B K n ...]`, have. What follows them there is written, too, to the end of a page: it
+    must be finite, since attention multiplies what empty slots hold by weights of 0. A prompt's padding is.
     """
     n = jax.tree.leaves(slots.k)[0].shape[2]
     m, count = min(pages.pages_for(n, tier.page), tier.table.shape[-1]), jnp.minimum(count, n)
@@ -210,8 +210,6 @@ def fill(tier: Tier, slots: Slots, count: Int[Array, "B K"]) -> Tier:
     def write(pool: Array, x: Any) -> Array:
         x = x.astype(pool.dtype)[:, :, : m * tier.page]
         x = jnp.pad(x, [(0, 0), (0, 0), (0, m * tier.page - x.shape[2]), *[(0, 0)] * (x.ndim - 3)])
-        real = jnp.arange(x.shape[2]) < count[..., None]
-        x = jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 3)), x, jnp.zeros((), x.dtype))
         return pool.at[page].set(x.reshape(*page.shape, *pool.shape[1:]), mode="drop")
 
     return tier._replace(
