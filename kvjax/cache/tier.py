@@ -186,13 +186,7 @@ def put(tier: Tier, slot: Int[Array, "B K n"], slots: Slots, where: Bool[Array, 
     page = jnp.where(where, page, tier.free.shape[0])
     written = page < tier.free.shape[0]
     write = lambda x, y: _write(x, page, offset, y.astype(x.dtype))
-    return tier._replace(
-        k=jax.tree.map(write, tier.k, slots.k),
-        v=jax.tree.map(write, tier.v, slots.v),
-        pos=tier.pos if isinstance(tier.pos, tuple) else write(tier.pos, slots.pos),
-        score=tier.score if isinstance(tier.score, tuple) else write(tier.score, slots.score),
-        length=jnp.maximum(tier.length, jnp.max(jnp.where(written, slot + 1, 0), axis=-1)),
-    )
+    return _with(tier, slots, write, jnp.where(written, slot + 1, 0))
 
 
 def fill(tier: Tier, slots: Slots, count: Int[Array, "B K"]) -> Tier:
@@ -212,13 +206,7 @@ def fill(tier: Tier, slots: Slots, count: Int[Array, "B K"]) -> Tier:
         x = jnp.pad(x, [(0, 0), (0, 0), (0, m * tier.page - x.shape[2]), *[(0, 0)] * (x.ndim - 3)])
         return pool.at[page].set(x.reshape(*page.shape, *pool.shape[1:]), mode="drop")
 
-    return tier._replace(
-        k=jax.tree.map(write, tier.k, slots.k),
-        v=jax.tree.map(write, tier.v, slots.v),
-        pos=tier.pos if isinstance(tier.pos, tuple) else write(tier.pos, slots.pos),
-        score=tier.score if isinstance(tier.score, tuple) else write(tier.score, slots.score),
-        length=jnp.maximum(tier.length, jnp.max(written, axis=-1)),
-    )
+    return _with(tier, slots, write, written)
 
 
 def trim(tier: Tier, n: Int[Array, "*L B K"]) -> Tier:
@@ -324,6 +312,17 @@ def _locate(tier: Tier, slot: Int[Array, "B K n"]) -> tuple[Int[Array, "B K n"],
     logical = slot // tier.page
     page = jnp.take_along_axis(tier.table, logical, axis=-1, mode="clip")
     return jnp.where(logical < tier.table.shape[-1], page, tier.free.shape[0]), slot % tier.page
+
+
+def _with(tier: Tier, slots: Slots, write: Callable[[Array, Any], Array], until: Int[Array, "B K n"]) -> Tier:
+    """A layer's view with slots written to each pool, its rows filled until the last of some slots."""
+    return tier._replace(
+        k=jax.tree.map(write, tier.k, slots.k),
+        v=jax.tree.map(write, tier.v, slots.v),
+        pos=tier.pos if isinstance(tier.pos, tuple) else write(tier.pos, slots.pos),
+        score=tier.score if isinstance(tier.score, tuple) else write(tier.score, slots.score),
+        length=jnp.maximum(tier.length, jnp.max(until, axis=-1)),
+    )
 
 
 def _read(pool: Array, page: Int[Array, "B K n"], offset: Int[Array, "B K n"]) -> Array:
