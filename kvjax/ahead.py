@@ -94,7 +94,8 @@ def run(target: str, module: str, *arguments: str, dump: bool = False) -> list[d
     """
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "PYTHONWARNINGS": "ignore"}
     env["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no device is there to be shared
-    env.pop("XLA_FLAGS", None)
+    for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # are about programs that run here
+        env.pop(name, None)
     with tempfile.TemporaryDirectory() as folder:
         if dump and target in GPUS:
             env["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_as_text=false"

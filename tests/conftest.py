@@ -1,8 +1,23 @@
-"""Shapes are checked where beartype is installed, dtypes never promote silently, random tests repeat their examples."""
+"""Shapes are checked where beartype is installed, dtypes never promote silently, random tests repeat their examples.
 
+Compiling takes most of the time, so nothing is optimized, here and in the processes that tests start.
+"""
+
+import importlib.metadata
 import importlib.util
 import itertools
 import os
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes may share a GPU
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that XLA does not know ends the process
+    os.environ["XLA_FLAGS"] = " ".join(
+        (
+            os.environ.get("XLA_FLAGS", ""),
+            "--xla_cpu_use_fusion_emitters=false",
+            "--xla_cpu_parallel_codegen_split_count=1",
+        )
+    )
 
 import hypothesis
 import jax
@@ -10,8 +25,6 @@ import jaxtyping
 import pytest
 
 from tests import strict
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes may share a GPU
 
 if importlib.util.find_spec("beartype"):
     _hook = jaxtyping.install_import_hook(["kvjax", "pallas_kernels"], "beartype.beartype")
@@ -29,12 +42,12 @@ def no_kernel_races():
     assert not strict.races_found()
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For modules in which compiling takes most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+@pytest.fixture
+def optimized():
+    """For tests of what the compiler makes of a program."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -22,7 +22,6 @@ from kvjax.spec import GateSpec, Lengths
 from tests import matrix, oracle
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_disable_most_optimizations", True)
 HEADS = dict(vocab_size=104, num_layers=2, num_heads=16, num_kv_heads=8, max_position=512)
 GATES = {
     "dmc": GateSpec("dmc", rate=1.5, window=3, offset=0.5),

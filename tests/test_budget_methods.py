@@ -35,8 +35,6 @@ MODELS = {
 LAYERS = (1.3, 0.4, 0.9, 0.2, 0.2, 0.2)  # how far from uniform a layer attends
 HEADS = ((1.0, 0.3, 0.3, 0.3), (1.0, 1.0, 0.9, 0.2), (1.0, 0.5, 0.8, 0.3))  # its query heads, layer by layer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @functools.cache
 def model_of(name: str) -> Decoder:

@@ -27,7 +27,6 @@ from tests.strict import STRICT
 STORES = (
     "dense", "fp8", "int8", "int4", "int3", "int2", "int8/int4", "int4:32", "int4:symmetric", "int2:16:symmetric",
 )  # fmt: skip
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 DTYPES = (jnp.float32, jnp.bfloat16)
 KERNELS = {"gpu": (gpu, True), "tpu": (tpu, True), "tpu checked": (tpu, STRICT)}
 

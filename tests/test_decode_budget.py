@@ -19,7 +19,6 @@ from tests.test_budget_methods import assert_same, model_of, run, texts
 from tests.test_loop import traced_functions
 from tests.test_methods import best
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = {name: {"window": WINDOW} for name in ("snapkv", "pyramidkv", "adakv", "dynamickv")}
 UNEVEN = ("adakv", "dynamickv", "d2o")
 

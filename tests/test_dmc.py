@@ -14,7 +14,6 @@ from kvjax.spec import GateSpec
 from tests import oracle
 from tests.brute_gate import compare, compression, forced, gated_model, tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS, NEW = (50, 31, 9), 12
 dmc = methods.dmc
 

@@ -12,7 +12,6 @@ from tests import oracle
 from tests.brute_gate import compare, compression, forced, gated_model, tokens
 from tests.matrix import assert_close
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS, NEW = (60, 31, 9), 14
 dms = methods.dms
 

@@ -11,6 +11,7 @@ from kvjax.bench.cases import KERNELS, STORES, Shape
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("optimized"),
     pytest.mark.skipif("jax.default_backend() != 'gpu'", reason="needs a GPU that JAX sees"),
 ]
 

@@ -30,7 +30,6 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from kvjax.evaluation.harness import HarnessModel  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parent.parent
 DOCS, TOKENS, CHOICES = 5, 70, 3
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ '\n! ' if add_generation_prompt }}"

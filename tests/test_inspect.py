@@ -20,8 +20,6 @@ from tests import golden
 PROG = "kvjax.inspect"
 TEXT = "clay: 475 472\nsnow: 102 243\nstation: 227 361\nsapphire: 499 428\nsilver: 445 278\n! snow:"
 STREAMING = ["--method", "streaming_llm", "--budget", "9"]  # the first 4 tokens and the 5 newest
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="draws")
 
 

@@ -16,8 +16,6 @@ from kvjax.spec import LatentSpec
 from tests import oracle
 from tests.matrix import ARGUMENTS, BATCH, assert_close, slow, teacher, tiers_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Ranks of keys and values; heads of 8.
 FAMILIES = {
     "llama": ({}, LatentSpec(2, ((12, 8), (8, 12)))),

@@ -38,8 +38,6 @@ from tests.matrix import (
     tiers_of,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @functools.cache
 def full_cache(model: str, store: str = "dense"):

@@ -23,7 +23,6 @@ from tests.matrix import (
     text,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 AFTER = (text(5, 2), text(3, 3), text(1, 4))  # what follows each prompt
 LONGEST = 5
 _slow = lambda model, method: (

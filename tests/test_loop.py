@@ -29,8 +29,6 @@ from tests.matrix import (
     tiers_of,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @contextmanager
 def traced_functions() -> Iterator[list[str]]:

@@ -35,8 +35,6 @@ from kvjax.tokenizer import Tokenizer
 from tests import oracle
 from tests.matrix import ARGUMENTS, BATCH, assert_close, quick, teacher, tiers_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = dict(vocab_size=260, embed_dim=48, num_layers=2, num_heads=4, head_dim=16, mlp_dim=64, max_position=256)
 # Families: what differs in the model, and what config.json says of it.
 FAMILIES = {

@@ -24,7 +24,8 @@ MESHES = ("data=1,model=8", "data=2,model=4", "data=8,model=1")
 
 def devices(count: int, **more: str) -> dict[str, str]:
     """The environment of a process with so many devices."""
-    return CPU | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"} | more
+    flags = CPU.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}"
+    return CPU | {"XLA_FLAGS": " ".join(flags)} | more
 
 
 def on_mesh(size: str, *methods: str) -> subprocess.CompletedProcess[str]:

@@ -27,9 +27,6 @@ GROUPS: dict[str, dict] = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 class Definition(NamedTuple):
     """A method for one prompt: the callbacks of `Oracle`."""
 

@@ -15,8 +15,6 @@ from tests.brute_mikv import KIVI, MiKV, Moment, Theirs
 from tests.matrix import assert_close, slow, text
 from tests.oracle import Oracle
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LENGTHS = (40, 32, 24, 5)  # one is a multiple of KIVI's residual; the last is shorter than the budgets
 STEPS, KIVI_STEPS = 64, 40
 SETTINGS = {

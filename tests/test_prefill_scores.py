@@ -9,7 +9,6 @@ import pytest
 from pallas_kernels.prefill_scores import column_sums, gpu, tpu
 from tests.strict import STRICT
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 T = 192
 
 

@@ -15,7 +15,6 @@ from tests import oracle
 from tests.brute_gate import gated_model, tokens
 from tests.strict import STRICT
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 XLA = functools.partial(pool, implementation="xla")
 INTERPRETED = functools.partial(pool, implementation="interpret")
 TPU = functools.partial(tpu.pool, block=256, interpret=True)

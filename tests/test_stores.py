@@ -14,7 +14,6 @@ from kvjax.spec import Lengths, ModelSpec
 from tests import oracle
 from tests.matrix import ARGUMENTS, BATCH, BUDGET, STEPS, assert_close, decoder, quick, teacher
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 COMPOSED = ("h2o", "snapkv", "dynamickv", "adakv", "d2o")
 QUICK = [("h2o", "int2"), ("snapkv", "int4"), ("adakv", "int8"), ("d2o", "int4")]
 

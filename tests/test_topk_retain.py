@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from pallas_kernels.topk_retain import gpu, topk_retain, tpu, tpu_copy
 from tests.strict import STRICT
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, K, R, W = 3, 3, 24, 16  # more rows than a TPU's program reads
 KINDS = ("spread", "ties", "equal", "protected", "tiny", "strange")
 # Tokens and slots: three programs, the last not full; a row that is kept whole; one token.
