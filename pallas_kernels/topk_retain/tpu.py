@@ -24,10 +24,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from pallas_kernels.blocks import LANES
 from pallas_kernels.topk_retain.reference import LEAST, Kept, check, ordered
-from pallas_kernels.topk_retain.tpu_copy import copy
+from pallas_kernels.topk_retain.tpu_copy import SPARE, copy
 
 ROWS = 8  # sublanes of a vector
-SPARE = 2 << 20  # bytes of vector memory beside what is held
 
 
 def topk_retain(
