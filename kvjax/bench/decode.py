@@ -146,16 +146,19 @@ def chosen(args: argparse.Namespace) -> dict[str, Recipe]:
     return recipes
 
 
-def contexts_of(args: argparse.Namespace, model: Model, new: int) -> list[int]:
+def contexts_of(args: argparse.Namespace) -> list[int]:
     """The prompts' lengths [tokens]."""
     try:
-        contexts = [int(n) for n in args.contexts.split(",")]
+        return [int(n) for n in args.contexts.split(",")]
     except ValueError:
         raise InputError(f"--contexts {args.contexts!r} is not a list of lengths such as 4096,16384") from None
+
+
+def check_contexts(contexts: list[int], model: Model, new: int) -> None:
+    """Whether the model has room for such prompts and `new` tokens."""
     for context in contexts:
         if not 0 < context <= model.spec.max_position - new:
             raise InputError(f"--contexts {context}: give 1 to {model.spec.max_position - new} tokens")
-    return contexts
 
 
 def _opponents(args: argparse.Namespace) -> list[str]:
@@ -222,12 +225,13 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
         label = next((label for label, recipe in recipes.items() if recipe == make("full")), "full")
         recipes = {label: make("full", None, _kernels(args))} | recipes
         against[against.index("full")] = label
+    contexts, limit = contexts_of(args), memory.of_device(args.memory) if args.batch == "max" else 0
     command.use_compilation_cache()
     model = models.load(args.model, args.dtype, args.mesh)
-    limit = memory.of_device(args.memory) if args.batch == "max" else 0
+    check_contexts(contexts, model, new)
     against = [hugging_face.NAME if name == "transformers" else name for name in against] or [next(iter(recipes))]
     sections = []
-    for context in contexts_of(args, model, new):
+    for context in contexts:
         setting = Setting(context, new, args.steps, args.prefill == "cheap")
         runs_on = {label: _gated(model, recipe, args.impose_cr) for label, recipe in recipes.items()}
         ready = [_maker(runs_on[label], label, recipe, setting, args, limit) for label, recipe in recipes.items()]

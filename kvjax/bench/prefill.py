@@ -13,7 +13,7 @@ import numpy as np
 
 from kvjax import attention, command, layout, prefilling
 from kvjax.bench import models, report, turns
-from kvjax.bench.decode import add_model_flags, chosen, contexts_of
+from kvjax.bench.decode import add_model_flags, check_contexts, chosen, contexts_of
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
 from kvjax.cache.policy import Recipe
@@ -75,10 +75,12 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
         raise InputError(f"--batch {args.batch} is not at least 1")
     full = next((label for label, recipe in recipes.items() if recipe._replace(kernels="xla") == make("full")), "full")
     recipes = {full: make("full", None, {} if args.kernels is None else {"kernels": args.kernels})} | recipes
+    contexts = contexts_of(args)
     command.use_compilation_cache()
     model = models.load(args.model, args.dtype)
+    check_contexts(contexts, model, 1)
     sections = []
-    for context in contexts_of(args, model, 1):
+    for context in contexts:
         found = [attention_alone(model, args.batch, context)]
         found += [contestant(model, label, recipe, args.batch, context) for label, recipe in recipes.items()]
         measured = turns.measure(found, args.rounds)
