@@ -80,8 +80,7 @@ def cases(target: str) -> Iterator[Case]:
     yield Case("column_sums", "Llama-3-8B", "", 32768, 1)
     if target in TPUS:  # cuDNN is not compiled ahead of time
         yield Case("attention", "Llama-3-8B", "", 32768, 1)
-    window = 12 if target in THOROUGH else 4  # as many products, which take a minute to compile
-    yield Case("segment_merge", "Llama-3-8B", "", 32768, 1, {"window": window})
+    yield Case("segment_merge", "Llama-3-8B", "", 32768, 1, {"window": 4})  # as many products
     context, batch, keep = (32768, 1, 0.2) if target in THOROUGH else (4096, 8, 0.1)
     yield Case("topk_retain", "Llama-3-8B", "", context, batch, {"keep": keep})
     for latent in LATENTS if target in THOROUGH else ():
@@ -93,8 +92,7 @@ def more(target: str) -> Iterator[Case]:
     for store in (*STORES, *TIERS) if target not in THOROUGH else ():
         if store not in FEW and target not in REFUSED.get(store, ()):
             yield Case("decode_attention", "Llama-3-8B", store, 32768, 16)
-    if target not in THOROUGH:
-        yield Case("segment_merge", "Llama-3-8B", "", 32768, 1, {"window": 12})
+    yield Case("segment_merge", "Llama-3-8B", "", 32768, 1, {"window": 12})
     for latent in LATENTS if target not in THOROUGH else ():
         yield Case("decode_attention", "Llama-3-8B", "dense", 32768, 16, {"latent": latent})
     yield Case("column_sums", "Llama-3-8B", "", 8192, 1)

@@ -32,7 +32,7 @@ def generate(method: str, new: int, **arguments):
 EVICTING_DENSE = [name for name in EVICTING if name in methods.METHODS]
 
 
-@pytest.mark.parametrize("method", EVICTING_DENSE)
+@pytest.mark.parametrize("method", quick(EVICTING_DENSE, ("h2o", "pyramidkv", "dynamickv")))
 def test_a_long_generation_stays_inside_the_decode_budget(method):
     short, long = (generate(method, new, decode_budget=16) for new in (24, 8 * 12))
     assert long.bytes.total == short.bytes.total  # a cache of constant size
@@ -190,7 +190,7 @@ def test_one_token_is_not_the_whole_prompt():
     assert methods.snapkv(budget="100%") is methods.snapkv(budget="100.0%")
 
 
-@pytest.mark.parametrize("method", [*UNEVEN, "snapkv"])
+@pytest.mark.parametrize("method", quick((*UNEVEN, "snapkv"), ("adakv", "d2o")))
 def test_with_room_for_everything_a_decode_budget_changes_nothing(method):
     model = Model(model_of("gqa"), None, (), "random")
     arguments = SMALL.get(method, {}) | {"decode_budget": 64} | ({"ada": True} if method == "snapkv" else {})

@@ -1,5 +1,6 @@
 """The shipped demo model, its lines and its tokenizer."""
 
+import functools
 import json
 
 import jax
@@ -70,6 +71,7 @@ def model() -> kvjax.Model:
     return kvjax.load()
 
 
+@functools.cache
 def exact(model: kvjax.Model, length: int, samples: int, recipe=None, name: str = "lines") -> float:
     """Share of the questions of `kvjax.evaluate --tasks NAME` that are answered."""
     task = make_task(name)
