@@ -122,7 +122,7 @@ def allowance(line: dict[str, Any]) -> tuple[float, float]:
     if line["kernel"] == "attention":
         return 0, 2.2  # JAX's writes each log-sum-exp 128 times; queries are scaled beforehand
     if line["kernel"] == "topk_retain":
-        return 2e6, 0.11  # on TPUs the kept keys once more, before the empty slots are
+        return 8e6, 0  # of v5p
     if line["kernel"] != "segment_merge":
         return 2e6, 0.05
     return 4e6, 0.25 if line["options"]["window"] else 2.25  # products of vectors; two arrays in float32

@@ -58,7 +58,8 @@ def test_every_decode_loop_compiles_and_updates_its_pools_in_place(target, width
         assert line["aliased"] >= line["pool"]
         # The XLA path decodes blocks of slots, where a kernel needs none; a pool is larger than that.
         own = 4e6 if target in ahead.GPUS else 1.6e7
-        assert line["temp"] < (2e7 if line["kernels"] == "xla" else own) < line["pool"], line
+        on_xla = line["kernels"] == "xla" or line["method"] == "oracle"
+        assert line["temp"] < (2e7 if on_xla else own) < line["pool"], line
 
 
 @pytest.mark.slow

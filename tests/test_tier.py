@@ -234,3 +234,15 @@ def test_filling_rows_is_putting_their_first_slots(n, pages):
     real = np.asarray(slot < put.length[..., None])
     for a, b in zip(*(jax.tree.leaves(tiers_.take(x, slot)) for x in (put, filled)), strict=True):
         np.testing.assert_array_equal(np.asarray(a)[real], np.asarray(b)[real])
+
+
+def test_marked_places_come_in_order():
+    where = np.random.default_rng(0).random((2, 3, 40)) < np.array([0, 0.5, 1])[:, None]
+    k, v = (jnp.asarray(np.random.default_rng(n).normal(size=(2, 3, 40, n)), jnp.float32) for n in (4, 5))
+    found = tiers_.marked(jnp.asarray(where), k, v)
+    for b, head in np.ndindex(2, 3):
+        places = np.flatnonzero(where[b, head]).tolist()
+        places += [0] * (40 - len(places))
+        rows = [np.asarray(x)[b, head] for x in (k, v, np.broadcast_to(np.arange(40), (2, 3, 40)))]
+        for got, row in zip(found, rows, strict=True):
+            np.testing.assert_array_equal(got[b, head], row[places])

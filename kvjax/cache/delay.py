@@ -76,7 +76,7 @@ def delay(store: KVStore, capacity: Capacity) -> CachePolicy:
         (tier,), (evict, forced) = tiers, prompt.revised
         evict, size, end = jnp.moveaxis(evict, 1, 2), tier.calib["slot"].shape[-1], prompt.length[:, None, None]
         k, v = (jnp.moveaxis(x, 2, 1) for x in (prompt.key, prompt.value))
-        pos = jnp.broadcast_to(jnp.arange(k.shape[2]), evict.shape)
+        pos = jnp.arange(k.shape[2])
         kept = (pos < end) & (~evict | (pos >= end - size))
         slot, filled = jnp.cumsum(kept, axis=-1) - 1, kept.sum(axis=-1, dtype=jnp.int32)
         # The newest token of each place of the window.
@@ -85,8 +85,8 @@ def delay(store: KVStore, capacity: Capacity) -> CachePolicy:
         waiting = {name: jnp.take_along_axis(x, at, axis=-1) for name, x in (("slot", slot), ("evict", evict))}
         found = learned.found(tier, filled)
         tier = tier._replace(budget=filled, calib=tier.calib | waiting | {"forced": forced})
-        tier = tiers_.reserve(tier, filled, k.shape[2])
-        return (tiers_.put(tier, slot, Slots(*store.encode(k, v, ()), pos), kept),), found
+        tier, (k, v, at) = tiers_.reserve(tier, filled, k.shape[2]), tiers_.marked(kept, k, v)
+        return (tiers_.fill(tier, Slots(*store.encode(k, v, ()), at), filled),), found
 
     def insert(tiers: Tiers, token: Token) -> Tiers:
         (tier,), gate = tiers, token.gate

@@ -73,11 +73,9 @@ def demote(low: KVStore) -> Fate:
     def prompt(found: Losers, kept: Slots, tiers: Tiers, stores: Stores) -> tuple[Slots, Tiers]:
         high, tier = tiers
         gone = found.gone
-        slot = jnp.maximum(jnp.cumsum(gone, axis=-1, dtype=jnp.int32) - 1, 0)  # in the order of their positions
-        k, v = low.encode(found.k, found.v, tier.calib)
-        pos = jnp.broadcast_to(jnp.arange(gone.shape[-1]), gone.shape)
-        tier = tiers_.reserve(tier, jnp.sum(gone, axis=-1, dtype=jnp.int32), gone.shape[-1])
-        return kept, (high, tiers_.put(tier, slot, Slots(k, v, pos), gone))
+        (k, v, pos), count = tiers_.marked(gone, found.k, found.v), jnp.sum(gone, axis=-1, dtype=jnp.int32)
+        tier = tiers_.reserve(tier, count, gone.shape[-1])
+        return kept, (high, tiers_.fill(tier, Slots(*low.encode(k, v, tier.calib), pos), count))
 
     def step(tiers: Tiers, lost: Slots, where: Bool[Array, "B K"], stores: Stores) -> Tiers:
         high, tier = tiers

@@ -209,6 +209,20 @@ def fill(tier: Tier, slots: Slots, count: Int[Array, "B K"]) -> Tier:
     return _with(tier, slots, write, written)
 
 
+def marked(
+    where: Bool[Array, "B K n"], k: Float[Array, "B K n R"], v: Float[Array, "B K n W"]
+) -> tuple[Float[Array, "B K n R"], Float[Array, "B K n W"], Int[Array, "B K n"]]:
+    """Keys, values and places of the tokens that are marked in each row, one after the other; then the first token's.
+
+    Gathered before they are encoded, as `fill` writes them: codes of few bits would be wide in a TPU's memory.
+    """
+    n, number = where.shape[-1], jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1
+    place = jax.vmap(jax.vmap(lambda to: jnp.zeros(n, jnp.int32).at[to].set(jnp.arange(n), mode="drop")))
+    index = place(jnp.where(where, number, n))
+    take = lambda x: jnp.take_along_axis(x, index[..., None], axis=2)
+    return take(k), take(v), index
+
+
 def trim(tier: Tier, n: Int[Array, "*L B K"]) -> Tier:
     """Keep the first `n` slots of each row and give the pages behind them back.
 

@@ -18,7 +18,6 @@ from kvjax.plan.chips import Chip
 from kvjax.plan.settings import Setting
 from kvjax.spec import PyTree
 from pallas_kernels.blocks import divisor
-from pallas_kernels.pools import lies_across
 
 BLOCK = 512  # tokens of a block of attention, at most
 
@@ -166,10 +165,8 @@ def prefill_temporaries(setting: Setting) -> int:
     With n = batch x padded tokens, c those that are read at once, in numbers a token: the stream is D. Attention holds
     queries, keys, values and outputs, `2 N H + 2 K H`, N log-sum-exps and H cosines and sines in float32 and the blocks
     that it works on, or, before it, two of the stream for c tokens. A TPU copies some of it for its layouts, in all
-    `4 (N H + K H)`, and one of keys and values where it lays a pool anew. The feed-forward network holds the
-    outputs, and for c tokens `3 D + 2 F`.
+    `4 (N H + K H)`. The feed-forward network holds the outputs, and for c tokens `3 D + 2 F`.
     """
-    relaid = _laid_anew(setting) if setting.platform == "tpu" else 0
     setting = setting.share
     spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
     batch, padded, width = setting.batch, setting.lengths.padded, spec.embed_dim
@@ -177,23 +174,13 @@ def prefill_temporaries(setting: Setting) -> int:
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     fed = itemsize * (n * queries + part * (3 * width + 2 * spec.mlp_dim))
     if setting.platform == "tpu":
-        attention = relaid + 4 * n * itemsize * (queries + keys)
+        attention = 4 * n * itemsize * (queries + keys)
     else:
         block = divisor(padded, BLOCK)
         blocks = batch * spec.num_heads * block * (4 + itemsize) * (block + spec.head_dim)
         attention = n * (itemsize * 2 * (queries + keys) + 4 * (spec.num_heads + spec.head_dim))
         attention += max(blocks, 2 * part * itemsize * width)
     return n * itemsize * width + max(attention, fed)
-
-
-def _laid_anew(setting: Setting) -> int:
-    """Bytes of keys or values that a TPU lays across the slots of a page and a prompt fills slot by slot.
-
-    It copies such a pool. Methods that learned what to keep fill their only one so; others all but the first.
-    """
-    first = 0 if setting.recipe.policy.revise is not None else 1
-    pools = lambda tiers: [x for tier in tiers[first:] for x in jax.tree.leaves((tier.k, tier.v)) if lies_across(x)]
-    return max(size(pools(tiers)) for tiers in abstract_cache(setting)) // 2
 
 
 def decode_temporaries(setting: Setting) -> int:

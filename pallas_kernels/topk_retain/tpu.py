@@ -61,8 +61,8 @@ def topk_retain(
     _, index, pos, stat = jax.lax.sort(tuple(slots), num_keys=2, is_stable=False)
 
     def pick(x: Array) -> Array:
-        found = copy(x.reshape(-1, *x.shape[2:]), index.reshape(-1, n), interpret)
-        return jnp.where(filled[..., None], found.reshape(*shape, *found.shape[1:]), jnp.zeros((), x.dtype))
+        found = copy(x.reshape(-1, *x.shape[2:]), index.reshape(-1, n), count.reshape(-1), interpret)
+        return found.reshape(*shape, *found.shape[1:])
 
     return Kept(index, pick(k), pick(v), pos, stat)
 

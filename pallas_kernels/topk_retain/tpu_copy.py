@@ -22,8 +22,10 @@ TILE = 8  # words
 SPARE = 2 << 20  # bytes of vector memory beside what is held
 
 
-def copy(source: Shaped[Array, "r T W"], index: Int[Array, "r n"], interpret: Any = False) -> Shaped[Array, "r n W"]:
-    """The vectors of some tokens of each row; of any where an index is T or more.
+def copy(
+    source: Shaped[Array, "r T W"], index: Int[Array, "r n"], count: Int[Array, " r"], interpret: Any = False
+) -> Shaped[Array, "r n W"]:
+    """The vectors of the tokens that each row's first `count` indices name; zeros after them.
 
     Rows that are longer than vector memory are XLA's to copy.
     """
@@ -39,13 +41,15 @@ def copy(source: Shaped[Array, "r T W"], index: Int[Array, "r n"], interpret: An
         room = pltpu.get_tpu_info().vmem_capacity_bytes
         buffers = 2 if held(2) <= room else 1
         if held(1) > room:
-            return jnp.take_along_axis(source, index[..., None], axis=1)
+            found = jnp.take_along_axis(source, index[..., None], axis=1)
+            return jnp.where((jnp.arange(n) < count[:, None])[..., None], found, jnp.zeros((), source.dtype))
     index = jnp.pad(index, ((0, 0), (0, blocks * block - n)))
     found = pl.pallas_call(
         functools.partial(_copy, block=block),
         out_shape=jax.ShapeDtypeStruct((r, blocks * block, width), source.dtype),
         grid=(r, blocks),
         in_specs=[
+            pl.BlockSpec((1, 1, 1), lambda i, j: (i, 0, 0), memory_space=pltpu.SMEM),
             pl.BlockSpec((1, 1, block), lambda i, j: (i * blocks + j, 0, 0), memory_space=pltpu.SMEM),
             pl.BlockSpec((1, tokens, width), lambda i, j: (i, 0, 0), pipeline_mode=pl.Buffered(buffers)),
         ],
@@ -55,14 +59,15 @@ def copy(source: Shaped[Array, "r T W"], index: Int[Array, "r n"], interpret: An
         ),
         interpret=interpret,
         name="topk_retain_copy",
-    )(index.reshape(r * blocks, 1, block), jnp.pad(source, ((0, 0), (0, tokens - t), (0, 0))))
+    )(count[:, None, None], index.reshape(r * blocks, 1, block), jnp.pad(source, ((0, 0), (0, tokens - t), (0, 0))))
     return found[:, :n]
 
 
-def _copy(index_ref: Any, source_ref: Any, out_ref: Any, *, block: int) -> None:
+def _copy(count_ref: Any, index_ref: Any, source_ref: Any, out_ref: Any, *, block: int) -> None:
     per = 4 // source_ref.dtype.itemsize
     bits, each = 32 // per, TILE * per
     word = jax.lax.broadcasted_iota(jnp.int32, (TILE, source_ref.shape[2]), 0)
+    left = count_ref[0, 0, 0] - pl.program_id(1) * block
 
     def tile(i: Array, _: None) -> None:
         total = jnp.zeros(word.shape, jnp.int32)
@@ -75,6 +80,8 @@ def _copy(index_ref: Any, source_ref: Any, out_ref: Any, *, block: int) -> None:
                 x = jax.lax.shift_right_logical(x, jnp.broadcast_to(bits * (token & (per - 1)), x.shape))
                 x = (x & ((1 << bits) - 1)) << (bits * (slot % per))
             total |= jnp.where(word == slot // per, x, 0)
+        filled = jnp.clip(left - i * each - word * per, 0, per)  # of a word's numbers
+        total &= jnp.where(filled == per, -1, (1 << (bits * filled % 32)) - 1)
         out_ref[0, pl.ds(pl.multiple_of(i * each, each), each), :] = pltpu.bitcast(total, out_ref.dtype)
 
     jax.lax.fori_loop(0, block // each, tile, None)
