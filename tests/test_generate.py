@@ -23,6 +23,7 @@ from tests import golden
 from tests.matrix import quick
 
 PROG = "kvjax.generate"
+pytestmark = pytest.mark.usefixtures("optimized")  # as it is used
 
 
 @pytest.fixture(scope="module")
