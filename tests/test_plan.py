@@ -150,6 +150,7 @@ def test_what_prompts_take_is_near_what_compilers_say(chip, context, batch, chan
     assert parts.peak == pytest.approx(parts._replace(prefill=beside).peak, rel=0.05)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_prompt_in_parts_takes_less_memory():
     """Read in parts it takes at least the bytes of a residual stream less, here the widest array."""
     made = planned("--context", 8000, "--batch", 1)

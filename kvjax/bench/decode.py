@@ -225,7 +225,8 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
         label = next((label for label, recipe in recipes.items() if recipe == make("full")), "full")
         recipes = {label: make("full", None, _kernels(args))} | recipes
         against[against.index("full")] = label
-    contexts, limit = contexts_of(args), memory.of_device(args.memory) if args.batch == "max" else 0
+    contexts = contexts_of(args)
+    limit = memory.of_device(args.memory) if args.batch == "max" else 0
     command.use_compilation_cache()
     model = models.load(args.model, args.dtype, args.mesh)
     check_contexts(contexts, model, new)

@@ -85,8 +85,9 @@ def delay(store: KVStore, capacity: Capacity) -> CachePolicy:
         waiting = {name: jnp.take_along_axis(x, at, axis=-1) for name, x in (("slot", slot), ("evict", evict))}
         found = learned.found(tier, filled)
         tier = tier._replace(budget=filled, calib=tier.calib | waiting | {"forced": forced})
-        tier, (k, v, at) = tiers_.reserve(tier, filled, k.shape[2]), tiers_.marked(kept, k, v)
-        return (tiers_.fill(tier, Slots(*store.encode(k, v, ()), at), filled),), found
+        tier = tiers_.reserve(tier, filled, k.shape[2])
+        k, v, pos = tiers_.marked(kept, k, v)
+        return (tiers_.fill(tier, Slots(*store.encode(k, v, ()), pos), filled),), found
 
     def insert(tiers: Tiers, token: Token) -> Tiers:
         (tier,), gate = tiers, token.gate

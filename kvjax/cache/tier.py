@@ -216,9 +216,7 @@ def marked(
 
     Gathered before they are encoded, as `fill` writes them: codes of few bits would be wide in a TPU's memory.
     """
-    n, number = where.shape[-1], jnp.cumsum(where, axis=-1, dtype=jnp.int32) - 1
-    place = jax.vmap(jax.vmap(lambda to: jnp.zeros(n, jnp.int32).at[to].set(jnp.arange(n), mode="drop")))
-    index = place(jnp.where(where, number, n))
+    _, index = jax.vmap(jax.vmap(lambda row: _places(row, row.size)))(where)
     take = lambda x: jnp.take_along_axis(x, index[..., None], axis=2)
     return take(k), take(v), index
 
@@ -286,8 +284,7 @@ def resize(tier: Tier, size: int) -> Tier:
     """The tier with a pool of `size` pages, at least as many as its rows hold: a copy."""
     before, place = tier.free.shape[0], jnp.arange(size, dtype=jnp.int32)
     held = jnp.zeros(before, bool).at[tier.table].set(True, mode="drop")
-    number, count = jnp.cumsum(held, dtype=jnp.int32) - 1, jnp.sum(held, dtype=jnp.int32)
-    source = jnp.zeros(size, jnp.int32).at[jnp.where(held, number, size)].set(jnp.arange(before), mode="drop")
+    (number, source), count = _places(held, size), jnp.sum(held, dtype=jnp.int32)
     pick = lambda tree: jax.tree.map(lambda x: x[source], tree)
     return tier._replace(
         k=pick(tier.k),
@@ -311,6 +308,14 @@ def nbytes(tier: Tier, length: np.ndarray | None = None) -> Bytes:
     slots = tier.free.shape[0] * tier.page
     filled = payload * int(np.sum(length)) // slots
     return Bytes(filled, scales, statistics, tables, payload - filled, payload + scales + statistics + tables)
+
+
+def _places(marks: Bool[Array, " n"], size: int) -> tuple[Int[Array, " n"], Int[Array, " size"]]:
+    """How many marks go before each place, less one at places without; the places of the first `size` marks, then 0."""
+    number = jnp.cumsum(marks, dtype=jnp.int32) - 1
+    return number, jnp.zeros(size, jnp.int32).at[jnp.where(marks, number, size)].set(
+        jnp.arange(marks.size), mode="drop"
+    )
 
 
 def _payload(codes: PyTree) -> PyTree:
