@@ -11,7 +11,6 @@ from kvjax.cache import fate, score
 from kvjax.cache.allocation import from_scores, from_variance, per_head
 from kvjax.cache.policy import Recipe
 from kvjax.cache.retain import retain
-from kvjax.cache.store import KVStore
 from kvjax.generation import Model, cached_positions
 from tests import brute, oracle
 from tests.matrix import EVICTING, WINDOW, quick, text
@@ -117,7 +116,7 @@ COMPOSED = {
 def test_scores_budgets_and_fates_compose(name):
     """Rows share no more than they were given, and every row has the pages that it needs."""
     votes, keep, end = COMPOSED[name]
-    recipe = Recipe(name, retain(votes, keep, evict="after", fate=end), (KVStore(),), keep)
+    recipe = Recipe(name, retain(votes, keep, evict="after", fate=end))
     model = Model(model_of("gqa"), None, (), "random")
     out = kvjax.generate(model, [text(60, 0), text(41, 0)], recipe, max_new_tokens=10)
     assert all(np.mean(slots) == 12 for slots in out.slots)

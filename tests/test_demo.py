@@ -15,7 +15,6 @@ from kvjax.cache import budget as budgets
 from kvjax.cache import score
 from kvjax.cache.policy import Recipe
 from kvjax.cache.retain import retain
-from kvjax.cache.store import KVStore
 from kvjax.demo import lines, tokens, vocabulary
 from kvjax.evaluation import runner
 from kvjax.evaluation.tasks import make_task
@@ -113,7 +112,7 @@ def test_without_half_of_its_cache_the_shipped_model_forgets(model: kvjax.Model)
     """At least 30 points on lines: what is kept of the prompt is drawn by lot."""
     keep = budgets.uniform("50%")
     lot = score.recency(0)._replace(prompt=lambda prompt: jax.random.uniform(jax.random.key(0), scores_of(prompt)))
-    forgetful = Recipe("lot", retain(lot, keep, evict="before"), (KVStore(),), keep)
+    forgetful = Recipe("lot", retain(lot, keep, evict="before"))
     assert exact(model, length=1024, samples=32, recipe=forgetful) <= exact(model, length=1024, samples=32) - 0.3
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from kvjax import decode, layout, prefilling, sampling
 from kvjax.cache import budget as budgets
-from kvjax.cache import score
+from kvjax.cache import quantize, score
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import CachePolicy, Found, Recipe
 from kvjax.cache.retain import retain
@@ -118,6 +118,13 @@ def one(token) -> tuple[jax.Array, Slots]:
     return jnp.broadcast_to(token.active[:, None, None], pos.shape), slots
 
 
+def test_a_recipe_cannot_contradict_its_policy():
+    keep, store = budgets.uniform("50%"), quantize.named("int4")
+    recipe = Recipe("own", retain(score.accumulated(0.5), keep, store=store, evict="after"))
+    assert recipe.budget is keep and recipe.stores == (store,)
+    assert not {"budget", "stores"} & set(Recipe._fields)
+
+
 def test_budgets_per_layer_are_decided_after_the_prompt_inside_jit(model):
     """D2O and DynamicKV: a fixed sum is split over layers by what the prompt's attention looked like."""
     counted, spec = Counted(), model.spec
@@ -134,8 +141,8 @@ def test_budgets_per_layer_are_decided_after_the_prompt_inside_jit(model):
         return jnp.broadcast_to(slots[..., None], (*slots.shape, spec.num_kv_heads))
 
     budget = budgets.Budget(slots=budgets.uniform(24).slots, allocate=allocate)
-    policy = base._replace(prefill=prefill, insert=counted(base.insert))
-    recipe = Recipe("budgets", policy, (KVStore(),), budget)
+    policy = base._replace(prefill=prefill, insert=counted(base.insert), budget=budget)
+    recipe = Recipe("budgets", policy)
     splits = set()
     for seed in range(3):
         got = run(model, recipe, seed)
@@ -203,8 +210,8 @@ def test_rows_of_one_layer_grow_at_different_rates(model):
                 entry.key, entry.value = (old.key + entry.key) / 2, (old.value + entry.value) / 2
             row.append(entry)
 
-    policy = CachePolicy(init, lambda tiers, prompt: ((keep_all(tiers[0], prompt),), Found()), insert)
-    got = run(model, Recipe("accumulate", policy, (KVStore(),)))
+    policy = CachePolicy((KVStore(),), init, lambda tiers, prompt: ((keep_all(tiers[0], prompt),), Found()), insert)
+    got = run(model, Recipe("accumulate", policy))
     (tier,) = got.cache[0]
     grown = np.asarray(tier.length) - np.asarray(PROMPTS)[:, None]
     assert len(np.unique(grown)) > 3 and grown.max() < NEW  # rows differ, within a layer too
@@ -273,7 +280,7 @@ def test_a_victim_is_merged_into_another_slot_before_it_is_overwritten(model):
         t = prompt.key.shape[0]
         return [entries(prompt, k, range(t - keep, t)) for k in range(prompt.key.shape[1])]
 
-    got = run(model, Recipe("merge", CachePolicy(init, prefill, insert), (KVStore(),)))
+    got = run(model, Recipe("merge", CachePolicy((KVStore(),), init, prefill, insert)))
     (tier,) = got.cache[0]
     assert (np.asarray(tier.length) == keep).all()
     check = lambda oracle, layer, b, k: check_row(tier, layer, b, k, oracle.rows[layer][k])
@@ -345,8 +352,8 @@ def test_a_second_tier_receives_what_the_first_gives_up(model):
                 worst = min(range(len(row)), key=lambda i: row[i].stat)
                 row[worst] = demote(row[worst])
 
-    policy = CachePolicy(init, prefill, insert, observe)
-    got = run(model, Recipe("demote", policy, (KVStore(), low)))
+    policy = CachePolicy((KVStore(), low), init, prefill, insert, observe)
+    got = run(model, Recipe("demote", policy))
     high, second = got.cache[0]
     seen = np.asarray(PROMPTS)[:, None] + NEW - 1
     assert (np.asarray(high.length) + np.asarray(second.length) == seen).all()

@@ -136,7 +136,10 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
         return tier, tiers_.put(open_, jnp.zeros_like(pos), new, where)
 
     fit = functools.partial(learned.fit, capacity=capacity)
-    return CachePolicy(init, prefill, insert, reserve=learned.grant, fit=fit, revise=revise)
+    stores = (store, KVStore()) if apart else (store,)
+    return CachePolicy(
+        stores, init, prefill, insert, reserve=learned.grant, fit=fit, revise=revise, budget=learned.budget()
+    )
 
 
 def _window(tier: Tier) -> int:

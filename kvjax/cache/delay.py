@@ -115,4 +115,6 @@ def delay(store: KVStore, capacity: Capacity) -> CachePolicy:
         return (tiers_.put(tier, slot[..., None], new, where),)
 
     fit = functools.partial(learned.fit, capacity=capacity)
-    return CachePolicy(init, prefill, insert, reserve=learned.grant, fit=fit, revise=revise)
+    return CachePolicy(
+        (store,), init, prefill, insert, reserve=learned.grant, fit=fit, revise=revise, budget=learned.budget()
+    )

@@ -65,6 +65,7 @@ class CachePolicy(NamedTuple):
     """Pure functions over a layer's tiers, and one over all layers.
 
     Attributes:
+      stores: number format of each tier.
       init: `(spec, layers, lengths, dtype) -> tiers` with the `L` axis; on the host.
       prefill: `(tiers, prompt) -> (tiers, Found)`.
       insert: `(tiers, token) -> tiers`.
@@ -76,8 +77,10 @@ class CachePolicy(NamedTuple):
         of a prompt; None = queries see the tokens as they are.
       settle: `(tiers, waiting, slots [B K], kernels) -> tiers` fills a layer's rows with what `prefill` let wait until
         the slots were allocated; None = `prefill` has filled them, and they are trimmed.
+      budget: slots per row; its `allocate` redistributes them after the prompt; None = the policy has no budget.
     """
 
+    stores: tuple[KVStore, ...]
     init: Callable[[ModelSpec, Layers, Lengths, DTypeLike], Tiers]
     prefill: Callable[[Tiers, Prompt], tuple[Tiers, Found]]
     insert: Callable[[Tiers, Token], Tiers]
@@ -86,6 +89,7 @@ class CachePolicy(NamedTuple):
     settle: Callable[[Tiers, PyTree, Int[Array, "B K"], Implementation | None], Tiers] | None = None
     fit: Callable[[Tiers, Int[Array, " B"]], tuple[Tiers, tuple[int, ...]]] | None = None
     revise: Callable[[Tiers, Array, Array, Gate, Int[Array, " B"], Implementation | None], Revised] | None = None
+    budget: Budget | None = None
 
 
 class Recipe(NamedTuple):
@@ -94,8 +98,6 @@ class Recipe(NamedTuple):
     Attributes:
       name: the method's name.
       policy: its functions.
-      stores: number format of each tier.
-      budget: slots per row; its `allocate` redistributes them after the prompt.
       rotate: cached keys are rotated when written, or when read; latents are always when read.
       positions: with `rotate="read"`: `(pos, now, length) -> pos`, where a slot stands; None = at its own position.
       select: `(attention weights of each tier [B K G S], pos [B]) -> slots of each tier [B K S]`, those that a step
@@ -105,12 +107,20 @@ class Recipe(NamedTuple):
 
     name: str
     policy: CachePolicy
-    stores: tuple[KVStore, ...]
-    budget: Budget | None = None
     rotate: Literal["write", "read"] = "write"
     positions: Positions | None = None
     select: Select | None = None
     kernels: Implementation | None = "xla"
+
+    @property
+    def stores(self) -> tuple[KVStore, ...]:
+        """Number format of each tier."""
+        return self.policy.stores
+
+    @property
+    def budget(self) -> Budget | None:
+        """Slots per row; None = the policy has no budget."""
+        return self.policy.budget
 
 
 def cached(factory: Callable[..., Recipe]) -> Callable[..., Recipe]:

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 
 from kvjax.cache import pages
 from kvjax.cache import tier as tiers_
+from kvjax.cache.budget import everything
 from kvjax.cache.policy import CachePolicy, Found, Layers, Tiers
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots
@@ -102,4 +103,4 @@ def residual(store: KVStore) -> CachePolicy:
         slots = Slots(token.key[:, :, None], token.value[:, :, None], pos)
         return low, tiers_.put(ring, pos % ring_size, slots, active[..., None])
 
-    return CachePolicy(init, prefill, insert, reserve=reserve)
+    return CachePolicy((store, KVStore()), init, prefill, insert, reserve=reserve, budget=everything())

@@ -223,6 +223,7 @@ def retain(
         return (tier, *rest) if fate.step is None else fate.step((tier, *rest), lost, over, stores)
 
     return CachePolicy(
+        stores,
         init,
         prefill,
         insert,
@@ -230,6 +231,7 @@ def retain(
         reserve,
         settle if budget.allocate is not None else None,
         fit if budget.by_head else None,
+        budget=budget,
     )
 
 

@@ -39,4 +39,4 @@ def adakv(
     keep = budgets.while_decoding(keep, budget, decode_budget)
     votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
     stored = named(store)
-    return Recipe("adakv", retain(votes, keep, store=stored, evict="never"), (stored,), keep)
+    return Recipe("adakv", retain(votes, keep, store=stored, evict="never"))

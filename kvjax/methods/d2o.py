@@ -52,4 +52,4 @@ def d2o(
     policy = retain(
         score.accumulated(1 - important, sinks), keep, store=stored, evict="after", fate=merging(beta, merge)
     )
-    return Recipe("d2o", policy, (stored,), keep)
+    return Recipe("d2o", policy)

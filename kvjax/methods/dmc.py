@@ -5,7 +5,6 @@ from kvjax.cache.accumulate import accumulate
 from kvjax.cache.budget import Keep
 from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.quantize import named
-from kvjax.cache.store import KVStore
 
 
 @cached
@@ -23,6 +22,4 @@ def dmc(*, capacity: Keep = "", store: str = "dense") -> Recipe:
     Differs: see `kvjax.cache.accumulate.accumulate`; the borrowed coordinate is the released code's, the last one.
     Cost: see `accumulate`.
     """
-    stored = named(store)
-    stores = (stored,) if stored.is_dense else (stored, KVStore())
-    return Recipe("dmc", accumulate(stored, learned.amount(capacity)), stores, learned.budget())
+    return Recipe("dmc", accumulate(named(store), learned.amount(capacity)))

@@ -21,5 +21,4 @@ def dms(*, capacity: Keep = "", store: str = "dense") -> Recipe:
     Differs: see `kvjax.cache.delay.delay`.
     Cost: see `delay`.
     """
-    stored = named(store)
-    return Recipe("dms", delay(stored, learned.amount(capacity)), (stored,), learned.budget())
+    return Recipe("dms", delay(named(store), learned.amount(capacity)))

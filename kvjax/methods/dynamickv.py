@@ -42,4 +42,4 @@ def dynamickv(
     keep = while_decoding(keep, budget, decode_budget)
     votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
     stored = named(store)
-    return Recipe("dynamickv", retain(votes, keep, store=stored, evict="never"), (stored,), keep)
+    return Recipe("dynamickv", retain(votes, keep, store=stored, evict="never"))

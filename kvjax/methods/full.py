@@ -6,7 +6,6 @@ from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.quantize import named
 from kvjax.cache.residual import residual
 from kvjax.cache.retain import retain
-from kvjax.cache.store import KVStore
 
 
 @cached
@@ -20,7 +19,7 @@ def full(*, store: str = "dense") -> Recipe:
     Differs: nothing known.
     Cost: the whole cache is read at every step.
     """
-    keep, stored = budgets.everything(), named(store)
+    stored = named(store)
     if stored.residual:
-        return Recipe("full", residual(stored), (stored, KVStore()), keep)
-    return Recipe("full", retain(score.arrival(), keep, store=stored, evict="never"), (stored,), keep)
+        return Recipe("full", residual(stored))
+    return Recipe("full", retain(score.arrival(), budgets.everything(), store=stored, evict="never"))

@@ -24,4 +24,4 @@ def h2o(budget: Keep = "20%", *, recent: float = 0.5, decode_budget: Keep = "", 
     """
     keep = budgets.while_decoding(budgets.uniform(budget), budget, decode_budget)
     stored = named(store)
-    return Recipe("h2o", retain(score.accumulated(recent), keep, store=stored, evict="after"), (stored,), keep)
+    return Recipe("h2o", retain(score.accumulated(recent), keep, store=stored, evict="after"))

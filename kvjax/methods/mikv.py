@@ -66,4 +66,4 @@ def mikv(
         if importance == "accumulated"
         else score.window(window, kernel, pooling, decoding=True)
     )
-    return Recipe("mikv", retain(votes, keep, store=high, evict="after", fate=demote(low)), (high, low), keep)
+    return Recipe("mikv", retain(votes, keep, store=high, evict="after", fate=demote(low)))

@@ -34,4 +34,4 @@ def oracle(budget: Keep = "20%", *, store: str = "dense") -> Recipe:
         return (jnp.put_along_axis(jnp.zeros(weight.shape, bool), order, slots, axis=-1, inplace=False),)
 
     policy = retain(score.arrival(), keep, store=stored, evict="never")
-    return Recipe("oracle", policy, (stored,), keep, select=select)
+    return Recipe("oracle", policy, select=select)

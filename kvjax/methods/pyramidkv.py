@@ -46,4 +46,4 @@ def pyramidkv(
     keep = budgets.while_decoding(keep, budget, decode_budget)
     votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
     stored = named(store)
-    return Recipe("pyramidkv", retain(votes, keep, store=stored, evict="never"), (stored,), keep)
+    return Recipe("pyramidkv", retain(votes, keep, store=stored, evict="never"))

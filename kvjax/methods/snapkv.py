@@ -43,4 +43,4 @@ def snapkv(
     keep = budgets.while_decoding(keep, budget, decode_budget)
     votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
     stored = named(store)
-    return Recipe("snapkv", retain(votes, keep, store=stored, evict="never"), (stored,), keep)
+    return Recipe("snapkv", retain(votes, keep, store=stored, evict="never"))

@@ -51,5 +51,5 @@ def streaming_llm(
     stored = named(store)
     policy = retain(score.recency(sinks), keep, store=stored, evict="before")
     if positions == "absolute":
-        return Recipe("streaming_llm", policy, (stored,), keep)
-    return Recipe("streaming_llm", policy, (stored,), keep, rotate="read", positions=place)
+        return Recipe("streaming_llm", policy)
+    return Recipe("streaming_llm", policy, rotate="read", positions=place)

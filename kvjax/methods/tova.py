@@ -23,4 +23,4 @@ def tova(budget: Keep = "20%", *, decode_budget: Keep = "", store: str = "dense"
     """
     keep = budgets.while_decoding(budgets.uniform(budget), budget, decode_budget)
     stored = named(store)
-    return Recipe("tova", retain(score.last_row(), keep, store=stored, evict="after"), (stored,), keep)
+    return Recipe("tova", retain(score.last_row(), keep, store=stored, evict="after"))
