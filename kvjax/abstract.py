@@ -18,10 +18,10 @@ from kvjax.cache.tier import Bytes
 from kvjax.checkpoint import orbax
 from kvjax.errors import InputError
 from kvjax.generation import Model
-from kvjax.methods import METHODS
+from kvjax.methods import COMMON, METHODS
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import parse_config, read_json
-from kvjax.spec import Lengths, ModelSpec
+from kvjax.spec import Lengths, ModelSpec, readable
 from kvjax.tokenizer import Tokenizer
 
 
@@ -45,7 +45,7 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
     >>> plan_cache(model, methods.snapkv(budget=128), context=1000, new=1).budget
     [128, 128, 128, 128, 128, 128]
     """
-    spec, budget = model.spec, recipe.budget
+    spec = model.spec
     if context > spec.max_position:
         raise InputError(f"the prompt has {context} tokens, the context limit is {spec.max_position}")
     if recipe.positions is None and context + new > spec.max_position:
@@ -55,8 +55,8 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
     prefilling.check_turn(spec, recipe, context, context + new - 1)
     return Plan(
         budget=None
-        if budget is None or recipe.policy.revise is not None
-        else [int(budget.slots(i, spec.num_layers, context)) for i in range(spec.num_layers)],
+        if recipe.budget is None or recipe.policy.revise is not None
+        else [_slots(spec, recipe, i, context) for i in range(spec.num_layers)],
         decided=_decided(recipe),
         stores=[store.name for store in recipe.stores],
         fold=_fold(spec),
@@ -67,7 +67,7 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
 
 
 def arguments(method: str, given: Mapping[str, object]) -> dict[str, object]:
-    """All of a method's own arguments with the values in force; `kernels` is not one of them.
+    """All of a method's own arguments with the values in force; those that every method has are not among them.
 
     >>> arguments("snapkv", {"window": "16"})
     {'window': 16, 'kernel': 5, 'pooling': 'avg', 'ada': False, 'decode_budget': '', 'store': 'dense'}
@@ -75,7 +75,7 @@ def arguments(method: str, given: Mapping[str, object]) -> dict[str, object]:
     parameters = inspect.signature(METHODS[method]).parameters
     values = {name: parameter.default for name, parameter in parameters.items() if name != "budget"}
     read = lambda name, value: read_argument(f"method {method}", parameters[name], value)
-    own = {name: value for name, value in given.items() if name != "kernels"}
+    own = {name: value for name, value in given.items() if name not in COMMON}
     return values | {name: value if name in AMOUNTS else read(name, value) for name, value in own.items()}
 
 
@@ -114,6 +114,14 @@ def _read_spec(path: Path, ignore: Collection[str]) -> tuple[Path, ModelSpec]:
     folder, file = (path, path / "config.json") if path.is_dir() else (path.parent, path)
     converted = orbax.is_orbax(folder) and file == folder / "config.json"
     return folder, orbax.read_spec(folder, ignore) if converted else parse_config(read_json(file), ignore)
+
+
+def _slots(spec: ModelSpec, recipe: Recipe, layer: int, context: int) -> int:
+    """Slots of a layer's row for a prompt."""
+    window, own = spec.window(layer), layout.layer_recipe(spec, recipe, layer)
+    peers = layout.layers_with(spec, window)
+    assert own.budget is not None
+    return int(own.budget.slots(peers.index(layer), len(peers), readable(context, window)))
 
 
 def _decided(recipe: Recipe) -> str:

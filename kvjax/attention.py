@@ -84,7 +84,7 @@ def window_sums(prompt: Prompt, size: int) -> Float[Array, "B K T"]:
     if prompt.kernels != "xla":
         return _of_rows(prompt, _query_column_sums(prompt, recent=size))
     b, t, n, h = prompt.q.shape
-    heads = prompt.k.shape[2]
+    heads, size = prompt.k.shape[2], min(size, t)
     pos = prompt.length[:, None] - size + jnp.arange(size)  # B w
     at = jnp.maximum(pos, 0)
     q = jnp.take_along_axis(prompt.q, at[..., None, None], axis=1).reshape(b, size, heads, n // heads, h)

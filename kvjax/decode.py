@@ -17,7 +17,7 @@ from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import Recipe, Tiers
 from kvjax.collectives import DATA, add, gather
 from kvjax.errors import InputError
-from kvjax.layout import Cache, layer_groups, locate, rotates_at_read
+from kvjax.layout import Cache, layer_groups, layer_recipe, locate, rotates_at_read
 from kvjax.mesh import EVERYWHERE, SEQUENCES, STEPS
 from kvjax.models import gate as gates
 from kvjax.models import rope
@@ -39,7 +39,13 @@ def _decode_layer(
     active: Array,
 ) -> tuple[Float[Array, "B D"], Tiers]:
     """One layer for one token: insert, attend, observe."""
-    policy, heads, rotary = recipe.policy, spec.num_kv_heads // spec.num_rows, spec.rotary(index)
+    recipe = layer_recipe(spec, recipe, index)
+    policy, heads, rotary, window = (
+        recipe.policy,
+        spec.num_kv_heads // spec.num_rows,
+        spec.rotary(index),
+        spec.window(index),
+    )
     q, key, value, gate = layer.project(x)  # B N H, B K R
     q, k = q.reshape(*key.shape[:2], -1, spec.head_dim), layer.keys(key)
     here = pos[:, None, None]
@@ -48,7 +54,7 @@ def _decode_layer(
     turn = tuple(angle[:, :, 0] for angle in own.angles(here))  # B 1 H/2
     if not at_read:
         key = rope.rotate(k, *turn)
-    token = Token(q, k, key, value, pos, active, index, gate, turn)
+    token = Token(q, k, key, value, pos, active, window, gate, turn)
     tiers = policy.insert(tiers, token)
     length = functools.reduce(jnp.add, (tier.length for tier in tiers))
 
@@ -60,7 +66,6 @@ def _decode_layer(
         else _in_cache(spec.head_dim, rotary, sum(tier.capacity for tier in tiers), length)
     )
     query = gates.silence(spec.gate, rope.rotate(q, *rotation.angles(query_place)), 1)
-    window = spec.window(index)
     mean, probs = attention.decode(
         attention.spread(query, heads),
         tiers,
@@ -68,7 +73,7 @@ def _decode_layer(
         attention.Read(
             scale=spec.scale,
             cap=spec.score_cap,
-            after=None if window is None else jnp.broadcast_to(query_place[..., 0] - window, key.shape[:2]),
+            after=None if window is None else jnp.broadcast_to(_before(query_place, window), key.shape[:2]),
             place=None if recipe.positions is None else place,
             expand=layer.expand(rotation) if at_read else None,
             select=None if recipe.select is None else functools.partial(recipe.select, pos=pos),
@@ -80,6 +85,11 @@ def _decode_layer(
         tiers = policy.observe(tiers, token, probs)
     out = layer.heads(mean.astype(x.dtype))
     return layer.finish(x, out.reshape(x.shape[0], spec.num_heads, spec.head_dim)), tiers
+
+
+def _before(place: Int[Array, "B K one"], window: int) -> Int[Array, "B K"]:
+    """The last place that a query cannot read through a sliding window, -1 = that of slots that nobody reads yet."""
+    return jnp.maximum(place[..., 0] - window, -1)
 
 
 def _in_cache(head_dim: int, rotary: RopeSpec, capacity: int, length: Int[Array, "B K"]) -> Rotation:
@@ -149,7 +159,8 @@ def _read_token(
     """The last layer's output for one more token of each sequence, and the cache with that token in it."""
     spec, groups = model.spec, layer_groups(model.spec)
     x = model.embed(token)
-    filled = [recipe.policy.reserve(tiers, active) for tiers in cache]
+    own = [layer_recipe(spec, recipe, group.index[0]) for group in groups]
+    filled = [part.policy.reserve(tiers, active) for part, tiers in zip(own, cache, strict=True)]
     for index, layer in enumerate(model.layers):
         group, place = locate(groups, index)
         olds = tuple(tiers_.layer(t, place) for t in filled[group])

@@ -230,9 +230,13 @@ def cache_bytes(cache: Cache) -> Bytes:
 
 
 def full_bytes(model: Model, lengths: Sequence[int]) -> int:
-    """Bytes that a full cache needs for sequences of these lengths [tokens], in the model's dtype."""
+    """Bytes that a full cache needs for sequences of these lengths [tokens], in the model's dtype.
+
+    A layer with a sliding window needs no more tokens than the window.
+    """
     spec, itemsize = model.spec, jnp.dtype(model.decoder.dtype).itemsize
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * itemsize * sum(lengths)
+    tokens = sum(min(n, spec.window(i) or n) for n in lengths for i in range(spec.num_layers))
+    return 2 * spec.num_kv_heads * spec.head_dim * itemsize * tokens
 
 
 def cached_positions(model: Model, generation: Generation, tier: int | None = None) -> np.ndarray:
@@ -248,6 +252,7 @@ def cached_positions(model: Model, generation: Generation, tier: int | None = No
         for place, layer in enumerate(group.index):
             chosen = tiers if tier is None else tiers[tier : tier + 1]
             rows = [meshes.read(layout.positions(each, place)) for each in chosen]
+            rows = rows or [np.zeros((*meshes.read(tiers[0].length).shape[1:], 0), np.int32)]
             layers[layer] = np.concatenate(rows, axis=-1)[: len(generation.sequences)]
     widest = max(layer.shape[-1] for layer in layers)
     padded = [np.pad(x, ((0, 0), (0, 0), (0, widest - x.shape[-1])), constant_values=-1) for x in layers]

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 from rich.cells import cell_len
 from rich.text import Text
 
-from kvjax import command, generation, layout
+from kvjax import command, layout
+from kvjax.cache.store import KVStore
 from kvjax.errors import InputError
 from kvjax.generation import Generation, Model
 from kvjax.tokenizer import Tokenizer
@@ -58,20 +59,29 @@ def read(model: Model, out: Generation, prompt: Sequence[int]) -> Kept:
     >>> read(model, out, prompt).held[0, 0].nonzero()[0].tolist()
     [0, 1, 2, 3, 18, 19]
     """
-    (sequence,), stores = out.sequences, out.recipe.stores
+    (sequence,), stores, spec = out.sequences, out.recipe.stores, model.spec
     tokens = [*prompt, *sequence.tokens[:-1]]
-    layers, heads = model.spec.num_layers, model.spec.num_rows
-    order = sorted(range(len(stores)), key=lambda tier: not stores[tier].is_dense)  # a dense tier is the best
+    layers, heads = spec.num_layers, spec.num_rows
+    order = _best_first(stores)
     held = np.zeros((2, layers, heads, len(tokens) + 1), bool)
-    for place, tier in enumerate(order):
-        (positions,) = generation.cached_positions(model, out, tier)
-        np.put_along_axis(held[place], positions, True, axis=-1)  # empty slots, -1, mark the spare last column
     budget = np.zeros((layers, heads), int)
-    for group, tiers in zip(layout.layer_groups(model.spec), out.cache, strict=True):
-        budget[list(group.index)] = np.asarray(tiers[order[0]].budget)[:, 0]
+    for group, tiers in zip(layout.layer_groups(spec), out.cache, strict=True):
+        own = _best_first(layout.layer_recipe(spec, out.recipe, group.index[0]).stores)
+        budget[list(group.index)] = np.asarray(tiers[own[0]].budget)[:, 0]
+        for place, tier in enumerate(own):
+            for i, layer in enumerate(group.index):
+                positions = np.asarray(layout.positions(tiers[tier], i))[0]
+                np.put_along_axis(
+                    held[place, layer], positions, True, axis=-1
+                )  # empty slots, -1: the spare last column
     best, low = held[..., :-1]
     names = tuple(stores[tier].name for tier in order)
     return Kept(best, low, names, budget, tuple(range(layers)), tuple(range(heads)), tokens, len(prompt))
+
+
+def _best_first(stores: Sequence[KVStore]) -> list[int]:
+    """Tiers by their stores: a dense one is the best."""
+    return sorted(range(len(stores)), key=lambda tier: not stores[tier].is_dense)
 
 
 def only(kept: Kept, layer: int | None, head: int | None) -> Kept:

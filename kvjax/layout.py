@@ -1,4 +1,4 @@
-"""How a model's cache is laid out: which layers share a pool of pages, an empty cache, where tokens lie in it."""
+"""How a model's cache is laid out: which layers share a pool, what a method is in them, an empty cache, positions."""
 
 import functools
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from jaxtyping import Int
 from kvjax import mesh
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import Layers, Recipe, Tiers
+from kvjax.cache.rolling import rolling
 from kvjax.cache.tier import Tier
 from kvjax.collectives import DATA, own
 from kvjax.errors import InputError
@@ -18,16 +19,40 @@ from kvjax.mesh import EVERYWHERE, ROWS
 from kvjax.models.decoder import Decoder
 from kvjax.spec import Lengths, ModelSpec
 
-Cache = tuple[Tiers, ...]  # one per group of layers with equal cached widths
+Cache = tuple[Tiers, ...]  # one per group of `layer_groups`
 
 
 @functools.lru_cache(maxsize=256)
 def layer_groups(spec: ModelSpec) -> tuple[Layers, ...]:
-    """Layers by the widths of their cached vectors; each group has a page pool of its own."""
-    groups: dict[tuple[int, int], list[int]] = {}
+    """Layers by the widths of their cached vectors and their sliding windows; each group has a page pool of its own."""
+    groups: dict[tuple[tuple[int, int], int | None], list[int]] = {}
     for layer in range(spec.num_layers):
-        groups.setdefault(spec.widths(layer), []).append(layer)
-    return tuple(Layers(tuple(index), widths) for widths, index in groups.items())
+        groups.setdefault((spec.widths(layer), spec.window(layer)), []).append(layer)
+    found = []
+    for (widths, window), index in groups.items():
+        peers = layers_with(spec, window)
+        found.append(Layers(tuple(index), widths, window, tuple(peers.index(i) for i in index), len(peers)))
+    return tuple(found)
+
+
+def layers_with(spec: ModelSpec, window: int | None) -> tuple[int, ...]:
+    """The layers that have this sliding window, None = that have none: a budget is shared by them."""
+    return tuple(i for i in range(spec.num_layers) if spec.window(i) == window)
+
+
+@functools.lru_cache(maxsize=256)
+def layer_recipe(spec: ModelSpec, recipe: Recipe, layer: int) -> Recipe:
+    """What a method is in one of a model's layers: the same, but for layers with a sliding window.
+
+    Those are kept whole, in the number format of the first tier, or compressed with a budget of their own: `Recipe`.
+    """
+    window = spec.window(layer)
+    if window is None:
+        return recipe
+    if recipe.windowed == "whole" or (recipe.windowed == "auto" and not spec.compressed(layer)):
+        return Recipe(recipe.name, rolling(recipe.stores[0], window), kernels=recipe.kernels)
+    policy = recipe.policy.windowed
+    return recipe if policy is None else recipe._replace(policy=policy(window))
 
 
 def locate(groups: Sequence[Layers], layer: int) -> tuple[int, int]:
@@ -43,6 +68,7 @@ def init_cache(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
       recipe: the method.
       lengths: tokens of each prompt, and how many may be generated.
     """
+    parts = [layer_recipe(model.spec, recipe, group.index[0]) for group in layer_groups(model.spec)]
     if rotates_at_read(model.spec, recipe) and any(store.balanced for store in recipe.stores):
         raise InputError(
             f"{recipe.name}: balanced keys are undone in the query, so they must be rotated when they are written"
@@ -50,8 +76,11 @@ def init_cache(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
         )
     if recipe.policy.revise is not None and model.spec.latent is not None:
         raise InputError(f"{recipe.name}: low-rank keys cannot be merged or evicted by a gate of each head")
-    if len(layer_groups(model.spec)) > 1 and recipe.budget is not None and recipe.budget.whole:
-        raise InputError(f"{recipe.name}: full layers need others of equal ranks: convert with rule=uniform")
+    if sum(part.budget is not None and part.budget.whole for part in parts) > 1:
+        raise InputError(
+            f"{recipe.name}: full layers need others of equal ranks and windows: convert with rule=uniform, or set"
+            " windowed=whole"
+        )
     devices, init = mesh.of(model), functools.partial(_init, model.spec, recipe)
     if devices is None:
         return init(lengths, model.dtype)
@@ -63,7 +92,8 @@ def init_cache(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
 
 
 def _init(spec: ModelSpec, recipe: Recipe, lengths: Lengths, dtype: DTypeLike) -> Cache:
-    return tuple(recipe.policy.init(spec, group, lengths, dtype) for group in layer_groups(spec))
+    init = lambda group: layer_recipe(spec, recipe, group.index[0]).policy.init(spec, group, lengths, dtype)
+    return tuple(init(group) for group in layer_groups(spec))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -17,12 +17,12 @@ from kvjax.cache import tier as tiers_
 from kvjax.cache.budget import LARGEST
 from kvjax.cache.policy import Found, Layers, Recipe, Tiers
 from kvjax.errors import InputError
-from kvjax.layout import Cache, layer_groups, locate, rotates_at_read
+from kvjax.layout import Cache, layer_groups, layer_recipe, layers_with, locate, rotates_at_read
 from kvjax.mesh import EVERYWHERE, LAYERS, ROWS, SEQUENCES
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer
-from kvjax.spec import Gate, ModelSpec, Prompt, PyTree, RopeSpec
+from kvjax.spec import Gate, ModelSpec, Prompt, PyTree, RopeSpec, readable
 from pallas_kernels.blocks import divisor
 
 CHUNK = 4096  # tokens of a device's prompts that projections and the feed-forward network read at once
@@ -89,33 +89,60 @@ def prefill(
         raise InputError(f"prefill-chunk {chunk} is not a number of tokens")
     spec, groups = model.spec, layer_groups(model.spec)
     x = _embed(model, tokens)
-    filled, allocation = list(cache), _Allocation(spec, recipe, groups, length)
+    filled, allocations = list(cache), _allocations(spec, recipe, groups, length)
     for index, layer in enumerate(model.layers):
         group, place = locate(groups, index)
+        peers = layers_with(spec, spec.window(index))
         x, filled[group], found = _prefill_layer(
             layer,
             x,
             filled[group],
             length,
-            jnp.asarray(index, jnp.int32),
+            jnp.asarray(peers.index(index), jnp.int32),
             jnp.asarray(place, jnp.int32),
             spec=spec,
-            recipe=recipe,
+            recipe=layer_recipe(spec, recipe, index),
+            peers=len(peers),
             window=spec.window(index),
             rotary=spec.rotary(index),
             chunk=chunk,
         )
-        filled = allocation.after(filled, found)
-    if recipe.policy.fit is not None:
-        filled = [_fit(tiers, length, recipe) for tiers in filled]
+        filled = allocations[spec.window(index)].after(filled, found)
+    for g, group in enumerate(groups):
+        own = layer_recipe(spec, recipe, group.index[0])
+        if own.policy.fit is not None:
+            filled[g] = _fit(filled[g], length, own)
     return _last_logits(model, x, length), tuple(filled)
 
 
-class _Allocation:
-    """Distributes slots over layers while the layers of a prompt are run; over layers that share a pool of pages."""
+def _allocations(
+    spec: ModelSpec, recipe: Recipe, groups: Sequence[Layers], length: Int[Array, " B"]
+) -> dict[int | None, "_Allocation"]:
+    """One for the layers of each sliding window, None for those without one."""
+    found = {}
+    for window in dict.fromkeys(group.window for group in groups):
+        index, own = layers_with(spec, window), [group for group in groups if group.window == window]
+        places = {group: g for g, group in enumerate(groups)}
+        part = layer_recipe(spec, recipe, index[0])
+        found[window] = _Allocation(
+            index, part, {places[group]: group for group in own}, readable(length, window), spec
+        )
+    return found
 
-    def __init__(self, spec: ModelSpec, recipe: Recipe, groups: Sequence[Layers], length: Array):
-        self._layers, self._recipe, self._groups, self._length = spec.num_layers, recipe, groups, length
+
+class _Allocation:
+    """Distributes slots over layers while the layers of a prompt are run; over layers that share a pool of pages.
+
+    Args:
+      index: the layers that share a budget.
+      recipe: the method, as it is in these layers.
+      groups: the groups of the cache that they make.
+      length: tokens that a layer can read of each prompt.
+      spec: the model.
+    """
+
+    def __init__(self, index: Sequence[int], recipe: Recipe, groups: dict[int, Layers], length: Array, spec: ModelSpec):
+        self._index, self._recipe, self._groups, self._length = index, recipe, groups, length
         self._infos: dict[int, PyTree] = {}
         self._waiting: dict[int, PyTree] = {}
         self._held = jnp.full((spec.num_layers, length.shape[0], spec.num_rows), LARGEST, jnp.int32)
@@ -125,23 +152,24 @@ class _Allocation:
         budget, done = self._recipe.budget, len(self._infos) + 1
         if budget is None or budget.allocate is None:
             return cache
-        self._infos[done - 1] = found.info
-        self._waiting[done - 1] = found.waiting
-        if done < self._layers and (budget.every is None or done % budget.every):
+        newest = self._index[done - 1]
+        self._infos[newest] = found.info
+        self._waiting[newest] = found.waiting
+        if done < len(self._index) and (budget.every is None or done % budget.every):
             return cache
         unseen = jax.tree.map(jnp.zeros_like, found.info)  # with it, all updates are one program
-        for g, group in enumerate(self._groups):
+        for g, group in self._groups.items():
             if not self._waiting.keys().isdisjoint(group.index):
                 infos = [self._infos.get(layer, unseen) for layer in group.index]
-                seen = jnp.asarray(sum(layer < done for layer in group.index), jnp.int32)
+                seen = jnp.asarray(sum(layer <= newest for layer in group.index), jnp.int32)
                 index = jnp.asarray(group.index, jnp.int32)
                 slots = _run_allocate(infos, seen, self._length, self._held[index], recipe=self._recipe)
                 self._held = self._held.at[index].set(slots)
                 cache[g] = _trim(cache[g], slots)
         if self._recipe.policy.settle is not None:
             for index, waiting in self._waiting.items():
-                group, place = locate(self._groups, index)
-                where = jnp.asarray(place, jnp.int32)
+                group = next(g for g, group in self._groups.items() if index in group.index)
+                where = jnp.asarray(self._groups[group].index.index(index), jnp.int32)
                 cache[group] = _settle(cache[group], waiting, where, self._held[index], recipe=self._recipe)
         self._waiting.clear()
         return cache
@@ -198,7 +226,7 @@ def _last_logits(model: Decoder, x: Float[Array, "B T D"], length: Int[Array, " 
 @mesh.program(
     (mesh.weights, SEQUENCES, mesh.cache, SEQUENCES, EVERYWHERE, EVERYWHERE),
     lambda layer, x, tiers, *_: (SEQUENCES, tiers, ROWS),
-    static=("spec", "recipe", "window", "rotary", "chunk"),
+    static=("spec", "recipe", "peers", "window", "rotary", "chunk"),
     donate=(1, 2),
 )
 def _prefill_layer(
@@ -211,6 +239,7 @@ def _prefill_layer(
     *,
     spec: ModelSpec,
     recipe: Recipe,
+    peers: int,
     window: int | None,
     rotary: RopeSpec,
     chunk: int = CHUNK,
@@ -223,14 +252,14 @@ def _prefill_layer(
     olds = tuple(tiers_.layer(t, place) for t in tiers)
     until, revised = None, ()
     if recipe.policy.revise is not None and isinstance(gate, Gate):
-        k, v, until, revised = recipe.policy.revise(olds, k, v, gate, length, recipe.kernels)
+        k, v, until, revised = recipe.policy.revise(olds, k, v, gate, length, window, recipe.kernels)
         key, value = k, v
     k = rope.rotate(k, cos[:, :, None], sin[:, :, None])
     options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "until": until, "kernels": recipe.kernels}
     heads, lse = attention.prefill_attention(q, k, v, length, **options)
     key = key if rotates_at_read(spec, recipe) else k
     prompt = Prompt(
-        *(q, k, v, key, value, lse, length, index, spec.num_layers, window, spec.scale, spec.score_cap),
+        *(q, k, v, key, value, lse, length, index, peers, window, spec.scale, spec.score_cap),
         kernels=recipe.kernels,
         gate=gate,
         revised=revised,

@@ -14,6 +14,7 @@ A *row* is one (sequence, key/value head), or one (sequence, latent). Keys and v
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, Shaped
@@ -136,6 +137,10 @@ class ModelSpec:
         """Sliding window of a layer [tokens], None for full attention."""
         return self.windows[layer] if self.windows else None
 
+    def compressed(self, layer: int) -> bool:
+        """Whether methods compress a layer by default: not one with a sliding window beside others that have none."""
+        return self.window(layer) is None or None not in self.windows
+
     def rotary(self, layer: int) -> RopeSpec:
         """The rotary embedding of a layer."""
         return self.rope if self.window_rope is None or self.window(layer) is None else self.window_rope
@@ -156,6 +161,19 @@ class Lengths(NamedTuple):
         return int(each.sum(axis=-1).reshape(-1, self.parts).sum(axis=0).max())
 
 
+def readable(length: Any, window: int | None) -> Any:
+    """Of the first `length` tokens, those that the next one can read beside itself; on ints and arrays.
+
+    >>> readable(1000, None), readable(1000, 512), readable(100, 512)
+    (1000, 511, 100)
+    """
+    if window is None:
+        return length
+    if isinstance(length, int):
+        return min(length, window - 1)
+    return (np if isinstance(length, np.ndarray) else jnp).minimum(length, window - 1)
+
+
 class Gate(NamedTuple):
     """What a retrofitted model says of a token's cache entry."""
 
@@ -173,14 +191,19 @@ class Prompt(NamedTuple):
     value: Float[Array, "B T K W"]  # what the cache stores for v
     lse: Float[Array, "B N T"]  # log-sum-exp of each query's scaled logits
     length: Int[Array, " B"]  # tokens of each prompt
-    layer: int | Int[Array, ""]
-    num_layers: int
+    layer: int | Int[Array, ""]  # among those that a budget is for
+    num_layers: int  # how many a budget is for
     window: int | None  # sliding window of this layer [tokens]
     scale: float  # of the products of queries and keys
     cap: float | None = None  # bounds those, see `pallas_kernels.soft_cap`
     kernels: Implementation | None = "xla"  # what computes scores and selects tokens
     gate: Gate | tuple = ()  # [B T K]; () if the model has none
     revised: PyTree = ()  # what `CachePolicy.revise` left for `CachePolicy.prefill`
+
+    def alive(self) -> Bool[Array, "B T"]:
+        """Which tokens the next one can read: none that has left a sliding window, no padding."""
+        pos, length = jnp.arange(self.q.shape[1]), self.length[:, None]
+        return (pos < length) & (pos >= length - readable(length, self.window))
 
 
 class Token(NamedTuple):
@@ -192,6 +215,6 @@ class Token(NamedTuple):
     value: Float[Array, "B K W"]
     pos: Int[Array, " B"]  # the token's position
     active: Bool[Array, " B"]  # False: the sequence has ended, write nothing
-    layer: int
+    window: int | None = None  # sliding window of this layer [tokens]
     gate: Gate | tuple = ()  # [B K]; () if the model has none
     turn: tuple[Array, Array] | tuple = ()  # cosines and sines of the token's position [B 1 H/2]

@@ -7,8 +7,9 @@ sum of the open segment is kept beside its slot, in float32, in `calib` of the f
     ring      weighted keys and values of the newest tokens, and their weights, by position; or, where a segment
     sums      remembers all of its tokens, the sums over them
 
-The open segment's slot is the last one of its row. Stores of few bits encode a slot once, when its segment closes;
-until then it lies in a second tier of one slot per row, as it is.
+The open segment's slot is the last one of its row; in a layer with a sliding window, where segments that have left it
+give their slots to new ones, `calib` says which it is, `open`. Stores of few bits encode a slot once, when its segment
+closes; until then it lies in a second tier of one slot per row, as it is.
 """
 
 import functools
@@ -62,6 +63,8 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
         shape, width = (len(layers.index), len(lengths.prompt), spec.num_rows), sum(layers.widths) + 1
         name, places = ("ring", (gate.window, width)) if gate.window else ("sums", (width,))
         state = {"segment": jnp.zeros(shape, jnp.int32), name: jnp.zeros((*shape, *places))}
+        if layers.window is not None:
+            state["open"] = jnp.zeros(shape, jnp.int32)
         closed = learned.init(
             spec, layers, lengths, dtype, gate=gate, capacity=capacity, least=1, store=store, elsewhere=int(apart),
             calib=state,
@@ -75,34 +78,41 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
         )
 
     def revise(
-        tiers: Tiers, k: Array, v: Array, gate: Gate, length: Int[Array, " B"], kernels: Implementation | None
+        tiers: Tiers,
+        k: Array,
+        v: Array,
+        gate: Gate,
+        length: Int[Array, " B"],
+        window: int | None,
+        kernels: Implementation | None,
     ) -> Revised:
         (tier, *_), pos = tiers, jnp.arange(k.shape[1])[:, None]
         real = pos < length[:, None, None]
         asks = (pos > 0) & real & ~(gate.logit > 0)
-        forced = learned.refuse(tier, gate.logit, asks, jnp.ones(tier.length.shape, jnp.int32))
+        forced = learned.refuse(tier, gate.logit, asks, jnp.ones(tier.length.shape, jnp.int32), length, window)
         merge = (pos > 0) & real & (~asks | forced)
         following = jnp.pad(merge[:, 1:], ((0, 0), (0, 1), (0, 0)))
         assert not isinstance(gate.weight, tuple)
-        window = _window(tier)
-        mean = functools.partial(kernel_or_xla, "segment means", pool, kernels, window=window)
+        memory = _memory(tier)
+        mean = functools.partial(kernel_or_xla, "segment means", pool, kernels, window=memory)
         k_mean, v_mean = (mean(x, merge.astype(jnp.float32), gate.weight) for x in (k, v))
         until = jnp.where(following, pos, LARGEST)
         begins = real & ~merge
         start = jnp.max(jnp.where(begins, pos, 0), axis=1)
-        summed = _sums(k, v, gate.weight, length, start, window)
+        summed = _sums(k, v, gate.weight, length, start, memory)
         state = {"segment": length[:, None] - start, "forced": forced.sum(axis=1, dtype=jnp.int32), **summed}
         return Revised(k_mean, v_mean, jnp.moveaxis(until, 1, 2), Segments(begins, real & ~following, state))
 
     def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:
         (tier, *top), segments = tiers, prompt.revised
         assert isinstance(segments, Segments)
-        begins, ends = (jnp.moveaxis(x, 1, 2) for x in (segments.begins, segments.ends))
+        ends = jnp.moveaxis(segments.ends & prompt.alive()[..., None], 1, 2)
         k, v = (jnp.moveaxis(x, 2, 1) for x in (prompt.key, prompt.value))
-        count = begins.sum(axis=-1, dtype=jnp.int32)
+        count = ends.sum(axis=-1, dtype=jnp.int32)
         found = learned.found(tier, count)
         filled = count - int(apart)
-        tier = tiers_.reserve(tier._replace(budget=filled, calib=tier.calib | segments.state), filled, k.shape[2])
+        state = segments.state if prompt.window is None else segments.state | {"open": count - 1}
+        tier = tiers_.reserve(tier._replace(budget=filled, calib=tier.calib | state), filled, k.shape[2])
         k_mean, v_mean, pos = tiers_.marked(ends, k, v)
         tier = tiers_.fill(tier, Slots(*store.encode(k_mean, v_mean, ()), pos), filled)
         if apart:
@@ -116,10 +126,16 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
         (tier, *top), gate = tiers, token.gate
         assert isinstance(gate, Gate)
         active = jnp.broadcast_to(token.active[:, None], tier.length.shape)
-        asks, full = ~(gate.logit > 0), tier.length >= tier.budget
+        asks, full, free = ~(gate.logit > 0), tier.length >= tier.budget, tier.length
+        if token.window is not None:  # a segment that nobody can read again gives its slot
+            gone, place = tiers_.expired(tier, token.pos, token.window)
+            full, free = full & ~gone, jnp.where(gone, place, free)
         merge = ~asks | full
         state, mean = _extended(tier.calib, token, merge)
         state["forced"] = jnp.where(asks & full, tier.calib["forced"] + 1, tier.calib["forced"])
+        last = tier.length - 1 if token.window is None else tier.calib["open"]
+        if token.window is not None:
+            state["open"] = jnp.where(merge, last, free)
         for name, new in state.items():
             state[name] = jnp.where(active.reshape(active.shape + (1,) * (new.ndim - 2)), new, tier.calib[name])
         tier = tier._replace(calib=tier.calib | state)
@@ -128,11 +144,11 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
         pos = jnp.broadcast_to(token.pos[:, None, None], (*merge.shape, 1))
         new, where = Slots(k, v.astype(token.value.dtype), pos), active[..., None]
         if not apart:
-            return (tiers_.put(tier, jnp.where(merge, tier.length - 1, tier.length)[..., None], new, where),)
+            return (tiers_.put(tier, jnp.where(merge, last, free)[..., None], new, where),)
         (open_,) = top
         closed = tiers_.take(open_, jnp.zeros_like(pos))
         codes = closed._replace(**dict(zip("kv", store.encode(closed.k, closed.v, ()), strict=True)))
-        tier = tiers_.put(tier, tier.length[..., None], codes, where & ~merge[..., None])
+        tier = tiers_.put(tier, free[..., None], codes, where & ~merge[..., None])
         return tier, tiers_.put(open_, jnp.zeros_like(pos), new, where)
 
     fit = functools.partial(learned.fit, capacity=capacity)
@@ -142,7 +158,7 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
     )
 
 
-def _window(tier: Tier) -> int:
+def _memory(tier: Tier) -> int:
     """Newest tokens that a segment remembers, 0 = all."""
     return tier.calib["ring"].shape[-2] if "ring" in tier.calib else 0
 

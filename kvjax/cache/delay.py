@@ -22,7 +22,7 @@ from kvjax.cache.learned import Capacity
 from kvjax.cache.policy import CachePolicy, Found, Layers, Revised, Tiers
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots
-from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, Token
+from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, Token, readable
 from pallas_kernels.implementation import Implementation
 
 
@@ -59,15 +59,21 @@ def delay(store: KVStore, capacity: Capacity) -> CachePolicy:
         )  # fmt: skip
 
     def revise(
-        tiers: Tiers, k: Array, v: Array, gate: Gate, length: Int[Array, " B"], kernels: Implementation | None
+        tiers: Tiers,
+        k: Array,
+        v: Array,
+        gate: Gate,
+        length: Int[Array, " B"],
+        window: int | None,
+        kernels: Implementation | None,
     ) -> Revised:
         ((tier,), pos), end = (tiers, jnp.arange(k.shape[1])[:, None]), length[:, None, None]
         size = tier.calib["slot"].shape[-1]
         said = jnp.pad(gate.logit[:, 1:], ((0, 0), (0, 1), (0, 0)))  # about each token
         evict = (said > 0) & (pos < end - 1)
         asks = ~evict & (pos < end - size)  # to stay when it has left the window
-        taken = jnp.broadcast_to(jnp.minimum(length, size)[:, None], tier.length.shape)
-        forced = learned.refuse(tier, said, asks, taken)
+        taken = jnp.broadcast_to(jnp.minimum(readable(length, window), size)[:, None], tier.length.shape)
+        forced = learned.refuse(tier, said, asks, taken, length, window)
         evict |= forced
         until = jnp.where(evict, pos + size - 1, LARGEST)
         return Revised(k, v, jnp.moveaxis(until, 1, 2), Evictions(evict, forced.sum(axis=1, dtype=jnp.int32)))
@@ -77,7 +83,7 @@ def delay(store: KVStore, capacity: Capacity) -> CachePolicy:
         evict, size, end = jnp.moveaxis(evict, 1, 2), tier.calib["slot"].shape[-1], prompt.length[:, None, None]
         k, v = (jnp.moveaxis(x, 2, 1) for x in (prompt.key, prompt.value))
         pos = jnp.arange(k.shape[2])
-        kept = (pos < end) & (~evict | (pos >= end - size))
+        kept = prompt.alive()[:, None] & (~evict | (pos >= end - size))
         slot, filled = jnp.cumsum(kept, axis=-1) - 1, kept.sum(axis=-1, dtype=jnp.int32)
         # The newest token of each place of the window.
         at = end - end % size + jnp.arange(size)
@@ -98,9 +104,12 @@ def delay(store: KVStore, capacity: Capacity) -> CachePolicy:
         here = place == pos % size  # where the token that leaves the window is noted, and then the new one
         evict = jnp.where(place == (pos - 1) % size, (gate.logit > 0)[..., None], evict)
         leaves = token.pos[:, None] >= size
-        goes, full = leaves & jnp.any(evict & here, axis=-1), tier.length >= tier.budget
+        goes, full, free = leaves & jnp.any(evict & here, axis=-1), tier.length >= tier.budget, tier.length
+        if token.window is not None:  # a token that nobody can read again gives its slot
+            gone, place = tiers_.expired(tier, token.pos, token.window)
+            goes, full, free = goes & (size < token.window), full & ~gone, jnp.where(gone, place, free)
         forced = leaves & ~goes & full
-        slot = jnp.where(goes | forced, jnp.sum(jnp.where(here, slots, 0), axis=-1), tier.length)
+        slot = jnp.where(goes | forced, jnp.sum(jnp.where(here, slots, 0), axis=-1), free)
         tier = tier._replace(
             calib=tier.calib
             | {

@@ -14,7 +14,7 @@ from kvjax.cache.policy import Tiers
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots, Tier
 from kvjax.errors import InputError
-from kvjax.spec import PyTree
+from kvjax.spec import PyTree, Token
 
 BLOCK = 512  # tokens that are compared with others at once
 
@@ -26,31 +26,32 @@ class Losers(NamedTuple):
 
     k: Float[Array, "B K T R"]  # of all tokens
     v: Float[Array, "B K T W"]
+    pos: Int[Array, "B K T"]
     best: Int[Array, "B K n"]  # tokens in the order of their slots; T in empty ones
     filled: Int[Array, "B K"]  # slots that are filled
-    length: Int[Array, "B K"]
+    count: Int[Array, "B K"]  # tokens; what follows them is none
 
     @property
     def gone(self) -> Bool[Array, "B K T"]:
         """Which tokens are not kept."""
         filled = jnp.arange(self.best.shape[-1]) < self.filled[..., None]
         stays = jnp.zeros(self.k.shape[:3], bool).at[(*_row(self.filled), self.best)].set(filled, mode="drop")
-        return ~stays & (jnp.arange(self.k.shape[2]) < self.length[..., None])
+        return ~stays & (jnp.arange(self.k.shape[2]) < self.count[..., None])
 
 
 class Fate(NamedTuple):
     """What happens to tokens that are not kept.
 
     Attributes:
-      step: `(tiers, lost slot [B K 1], rows that lose one, stores) -> tiers`, after the slot was removed from the first
-        tier; None = it is forgotten.
+      step: `(tiers, lost slot [B K 1], rows that lose one, stores, token) -> tiers`, after the slot was removed from
+        the first tier; the token was read last; None = it is forgotten.
       prompt: `(Losers, kept slots before encoding, tiers, stores) -> (kept slots, tiers)` at prefill; None = they are
         dropped.
       init: `(L, B, K) -> calib`, what the fate remembers of each row.
       low: number format of a second tier, which takes what leaves the first; None = there is none.
     """
 
-    step: Callable[[Tiers, Slots, Bool[Array, "B K"], Stores], Tiers] | None = None
+    step: Callable[[Tiers, Slots, Bool[Array, "B K"], Stores, Token], Tiers] | None = None
     prompt: Callable[[Losers, Slots, Tiers, Stores], tuple[Slots, Tiers]] | None = None
     init: Callable[[tuple[int, int, int]], dict[str, PyTree]] = lambda rows: {}
     low: KVStore | None = None
@@ -73,16 +74,21 @@ def demote(low: KVStore) -> Fate:
     def prompt(found: Losers, kept: Slots, tiers: Tiers, stores: Stores) -> tuple[Slots, Tiers]:
         high, tier = tiers
         gone = found.gone
-        (k, v, pos), count = tiers_.marked(gone, found.k, found.v), jnp.sum(gone, axis=-1, dtype=jnp.int32)
+        (k, v, at), count = tiers_.marked(gone, found.k, found.v), jnp.sum(gone, axis=-1, dtype=jnp.int32)
+        pos = jnp.take_along_axis(found.pos, at, axis=2)
         tier = tiers_.reserve(tier, count, gone.shape[-1])
         return kept, (high, tiers_.fill(tier, Slots(*low.encode(k, v, tier.calib), pos), count))
 
-    def step(tiers: Tiers, lost: Slots, where: Bool[Array, "B K"], stores: Stores) -> Tiers:
+    def step(tiers: Tiers, lost: Slots, where: Bool[Array, "B K"], stores: Stores, token: Token) -> Tiers:
         high, tier = tiers
         balanced = stores[0].balanced and low.balanced  # by the same constants: keys stay as they are
         source, target = (s._replace(balanced=s.balanced and not balanced) for s in (stores[0], low))
         k, v = target.encode(*source.decode(lost.k, lost.v, high.calib), tier.calib)
-        return high, tiers_.put(tier, tier.length[..., None], Slots(k, v, lost.pos), where[..., None])
+        slot = tier.length
+        if token.window is not None:  # where a row has one that nobody can read again, the victim takes its place
+            gone, place = tiers_.expired(tier, token.pos + 1, token.window)
+            slot = jnp.where(gone, place, slot)
+        return high, tiers_.put(tier, slot[..., None], Slots(k, v, lost.pos), where[..., None])
 
     return Fate(step, prompt, low=low)
 
@@ -122,7 +128,7 @@ def merge(beta: float, weights: Literal["paper", "scatter_mean"]) -> Fate:
         kept = kept._replace(k=mean(kept.k, k, weight, count), v=mean(kept.v, v, weight, count))
         return kept, (tier._replace(calib=tier.calib | {"threshold": threshold}),)
 
-    def step(tiers: Tiers, lost: Slots, where: Bool[Array, "B K"], stores: Stores) -> Tiers:
+    def step(tiers: Tiers, lost: Slots, where: Bool[Array, "B K"], stores: Stores, token: Token) -> Tiers:
         ((tier,), (store,)) = tiers, stores
         before, (lost_k, lost_v) = tier.calib["threshold"], store.decode(lost.k, lost.v, tier.calib)
         similarity, target = _nearest_slot(lost_k, tier, store)

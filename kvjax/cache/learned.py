@@ -10,7 +10,7 @@ row, those that it may fill in the next step. In `calib` of the first tier:
 
     room      slots that the rows of the sequence may fill, all layers together
     floor     of these, what every layer of the prompt may fill at least
-    new       tokens that may follow the prompt
+    new       tokens that may follow the prompt and be read together
     forced    tokens of a row that asked for a slot in vain
 """
 
@@ -34,7 +34,7 @@ from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Tier
 from kvjax.collectives import HEADS
 from kvjax.errors import InputError
-from kvjax.spec import GateSpec, Lengths, ModelSpec
+from kvjax.spec import GateSpec, Lengths, ModelSpec, readable
 
 LADDER = (32, 8)  # of the pool: what a rung adds is no room for any sequence
 PROMPT = 2  # times the slots that the trained rate needs, while a prompt is read
@@ -70,7 +70,9 @@ def check_store(method: Literal["dmc", "dms"], store: KVStore) -> None:
         raise InputError(f"{method}: the balance of a store is made from all keys of a prompt: it must not be balanced")
 
 
-def rooms(gate: GateSpec, capacity: Capacity, lengths: Lengths, rows: int, least: int) -> Int[np.ndarray, " B"]:
+def rooms(
+    gate: GateSpec, capacity: Capacity, lengths: Lengths, rows: int, least: int, window: int | None = None
+) -> Int[np.ndarray, " B"]:
     """Slots for the rows of each sequence together.
 
     Args:
@@ -79,8 +81,10 @@ def rooms(gate: GateSpec, capacity: Capacity, lengths: Lengths, rows: int, least
       lengths: of the prompts, and how many tokens follow.
       rows: of a sequence, over all layers.
       least: slots that a row cannot do without, where it has so many tokens.
+      window: sliding window of the layers [tokens].
     """
     total = np.asarray(lengths.prompt, np.int64) + lengths.new
+    total = total if window is None else np.minimum(total, window)
     if capacity is None:
         # A token that will be evicted waits for it.
         wanted = np.ceil(rows * (PROMPT * total / gate.rate + (least - 1) * (1 - 1 / gate.rate)))
@@ -115,25 +119,26 @@ def init(
     would be theirs if all tokens had as many; a layer leaves every later one half of an even share.
     """
     shape = (len(layers.index), len(lengths.prompt), spec.num_rows)
-    prompt, rows = np.asarray(lengths.prompt, np.int64), shape[0] * shape[2]
-    room = rooms(gate, capacity, lengths, rows, least)
+    prompt, rows = readable(np.asarray(lengths.prompt, np.int64), layers.window), shape[0] * shape[2]
+    new = np.minimum(np.asarray(lengths.prompt) + lengths.new, layers.window or LARGEST) - prompt
+    room = rooms(gate, capacity, lengths, rows, least, layers.window)
     needed = np.minimum(least, prompt)
-    first = np.maximum(room - room * lengths.new // (2 * (prompt + lengths.new)), rows * needed)
+    first = np.maximum(room - room * new // (2 * (prompt + new)), rows * needed)
     floor = np.maximum(first // (2 * shape[0]), shape[2] * needed)
     budget = np.repeat(floor[None], shape[0], axis=0)
     budget[0] = first - (shape[0] - 1) * floor
-    row = np.minimum(-(-room // rows), np.ceil((prompt + lengths.new) / gate.rate)).max()
+    row = np.minimum(-(-room // rows), np.ceil((prompt + new) / gate.rate)).max()
     page = pages.page_size(pages.ladder(int(row), *LADDER), lengths.platform)
     # Each row may have a page that holds nothing yet, taken for a token that was merged after all.
     slots = lengths.most(room + rows * (page - elsewhere))
     spread = lambda x: jnp.asarray(np.broadcast_to(x[..., None], shape), jnp.int32)
     shared = {"room": spread(room), "floor": spread(floor), "forced": jnp.zeros(shape, jnp.int32)}
-    shared["new"] = jnp.full(shape, lengths.new, jnp.int32)
+    shared["new"] = jnp.full(shape, min(lengths.new, layers.window or LARGEST), jnp.int32)
     return tiers_.init(
         layers=shape[0],
         batch=shape[1],
         heads=shape[2],
-        row=pages.ladder(int(prompt.max()) + lengths.new, *LADDER),
+        row=min(pages.ladder(int((prompt + new).max()), *LADDER), layers.window or LARGEST),
         page=page,
         slots=pages.ladder(slots, *LADDER),
         widths=layers.widths,
@@ -144,7 +149,12 @@ def init(
 
 
 def refuse(
-    tier: Tier, logit: Float[Array, "B T K"], asks: Bool[Array, "B T K"], taken: Int[Array, "B K"]
+    tier: Tier,
+    logit: Float[Array, "B T K"],
+    asks: Bool[Array, "B T K"],
+    taken: Int[Array, "B K"],
+    length: Int[Array, " B"],
+    window: int | None,
 ) -> Bool[Array, "B T K"]:
     """Which tokens of a layer's prompt are refused a slot for want of room: those that ask for it least.
 
@@ -153,9 +163,13 @@ def refuse(
       logit: of the gate, at most 0 where a token asks for a slot; the larger the less.
       asks: which tokens do.
       taken: slots of each row that are not up for choice.
+      length: tokens of each prompt.
+      window: sliding window of the layer; what has left it takes no slot, and is refused none.
 
     Ties go to the first head, in a head to the first token.
     """
+    if window is not None:
+        asks &= (jnp.arange(asks.shape[1]) >= (length - readable(length, window))[:, None])[..., None]
     scores = jnp.moveaxis(jnp.where(asks, jnp.abs(logit), -1.0), 2, 0)
     granted = choose_best(scores, tier.budget[:, 0] - taken.sum(axis=-1))
     return asks & ~jnp.moveaxis(granted, 0, 2)
@@ -186,7 +200,7 @@ def fit(tiers: Tiers, length: Int[Array, " B"], *, capacity: Capacity) -> tuple[
     tier, *rest = tiers
     layers, batch, heads = tier.length.shape
     devices = mesh.shape_of(tier)[HEADS]
-    own, tokens = heads // devices, mesh.read(length).astype(np.int64)[:, None]
+    own, tokens = heads // devices, np.minimum(mesh.read(length).astype(np.int64), tier.capacity)[:, None]
     rows = layers * own
     used = np.sum([mesh.read(each.length).astype(np.int64) for each in tiers], axis=0)
     used = used.reshape(layers, batch, devices, own).sum(axis=(0, 3))

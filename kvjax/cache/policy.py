@@ -31,13 +31,17 @@ AMOUNTS = ("budget", "decode_budget", "capacity")  # arguments of factories: 512
 Tiers = tuple[Tier, ...]  # one per number format
 Positions = Callable[[Int[Array, "B K S"], Int[Array, " B"], Int[Array, "B K"]], Int[Array, "B K S"]]
 Select = Callable[..., tuple[Bool[Array, "B K S"], ...]]
+Windowed = Literal["auto", "whole", "compressed"]
 
 
 class Layers(NamedTuple):
-    """Layers that share their tiers because their cached vectors have equal widths; hashable."""
+    """Layers that share their tiers: they have equal cached widths and sliding windows; hashable."""
 
     index: tuple[int, ...]
     widths: tuple[int, int]  # of cached keys and values
+    window: int | None  # sliding window [tokens]
+    places: tuple[int, ...]  # of each among all layers with this window, which share a budget
+    peers: int  # how many those are
 
 
 class Found(NamedTuple):
@@ -73,11 +77,15 @@ class CachePolicy(NamedTuple):
       reserve: `(tiers with the L axis, active [B]) -> tiers`, takes pages for what the step may append to each row.
       fit: `(tiers with the L axis, length [B]) -> (tiers, pages)`, on the host after the last layer: pages that each
         tier's pool needs from now on; None = it stays as it is.
-      revise: `(tiers, k, v, gate [B T K], length [B], kernels) -> Revised`, keys before rotation; before the attention
-        of a prompt; None = queries see the tokens as they are.
+      revise: `(tiers, k, v, gate [B T K], length [B], window, kernels) -> Revised`, keys before rotation; before the
+        attention of a prompt; None = queries see the tokens as they are.
       settle: `(tiers, waiting, slots [B K], kernels) -> tiers` fills a layer's rows with what `prefill` let wait until
         the slots were allocated; None = `prefill` has filled them, and they are trimmed.
       budget: slots per row; its `allocate` redistributes them after the prompt; None = the policy has no budget.
+      windowed: `window -> policy` of layers with such a sliding window; None = this one.
+
+    In a layer with a sliding window a row never holds more tokens than the window, and lengths that a budget is given
+    are those of what the next token can read (`kvjax.spec.readable`).
     """
 
     stores: tuple[KVStore, ...]
@@ -88,8 +96,9 @@ class CachePolicy(NamedTuple):
     reserve: Callable[[Tiers, Bool[Array, " B"]], Tiers] = append_room
     settle: Callable[[Tiers, PyTree, Int[Array, "B K"], Implementation | None], Tiers] | None = None
     fit: Callable[[Tiers, Int[Array, " B"]], tuple[Tiers, tuple[int, ...]]] | None = None
-    revise: Callable[[Tiers, Array, Array, Gate, Int[Array, " B"], Implementation | None], Revised] | None = None
+    revise: Callable[[Tiers, Array, Array, Gate, Array, int | None, Implementation | None], Revised] | None = None
     budget: Budget | None = None
+    windowed: "Callable[[int], CachePolicy] | None" = None
 
 
 class Recipe(NamedTuple):
@@ -103,6 +112,9 @@ class Recipe(NamedTuple):
       select: `(attention weights of each tier [B K G S], pos [B]) -> slots of each tier [B K S]`, those that a step
         attends to; None = all. It frees nothing.
       kernels: which implementation of `pallas_kernels` fills and reads the cache; None = the platform's.
+      windowed: what becomes of layers with a sliding window. "whole" keeps their windows as they are; "compressed"
+        gives them a budget of what they can read; "auto" = whole beside layers without a window, compressed where all
+        layers have one. See `kvjax.layout.layer_recipe`.
     """
 
     name: str
@@ -111,6 +123,7 @@ class Recipe(NamedTuple):
     positions: Positions | None = None
     select: Select | None = None
     kernels: Implementation | None = "xla"
+    windowed: Windowed = "auto"
 
     @property
     def stores(self) -> tuple[KVStore, ...]:

@@ -15,13 +15,14 @@ from kvjax.cache import tier as tiers_
 from kvjax.cache.budget import Budget
 from kvjax.cache.fate import Fate, Losers, drop
 from kvjax.cache.policy import CachePolicy, Found, Layers, Tiers, append_room
+from kvjax.cache.rolling import rolling
 from kvjax.cache.score import Score
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots, Tier
 from kvjax.collectives import HEADS
 from kvjax.errors import InputError
 from kvjax.kernels import kernel_or_xla
-from kvjax.spec import Lengths, ModelSpec, Prompt, Token
+from kvjax.spec import Lengths, ModelSpec, Prompt, Token, readable
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.topk_retain import Kept, topk_retain
 
@@ -36,6 +37,12 @@ class Candidates(NamedTuple):
     pos: Int[Array, "B K n"]  # -1 = none
     stat: Float[Array, "B K n"]
     length: Int[Array, "B K"]  # tokens of each prompt
+    seen: Int[Array, "B K"]  # of them, those that the next one can read: budgets are for these
+
+    @property
+    def count(self) -> Int[Array, "B K"]:
+        """How many there are."""
+        return jnp.sum(self.pos >= 0, axis=-1, dtype=jnp.int32)
 
 
 def retain(
@@ -45,6 +52,7 @@ def retain(
     store: KVStore = DENSE,
     evict: Literal["never", "before", "after"],
     fate: Fate = drop,
+    by_place: bool = False,
 ) -> CachePolicy:
     """Keep the tokens with the best scores.
 
@@ -55,6 +63,7 @@ def retain(
       evict: during decoding, evict the worst token of a full row `before` the new one is inserted, `after` attention
         has seen the new one, or `never` (generated tokens are appended).
       fate: what happens to tokens that are not kept.
+      by_place: a sliding window counts places in the row, not positions: no token leaves it.
 
     With a budget that has `room`, tokens are evicted while decoding too: `evict="never"` then means `after`. Where the
     budget grows with the sequence, so do the rows.
@@ -80,6 +89,7 @@ def retain(
     if evict == "after" and score.observe is None:
         raise InputError("this score does not learn from attention: it cannot evict while decoding")
     beyond, spare = budget.room or jnp.zeros_like, int(evict == "after")
+    keeps_all = score.prompt is None
     apart = lambda: budget.by_head and collectives.count(HEADS) > 1  # heads that compete have pools of their own
 
     def room(slots: ArrayLike, length: ArrayLike, new: int) -> np.ndarray:
@@ -89,21 +99,23 @@ def retain(
         return np.asarray(np.minimum(np.add(slots, spare), np.add(length, new)))
 
     def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
-        prompt, heads, padded = np.asarray(lengths.prompt), spec.num_rows, lengths.padded
+        window, heads, prompt = layers.window, spec.num_rows, np.asarray(lengths.prompt)
+        within = lambda slots: slots if window is None else np.asarray(np.minimum(slots, window))
         some, which = np.unique(prompt, return_inverse=True)  # no new programs for every batch size
+        seen, padded = readable(some, window), readable(lengths.padded, window)
         every_head = heads * collectives.count(HEADS)
         with collectives.on_the_host():  # so that `eval_shape` can plan a cache without allocating it
-            for length in set(lengths.prompt):
-                budget.check(spec.num_layers, length)
-            extra = np.asarray(beyond(some))[which]
-            given = np.stack([np.asarray(budget.slots(i, spec.num_layers, some))[which] for i in layers.index])  # L B
-            grown = 0 if budget.grow is None else np.asarray(budget.grow(some + lengths.new))[which]
-            most = None if budget.most is None else np.asarray(budget.most(spec.num_layers, every_head, padded))
-        rows = room(np.maximum(given + extra, grown), prompt, lengths.new)
+            for length in seen.tolist():
+                budget.check(layers.peers, length)
+            extra = np.asarray(beyond(seen))[which]
+            given = np.stack([np.asarray(budget.slots(i, layers.peers, seen))[which] for i in layers.places])  # L B
+            grown = 0 if budget.grow is None else np.asarray(budget.grow(readable(some + lengths.new, window)))[which]
+            most = None if budget.most is None else np.asarray(budget.most(layers.peers, every_head, padded))
+        rows = within(room(np.maximum(given + extra, grown), readable(prompt, window), lengths.new))
         page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder), lengths.platform)
         # Only the width of the tables depends on the longest row: no new shape for every prompt length.
-        longest = rows if most is None else room(most + extra.max(), padded, lengths.new)
-        row = pages.ladder(int(longest.max()), *budget.ladder)
+        longest = rows if most is None else within(room(most + extra.max(), padded, lengths.new))
+        row = int(within(pages.ladder(int(longest.max()), *budget.ladder)))
 
         def pool(rows: np.ndarray, page: int, longest: np.ndarray | int) -> int:
             """Slots for all rows; rows that share theirs may each have a page that holds one slot only."""
@@ -123,17 +135,19 @@ def retain(
             page=page,
             slots=pool(rows, page, longest),
             store=store,
-            positions=score.prompt is not None,
+            positions=not keeps_all,
             scores=score.observe is not None,
             calib=fate.init(shape) | balance(store) | later,
         )
         if fate.low is None:
             return (tier,)
         # Of a row, as a mean over layers and heads; where rows share, one may be given nothing that others want.
-        left = np.maximum(prompt + lengths.new - np.maximum(given, grown), 1)
+        total = within(prompt + lengths.new)
+        left = np.maximum(total - np.maximum(given, grown), 1) + (
+            window is not None
+        )  # where one leaves, another is put
         page = pages.page_size(pages.ladder(int(left.max()), *budget.ladder), lengths.platform)
-        row = int(left.max()) if most is None else max(lengths.prompt) + lengths.new
-        row = pages.ladder(row, *budget.ladder)
+        row = pages.ladder(int((left if most is None else total).max()), *budget.ladder)
         return tier, sized(row=row, page=page, slots=pool(left, page, row), store=fate.low, calib=balance(fate.low))
 
     def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:
@@ -143,39 +157,47 @@ def retain(
                 tier._replace(calib=tier.calib | {"balance": balance}) if store.balanced else tier
                 for tier, store in zip(tiers, stores, strict=True)
             )
-        slots = budget.slots(prompt.layer, prompt.num_layers, prompt.length)
+        length = readable(prompt.length, prompt.window)
+        slots = budget.slots(prompt.layer, prompt.num_layers, length)
+        slots = slots if prompt.window is None else jnp.minimum(slots, prompt.window)
         if score.prompt is None:
             return (_fill_in_order(tiers[0], prompt, slots, store),), Found()
-        stat = score.prompt(prompt)
-        open_ = _open(score, stat, prompt.length, slots)
+        found = _candidates(prompt, score.prompt(prompt))
+        if prompt.window is not None:
+            found = (
+                found._replace(seen=readable(found.length, prompt.window))
+                if by_place
+                else _newest(found, prompt.window)
+            )
+        stat = found.stat
+        open_ = _open(score, found, slots)
         if budget.allocate is None:
             rows = jnp.broadcast_to(slots[:, None], stat.shape[:2])
             if budget.split is not None:
-                rows = budget.split(open_, slots, prompt.length)
-            return settle(tiers, _candidates(prompt, stat), rows, prompt.kernels), Found()
+                rows = budget.split(open_, slots, length)
+            return settle(tiers, found, rows, prompt.kernels), Found()
         info = open_ if budget.measure is None else budget.measure(prompt, open_)
-        found = _candidates(prompt, stat)
         if fate.prompt is None and budget.most is not None:
             every_head = stat.shape[1] * collectives.count(HEADS)
             with collectives.on_the_host():
                 width = int(budget.most(prompt.num_layers, every_head, np.asarray(stat.shape[-1])))
-            most = budget.most(prompt.num_layers, every_head, prompt.length)
+            most = budget.most(prompt.num_layers, every_head, length)
             found = _shortlist(score, found, most, width, prompt.kernels)
         return tiers, Found(info, found)
 
     def settle(tiers: Tiers, found: Candidates, rows: Int[Array, "B K"], kernels: Implementation | None) -> Tiers:
         (tier, *_) = tiers
         n = min(found.pos.shape[-1], tier.capacity)
-        filled = jnp.minimum(rows, found.length)
+        filled = jnp.minimum(rows, found.count)
         best = _best(score, found, rows, filled, n, kernels)
         kept = Slots(best.k, best.v, best.pos, best.stat)
         if fate.prompt is not None:
-            losers = Losers(found.k, found.v, best.index, filled, found.length)
+            losers = Losers(found.k, found.v, found.pos, best.index, filled, found.count)
             kept, tiers = fate.prompt(losers, kept, tiers, stores)
         (tier, *rest) = tiers
         k, v = store.encode(kept.k, kept.v, tier.calib)
         kept = kept._replace(k=k, v=v)
-        tier = tiers_.reserve(tier._replace(budget=rows + beyond(found.length)), filled, n)
+        tier = tiers_.reserve(tier._replace(budget=rows + beyond(found.seen)), filled, n)
         return (tiers_.fill(tier, kept, filled), *rest)
 
     def reserve(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
@@ -189,7 +211,7 @@ def retain(
             return tiers, tuple(tier.free.shape[0] for tier in tiers)
         new, sizes = mesh.read(tiers[0].calib["new"]), []
         for i, tier in enumerate(tiers):
-            longest = mesh.read(tier.length) + new
+            longest = np.minimum(mesh.read(tier.length) + new, tier.capacity)
             if i == 0 and evict != "never" and budget.grow is None:
                 longest = np.minimum(longest, mesh.read(tier.budget) + spare)
             slots = mesh.fullest(tier, -(-longest // tier.page)) * tier.page
@@ -204,6 +226,9 @@ def retain(
             full = active & (tier.length >= tier.budget)
             victim = _worst(score, tier, token.pos)
             slot = jnp.where(full, victim, slot)
+        if token.window is not None and evict != "after" and not by_place:
+            gone, place = tiers_.expired(tier, token.pos, token.window)
+            slot = jnp.where(gone, place, slot)
         k, v = store.encode(token.key[:, :, None], token.value[:, :, None], tier.calib)
         pos = jnp.broadcast_to(token.pos[:, None, None], (*slot.shape, 1))
         slots = Slots(k, v, pos, jnp.zeros(pos.shape, jnp.float32))
@@ -215,12 +240,16 @@ def retain(
         active, stat = token.active[:, None], tiers_.scores(tier)
         tier = tiers_.with_scores(tier, jnp.where(active[..., None], score.observe(stat, probs[0]), stat))
         if budget.grow is not None:
-            grown = jnp.maximum(tier.budget, budget.grow(token.pos + 1)[:, None])
+            grown = jnp.maximum(tier.budget, budget.grow(readable(token.pos + 1, token.window))[:, None])
             tier = tier._replace(budget=jnp.where(active, grown, tier.budget))
         over = active & (tier.length > tier.budget)
         victim = _worst(score, tier, token.pos + 1)
-        tier, lost = tiers_.remove(tier, victim, over)
-        return (tier, *rest) if fate.step is None else fate.step((tier, *rest), lost, over, stores)
+        removed = over
+        if token.window is not None and not by_place:  # one that nobody can read again leaves first, and is forgotten
+            gone, slot = tiers_.expired(tier, token.pos + 1, token.window)
+            victim, removed, over = jnp.where(gone, slot, victim), over | (active & gone), over & ~gone
+        tier, lost = tiers_.remove(tier, victim, removed)
+        return (tier, *rest) if fate.step is None else fate.step((tier, *rest), lost, over, stores, token)
 
     return CachePolicy(
         stores,
@@ -232,6 +261,7 @@ def retain(
         settle if budget.allocate is not None else None,
         fit if budget.by_head else None,
         budget=budget,
+        windowed=functools.partial(rolling, store) if keeps_all else None,
     )
 
 
@@ -246,18 +276,27 @@ def _fill_in_order(tier: Tier, prompt: Prompt, slots: Int[Array, " B"], store: K
     return tiers_.fill(tiers_.reserve(tier, filled, n), Slots(k, v), filled)
 
 
-def _open(score: Score, stat: Float[Array, "B K T"], length: Int[Array, " B"], slots: Int[Array, " B"]) -> Array:
-    """The statistic of tokens that may be chosen or not; -1 for protected ones and padding."""
-    pos = jnp.arange(stat.shape[-1])
-    protected = score.protect(pos, length[:, None, None], slots[:, None, None])
-    return jnp.where((pos < length[:, None, None]) & ~protected, stat, -1.0)
+def _open(score: Score, found: Candidates, slots: Int[Array, " B"]) -> Float[Array, "B K n"]:
+    """The statistic of tokens that may be chosen or not; -1 for protected ones and places without one."""
+    protected = score.protect(found.pos, found.length[..., None], slots[:, None, None])
+    return jnp.where((found.pos >= 0) & ~protected, found.stat, -1.0)
 
 
 def _candidates(prompt: Prompt, stat: Float[Array, "B K T"]) -> Candidates:
     """All tokens of a prompt."""
     k, v = (jnp.moveaxis(x, 2, 1) for x in (prompt.key, prompt.value))
-    pos = jnp.broadcast_to(jnp.arange(stat.shape[-1]), stat.shape)
-    return Candidates(k, v, pos, stat, jnp.broadcast_to(prompt.length[:, None], stat.shape[:2]))
+    length, pos = jnp.broadcast_to(prompt.length[:, None], stat.shape[:2]), jnp.arange(stat.shape[-1])
+    pos = jnp.where(pos < length[..., None], pos, -1)
+    return Candidates(k, v, pos, stat, length, length)
+
+
+def _newest(found: Candidates, window: int) -> Candidates:
+    """The candidates that the next token can read through a sliding window, in order."""
+    count = readable(found.length, window)
+    at = (found.length - count)[..., None] + jnp.arange(min(max(window - 1, 1), found.stat.shape[-1]))
+    take = lambda x: jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 3)), axis=2, mode="clip")
+    pos = jnp.where(at < found.length[..., None], at, -1)
+    return found._replace(k=take(found.k), v=take(found.v), pos=pos, stat=take(found.stat), seen=count)
 
 
 def _shortlist(
@@ -265,7 +304,7 @@ def _shortlist(
 ) -> Candidates:
     """The candidates that rows of up to `most` slots can keep, at most `width` of them."""
     most = jnp.broadcast_to(most[:, None], found.length.shape)
-    best = _best(score, found, most, found.length, min(width, found.stat.shape[2]), kernels)
+    best = _best(score, found, most, found.count, min(width, found.stat.shape[2]), kernels)
     return found._replace(k=best.k, v=best.v, pos=best.pos, stat=best.stat)
 
 
@@ -278,10 +317,8 @@ def _best(
     kernels: Implementation | None,
 ) -> Kept:
     """The `count` best candidates of rows with so many slots, at most n, best first; ties go to the first candidate."""
-    length = found.length[..., None]
-    protected = score.protect(found.pos, length, rows[..., None])
-    real = (found.pos >= 0) & (found.pos < length)
-    priority = jnp.where(real, jnp.where(protected, jnp.inf, found.stat), -jnp.inf)
+    protected = score.protect(found.pos, found.length[..., None], rows[..., None])
+    priority = jnp.where(found.pos >= 0, jnp.where(protected, jnp.inf, found.stat), -jnp.inf)
     vectors = found.k, found.v, found.pos, found.stat
     return kernel_or_xla("selection", topk_retain, kernels, priority, count, *vectors, n=n)
 

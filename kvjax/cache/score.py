@@ -119,8 +119,8 @@ def window(size: int, kernel: int, pooling: Literal["avg", "max"], *, decoding: 
 
     def prompt(prompt: Prompt) -> Float[Array, "B K T"]:
         sums = attention.window_sums(prompt, size)
-        before = jnp.arange(sums.shape[-1]) < (prompt.length - size)[:, None, None]
-        return _pool(jnp.where(before, sums, 0.0), kernel, pooling)
+        before = jnp.arange(sums.shape[-1]) < (prompt.length - size)[:, None]
+        return _pool(jnp.where((before & prompt.alive())[:, None], sums, 0.0), kernel, pooling)
 
     def observe(stat: Float[Array, "B K S"], probs: Float[Array, "B K G S"]) -> Float[Array, "B K S"]:
         return stat * (1 - 1 / size) + probs.mean(axis=2)

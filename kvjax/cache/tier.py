@@ -235,6 +235,20 @@ def trim(tier: Tier, n: Int[Array, "*L B K"]) -> Tier:
     return tier._replace(table=table.reshape(tier.table.shape), free=free, num_free=num_free, length=length)
 
 
+def place(tier: Tier, slot: Int[Array, "B K n"], pos: Int[Array, "B K n"], where: Bool[Array, "B K n"]) -> Tier:
+    """Write the positions of filled slots of a layer's view."""
+    assert not isinstance(tier.pos, tuple)
+    page, offset = _locate(tier, slot)
+    return tier._replace(pos=_write(tier.pos, jnp.where(where, page, tier.free.shape[0]), offset, pos))
+
+
+def expired(tier: Tier, now: Int[Array, " B"], window: int) -> tuple[Bool[Array, "B K"], Int[Array, "B K"]]:
+    """Whether a row of a layer's view has a slot that has left a sliding window at position `now`, and which."""
+    pos = positions(tier)
+    gone = (pos >= 0) & (pos <= (now - window)[:, None, None])
+    return jnp.any(gone, axis=-1), jnp.argmax(gone, axis=-1)
+
+
 def remove(tier: Tier, slot: Int[Array, "B K"], where: Bool[Array, "B K"]) -> tuple[Tier, Slots]:
     """Remove one slot of each row, and return it: the row's last slot takes its place. The row keeps its pages."""
     last = jnp.maximum(tier.length - 1, 0)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import get_args
 
 from kvjax.arguments import read_argument
-from kvjax.cache.policy import AMOUNTS, Recipe
+from kvjax.cache.policy import AMOUNTS, Recipe, Windowed
 from kvjax.errors import InputError
 from kvjax.methods.adakv import adakv
 from kvjax.methods.d2o import d2o
@@ -45,6 +45,7 @@ METHODS: dict[str, Callable[..., Recipe]] = {
     "oracle": oracle,
 }
 
+COMMON = ("kernels", "windowed")  # arguments that every method has, see `kvjax.cache.policy.Recipe`
 LEARNED = ("dmc", "dms")  # methods that need a model which was retrofitted for them
 
 KERNELS: dict[str, Implementation | None] = {key: key for key in get_args(Implementation)} | {"auto": None}
@@ -76,8 +77,8 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
     Args:
       name: a key of `METHODS`.
       budget: `512` or `"20%"`; None = the method's default.
-      arguments: the method's own arguments, strings being read as the type of the argument's default; and `kernels`,
-        which every method has: what reads the cache.
+      arguments: the method's own arguments, strings being read as the type of the argument's default; and what every
+        method has: `kernels`, which read the cache, and `windowed`, what becomes of layers with a sliding window.
 
     >>> make("h2o", "256", {"recent": "0.25"}).name
     'h2o'
@@ -86,9 +87,11 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
         raise InputError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     parameters = inspect.signature(METHODS[name]).parameters
     given = dict(arguments or {})
-    kernels = given.pop("kernels", "xla")
+    kernels, windowed = given.pop("kernels", "xla"), given.pop("windowed", "auto")
     if kernels not in KERNELS:
         raise InputError(f"kernels={kernels} is not one of {', '.join(KERNELS)}")
+    if windowed not in get_args(Windowed):
+        raise InputError(f"windowed={windowed} is not one of {', '.join(get_args(Windowed))}")
     if "budget" in given:
         raise InputError("the budget is an option of its own, not a method argument")
     if budget is not None:
@@ -101,8 +104,8 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
             raise InputError(f"method {name} has no argument {key!r}: it takes {', '.join(accepted_arguments(name))}")
         if key not in AMOUNTS:  # parsed by the factory
             given[key] = read_argument(f"method {name}", parameters[key], value)
-    recipe = METHODS[name](**given)
-    return recipe if kernels == recipe.kernels else recipe._replace(kernels=KERNELS[str(kernels)])
+    common = {"kernels": KERNELS[str(kernels)], "windowed": windowed}
+    return METHODS[name](**given)._replace(**common)
 
 
 def accepted_arguments(name: str) -> list[str]:
@@ -140,7 +143,7 @@ def of(spec: ModelSpec) -> str:
 
 def taken(name: str, arguments: Mapping[str, str]) -> dict[str, str]:
     """Those of the arguments that a method has."""
-    return {key: value for key, value in arguments.items() if key in (*accepted_arguments(name), "kernels")}
+    return {key: value for key, value in arguments.items() if key in (*accepted_arguments(name), *COMMON)}
 
 
 def label_of(entry: str) -> str:

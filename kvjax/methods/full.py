@@ -1,11 +1,14 @@
 """The full cache: what every method is compared with."""
 
+import functools
+
 from kvjax.cache import budget as budgets
 from kvjax.cache import score
 from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.quantize import named
 from kvjax.cache.residual import residual
 from kvjax.cache.retain import retain
+from kvjax.cache.rolling import rolling
 
 
 @cached
@@ -21,5 +24,5 @@ def full(*, store: str = "dense") -> Recipe:
     """
     stored = named(store)
     if stored.residual:
-        return Recipe("full", residual(stored))
+        return Recipe("full", residual(stored)._replace(windowed=functools.partial(rolling, stored)))
     return Recipe("full", retain(score.arrival(), budgets.everything(), store=stored, evict="never"))

@@ -31,7 +31,8 @@ def streaming_llm(
       sinks: first tokens that stay.
       positions: "cache" stores keys unrotated and rotates them by their place in the cache, so that a text may be
         longer than the context limit; "absolute" keeps the tokens' own positions. With a sliding window, sinks stay in
-        it by their place in the cache, and leave it by their own positions.
+        it by their place in the cache, where a budget beyond the window is the window; by their own positions they
+        leave it.
       decode_budget: slots per row while decoding, as a mean over rows; "" = the budget.
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
@@ -49,7 +50,7 @@ def streaming_llm(
 
     keep = budgets.while_decoding(budgets.uniform(budget), budget, decode_budget)
     stored = named(store)
-    policy = retain(score.recency(sinks), keep, store=stored, evict="before")
+    policy = retain(score.recency(sinks), keep, store=stored, evict="before", by_place=positions == "cache")
     if positions == "absolute":
         return Recipe("streaming_llm", policy)
     return Recipe("streaming_llm", policy, rotate="read", positions=place)

@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from kvjax import ahead, command, decode, layout, mesh, prefilling, sampling
+from kvjax.cache.policy import Recipe
 from kvjax.models.decoder import Decoder
 from kvjax.plan import estimate
 from kvjax.plan.chips import Chip, find
@@ -68,18 +69,25 @@ def programs(setting: Setting, steps: Sequence[int]) -> Iterator[Program]:
     yield Program("embed", prefilling._embed, (model, ints(*stream.shape[:2])), {}, size(model.embedding))
     yield Program("last logits", prefilling._last_logits, (model, stream, ints(batch)), {}, head)
     yield from _allocation(setting, cache)
-    waits = max(0, estimate.waiting(setting) - _found_bytes(setting))
     for index in _kinds(spec):
+        waits = max(0, estimate.waiting(setting) - _found_bytes(setting, index))
         args, static = estimate.layer_arguments(setting, cache, index)
         there = size(args[0]) + size(args[2])
         yield Program(f"prefill of layer {index}", prefilling._prefill_layer, args, static, there, waits)
     for layers in steps:
-        yield _step(setting._replace(spec=_first(spec, layers)), layers)
+        yield _step(setting._replace(spec=_first(spec, layers), recipe=_settled(setting)), layers)
 
 
-def _found_bytes(setting: Setting) -> int:
-    budget = setting.recipe.budget
-    return 0 if budget is None or budget.allocate is None else size(estimate.found_in_a_layer(setting))
+def _settled(setting: Setting) -> Recipe:
+    """The method for the first layers of the model, whatever sliding windows those have."""
+    spec, recipe = setting.spec, setting.recipe
+    whole = any(not spec.compressed(i) for i in range(spec.num_layers))
+    return recipe._replace(windowed="whole" if whole else "compressed") if recipe.windowed == "auto" else recipe
+
+
+def _found_bytes(setting: Setting, index: int) -> int:
+    budget = layout.layer_recipe(setting.spec, setting.recipe, index).budget
+    return 0 if budget is None or budget.allocate is None else size(estimate.found_in_a_layer(setting, index))
 
 
 def _kinds(spec: ModelSpec) -> list[int]:
@@ -90,11 +98,12 @@ def _kinds(spec: ModelSpec) -> list[int]:
 
 def _allocation(setting: Setting, cache: layout.Cache) -> Iterator[Program]:
     """What distributes slots over layers, and fills the rows with what has waited for them."""
-    recipe, held = setting.recipe, estimate.waiting(setting)
-    if recipe.budget is None or recipe.budget.allocate is None:
-        return
-    found, ints = estimate.found_in_a_layer(setting), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    held, ints = estimate.waiting(setting), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     for group, tiers in zip(layout.layer_groups(setting.spec), cache, strict=True):
+        recipe = layout.layer_recipe(setting.spec, setting.recipe, group.index[0])
+        if recipe.budget is None or recipe.budget.allocate is None:
+            continue
+        found = estimate.found_in_a_layer(setting, group.index[0])
         slots, n = ints(len(group.index), setting.batch, setting.spec.num_rows), len(group.index)
         args = ([found.info] * n, ints(), ints(setting.batch), slots)
         split = mesh.ROWS, mesh.EVERYWHERE, mesh.SEQUENCES, mesh.LAYERS

@@ -123,19 +123,20 @@ def _own(x: jax.Array | jax.ShapeDtypeStruct) -> int:
 
 def waiting(setting: Setting) -> int:
     """Bytes that layers leave to be settled or allotted once several of them, or all, have been read."""
-    budget, layers = setting.recipe.budget, setting.spec.num_layers
-    if budget is None or budget.allocate is None:
-        return 0
-    data = setting.devices.data
-    found = found_in_a_layer(setting._replace(batch=data))  # sequences are apart
-    of_one = min(budget.every or layers, layers) * size(found.waiting) + layers * size(found.info)
+    spec, data, of_one = setting.spec, setting.devices.data, 0
+    for window in {spec.window(i) for i in range(spec.num_layers)}:
+        index = layout.layers_with(spec, window)
+        budget = layout.layer_recipe(spec, setting.recipe, index[0]).budget
+        if budget is not None and budget.allocate is not None:
+            found = found_in_a_layer(setting._replace(batch=data), index[0])  # sequences are apart
+            of_one += min(budget.every or len(index), len(index)) * size(found.waiting) + len(index) * size(found.info)
     return setting.batch // data * of_one
 
 
 @functools.lru_cache(maxsize=64)
-def found_in_a_layer(setting: Setting) -> Found:
+def found_in_a_layer(setting: Setting, index: int) -> Found:
     """Shapes of what reading the prompts with one layer leaves."""
-    args, static = layer_arguments(setting, abstract_cache(setting), 0)
+    args, static = layer_arguments(setting, abstract_cache(setting), index)
     with mesh.on(setting.mesh):
         found = jax.eval_shape(functools.partial(prefilling._prefill_layer, **static), *args)[2]
     return mesh.placed(setting.mesh, mesh.ROWS, found)
@@ -148,7 +149,13 @@ def layer_arguments(setting: Setting, cache: layout.Cache, index: int) -> tuple[
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     stream = (setting.batch, setting.lengths.padded, spec.embed_dim)
     arrays = layer(setting, index), jax.ShapeDtypeStruct(stream, jnp.dtype(setting.dtype)), cache[group]
-    static = {"spec": spec, "recipe": setting.recipe, "window": spec.window(index), "rotary": spec.rotary(index)}
+    static = {
+        "spec": spec,
+        "recipe": layout.layer_recipe(spec, setting.recipe, index),
+        "peers": len(layout.layers_with(spec, spec.window(index))),
+        "window": spec.window(index),
+        "rotary": spec.rotary(index),
+    }
     return (*arrays, ints(setting.batch), ints(), ints()), static
 
 

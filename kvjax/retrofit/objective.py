@@ -133,8 +133,10 @@ def run(
     remat: bool = False,
     fading: tuple[GateSpec, Array] | None = None,
     kernels: Implementation | None = "xla",
-) -> tuple[Float[Array, "B T D"], Float[Array, "L B K"]]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "gated B K"]]:
     """The last layer's outputs, and the share of tokens that the gates merge or evict, differentiable.
+
+    Gates decide in the layers that methods compress (`ModelSpec.compressed`): others keep their sliding window whole.
 
     Args:
       model: with gates, or without and `fading`.
@@ -153,13 +155,14 @@ def run(
         window = spec.window(index)
         if fading is not None:
             one = lambda layer, x, turn, w=window: (fade(layer, x, fading[1], turn, spec, fading[0], w), none)
-        elif spec.gate is None:
+        elif spec.gate is None or not spec.compressed(index):
             one = lambda layer, x, turn, w=window: (_plain(layer, x, turn, spec, w), none)
         else:
             noise = None if relax is None else relax._replace(key=jax.random.fold_in(relax.key, index))
             one = lambda layer, x, turn, w=window, noise=noise: attend(layer, x, starts, noise, turn, spec, w, kernels)
         x, hard = (jax.checkpoint(one) if remat else one)(layer, x, turns[spec.rotary(index)])
-        decided.append(hard)
+        if spec.compressed(index):
+            decided.append(hard)
     return x, jnp.stack(decided)
 
 
@@ -175,7 +178,8 @@ def _attention(spec: ModelSpec, *args: Any, **kwargs: Any) -> Float[Array, "B T 
 
 def _plain(layer: Layer, x: Array, turn: tuple[Array, Array], spec: ModelSpec, window: int | None) -> Array:
     q, k, v, _ = layer.project(x)
-    return layer.finish(x, _attention(spec, rope.rotate(q, *turn), rope.rotate(k, *turn), v, window=window))
+    q = gates.silence(spec.gate, rope.rotate(q, *turn), spec.num_kv_heads)
+    return layer.finish(x, _attention(spec, q, rope.rotate(k, *turn), v, window=window))
 
 
 def losses(
