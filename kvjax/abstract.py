@@ -20,8 +20,9 @@ from kvjax.errors import InputError
 from kvjax.generation import Model
 from kvjax.methods import COMMON, METHODS
 from kvjax.models.decoder import Decoder
-from kvjax.models.hf_config import parse_config, read_json
+from kvjax.models.hf_config import parse_config
 from kvjax.spec import Lengths, ModelSpec, readable
+from kvjax.text_files import read_json
 from kvjax.tokenizer import Tokenizer
 
 

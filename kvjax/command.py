@@ -4,15 +4,15 @@ import argparse
 import os
 import re
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from kvjax.errors import InputError
+from kvjax.errors import InputError, one_line
 from kvjax.methods import KERNELS
+from kvjax.text_files import read_toml
 
 HEARTBEAT = 30  # seconds without a sign of life until a process counts as dead
 
@@ -38,7 +38,7 @@ def run(prog: str, main: Callable[[], None]) -> None:
 
 def fail(prog: str, message: str) -> None:
     """Exit with code 2 and one line on stderr."""
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{prog}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -107,12 +107,7 @@ def stores(args: argparse.Namespace) -> dict[str, str]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The options of a TOML file."""
-    try:
-        config = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not TOML: {error}") from None
+    config = read_toml(path)
     if not isinstance(config.get("arguments", {}), dict):
         raise InputError(f"{path}: 'arguments' is a table: write [arguments] and one line per argument")
     return config

@@ -1,8 +1,26 @@
 """The one error that users see."""
 
+LONGEST = 1000  # characters of a message
+
 
 class InputError(ValueError):
     """What a user gave cannot be used; the message is one clear line.
 
-    Command lines print the message on stderr and exit with status 2.
+    Command lines print the message on stderr and exit with status 2. Whatever files and flags put into a message, it is
+    a line that a terminal can show.
     """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks and control codes, its middle left out if it is long.
+
+    >>> one_line("no\\n  \\x1b[31mred")
+    'no \\\\x1b[31mred'
+    """
+    if len(message) > LONGEST:
+        message = f"{message[: LONGEST * 2 // 3]} ... {message[-LONGEST // 3 :]}"
+    message = " ".join(message.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)

@@ -25,6 +25,7 @@ from kvjax.generate import DTYPES, add_method_flags
 from kvjax.generation import Model
 from kvjax.methods import LEARNED, METHODS, default_budget, make, read_entry, taken
 from kvjax.report import list_factories
+from kvjax.text_files import read_text
 
 PROG = "kvjax.evaluate"
 Entry = tuple[str, str | int | None]  # a method as `read_entry` takes it; its budget, None = the default
@@ -244,12 +245,7 @@ def _lengths(text: str | None, model: Model, form: str) -> tuple[int, ...]:
 def _read_text(path: Path | None) -> str | None:
     if path is None:
         return None
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text") from None
+    text = read_text(path)
     if not text.strip():
         raise InputError(f"{path} is empty")
     return text

@@ -17,8 +17,9 @@ from kvjax import command, demo, kept
 from kvjax.checkpoint import hf, lorc, low_rank, orbax, ranks
 from kvjax.convert import add_lorc_flags, lorc_options
 from kvjax.errors import InputError
-from kvjax.models.hf_config import read_config, read_json
+from kvjax.models.hf_config import read_config
 from kvjax.spec import ModelSpec
+from kvjax.text_files import read_json
 
 PROG = "kvjax.inspect lorc"
 DEFAULT = "keep=60%"

@@ -14,7 +14,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kvjax.errors import InputError
-from kvjax.models.hf_config import read_json
+from kvjax.text_files import read_json
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # SentencePiece's token for one byte
 

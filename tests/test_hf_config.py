@@ -356,7 +356,7 @@ def test_family_without_model_type():
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "expected a JSON object")]
+    ("content", "words"), [(None, "cannot read"), ("{", "is not JSON"), ("[]", "expected a JSON object")]
 )
 def test_unreadable_config(tmp_path, content, words):
     if content is not None:

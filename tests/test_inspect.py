@@ -323,7 +323,7 @@ BAD = {
     "--chat wraps text": ["--chat", "--prompt-tokens", "1"],
     "no such directory": ["--model", "./nowhere", "--prompt", "x"],
     "a dry run downloads nothing": ["--model", "some/model", "--dry-run"],
-    "config.json: cannot be read": ["--model", "tests", "--dry-run"],
+    "cannot read tests/config.json": ["--model", "tests", "--dry-run"],
     "is not JSON": ["--model", "pyproject.toml", "--dry-run"],
     "cannot read missing.txt": ["--prompt-file", "missing.txt"],
     "has no tokenizer.json": [MODEL, "--prompt", "hello"],

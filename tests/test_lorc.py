@@ -489,11 +489,11 @@ REFUSED = {
     "--lorc-ranks wide.json": "ranks up to 17 of 2 layers, the model has 2 layers with 16 channels for 1 heads",
     "--lorc-ranks heads.json": "heads.json: heads = 3 does not divide the model's 4 key/value heads",
     "--lorc-ranks two.json --lorc-groups 4": "is for latents of 2 heads",
-    "--lorc-ranks broken.json": "broken.json: is not JSON",
-    "--lorc-ranks none.json": "none.json: cannot be read",
-    "--lorc keep=60% --lorc-basis whiten --lorc-text empty.txt": "empty.txt: is empty",
-    "--lorc keep=60% --lorc-basis whiten --lorc-text latin.txt": "latin.txt: is not UTF-8 text",
-    "--lorc keep=60% --lorc-basis whiten --lorc-text none.txt": "none.txt: cannot be read",
+    "--lorc-ranks broken.json": "broken.json is not JSON",
+    "--lorc-ranks none.json": "none.json: No such file",
+    "--lorc keep=60% --lorc-basis whiten --lorc-text empty.txt": "empty.txt is empty",
+    "--lorc keep=60% --lorc-basis whiten --lorc-text latin.txt": "latin.txt is not UTF-8 text",
+    "--lorc keep=60% --lorc-basis whiten --lorc-text none.txt": "none.txt: No such file",
 }
 
 

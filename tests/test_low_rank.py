@@ -460,7 +460,7 @@ def test_given_ranks_are_read(tmp_path):
     "content, message",
     [
         (b"[[8, 16]", "is not JSON"),
-        (b"\xff", "is not JSON"),
+        (b"\xff", "is not UTF-8 text"),
         (b"3", "holds no list of ranks"),
         (b"[]", "holds no list of ranks"),
         (b"[[8]]", r"layer 0 has \[8\]"),
@@ -483,5 +483,5 @@ def test_wrong_files_of_ranks(tmp_path, content, message):
 
 
 def test_no_file_of_ranks(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot read"):
         rules.read_ranks(tmp_path / "none.json")

@@ -236,10 +236,10 @@ def test_out_writes_a_picture(tmp_path, monkeypatch, capsys):
 BAD = {
     "unrecognized arguments: --bogus": ["--bogus"],
     "./nowhere: no such directory": ["./nowhere"],
-    "config.json: cannot be read": ["tests"],
+    "cannot read tests/config.json": ["tests"],
     "expected keep=60%": ["--lorc", "much"],
     "not allowed with argument": ["--lorc", "keep=50%", "--lorc-ranks", "ranks.json"],
-    "ranks.json: cannot be read": ["--lorc-ranks", "ranks.json"],
+    "cannot read ranks.json": ["--lorc-ranks", "ranks.json"],
     "--lorc-groups 3 does not divide": ["--lorc-groups", "3"],
     "--lorc-text is for --lorc-basis whiten": ["--lorc-text", "text.txt"],
     "was converted without --lorc: inspect the checkpoint that it was made from": ["plainly_converted"],

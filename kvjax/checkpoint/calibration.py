@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from kvjax import text_files
 from kvjax.attention import prefill_attention
 from kvjax.checkpoint import hf
 from kvjax.errors import InputError
@@ -77,14 +78,9 @@ def _pass(
 
 def read_text(path: Path) -> str:
     """A calibration text from a file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    text = text_files.read_text(path)
     if not text.strip():
-        raise InputError(f"{path}: is empty, expected a text to calibrate on")
+        raise InputError(f"{path} is empty, expected a text to calibrate on")
     return text
 
 

@@ -21,8 +21,9 @@ from kvjax import mesh
 from kvjax.checkpoint import names
 from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder
-from kvjax.models.hf_config import read_config, read_json
+from kvjax.models.hf_config import read_config
 from kvjax.spec import ModelSpec
+from kvjax.text_files import read_json
 
 Part = dict[str, np.ndarray]  # parameter path -> array
 Progress = Callable[[int, int], None]  # (weights read, weights in all)

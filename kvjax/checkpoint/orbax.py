@@ -25,8 +25,9 @@ from kvjax import mesh
 from kvjax.checkpoint import hf
 from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder
-from kvjax.models.hf_config import read_config, read_json
+from kvjax.models.hf_config import read_config
 from kvjax.spec import GateSpec, LatentSpec, ModelSpec
+from kvjax.text_files import read_json
 
 FORMAT = 2
 ABOUT = "kvjax.json"

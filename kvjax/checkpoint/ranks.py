@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int
 
 from kvjax.errors import InputError
-from kvjax.models.hf_config import parse_json
+from kvjax.text_files import parse_json, read_text
 
 FLOOR = 1e-6  # of the largest singular value; smaller ones are noise
 FLAT = 1e-6  # layers whose condition numbers' logarithms differ less are equal
@@ -207,7 +207,7 @@ def read_ranks(path: Path) -> tuple[int | None, Ranks]:
 
     The file is JSON: the ranks of each layer, `[[keys, values], ...]`, or `{"heads": 2, "ranks": [...]}`.
     """
-    content = parse_json(path)
+    content = parse_json(read_text(path), path)
     fields = content if isinstance(content, dict) else {"ranks": content}
     if unknown := sorted(fields.keys() - {"heads", "ranks"}):
         raise InputError(f"{path}: unknown field {unknown[0]}, expected heads and ranks")

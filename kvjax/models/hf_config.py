@@ -7,7 +7,6 @@ Source: transformers 5.23, `configuration_utils.py`, `modeling_rope_utils.py`, `
   InternLM2's own `configuration_internlm2.py`.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from kvjax.errors import InputError
 from kvjax.models.config_fields import flag, number, positive, refuse_unknown
 from kvjax.models.rope_config import parse_ropes
 from kvjax.spec import ModelSpec
+from kvjax.text_files import read_json
 
 # The fields of each family that are read, with the default of the family's own configuration class.
 _SIZES = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 2048}
@@ -54,24 +54,6 @@ _READ = set(
     "model_type architectures layer_types "
     "rope_theta rope_scaling rope_parameters original_max_position_embeddings".split()
 )
-
-
-def parse_json(path: Path) -> Any:
-    """What a JSON file holds."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error})") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    content = parse_json(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def read_config(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
