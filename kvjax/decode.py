@@ -50,7 +50,7 @@ def _decode_layer(
     q, k = q.reshape(*key.shape[:2], -1, spec.head_dim), layer.keys(key)
     here = pos[:, None, None]
     at_read = rotates_at_read(spec, recipe)
-    own = Rotation(rope.frequencies(rotary, spec.head_dim, pos[:, None] + 1), rotary.attention_factor)
+    own = rope.rotation(rotary, spec.head_dim, pos[:, None] + 1)
     turn = tuple(angle[:, :, 0] for angle in own.angles(here))  # B 1 H/2
     if not at_read:
         key = rope.rotate(k, *turn)
@@ -97,12 +97,11 @@ def _in_cache(head_dim: int, rotary: RopeSpec, capacity: int, length: Int[Array,
 
     They are below its capacity: a table, which equal layers and all steps share, saves a sine and a cosine per number.
     """
-    of = functools.partial(rope.frequencies, rotary, head_dim)
     if rotary.follows_length:  # as long as the cache is
-        return Rotation(of(length), rotary.attention_factor)
-    size = jnp.asarray(capacity)
-    table = rope.angles(rotary, head_dim, jnp.arange(capacity), size)
-    return Rotation(of(size)[None, None], rotary.attention_factor, table)
+        return rope.rotation(rotary, head_dim, length)
+    size = jnp.full((1, 1), capacity)
+    table = rope.angles(rotary, head_dim, jnp.arange(capacity), size[0, 0])
+    return rope.rotation(rotary, head_dim, size)._replace(table=table)
 
 
 def decode_step(

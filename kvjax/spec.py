@@ -46,11 +46,16 @@ class RopeSpec:
     short_factors: tuple[float, ...] = ()  # longrope: of each pair's wavelength, up to `original_max_position` tokens
     long_factors: tuple[float, ...] = ()  # longrope: in longer sequences
     truncate: bool = True  # yarn: round the correction range to whole dimensions
+    partial: float = 1.0  # share of a head's numbers that turn, the first ones
 
     @property
     def follows_length(self) -> bool:
         """Whether the frequencies depend on how many tokens a sequence has."""
         return self.type in ("dynamic", "longrope")
+
+    def width(self, head_dim: int) -> int:
+        """Numbers of a head that turn."""
+        return int(head_dim * self.partial)
 
 
 @dataclasses.dataclass(frozen=True)

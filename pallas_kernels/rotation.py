@@ -1,4 +1,7 @@
-"""Rotary position embeddings of keys that are rotated when they are read: dimension `i` is paired with `i + H/2`."""
+"""Rotary position embeddings of keys that are rotated when they are read.
+
+Dimension `i` is paired with `i + R/2`, where the first R of a head's H dimensions turn, most often all of them.
+"""
 
 from typing import NamedTuple
 
@@ -11,15 +14,22 @@ class Rotation(NamedTuple):
     """By which angles keys at given places turn.
 
     Attributes:
-      frequency: of each pair of dimensions [radians per place].
+      frequency: of each pair of dimensions that turns [radians per place].
       magnitude: of the cosines and sines.
       table: the cosines and sines of the first places, for plain XLA, if no place is behind them: they are shared by
         all layers and steps.
+      still: dimensions of a head that do not turn, its last ones.
     """
 
     frequency: Float[Array, "#B #K half"]
     magnitude: float = 1.0
     table: tuple[Float[Array, "places half"], Float[Array, "places half"]] | None = None
+    still: int = 0
+
+    @property
+    def width(self) -> int:
+        """H."""
+        return 2 * self.frequency.shape[-1] + self.still
 
     def angles(self, place: Int[Array, "B K s"]) -> tuple[Float[Array, "B K s half"], Float[Array, "B K s half"]]:
         """Cosines and sines."""
@@ -31,6 +41,8 @@ class Rotation(NamedTuple):
 
 
 def rotate(x: Float[Array, "*b H"], cos: Float[Array, "*c half"], sin: Float[Array, "*c half"]) -> Float[Array, "*b H"]:
-    """Rotate the pairs of `x`; `cos` and `sin` broadcast against its leading axes."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    """Rotate the pairs of `x`; `cos` and `sin` broadcast against its leading axes. What has no angle stays as it is."""
+    half = cos.shape[-1]
+    a, b = (y.astype(jnp.float32) for y in (x[..., :half], x[..., half : 2 * half]))
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return turned if x.shape[-1] == 2 * half else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)

@@ -128,11 +128,12 @@ class Oracle:
         return self._logits(x)
 
     def rotate(self, x: np.ndarray, pos: np.ndarray | int) -> np.ndarray:
-        """Rotary embedding of `x [... heads H]` at positions `[...]`: dimension i turns with i + H/2."""
-        half = self.spec.head_dim // 2
+        """Rotary embedding of `x [... heads H]` at positions `[...]`: i turns with i + half, the rest stays."""
+        half = round(self.spec.head_dim * self.spec.rope.partial / 2)
         theta = np.asarray(pos)[..., None, None] * self.spec.rope.theta ** (-np.arange(half) / half)
-        a, b = x[..., :half], x[..., half:]
-        return np.concatenate([a * np.cos(theta) - b * np.sin(theta), a * np.sin(theta) + b * np.cos(theta)], axis=-1)
+        a, b, rest = np.split(x, [half, 2 * half], axis=-1)
+        cos, sin = np.cos(theta), np.sin(theta)
+        return np.concatenate([a * cos - b * sin, a * sin + b * cos, rest], axis=-1)
 
     def logits(self, products: np.ndarray) -> np.ndarray:
         """Products of queries and keys, scaled and capped."""

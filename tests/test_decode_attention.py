@@ -302,6 +302,9 @@ def test_what_a_kernel_cannot_do_is_said(kernel):
     normed, expand = expanding(parts, 1, 64, latent=True)
     with pytest.raises(NotImplementedError, match="with a norm"):
         decode_attention(normed, implementation=kernel, expand=expand._replace(norm=jnp.ones(64)), **options)
+    still = expand.rotation._replace(still=8)
+    with pytest.raises(NotImplementedError, match="heads that turn in part"):
+        decode_attention(normed, implementation=kernel, expand=expand._replace(rotation=still), **options)
     narrow, expand = expanding(parts, 1, 24, latent=True)
     with pytest.raises(NotImplementedError, match="halves of rotated heads are 12 numbers"):
         decode_attention(narrow, implementation=kernel, expand=expand, **options)

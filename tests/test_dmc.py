@@ -10,7 +10,7 @@ from kvjax import InputError, layout, methods
 from kvjax.cache import tier as tiers_
 from kvjax.cache.apportion import choose_best
 from kvjax.cache.quantize import named
-from kvjax.spec import GateSpec
+from kvjax.spec import GateSpec, RopeSpec
 from tests import oracle
 from tests.brute_gate import compare, compression, forced, gated_model, tokens
 
@@ -34,6 +34,10 @@ def test_a_prompt_at_once_and_then_tokens_are_the_paper_token_by_token(window, h
 
 def test_layers_with_a_sliding_window_forget_slots_too():
     compare(gated_model("dmc", 12, 2, 0.5, windows=(10, None)), dmc(), PROMPTS, NEW)
+
+
+def test_heads_may_turn_in_part():
+    compare(gated_model("dmc", 12, 2, 0.5, rope=RopeSpec(100.0, partial=0.5)), dmc(), PROMPTS, NEW)
 
 
 @pytest.mark.parametrize(("window", "capacity"), [(12, "30%"), (0, 7)])

@@ -12,7 +12,7 @@ from kvjax import METHODS, layout, methods
 from kvjax.cache import tier as tiers_
 from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder, forward
-from kvjax.spec import LatentSpec
+from kvjax.spec import LatentSpec, RopeSpec
 from tests import oracle
 from tests.matrix import ARGUMENTS, BATCH, assert_close, slow, teacher, tiers_of
 
@@ -22,6 +22,7 @@ FAMILIES = {
     "qwen2": ({"qkv_bias": True}, LatentSpec(2, ((8, 16), (8, 16)))),
     "qwen3": ({"qk_norm": True}, LatentSpec(1, ((4, 8), (4, 8)))),
     "mistral": ({"windows": (12, 12)}, LatentSpec(2, ((4, 12), (4, 12)))),
+    "phi3": ({"rope": RopeSpec(100.0, partial=0.75)}, LatentSpec(2, ((12, 8), (8, 12)))),
     "mha": ({"num_kv_heads": 4, "qkv_bias": True}, LatentSpec(2, ((12, 8), (16, 4)))),
     "mha joint": ({"num_kv_heads": 4}, LatentSpec(4, ((24, 16), (16, 24)))),
     "mqa": ({"num_kv_heads": 1}, LatentSpec(1, ((4, 8), (4, 8)))),

@@ -12,6 +12,7 @@ import pytest
 
 from kvjax import layout, mesh, methods
 from kvjax.cache import tier as tiers_
+from kvjax.spec import RopeSpec
 from tests import matrix, oracle
 from tests.matrix import (
     BATCH,
@@ -75,6 +76,13 @@ def test_a_large_budget_is_the_full_cache(model, method):
     full, everything, _ = full_cache(model, store)
     assert positions == everything
     assert_close(logits, full, 5e-2 if decoder(model).dtype == jnp.bfloat16 else 1e-5)
+
+
+def test_keys_that_turn_in_part_as_they_are_read_are_those_that_turned_before():
+    model = oracle.random_model(5, num_layers=2, rope=RopeSpec(100.0, partial=0.75))
+    got, want = (oracle.run(model, recipe, BATCH, teacher()) for recipe in (methods.streaming_llm(64), methods.full()))
+    assert got[1] == want[1]
+    assert_close(got[0], want[0], 1e-5)
 
 
 @pytest.mark.parametrize("model", matrix.quick(matrix.MODELS, ("gqa", "latent", "gated")))

@@ -1,6 +1,7 @@
 """Rotary position embeddings and their scaling rules.
 
-Dimension `i` is paired with `i + H/2` (half-split), as in every checkpoint that kvjax reads.
+Of the R numbers of a head that turn, all H of them or the first ones (`RopeSpec.partial`), number `i` is paired with
+`i + R/2` (half-split), as in every checkpoint that kvjax reads.
 """
 
 import math
@@ -10,11 +11,12 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kvjax.spec import RopeSpec
+from pallas_kernels.rotation import Rotation
 from pallas_kernels.rotation import rotate as rotate
 
 
 def frequencies(rope: RopeSpec, head_dim: int, seq_len: Int[Array, " *b"]) -> Float[Array, "*b half"]:
-    """Angular frequency of each pair of dimensions [radians per token].
+    """Angular frequency of each pair of dimensions that turns [radians per token].
 
     Args:
       rope: the rule.
@@ -25,19 +27,20 @@ def frequencies(rope: RopeSpec, head_dim: int, seq_len: Int[Array, " *b"]) -> Fl
     Differs: `dynamic` and `longrope` use each sequence's own length where transformers takes the longest of the batch,
       so that a sequence does not depend on its batch mates.
     """
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    width = rope.width(head_dim)
+    exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
     base = jnp.full(jnp.shape(seq_len), rope.theta, jnp.float32)
     if rope.type == "dynamic":
         stretched = jnp.maximum(seq_len, rope.original_max_position).astype(jnp.float32)
         growth = rope.factor * stretched / rope.original_max_position - (rope.factor - 1)
-        base = base * growth ** (head_dim / (head_dim - 2))
+        base = base * growth ** (width / (width - 2))
     inv = 1.0 / base[..., None] ** exponent
     if rope.type == "linear":
         inv = inv / rope.factor
     elif rope.type == "llama3":
         inv = _llama3(rope, inv)
     elif rope.type == "yarn":
-        inv = _yarn(rope, inv, head_dim)
+        inv = _yarn(rope, inv, width)
     elif rope.type == "longrope":
         inv = inv / _longrope(rope, seq_len)
     return inv
@@ -52,17 +55,17 @@ def _llama3(rope: RopeSpec, inv: Array) -> Array:
     return (1 - smooth) * inv / rope.factor + smooth * inv
 
 
-def _yarn(rope: RopeSpec, inv: Array, head_dim: int) -> Array:
+def _yarn(rope: RopeSpec, inv: Array, width: int) -> Array:
     """Interpolate slow dimensions, keep fast ones, ramp in between (arXiv 2309.00071, section 3.2)."""
 
     def dimension(turns: float) -> float:
-        return head_dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return width * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / ((high - low) or 0.001)
+    low, high = max(low, 0), min(high, width - 1)
+    ramp = (jnp.arange(width // 2, dtype=jnp.float32) - low) / ((high - low) or 0.001)
     keep = 1 - jnp.clip(ramp, 0.0, 1.0)
     return inv / rope.factor * (1 - keep) + inv * keep
 
@@ -71,6 +74,12 @@ def _longrope(rope: RopeSpec, seq_len: Array) -> Array:
     """How far each wavelength is stretched (arXiv 2402.13753); longer sequences have factors of their own."""
     long = (seq_len > rope.original_max_position)[..., None]
     return jnp.where(long, jnp.asarray(rope.long_factors), jnp.asarray(rope.short_factors))
+
+
+def rotation(rope: RopeSpec, head_dim: int, seq_len: Int[Array, "#B #K"]) -> Rotation:
+    """How keys turn when they are read, in sequences of `seq_len` tokens."""
+    still = head_dim - rope.width(head_dim)
+    return Rotation(frequencies(rope, head_dim, seq_len), rope.attention_factor, still=still)
 
 
 def angles(

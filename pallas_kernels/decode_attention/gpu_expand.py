@@ -30,6 +30,8 @@ def check(expand: Expand, key: Format, value: Format, lanes: int) -> None:
     half = expand.rotation.frequency.shape[-1]
     if expand.norm is not None:
         raise NotImplementedError("keys of latents with a norm are for xla only")
+    if expand.rotation.still:
+        raise NotImplementedError("heads that turn in part when they are read are for xla only")
     if half & (half - 1) or half < 16:
         raise NotImplementedError(f"the halves of rotated heads are {half} numbers, not a power of two from 16 on")
     if expand.up is not None and chunk(key.width) < 16:

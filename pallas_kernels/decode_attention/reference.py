@@ -92,7 +92,7 @@ class Expand(NamedTuple):
             y = jnp.einsum("bksr,krn->bksn", cached.astype(self.up.dtype), self.up)
         if self.bias is not None:
             y = y + self.bias[:, None]
-        y = y.reshape(*place.shape, -1, 2 * self.rotation.frequency.shape[-1])
+        y = y.reshape(*place.shape, -1, self.rotation.width)
         if self.norm is not None:
             z = y.astype(jnp.float32)
             z = z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + self.eps)

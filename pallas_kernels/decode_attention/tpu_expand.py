@@ -24,6 +24,8 @@ def operands(expand: Expand, key: Format) -> dict[str, Any]:
     half = expand.rotation.frequency.shape[-1]
     if expand.norm is not None:
         raise NotImplementedError("keys of latents with a norm are for xla only")
+    if expand.rotation.still:
+        raise NotImplementedError("heads that turn in part when they are read are for xla only")
     if half % SUBLANES:
         raise NotImplementedError(f"the halves of rotated heads are {half} numbers, not a multiple of {SUBLANES}")
     found: dict[str, Any] = {"frequency": expand.rotation.frequency[..., None]}
