@@ -25,7 +25,7 @@ from kvjax.layout import Cache
 from kvjax.mesh import EVERYWHERE, SEQUENCES
 from kvjax.methods import make, of
 from kvjax.models.decoder import Decoder
-from kvjax.models.hf_config import read_generation_config
+from kvjax.models.hf_config import Stop, read_generation_config
 from kvjax.sampling import Sampling
 from kvjax.spec import Lengths, ModelSpec, PyTree
 from kvjax.stopwatch import Stopwatch
@@ -38,12 +38,13 @@ CHUNK = 16  # tokens per call of the compiled loop: text appears in pieces of th
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A loaded checkpoint: weights, tokenizer (None where there is none), ids that end a text."""
+    """A loaded checkpoint: weights, tokenizer (None where there is none), ids that end a text, and who names them."""
 
     decoder: Decoder
     tokenizer: Tokenizer | None
     stop: tuple[int, ...]
     name: str
+    stop_source: str = ""
 
     @property
     def spec(self) -> ModelSpec:
@@ -129,7 +130,23 @@ def load_from(
     size = None if mesh is None else meshes.parse(mesh)
     decoder, directory = checkpoint.load_model(str(demo.find(name)), dtype, ignore_config, size)
     label = "demo" if name is None else str(name)
-    return Model(decoder, Tokenizer.load(directory), read_generation_config(directory), label), directory
+    tokenizer = Tokenizer.load(directory)
+    stop = find_stop(directory, decoder.spec.vocab_size, tokenizer)
+    return Model(decoder, tokenizer, stop.ids, label, stop.source), directory
+
+
+def find_stop(directory: Path, vocab_size: int, tokenizer: Tokenizer | None) -> Stop:
+    """The ids that end a text: of generation_config.json, else of config.json, else of tokenizer_config.json."""
+    stop = read_generation_config(directory, vocab_size)
+    end = None if tokenizer is None else tokenizer.end
+    if stop.ids or end is None:
+        return stop
+    if end >= vocab_size:
+        raise InputError(
+            f"{directory / 'tokenizer_config.json'}: eos_token has the id {end}, which is not in the vocabulary of the "
+            f"model (0 to {vocab_size - 1}), and no other file names the end of a text: set eos_token_id in config.json"
+        )
+    return Stop((end,), "tokenizer_config.json")
 
 
 def generate(

@@ -28,6 +28,7 @@ def describe(model: Model, out: Generation, budget: str | int | None) -> dict[st
         },
         "timing": out.timing._asdict(),
         "model": model.name,
+        "stop": {"ids": list(model.stop), "source": model.stop_source or None},
         "dtype": jnp.dtype(model.decoder.dtype).name,
         "budget": int(budget) if isinstance(budget, str) and budget.isdecimal() else budget,
     }

@@ -13,6 +13,9 @@ from kvjax.errors import InputError
 Mode = Literal["greedy", "sample", "filter"]  # what is compiled: filters sort the vocabulary
 
 
+MOST_PENALTY = 1e6  # beyond it no rank changes any more, and logits leave float32
+
+
 class Sampling(NamedTuple):
     """How the next token is chosen. The defaults are greedy decoding.
 
@@ -50,8 +53,11 @@ class Sampling(NamedTuple):
             raise InputError(f"top-p {self.top_p} is not in (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min-p {self.min_p} is not in [0, 1]")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise InputError(f"repetition-penalty {self.repetition_penalty} is not a number > 0 (1 is off)")
+        if not 1 / MOST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
+            raise InputError(
+                f"repetition-penalty {self.repetition_penalty} is not from {1 / MOST_PENALTY:g} to {MOST_PENALTY:g}"
+                " (1 is off)"
+            )
         if not -(2**63) <= self.seed < 2**63:
             raise InputError(f"seed {self.seed} does not fit 64 bits")
 

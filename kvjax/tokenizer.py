@@ -50,6 +50,11 @@ class Tokenizer:
         config = read_json(settings) if settings.is_file() else {}
         return cls(backend, _template(directory, config), _special(config))
 
+    @property
+    def end(self) -> int | None:
+        """The token that ends a text, as `tokenizer_config.json` names it; None if it does not."""
+        return self._backend.token_to_id(self._special["eos_token"]) if "eos_token" in self._special else None
+
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
 

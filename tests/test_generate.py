@@ -54,7 +54,7 @@ def ids(tokens) -> str:
     return ",".join(str(int(i)) for i in tokens)
 
 
-SOME = ("falcon_7b", "gemma2", "llama3_scaling", "phi3_longrope", "qwen2_window", "qwen3")
+SOME = ("falcon_7b", "gemma2", "llama3_scaling", "phi3_partial", "qwen2_window", "qwen3")
 
 
 @pytest.mark.parametrize("name", quick(golden.NAMES, SOME))
@@ -85,7 +85,8 @@ def test_an_orbax_checkpoint_generates_the_same(directory, tmp_path, capsys):
 def test_json_says_what_was_run(directory, capsys):
     flags = ["--model", directory, "--method", "h2o", "--budget", "25%", "--max-new-tokens", 5]
     out = run_json(capsys, *flags, "--prompt-tokens", ids(range(40)), "--prompt-tokens", ids(range(20)))
-    assert set(out) == {"method", "stores", "sequences", "cache", "timing", "model", "dtype", "budget"}
+    assert set(out) == {"method", "stores", "sequences", "cache", "timing", "model", "stop", "dtype", "budget"}
+    assert out["stop"] == {"ids": [], "source": None}
     assert (out["method"], out["budget"], out["dtype"]) == ("h2o", "25%", "float32")
     assert [s["prompt_tokens"] for s in out["sequences"]] == [40, 20]
     assert set(out["sequences"][0]) == {"prompt_tokens", "tokens", "text", "finish_reason"}
@@ -180,6 +181,9 @@ BAD = {
     "temperature -1.0": ["--prompt-tokens", "1", "--temperature", "-1"],
     "top-p 0.0": ["--prompt-tokens", "1", "--top-p", "0"],
     "top-k -2": ["--prompt-tokens", "1", "--top-k", "-2"],
+    "repetition-penalty 1e-50 is not from 1e-06 to 1e+06": ["--prompt-tokens", "1", "--repetition-penalty", "1e-50"],
+    "repetition-penalty 1e+50": ["--prompt-tokens", "1", "--repetition-penalty", "1e50"],
+    "repetition-penalty nan": ["--prompt-tokens", "1", "--repetition-penalty", "nan"],
     "repetition-penalty 0.0": ["--prompt-tokens", "1", "--repetition-penalty", "0"],
     "no such directory": ["--model", "./nowhere", "--prompt-tokens", "1"],
     "give a prompt": [],

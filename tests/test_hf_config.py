@@ -5,10 +5,14 @@ import math
 
 import golden
 import pytest
+import tokenizers
+from tokenizers.models import WordLevel
 
 from kvjax.errors import InputError
+from kvjax.generation import find_stop
 from kvjax.models.hf_config import FAMILIES, parse_config, read_config, read_generation_config
 from kvjax.spec import RopeSpec
+from kvjax.tokenizer import Tokenizer
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.0, 4.0]}
@@ -229,6 +233,44 @@ def test_phi3():
         assert spec.rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
 
 
+def test_phi4_mini():
+    """As its checkpoint has it."""
+    spec = parse_config(
+        {
+            "architectures": ["Phi3ForCausalLM"],
+            "attention_bias": False,
+            "eos_token_id": 199999,
+            "full_attn_mod": 1,
+            "hidden_act": "silu",
+            "hidden_size": 3072,
+            "interpolate_factor": 1,
+            "intermediate_size": 8192,
+            "lm_head_bias": False,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "model_type": "phi3",
+            "num_attention_heads": 24,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
+            "rope_theta": 10000.0,
+            "sliding_window": 262144,
+            "tie_word_embeddings": True,
+            "vocab_size": 200064,
+        }
+    )
+    assert (spec.head_dim, spec.rope.partial, spec.rope.width(spec.head_dim), spec.tie_embeddings) == (
+        128,
+        0.75,
+        96,
+        True,
+    )
+    inside = {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}
+    assert parse_config({"model_type": "phi3", "partial_rotary_factor": 0.25} | inside).rope.partial == 0.5
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -249,7 +291,60 @@ def test_phi3():
         ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, ["query_pre_attn_scalar = 0"]),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, ["use_bidirectional_attention = True"]),
         ({"model_type": "gemma2", "sliding_window": None}, ["sliding_window = None"]),
-        ({"model_type": "phi3", "partial_rotary_factor": 0.75}, ["partial_rotary_factor = 0.75"]),
+        (
+            {"model_type": "phi3", "partial_rotary_factor": 0.12},
+            ["partial_rotary_factor = 0.12 turns 11 numbers", "even"],
+        ),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.01}, ["partial_rotary_factor = 0.01 turns 0 numbers"]),
+        ({"model_type": "phi3", "partial_rotary_factor": 1.25}, ["partial_rotary_factor = 1.25", "at most all"]),
+        ({"model_type": "phi3", "partial_rotary_factor": 0}, ["partial_rotary_factor = 0", "positive"]),
+        (
+            {"model_type": "phi3", "rope_scaling": LONGROPE | {"partial_rotary_factor": 0.75}},
+            ["expected 36", "72 numbers"],
+        ),
+        ({"partial_rotary_factor": 1.0, "rope_parameters": {"partial_rotary_factor": 0.5}}, ["= 0.5 is not supported"]),
+        ({"architectures": 5}, ["architectures = 5", "list of names"]),
+        ({"architectures": "LlamaForCausalLM"}, ["architectures = 'LlamaForCausalLM'"]),
+        ({"architectures": [["LlamaForCausalLM"]]}, ["architectures = [["]),
+        ({"model_type": "", "architectures": ["LlamaForCausalLM"]}, ["model_type = ''"]),
+        ({"model_type": "phi3", "full_attn_mod": 2}, ["full_attn_mod = 2"]),
+        ({"is_causal": False}, ["is_causal = False", "only True is"]),
+        ({"is_causal": None}, ["is_causal = None"]),
+        ({"hidden_act": False}, ["hidden_act = False"]),
+        ({"hidden_act": ""}, ["hidden_act = ''", "'silu'"]),
+        ({"logits_scaling": False}, ["logits_scaling = False"]),
+        ({"logits_scaling": True}, ["logits_scaling = True"]),
+        ({"something_new": False}, ["something_new = False"]),
+        ({"rope_theta": 0}, ["rope_theta = 0"]),
+        ({"rope_theta": False}, ["rope_theta = False"]),
+        ({"rope_theta": ""}, ["rope_theta = ''"]),
+        ({"rope_parameters": {"rope_theta": 0}}, ["rope_parameters.rope_theta = 0"]),
+        ({"rope_parameters": 0}, ["rope_parameters = 0"]),
+        ({"rope_scaling": False}, ["rope_scaling = False"]),
+        ({"rope_scaling": ""}, ["rope_scaling = ''"]),
+        ({"model_type": "gemma3_text", "rope_theta": 0}, ["rope_theta = 0"]),
+        ({"model_type": "gemma3_text", "rope_local_base_freq": False}, ["= False, expected a positive number"]),
+        ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": 0}}, ["rope_parameters = 0"]),
+        ({"model_type": "gemma3_text", "rope_parameters": False}, ["rope_parameters = False"]),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, ["sliding_window_pattern = 0"]),
+        ({"model_type": "gemma3_text", "_sliding_window_pattern": False}, ["sliding_window_pattern = False"]),
+        ({"rope_scaling": YARN, "rope_theta": 1}, ["rope_theta = 1.0", "more than 1"]),
+        ({"rope_scaling": YARN | {"truncate": "false"}}, ["rope_scaling.truncate = 'false'", "true or false"]),
+        ({"rope_scaling": YARN | {"truncate": 0}}, ["rope_scaling.truncate = 0"]),
+        ({"rope_scaling": YARN | {"beta_fast": 0}}, ["rope_scaling.beta_fast = 0"]),
+        ({"rope_scaling": YARN | {"beta_slow": False}}, ["rope_scaling.beta_slow = False"]),
+        ({"rope_scaling": YARN | {"mscale": False, "mscale_all_dim": 1}}, ["rope_scaling.mscale = False"]),
+        ({"rope_scaling": YARN | {"mscale": 1, "mscale_all_dim": ""}}, ["rope_scaling.mscale_all_dim = ''"]),
+        ({"rope_scaling": LONGROPE, "original_max_position_embeddings": 1}, ["original_max_position_embeddings = 1"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, ["'dynamic'", "2 numbers"]),
+        ({"model_type": "mistral", "sliding_window": 2**31}, ["sliding_window = 2147483648", "up to 2147483647"]),
+        ({"vocab_size": 10**309}, ["vocab_size = 1000", "up to"]),
+        ({"num_hidden_layers": 10**9}, ["num_hidden_layers = 1000000000", "up to 10000"]),
+        ({"rms_norm_eps": 10**309}, ["rms_norm_eps = 1000", "float32"]),
+        ({"rope_theta": 1e39}, ["rope_theta = 1e+39", "float32"]),
+        ({"rms_norm_eps": 1e-50}, ["rms_norm_eps = 1e-50", "float32"]),
+        ({"\x1b[31mred": 1}, ["\\x1b[31mred = 1"]),
+        ({"something_new": "x" * 10**6}, ["something_new = 'xxx", "--ignore-config something_new"]),
         ({"rope_scaling": LONGROPE | {"short_factor": None}}, ["rope_scaling.short_factor = None", "list"]),
         ({"rope_scaling": LONGROPE | {"long_factor": [1.0, -1.0]}}, ["rope_scaling.long_factor = -1.0"]),
         ({"rope_scaling": LONGROPE}, ["short_factor and long_factor have 2 and 2", "expected 64"]),
@@ -296,6 +391,35 @@ def test_refused_values(fields, words):
     refusal({"model_type": "llama"} | fields, *words)
 
 
+ODD = [None, False, True, 0, -1, 1, 2**31, 10**309, 1e-50, 1e300, math.inf, math.nan, "", "x", [], [1], {}, {"a": 1}]
+NUMBERS = [
+    (family, name)
+    for family, fields in FAMILIES.items()
+    for name, default in fields.items()
+    if isinstance(default, int | float) and not isinstance(default, bool)
+    if name != "original_max_position_embeddings" and not (name == "sliding_window" and "qwen" in family)  # not read
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_value_of_any_field_is_read_or_refused_in_one_line(family):
+    names = {*FAMILIES[family], "rope_theta", "rope_scaling", "rope_parameters", "architectures", "layer_types"}
+    inside = {"type", "rope_theta", "factor", "short_factor", "original_max_position_embeddings", "truncate", "mscale"}
+    blocks = [{"rope_scaling": block | {name: odd}} for block in (YARN, LONGROPE) for name in inside for odd in ODD]
+    for fields in [{name: odd} for name in names for odd in ODD] + blocks:
+        try:
+            spec = parse_config({"model_type": family} | fields)
+        except InputError:
+            continue
+        assert 0 < spec.max_position < 2**31 and spec.rope.theta > 0, fields
+
+
+@pytest.mark.parametrize(("family", "name"), NUMBERS)
+def test_what_is_no_number_is_not_read_as_one(family, name):
+    for odd in (False, True, "", "x", [], {}, -1, math.inf, math.nan, 10**309):
+        refusal({"model_type": family, name: odd}, name)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -327,8 +451,14 @@ def test_a_field_of_another_family_is_unknown(family):
 
 
 def test_empty_and_neutral_fields_pass():
-    empty = {"something_new": None, "other": False, "list": [], "object": {}, "text": ""}
-    neutral = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "logits_scaling": 1, "quantization_config": None}
+    empty = {"something_new": None, "qk_norm": False, "pruned_heads": {}, "quantization_config": {}, "use_mrope": False}
+    neutral = {
+        "is_causal": True,
+        "hidden_act": "silu",
+        "partial_rotary_factor": 1.0,
+        "logits_scaling": 1,
+        "quantization_config": None,
+    }
     harmless = {
         "use_cache": True,
         "torch_dtype": "bfloat16",
@@ -366,16 +496,44 @@ def test_unreadable_config(tmp_path, content, words):
 
 
 def test_end_of_sequence_ids(tmp_path):
-    assert read_generation_config(tmp_path) == ()
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
-    assert read_generation_config(tmp_path) == (2,)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True}))
-    assert read_generation_config(tmp_path) == (2,)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
-    assert read_generation_config(tmp_path) == (7, 8)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "x"}))
-    with pytest.raises(InputError, match="eos_token_id"):
-        read_generation_config(tmp_path)
+    find = lambda: tuple(read_generation_config(tmp_path, 100))
+    put = lambda name, **fields: (tmp_path / name).write_text(json.dumps(fields))
+    assert find() == ((), "")
+    put("config.json", eos_token_id=2)
+    assert find() == ((2,), "config.json")
+    for nothing in ({"do_sample": True}, {"eos_token_id": None}, {"eos_token_id": []}):
+        put("generation_config.json", **nothing)
+        assert find() == ((2,), "config.json")
+    put("generation_config.json", eos_token_id=[7, 99])
+    assert find() == ((7, 99), "generation_config.json")
+    put("generation_config.json", eos_token_id=0)
+    assert find() == ((0,), "generation_config.json")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("value", ["x", -1, 100, True, False, "", 2.0, 2**31, 10**400, [3, True], [[3]], {}])
+def test_ids_that_end_no_text(tmp_path, name, value):
+    (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(InputError, match=rf"{name}: eos_token_id = .*vocabulary, 0 to 99"):
+        read_generation_config(tmp_path, 100)
+
+
+def test_the_tokenizer_names_the_end_where_no_config_does(tmp_path):
+    backend = tokenizers.Tokenizer(WordLevel({"a": 0, "</s>": 5, "<far>": 100}, unk_token="a"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+
+    def find(eos_token):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
+        return tuple(find_stop(tmp_path, 100, Tokenizer.load(tmp_path)))
+
+    assert find("</s>") == find({"content": "</s>"}) == ((5,), "tokenizer_config.json")
+    assert find(None) == find("<absent>") == tuple(find_stop(tmp_path, 100, None)) == ((), "")
+    with pytest.raises(InputError, match="eos_token has the id 100, which is not in the vocabulary"):
+        find("<far>")
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": []}))
+    assert find("</s>") == ((5,), "tokenizer_config.json")
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 3}))
+    assert find("</s>") == find("<far>") == ((3,), "config.json")
 
 
 def test_golden_configs_cover_every_family():

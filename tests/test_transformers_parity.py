@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 MODELS = {
     "llama": "Llama",
@@ -58,6 +59,9 @@ ROPES = [
     LONGROPE | {"factor": 16.0, "rope_theta": 1e6},
     LONGROPE | {"attention_factor": 1.25},
 ]
+# As Phi-4-mini has it: 12 of the 16 numbers of a head turn.
+PARTIAL = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+PARTIAL |= {"short_factor": [1.0, 1.1, 1.5, 2.0, 3.0, 4.0], "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]}
 
 
 def config_class(family):
@@ -148,11 +152,37 @@ def random_fields(rng, family):
     return fields | layout | {"bias": flag(), "hidden_size": kv * group * head_dim}
 
 
+def partial_fields(rng):
+    """A random Phi-3 whose heads turn in part."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "max_position_embeddings": 64}
+    return random_fields(rng, "phi3") | heads | {"original_max_position_embeddings": 40, "rope_parameters": PARTIAL}
+
+
+@pytest.mark.parametrize("length", [30, 60])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("kind", ["default", "longrope"])
+def test_rotary_tables_of_heads_that_turn_in_part_agree(kind, inside, length):
+    block = PARTIAL if kind == "longrope" else {"rope_type": "default", "partial_rotary_factor": 0.25}
+    fields = partial_fields(np.random.default_rng(0)) | {"rope_parameters": block}
+    if not inside:  # as checkpoints have it
+        outer = {"partial_rotary_factor": block["partial_rotary_factor"]}
+        fields |= outer | {"rope_parameters": {name: block[name] for name in block.keys() - outer.keys()}}
+    theirs = transformers.Phi3Config(**json.loads(json.dumps(fields)))
+    pos = np.arange(length)
+    cos, sin = Phi3RotaryEmbedding(theirs)(torch.zeros(1), torch.tensor(pos)[None])
+    spec = parse_config({"model_type": "phi3"} | fields)
+    ours = rope.angles(spec.rope, spec.head_dim, jnp.asarray(pos), jnp.asarray(length))
+    assert ours[0].shape == (length, 6 if kind == "longrope" else 2)
+    for mine, other in zip(ours, (cos, sin), strict=True):
+        np.testing.assert_allclose(mine, other[0, :, : mine.shape[-1]].numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", [*MODELS, "phi3 in part"])
 def test_logits_agree(tmp_path, family, seed):
-    rng = np.random.default_rng([seed, len(family), ord(family[-1])])
-    fields = random_fields(rng, family)
+    rng, partial = np.random.default_rng([seed, len(family), ord(family[-1])]), family == "phi3 in part"
+    family = family.split()[0]
+    fields = partial_fields(rng) if partial else random_fields(rng, family)
     torch.manual_seed(seed)
     config = config_class(family)(**fields, attn_implementation="eager")
     theirs = getattr(transformers, f"{MODELS[family]}ForCausalLM")(config).eval().float()

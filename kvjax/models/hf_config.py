@@ -1,7 +1,7 @@
 """Read a checkpoint's `config.json` into a `ModelSpec`: both dialects of transformers, nothing guessed.
 
 A field that kvjax implements is read, a field that cannot change the logits is skipped, and any other field that is
-not empty is an error: a model that computes something else must not load.
+not null is an error: a model that computes something else must not load.
 
 Source: transformers 5.23, `configuration_utils.py`, `modeling_rope_utils.py`, `models/*/configuration_*.py`;
   InternLM2's own `configuration_internlm2.py`.
@@ -9,12 +9,12 @@ Source: transformers 5.23, `configuration_utils.py`, `modeling_rope_utils.py`, `
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvjax.errors import InputError
-from kvjax.models.config_fields import flag, number, positive, refuse_unknown
+from kvjax.models.config_fields import flag, given, number, positive, refuse_unknown, whole
 from kvjax.models.rope_config import parse_ropes
-from kvjax.spec import ModelSpec
+from kvjax.spec import ModelSpec, RopeSpec
 from kvjax.text_files import read_json
 
 # The fields of each family that are read, with the default of the family's own configuration class.
@@ -27,6 +27,7 @@ _QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_windo
 _QWEN2 = _LLAMA | _QWEN_SIZES | _QWEN_WINDOWS | {"num_key_value_heads": 32}
 _PHI3 = {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096}
 _PHI3 |= {"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None}
+_PHI3 |= {"partial_rotary_factor": 1.0}
 _FALCON = {"vocab_size": 65024, "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71}
 _FALCON |= {"num_kv_heads": None, "ffn_hidden_size": None, "max_position_embeddings": 2048, "alibi": False}
 _FALCON |= {"layer_norm_epsilon": 1e-5, "bias": False, "tie_word_embeddings": True, "multi_query": True}
@@ -54,6 +55,7 @@ _READ = set(
     "model_type architectures layer_types "
     "rope_theta rope_scaling rope_parameters original_max_position_embeddings".split()
 )
+DEEPEST = 10_000  # layers that a config may name, far more than any model has
 
 
 def read_config(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
@@ -77,16 +79,12 @@ def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Mod
         mathematics |= _gemma(fields)
     if family == "falcon":
         fields = _falcon_sizes(fields)
-    embed_dim, layers = positive(fields, "hidden_size"), positive(fields, "num_hidden_layers")
+    embed_dim, layers = positive(fields, "hidden_size"), positive(fields, "num_hidden_layers", DEEPEST)
     heads, kv_heads, head_dim = _heads(fields, embed_dim)
     rope, window_rope, max_position = parse_ropes(
         FAMILIES[family] | config, positive(fields, "max_position_embeddings"), family
     )
-    if rope.type == "longrope" and {len(rope.short_factors), len(rope.long_factors)} != {head_dim // 2}:
-        raise InputError(
-            f"config.json: short_factor and long_factor have {len(rope.short_factors)} and {len(rope.long_factors)} "
-            f"numbers, expected {head_dim // 2} for heads of {head_dim}"
-        )
+    _check_width(rope, head_dim)
     return ModelSpec(
         vocab_size=positive(fields, "vocab_size"),
         embed_dim=embed_dim,
@@ -104,6 +102,23 @@ def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Mod
         family=family,
         **mathematics,
     )
+
+
+def _check_width(rope: RopeSpec, head_dim: int) -> None:
+    """Raise `InputError` for a rotary embedding that does not fit heads of a width."""
+    width = rope.width(head_dim)
+    if rope.partial > 1 or width < 2 or width % 2:
+        raise InputError(
+            f"config.json: partial_rotary_factor = {rope.partial} turns {width} numbers of a head of {head_dim}, "
+            "expected an even number of them, at most all"
+        )
+    if rope.type == "dynamic" and width == 2:
+        raise InputError("config.json: rope_type = 'dynamic' has no meaning for a head of which 2 numbers turn")
+    if rope.type == "longrope" and {len(rope.short_factors), len(rope.long_factors)} != {width // 2}:
+        raise InputError(
+            f"config.json: short_factor and long_factor have {len(rope.short_factors)} and {len(rope.long_factors)} "
+            f"numbers, expected {width // 2} for heads of which {width} numbers turn"
+        )
 
 
 def _llama(fields: Mapping[str, Any], family: str) -> dict[str, Any]:
@@ -134,7 +149,7 @@ def _gemma(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _falcon(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What tells Falcon from Llama; `new_decoder_architecture` is that of Falcon-40B."""
     bias, new, parallel = (flag(fields, name) for name in ("bias", "new_decoder_architecture", "parallel_attn"))
-    norms = (2 if new else 1) if fields["num_ln_in_parallel_attn"] is None else fields["num_ln_in_parallel_attn"]
+    norms = given(fields, "num_ln_in_parallel_attn", 2 if new else 1)
     if flag(fields, "alibi"):
         raise InputError("config.json: alibi = True is not supported; kvjax reads falcon models with rotary embeddings")
     if norms not in ((1, 2) if new else (1,)) or (new and not parallel):
@@ -150,9 +165,9 @@ def _falcon(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _falcon_sizes(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Falcon's sizes under Llama's names."""
     embed_dim, heads = positive(fields, "hidden_size"), positive(fields, "num_attention_heads")
-    given = heads if fields["num_kv_heads"] is None else positive(fields, "num_kv_heads")
+    grouped = heads if fields["num_kv_heads"] is None else positive(fields, "num_kv_heads")
     if flag(fields, "new_decoder_architecture"):
-        kv_heads = given
+        kv_heads = grouped
     else:
         kv_heads = 1 if flag(fields, "multi_query") else heads
     inner = 4 * embed_dim if fields["ffn_hidden_size"] is None else positive(fields, "ffn_hidden_size")
@@ -161,19 +176,28 @@ def _falcon_sizes(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, **sizes}
 
 
-def read_generation_config(path: Path) -> tuple[int, ...]:
-    """The end-of-sequence ids of a checkpoint directory; () when it names none."""
+class Stop(NamedTuple):
+    """The ids that end a text."""
+
+    ids: tuple[int, ...] = ()
+    source: str = ""  # the file that names them; "" where none does
+
+
+def read_generation_config(path: Path, vocab_size: int) -> Stop:
+    """The end-of-sequence ids that a checkpoint directory's generation_config.json names, else its config.json."""
     for name in ("generation_config.json", "config.json"):
         if not (path / name).is_file():
             continue
-        ids = read_json(path / name).get("eos_token_id")
-        if ids is None:
-            continue
-        ids = ids if isinstance(ids, list) else [ids]
-        if not all(isinstance(i, int) for i in ids):
-            raise InputError(f"{path / name}: eos_token_id = {ids}, expected an integer or a list of integers")
-        return tuple(ids)
-    return ()
+        found = given(read_json(path / name), "eos_token_id", [])
+        ids = found if isinstance(found, list) else [found]
+        if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+            raise InputError(
+                f"{path / name}: eos_token_id = {found!r}, expected ids of the vocabulary, 0 to {vocab_size - 1}: "
+                "correct it, or set it to null"
+            )
+        if ids:
+            return Stop(tuple(ids), name)
+    return Stop()
 
 
 def _drop(config: Mapping[str, Any], ignore: Collection[str]) -> dict[str, Any]:
@@ -190,18 +214,20 @@ def _drop(config: Mapping[str, Any], ignore: Collection[str]) -> dict[str, Any]:
 
 def _family(config: Mapping[str, Any]) -> str:
     """The family by `model_type`, else by `architectures`; the two must agree."""
-    architectures = config.get("architectures") or []
+    architectures = given(config, "architectures", [])
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise InputError(f"config.json: architectures = {architectures!r}, expected a list of names")
     by_class = {f"{name.removesuffix('_text')}forcausallm": name for name in FAMILIES}
     family = config.get("model_type")
-    if not family and architectures:
-        family = by_class.get(str(architectures[0]).casefold(), architectures[0])
+    if family is None and architectures:
+        family = by_class.get(architectures[0].casefold(), architectures[0])
     if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(
             f"config.json: model_type = {config.get('model_type')!r}, architectures = {architectures}: "
             f"unknown family; kvjax reads {', '.join(FAMILIES)}"
         )
     for name in architectures:
-        if by_class.get(str(name).casefold()) != family:
+        if by_class.get(name.casefold()) != family:
             raise InputError(
                 f"config.json: architectures = {architectures} is not the causal language model of "
                 f"model_type {family!r}; if the weights are, pass --ignore-config architectures"
@@ -225,30 +251,27 @@ def _heads(fields: Mapping[str, Any], embed_dim: int) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
-def _windows(fields: Mapping[str, Any], given: Any, family: str) -> tuple[int | None, ...]:
+def _windows(fields: Mapping[str, Any], listed: Any, family: str) -> tuple[int | None, ...]:
     """Sliding window of each layer; () when no layer has one."""
-    layers, first = fields["num_hidden_layers"], fields.get("max_window_layers", 0)
+    layers, first = fields["num_hidden_layers"], whole({"max_window_layers": 0, **fields}, "max_window_layers", 0)
     used = family in ("mistral", "phi3", *_GEMMA) or flag(fields, "use_sliding_window")
     used = used and (fields.get("sliding_window") is not None or family in _GEMMA)
     window = positive(fields, "sliding_window") if used else None
-    if not isinstance(first, int):
-        raise InputError(f"config.json: max_window_layers = {first!r}, expected an integer")
     slides = lambda layer: layer >= first
     if family in _GEMMA:  # every so many layers one looks at everything
-        given_pattern = fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern")
-        pattern = 2 if family == "gemma2" else 6
-        if given_pattern is not None:
-            pattern = positive({"sliding_window_pattern": given_pattern}, "sliding_window_pattern")
+        private = given(fields, "_sliding_window_pattern", 2 if family == "gemma2" else 6)
+        pattern = given(fields, "sliding_window_pattern", private)
+        pattern = positive({"sliding_window_pattern": pattern}, "sliding_window_pattern")
         slides = lambda layer: (layer + 1) % pattern > 0
     types = ["sliding_attention" if window and slides(layer) else "full_attention" for layer in range(layers)]
-    if given is not None:
+    if listed is not None:
         accepted = ["full_attention", "sliding_attention"] if window else ["full_attention"]
-        fits = isinstance(given, list) and len(given) == layers and all(kind in accepted for kind in given)
+        fits = isinstance(listed, list) and len(listed) == layers and all(kind in accepted for kind in listed)
         # Only Qwen's and Gemma's models look at `layer_types`; elsewhere it may say no more than the other fields do.
-        if not fits or ("qwen" not in family and family not in _GEMMA and given != types):
+        if not fits or ("qwen" not in family and family not in _GEMMA and listed != types):
             raise InputError(
-                f"config.json: layer_types = {given} does not fit a {family} model of {layers} layers with "
+                f"config.json: layer_types = {listed} does not fit a {family} model of {layers} layers with "
                 f"sliding window {window}; each may be {' or '.join(accepted)}"
             )
-        types = given
+        types = listed
     return tuple(window if kind == "sliding_attention" else None for kind in types) if window else ()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvjax.errors import InputError
-from kvjax.models.config_fields import number, positive, refuse_unknown
+from kvjax.models.config_fields import LARGEST, flag, given, number, positive, refuse_unknown
 from kvjax.spec import RopeSpec, RopeType
 
 # The fields of each rope type; `original_max_position_embeddings` may always be there.
@@ -21,6 +21,7 @@ _ROPE: dict[RopeType, str] = {
     "yarn": "factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate",
     "longrope": "factor attention_factor short_factor long_factor",
 }
+_PARTIAL = ("phi3",)  # families whose heads may turn in part
 _OLD_NAMES = {"phi3": {"su": "longrope", "yarn": "longrope"}}
 
 
@@ -29,29 +30,29 @@ def parse_rope(config: Mapping[str, Any], max_position: int, family: str) -> tup
 
     Differs: `linear`, `dynamic` and `yarn` stretch the limit by their factor, where transformers has no limit.
     """
-    where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    block = config.get(where) or {}
-    if not isinstance(block, dict):
-        raise InputError(f"config.json: {where} = {block!r}, expected an object or null")
+    where = "rope_scaling" if _block(config, "rope_scaling") else "rope_parameters"
+    block = _block(config, where)
     kind = block.get("rope_type", block.get("type", "default"))
     kind = _OLD_NAMES.get(family, {}).get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in _ROPE:
         raise InputError(f"config.json: {where}.rope_type = {kind!r} is not supported; kvjax has {', '.join(_ROPE)}")
     known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *_ROPE[kind].split()}
+    known |= {"partial_rotary_factor"} if family in _PARTIAL else set()
     refuse_unknown(block, known, f"{where}.", family)
-    block = {"rope_theta": config.get("rope_theta") or 10000.0} | block
-    rope = RopeSpec(number(block, "rope_theta", f"{where}."), kind)
+    rope = RopeSpec(_either(config, block, where, "rope_theta", 10000.0), kind)
+    if family in _PARTIAL:
+        rope = replace(rope, partial=_either(config, block, where, "partial_rotary_factor", 1.0))
     if kind == "default":
         return rope, max_position
     original = max_position if kind in ("linear", "dynamic") else _original(config, block, max_position)
     if kind in ("yarn", "longrope") and block.get("factor") is None:
-        block["factor"] = max_position / original
+        block = block | {"factor": max_position / original}
     rope = replace(rope, factor=number(block, "factor", f"{where}."), original_max_position=original)
     if kind == "llama3":
         return _llama3(block, rope, f"{where}."), max_position
     if kind == "longrope":
         return _longrope(block, rope, f"{where}."), max_position
-    limit = max(max_position, int(original * rope.factor))
+    limit = min(max(max_position, int(original * rope.factor)), LARGEST)
     return (_yarn(block, rope, f"{where}.") if kind == "yarn" else rope), limit
 
 
@@ -63,22 +64,34 @@ def parse_ropes(config: Mapping[str, Any], max_position: int, family: str) -> tu
     if family != "gemma3_text":
         rope, limit = parse_rope(config, max_position, family)
         return rope, None, limit
-    both = config.get("rope_parameters") or {}
-    if not isinstance(both, dict):
-        raise InputError(f"config.json: rope_parameters = {both!r}, expected an object or null")
+    both = _block(config, "rope_parameters")
     refuse_unknown(both, {"full_attention", "sliding_attention"}, "rope_parameters.", family)
     whole = {
-        "rope_theta": config.get("rope_theta") or 1e6,
-        "rope_parameters": config.get("rope_scaling") or both.get("full_attention"),
+        "rope_theta": given(config, "rope_theta", 1e6),
+        "rope_parameters": _block(config, "rope_scaling") or both.get("full_attention"),
     }
     local = {
-        "rope_theta": config.get("rope_local_base_freq") or 1e4,
+        "rope_theta": given(config, "rope_local_base_freq", 1e4),
         "rope_parameters": both.get("sliding_attention"),
     }
     rope, window_rope = (parse_rope(one, max_position, family)[0] for one in (whole, local))
     if "longrope" in (rope.type, window_rope.type):
         raise InputError(f"config.json: rope_type = 'longrope' is not supported for {family} models")
     return rope, window_rope, max_position
+
+
+def _block(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The object in a field; null is an empty one."""
+    block = given(config, name, {})
+    if not isinstance(block, dict):
+        raise InputError(f"config.json: {name} = {block!r}, expected an object or null")
+    return block
+
+
+def _either(config: Mapping[str, Any], block: Mapping[str, Any], where: str, name: str, default: float) -> float:
+    """A number in the rope's own block, else outside of it."""
+    own = block.get(name) is not None
+    return number({name: block[name] if own else given(config, name, default)}, name, f"{where}." if own else "")
 
 
 def _original(config: Mapping[str, Any], block: Mapping[str, Any], max_position: int) -> int:
@@ -103,6 +116,8 @@ def _longrope(block: Mapping[str, Any], rope: RopeSpec, prefix: str) -> RopeSpec
             raise InputError(f"config.json: {prefix}{name} = {given!r}, expected a list of numbers")
         return tuple(number({name: factor}, name, prefix) for factor in given)
 
+    if rope.original_max_position < 2:
+        raise InputError("config.json: original_max_position_embeddings = 1: longrope divides by its logarithm")
     if block.get("attention_factor") is not None:
         attention = number(block, "attention_factor", prefix)
     else:
@@ -117,12 +132,18 @@ def _yarn(block: Mapping[str, Any], rope: RopeSpec, prefix: str) -> RopeSpec:
     def mscale(weight: float) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
 
+    def weight(name: str) -> float:
+        zero = block.get(name) is None or (block[name] == 0 and block[name] is not False)
+        return 0.0 if zero else number(block, name, prefix)
+
+    if rope.theta <= 1:
+        raise InputError(f"config.json: rope_theta = {rope.theta}, expected more than 1: yarn divides by its logarithm")
     if block.get("attention_factor") is not None:
         attention = number(block, "attention_factor", prefix)
-    elif block.get("mscale") and block.get("mscale_all_dim"):
-        attention = mscale(number(block, "mscale", prefix)) / mscale(number(block, "mscale_all_dim", prefix))
     else:
-        attention = mscale(1.0)
-    beta = {"beta_fast": block.get("beta_fast") or 32, "beta_slow": block.get("beta_slow") or 1}
+        one, whole = weight("mscale"), weight("mscale_all_dim")
+        attention = mscale(one) / mscale(whole) if one and whole else mscale(1.0)
+    beta = {"beta_fast": given(block, "beta_fast", 32), "beta_slow": given(block, "beta_slow", 1)}
     beta = {name: number(beta, name, prefix) for name in beta}
-    return replace(rope, attention_factor=attention, truncate=bool(block.get("truncate", True)), **beta)
+    truncate = flag({"truncate": True, **block}, "truncate", prefix)
+    return replace(rope, attention_factor=attention, truncate=truncate, **beta)

@@ -38,6 +38,11 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [1.0, 1.5, 3.0, 4.0],
 }
+PARTIAL = LONGROPE | {  # of Phi-4-mini
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7],
+    "long_factor": [1.0, 1.2, 1.5, 3.0, 3.5, 4.0],
+}
 GEMMA = {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 12, "num_hidden_layers": 3}
 GEMMA_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4},
@@ -70,6 +75,12 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "phi3_window": ("phi3", {"sliding_window": 9}, 5),
     "phi3_longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}, 5),
+    "phi3_partial": (
+        "phi3",
+        {"rope_parameters": PARTIAL, "original_max_position_embeddings": 32}
+        | {"num_attention_heads": 2, "num_key_value_heads": 1},
+        4,
+    ),
     "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, 4),
     "gemma3": ("gemma3", GEMMA | {"rope_parameters": GEMMA_ROPES, "_sliding_window_pattern": 3}, 5),
     "internlm2": ("llama", {"num_key_value_heads": 2, "num_attention_heads": 6, "hidden_size": 48}, 4),
