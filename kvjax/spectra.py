@@ -19,7 +19,6 @@ from kvjax.convert import add_lorc_flags, lorc_options
 from kvjax.errors import InputError
 from kvjax.models.hf_config import read_config
 from kvjax.spec import ModelSpec
-from kvjax.text_files import read_json
 
 PROG = "kvjax.inspect lorc"
 DEFAULT = "keep=60%"
@@ -101,7 +100,7 @@ def measure_converted(path: Path, ignore: Sequence[str]) -> Measured:
     chosen = orbax.read(path, [name for both in names for name in both])
     found = {name: spectrum(down) for name, down in chosen}
     spectra = [[found[name] for name in both] for both in names]
-    return Measured(spec, read_json(path / orbax.ABOUT).get("lorc", {}), spectra, converted=True)
+    return Measured(spec, orbax.read_about(path).get("lorc", {}), spectra, converted=True)
 
 
 def describe(name: str, found: Measured) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from kvjax.checkpoint.convert import convert
 from kvjax.errors import InputError
 from kvjax.models.decoder import forward
 from kvjax.models.hf_config import read_config
-from kvjax.spec import LatentSpec
+from kvjax.spec import GateSpec, LatentSpec
 
 ROOT = Path(kvjax.convert.__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -374,6 +374,63 @@ def test_a_latent_is_part_of_the_model(tmp_path, source):
     assert orbax.read_spec(tmp_path / "dst") == dataclasses.replace(read_config(source), latent=latent)
     with pytest.raises(InputError, match="convert the source again"):  # its parameters are not low-rank
         orbax.load(tmp_path / "dst")
+
+
+DMC = {"objective": "dmc", "rate": 2.0, "window": 12, "neuron": -1, "offset": 5.0, "scale": 1.0}
+NOTES = [
+    ({"format": True}, "format True, this kvjax reads 2"),
+    ({"ignore_config": "bias"}, "ignore_config = 'bias', expected a list of names"),
+    ({"ignore_config": [1]}, r"ignore_config = \[1\]"),
+    ({"dtype": "int8"}, "dtype = 'int8'"),
+    ({"dtype": 16}, "dtype = 16"),
+    ({"dtype": "half a float"}, "dtype = 'half a float'"),
+    ({"lorc": 1}, "lorc = 1"),
+    ({"latent": 3}, "latent = 3, expected heads"),
+    ({"latent": None}, "latent = None"),
+    ({"latent": {"heads": 2}}, "latent = {'heads': 2}"),
+    ({"latent": {"heads": True, "ranks": [[3, 4], [5, 6]]}}, "latent = "),
+    ({"latent": {"heads": 3, "ranks": [[3, 4], [5, 6]]}}, "latent = .*of 2 in all"),
+    ({"latent": {"heads": 2, "ranks": [[3, 4]]}}, "latent.ranks = .*expected 2 pairs of 1 to 16"),
+    ({"latent": {"heads": 2, "ranks": [[3, 4], [5, 0]]}}, "latent.ranks"),
+    ({"latent": {"heads": 2, "ranks": [[3, 4], [5, 17]]}}, "latent.ranks"),
+    ({"latent": {"heads": 2, "ranks": [[3, 4], "56"]}}, "latent.ranks"),
+    ({"gate": []}, r"gate = \[\], expected an object"),
+    ({"gate": {}}, "gate.objective = None, expected dmc or dms"),
+    ({"gate": DMC | {"depth": 1}}, "gate = .*expected an object with objective"),
+    ({"gate": DMC | {"objective": "h2o"}}, "gate.objective = 'h2o'"),
+    ({"gate": DMC | {"objective": ["dmc"]}}, "gate.objective = "),
+    ({"gate": DMC | {"neuron": 99}}, "gate.neuron = 99, expected null or a coordinate of a head, -8 to 7"),
+    ({"gate": DMC | {"neuron": -9}}, "gate.neuron = -9"),
+    ({"gate": DMC | {"neuron": False}}, "gate.neuron = False"),
+    ({"gate": DMC | {"window": -1}}, "gate.window = -1"),
+    ({"gate": DMC | {"window": 2**31}}, "gate.window = 2147483648"),
+    ({"gate": DMC | {"rate": 0}}, "gate.rate = 0"),
+    ({"gate": DMC | {"offset": float("nan")}}, "gate.offset = nan"),
+    ({"gate": DMC | {"offset": -(10**400)}}, "gate.offset = -1000"),
+    ({"gate": DMC | {"scale": None}}, "gate.scale = None"),
+]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A converted checkpoint, whose notes tests change, and the notes."""
+    path = tmp_path_factory.mktemp("converted")
+    convert(str(golden.write_checkpoint("llama_gqa", path / "source")), path / "dst")
+    return path / "dst", json.loads((path / "dst" / "kvjax.json").read_text())
+
+
+@pytest.mark.parametrize(("fields", "message"), NOTES)
+def test_notes_that_no_conversion_writes_are_refused(converted, fields, message):
+    path, notes = converted
+    (path / "kvjax.json").write_text(json.dumps(notes | fields))
+    with pytest.raises(InputError, match=f"kvjax.json: {message}.*convert the source again"):
+        orbax.read_spec(path)
+
+
+def test_a_gate_is_noted_with_what_it_has(converted):
+    path, notes = converted
+    (path / "kvjax.json").write_text(json.dumps(notes | {"gate": {"objective": "dms", "rate": 3, "window": 0}}))
+    assert orbax.read_spec(path).gate == GateSpec("dms", 3.0, 0)
 
 
 def test_load_model_takes_both(tmp_path, source):

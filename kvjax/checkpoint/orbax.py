@@ -22,11 +22,11 @@ from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
 from kvjax import mesh
-from kvjax.checkpoint import hf
+from kvjax.checkpoint import hf, noted
 from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config
-from kvjax.spec import GateSpec, LatentSpec, ModelSpec
+from kvjax.spec import ModelSpec
 from kvjax.text_files import read_json
 
 FORMAT = 2
@@ -166,12 +166,9 @@ def read_spec(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
       path: the directory; its parameters need not be there.
       ignore: fields of `config.json` to treat as absent, beside those it was converted with.
     """
-    about = read_about(path)
+    about, file = read_about(path), path / ABOUT
     spec = read_config(path, ignored(path) | set(ignore))
-    if "latent" in about:
-        heads, ranks = about["latent"]["heads"], about["latent"]["ranks"]
-        spec = replace(spec, latent=LatentSpec(heads=heads, ranks=tuple((key, value) for key, value in ranks)))
-    return replace(spec, gate=GateSpec(**about["gate"])) if "gate" in about else spec
+    return replace(spec, latent=noted.latent(about, spec, file), gate=noted.gate(about, spec, file))
 
 
 def ignored(path: Path) -> set[str]:
@@ -182,8 +179,7 @@ def ignored(path: Path) -> set[str]:
 def read_about(path: Path) -> dict[str, Any]:
     """What a converted checkpoint notes of itself."""
     about = read_json(path / ABOUT)
-    if about.get("format") != FORMAT:
-        raise InputError(f"{path}: format {about.get('format')!r}, this kvjax reads {FORMAT}; convert the source again")
+    noted.check(about, path / ABOUT, FORMAT)
     return about
 
 
