@@ -53,7 +53,7 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
         raise InputError(
             f"prompt ({context} tokens) and max-new-tokens ({new}) pass the context limit ({spec.max_position})"
         )
-    prefilling.check_turn(spec, recipe, context, context + new - 1)
+    layout.check_turn(spec, recipe, context, context + new - 1)
     return Plan(
         budget=None
         if recipe.budget is None or recipe.policy.revise is not None

@@ -125,7 +125,9 @@ def decode_step(
       active: False where a sequence has ended: its cache stays as it is; None = all active.
 
     The cache has room for the `lengths.new` tokens that `init_cache` was told of; methods that append drop what comes
-    after them.
+    after them. A model whose rotary frequencies change with length (`longrope`) must not be taken across that length
+    either: keys that are cached after rotation keep the frequencies of their prompt, and logits would be wrong. The
+    position is data, so that nothing here can refuse it; `init_cache` refuses to make room for it.
 
     >>> import jax, jax.numpy as jnp, kvjax
     >>> model, recipe = kvjax.load().decoder, kvjax.methods.full()

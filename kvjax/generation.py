@@ -189,7 +189,7 @@ def generate(
     check(model.spec, ids, after)
     for prompt, question in zip(ids, after, strict=True):
         _check_new(model.spec, recipe, len(prompt), len(question), max_new_tokens)
-        prefilling.check_turn(model.spec, recipe, len(prompt), len(prompt) + len(question) + max_new_tokens - 1)
+        layout.check_turn(model.spec, recipe, len(prompt), len(prompt) + len(question) + max_new_tokens - 1)
     how.check()
     kernels.check(recipe.kernels)
     count, (ids, after) = len(ids), even(model, ids, after)
@@ -320,7 +320,7 @@ def prefill(
 ) -> tuple[jax.Array, Cache]:
     """Logits after each prompt and a cache with room for `new` more tokens."""
     lengths = Lengths(tuple(map(len, ids)), new, prefilling.padded_length(max(map(len, ids))))
-    cache = layout.init_cache(model.decoder, recipe, lengths)
+    cache = layout.allocate(model.decoder, recipe, lengths)
     length = np.asarray(lengths.prompt, np.int32)
     tokens, length = (meshes.place(model.mesh, SEQUENCES, x) for x in (_padded(ids, lengths.padded), length))
     return prefilling.prefill(model.decoder, recipe, tokens, length, cache, chunk)

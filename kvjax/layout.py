@@ -67,7 +67,17 @@ def init_cache(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
       model: the decoder.
       recipe: the method.
       lengths: tokens of each prompt, and how many may be generated.
+
+    Raises:
+      InputError: the method cannot keep this model's vectors, or a sequence may outgrow the frequencies of its keys.
     """
+    for prompt in lengths.prompt:
+        check_turn(model.spec, recipe, prompt, prompt + lengths.new - 1)
+    return allocate(model, recipe, lengths)
+
+
+def allocate(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
+    """`init_cache` for sequences of which each is known to end before it outgrows the frequencies of its keys."""
     parts = [layer_recipe(model.spec, recipe, group.index[0]) for group in layer_groups(model.spec)]
     if rotates_at_read(model.spec, recipe) and any(store.balanced for store in recipe.stores):
         raise InputError(
@@ -109,6 +119,22 @@ def _init_parts(spec: ModelSpec, recipe: Recipe, lengths: Lengths, dtype: DTypeL
     specs = mesh.cache(jax.eval_shape(functools.partial(_init, spec, recipe, lengths, dtype)))
     devices = jax.sharding.get_abstract_mesh()
     return jax.shard_map(init, mesh=devices, in_specs=(), out_specs=specs, check_vma=False)()
+
+
+def check_turn(spec: ModelSpec, recipe: Recipe, prompt: int, reach: int) -> None:
+    """Raise `InputError` where keys would be cached under frequencies that their sequence outgrows.
+
+    Args:
+      spec, recipe: the model and the method.
+      prompt: tokens of a prompt.
+      reach: tokens that are read of the sequence in the end.
+    """
+    turn = spec.rope.original_max_position
+    if spec.rope.type == "longrope" and prompt <= turn < reach and not rotates_at_read(spec, recipe):
+        raise InputError(
+            f"the model has other rotary frequencies beyond {turn} tokens, which cached keys of a prompt of {prompt} "
+            f"cannot follow: end at {turn} tokens, not {reach}, or begin with a longer prompt"
+        )
 
 
 def rotates_at_read(spec: ModelSpec, recipe: Recipe) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kvjax import generation, mesh, prefilling
+from kvjax import generation, layout, mesh
 from kvjax.cache.policy import Recipe
 from kvjax.cache.tier import Bytes
 from kvjax.decode import Measure
@@ -122,7 +122,7 @@ def _read(
 ) -> tuple[Array, PyTree, Reading]:
     """Prefill, then feed; logits after the prompts, what was measured `[Q B ...]`, and what it cost."""
     for prompt, text in zip(ids, after, strict=True):
-        prefilling.check_turn(model.spec, recipe, len(prompt), len(prompt) + len(text))
+        layout.check_turn(model.spec, recipe, len(prompt), len(prompt) + len(text))
     lengths = [len(prompt) + len(text) for prompt, text in zip(ids, after, strict=True)]
     ids, after = generation.even(model, ids, after)
     logits, cache = generation.prefill(model, recipe, ids, max(map(len, after)))

@@ -28,22 +28,6 @@ from pallas_kernels.blocks import divisor
 CHUNK = 4096  # tokens of a device's prompts that projections and the feed-forward network read at once
 
 
-def check_turn(spec: ModelSpec, recipe: Recipe, prompt: int, reach: int) -> None:
-    """Raise `InputError` where keys would be cached under frequencies that their sequence outgrows.
-
-    Args:
-      spec, recipe: the model and the method.
-      prompt: tokens of a prompt.
-      reach: tokens that are read of the sequence in the end.
-    """
-    turn = spec.rope.original_max_position
-    if spec.rope.type == "longrope" and prompt <= turn < reach and not rotates_at_read(spec, recipe):
-        raise InputError(
-            f"the model has other rotary frequencies beyond {turn} tokens, which cached keys of a prompt of {prompt} "
-            f"cannot follow: end at {turn} tokens, not {reach}, or begin with a longer prompt"
-        )
-
-
 def padded_length(longest: int) -> int:
     """Tokens that a prompt is padded to: 8 rungs per power of two, so that a new length rarely recompiles."""
     return pages.ladder(longest, steps=8, smallest=64)

@@ -354,6 +354,18 @@ def test_a_sequence_does_not_outgrow_the_frequencies_of_its_cached_keys(tmp_path
     with pytest.raises(InputError, match="frequencies beyond 32"):
         kvjax.log_likelihood(model, [[1] * 28], [[1] * 6], kvjax.methods.full())
     run(28, 6, recipe=kvjax.methods.streaming_llm(12))  # rotates keys when it reads them
+    generation.prefill(model, kvjax.methods.full(), [[1] * 28, [1] * 8], new=25)  # of which the first may read 5
+
+
+def test_a_cache_is_not_made_for_a_loop_that_outgrows_the_frequencies_of_its_keys(tmp_path):
+    model = kvjax.load(golden.write_checkpoint("phi3_longrope", tmp_path)).decoder
+    init = lambda *prompt, new, recipe: kvjax.init_cache(model, recipe, kvjax.Lengths(prompt, new, 64))
+    full = kvjax.methods.full()
+    init(28, new=5, recipe=full)
+    init(33, new=20, recipe=full)
+    init(28, new=20, recipe=kvjax.methods.streaming_llm(12))
+    with pytest.raises(InputError, match=r"frequencies beyond 32 tokens.*of 28.*not 33"):
+        init(40, 28, new=6, recipe=full)
 
 
 @pytest.mark.parametrize("name", ["mistral_window", "llama_dynamic"])
