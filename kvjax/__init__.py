@@ -1,6 +1,6 @@
 """kvjax: Llama-family inference in JAX with a compressed, paged key/value cache."""
 
-from kvjax import methods
+from kvjax import interrupts, methods  # noqa: F401  # interrupts first: it hears Ctrl-C
 from kvjax.decode import decode_step
 from kvjax.errors import InputError
 from kvjax.generation import Generation, Model, generate, load

@@ -21,7 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from kvjax import mesh
+from kvjax import interrupts, mesh
 from kvjax.checkpoint import hf, noted
 from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder
@@ -60,7 +60,7 @@ def save(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapp
     Cost: host memory of the largest part and of its largest array, and at most `_TOGETHER + _IN_FLIGHT` bytes, whatever
       the model's size. Weights hardly compress, and compressing holds a second copy, so they are stored plain.
     """
-    with _staged(dst) as stage:
+    with _staged(dst) as stage, interrupts.removing(stage):
         _write(stage, src, parts, about)
 
 
@@ -71,7 +71,7 @@ def save_into(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about:
         if first:
             shutil.rmtree(left, ignore_errors=True)
     mesh.meet(f"{dst} is cleared")
-    with _staged(made) as stage:
+    with _staged(made) as stage, interrupts.removing(stage):
         _write(stage, src, parts, about)
     if first:
         for path in sorted(made.iterdir(), key=lambda path: path.name == ABOUT):
