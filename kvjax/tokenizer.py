@@ -1,21 +1,24 @@
 """Text to tokens and back, from a checkpoint's `tokenizer.json` and chat template."""
 
+import contextlib
 import json
+import math
+import os
 import re
-from collections.abc import Sequence
-from datetime import datetime
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import jinja2
 import tokenizers
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from kvjax import chat
 from kvjax.errors import InputError
 from kvjax.text_files import read_json
 
+T = TypeVar("T")
+LONGER = 32  # times that normalizers and their like may lengthen a text
+_SAMPLE = "Hello, wörld\n 你好 🙂 123"
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # SentencePiece's token for one byte
 
 
@@ -30,8 +33,7 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, template: str | None, special: dict[str, str]):
         self._backend = backend
-        self._template = template
-        self._special = special
+        self._template = None if template is None else chat.Template(template, special)
         self._hidden = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
 
     @classmethod
@@ -40,12 +42,7 @@ class Tokenizer:
         file = directory / "tokenizer.json"
         if not file.is_file():
             return None
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the binding raises bare Exception
-            raise InputError(f"{file}: is not a tokenizer ({error})") from None
-        backend.no_padding()
-        backend.no_truncation()
+        backend = _backend(file)
         settings = directory / "tokenizer_config.json"
         config = read_json(settings) if settings.is_file() else {}
         return cls(backend, _template(directory, config), _special(config))
@@ -60,17 +57,26 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text; `special` adds what the tokenizer puts around one, such as the first token."""
-        return self._backend.encode(text, add_special_tokens=special).ids
+        return self._encoded(text, special).ids
 
     def split(self, text: str, cut: int, special: bool = True) -> tuple[list[int], list[int]]:
         """Token ids of a text, up to and from a character on; a token across the cut belongs to the second part."""
-        found = self._backend.encode(text, add_special_tokens=special)
+        found = self._encoded(text, special)
         first = next((i for i, (_, end) in enumerate(found.offsets) if end > cut), len(found.ids))
         return found.ids[:first], found.ids[first:]
 
+    def _encoded(self, text: str, special: bool) -> tokenizers.Encoding:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"character {error.start + 1} of the text is half a surrogate pair") from None
+        encode = lambda: self._backend.encode_batch([text], add_special_tokens=special)  # other threads run meanwhile
+        return _guarded("this checkpoint's tokenizer cannot read the text", encode)[0]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        decode = lambda: self._backend.decode(list(ids), skip_special_tokens=True)
+        return _guarded("this checkpoint's tokenizer cannot spell what it is given", decode)
 
     def stream(self) -> "Stream":
         """A decoder that takes tokens one at a time."""
@@ -91,16 +97,12 @@ class Tokenizer:
         Args:
           messages: each with `role` and `content`.
 
-        Source: transformers `apply_chat_template`.
+        Raises:
+          InputError: the template refuses them, or leaves out what a user or the system says.
         """
         if self._template is None:
             raise InputError("this checkpoint has no chat template; give a plain prompt instead")
-        try:
-            return _environment().from_string(self._template).render(
-                messages=list(messages), tools=None, documents=None, add_generation_prompt=True, **self._special
-            )  # fmt: skip
-        except Exception as error:  # a template is a program
-            raise InputError(f"the chat template refuses these messages: {' '.join(str(error).split())}") from error
+        return self._template.render(messages)
 
     def name(self, token: int) -> str:
         """How the vocabulary spells a token; "" for an id that it does not have."""
@@ -150,44 +152,92 @@ class Stream:
         return piece
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's text for training; here it is only its body."""
+def _backend(file: Path) -> tokenizers.Tokenizer:
+    """The `tokenizers` object of a file, once it has read a text and is sure to stay within bounds."""
+    problem = f"{file}: is not a tokenizer"
+    with _silent():
+        backend = _guarded(problem, lambda: tokenizers.Tokenizer.from_file(str(file)))
+        _check_growth(file, backend)
+        _guarded(problem, lambda: _try(backend))
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
 
-    tags = {"generation"}  # noqa: RUF012
 
-    def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def _try(backend: tokenizers.Tokenizer) -> None:
+    """Read and write a text; what comes out is not looked at, since it may have what a vocabulary has not."""
+    with contextlib.suppress(Exception):  # a panic is none
+        backend.decode(backend.encode(_SAMPLE).ids)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment that templates are written for; sandboxed, since they come with a checkpoint."""
+def _check_growth(file: Path, backend: tokenizers.Tokenizer) -> None:
+    for part in (backend.normalizer, backend.post_processor, backend.decoder):
+        longer = 1 if part is None else _growth(json.loads(part.__getstate__()))
+        if longer > LONGER:
+            raise InputError(f"{file}: makes a text {longer:,} times as long; at most {LONGER} times is read")
 
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+def _growth(step: dict[str, Any]) -> int:
+    """How many times longer a text may become in a step of a tokenizer, or in a sequence of them."""
+    match step:
+        case {"type": "Sequence"}:
+            inner = (each for name, steps in step.items() if name != "type" for each in steps)
+            return math.prod(_growth(each) for each in inner)
+        case {"type": "Replace", "pattern": {"String": _}, "content": content}:
+            return max(1, len(content))
+        case {"type": "Replace", "content": content} | {"type": "Prepend", "prepend": content}:
+            return 1 + len(content)  # a pattern may match nothing
+        case {"type": "TemplateProcessing", "single": pieces}:
+            return sum("Sequence" in piece for piece in pieces)
+    return 1
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    return environment
+
+def _guarded(problem: str, call: Callable[[], T]) -> T:
+    """What a call into the `tokenizers` library gives; an `InputError` if it fails, also by a panic.
+
+    The library raises bare Exception, and for a panic what is no Exception at all.
+    """
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"{problem} ({error})") from None
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing on standard error: a panic prints its stack before it can be caught."""
+    if sys.stderr is None or sys.__stderr__ is None:  # closed
+        yield
+        return
+    sys.stderr.flush()
+    shown = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
 
 
 def _template(directory: Path, config: dict[str, Any]) -> str | None:
     """The chat template: its own file first, then `tokenizer_config.json`, where it may be one of several."""
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{file} is not UTF-8 text") from None
+    match config.get("chat_template"):
+        case None | str() as template:
+            return template
+        case [*entries] if all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in entries):
+            template = {entry["name"]: entry.get("template") for entry in entries}.get("default")
+            if template is None or isinstance(template, str):
+                return template
+    raise InputError(f"{directory / 'tokenizer_config.json'}: chat_template is not a text, or a list of named texts")
 
 
 def _special(config: dict[str, Any]) -> dict[str, str]:

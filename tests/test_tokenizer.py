@@ -1,6 +1,9 @@
 """Encoding, decoding, streaming and chat templates, on tokenizers of the two styles that Llama's family has."""
 
 import json
+import subprocess
+import sys
+import threading
 from datetime import datetime
 
 import pytest
@@ -12,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from kvjax.errors import InputError
 from kvjax.tokenizer import Tokenizer
 
-MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi <you>"}]
+MESSAGES = [{"role": "tool", "content": "be brief"}, {"role": "user", "content": "hi <you>"}]
 TEXTS = [
     "",
     "hello world",
@@ -92,6 +95,68 @@ def test_no_tokenizer(tmp_path):
         Tokenizer.load(tmp_path)
 
 
+def test_a_tokenizer_that_panics_is_one_line_at_load(tmp_path):
+    """The library's panics are no Exception, and print a stack by themselves."""
+    write(byte_level(), tmp_path)
+    file = tmp_path / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    for broken in (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},  # while it is read
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},  # while it reads a text
+    ):
+        file.write_text(json.dumps(whole | broken))
+        with pytest.raises(InputError, match=r"tokenizer\.json: is not a tokenizer \("):
+            Tokenizer.load(tmp_path)
+    quiet = f"from pathlib import Path; from kvjax.tokenizer import Tokenizer; Tokenizer.load(Path({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", quiet], capture_output=True, text=True)
+    assert "panicked" not in done.stderr and done.stderr.splitlines()[-1].startswith("kvjax.errors.InputError: ")
+
+
+@pytest.mark.parametrize(
+    ("part", "step"),
+    [
+        ("normalizer", {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": "a"}, "content": "aa"}),
+        ("normalizer", {"type": "Prepend", "prepend": "aaaa"}),
+        ("decoder", {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}),
+    ],
+)
+def test_a_tokenizer_that_blows_texts_up_is_refused(part, step, tmp_path):
+    write(byte_level(), tmp_path)
+    file = tmp_path / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    for times, refused in ((1, False), (10, True)):
+        file.write_text(json.dumps(whole | {part: {"type": "Sequence", f"{part}s": [step] * times}}))
+        if refused:
+            with pytest.raises(InputError, match="times as long; at most 32"):
+                Tokenizer.load(tmp_path)
+        else:
+            reload(tmp_path)
+
+
+def test_texts_that_a_tokenizer_cannot_read_are_refused(tokenizer):
+    words = Tokenizer(Backend(models.WordLevel({"known": 0}, unk_token="<unk>")), None, {})
+    assert words.encode("known") == [0]
+    for read in (words.encode, lambda text: words.split(text, 1)):
+        with pytest.raises(InputError, match=r"cannot read the text \(.*Missing \[UNK\]"):
+            read("other")
+    with pytest.raises(InputError, match="character 2 of the text is half a surrogate pair"):
+        tokenizer.encode("a\ud800")
+    with pytest.raises(InputError, match="cannot spell"):
+        tokenizer.decode([-1])
+
+
+def test_other_threads_run_while_a_text_is_read(tokenizer):
+    """What hears Ctrl-C is one of them."""
+    text, ticks, reading = "some words to read " * 20_000, [], threading.Event()
+    thread = threading.Thread(target=lambda: [ticks.append(reading.wait(0.001)) for _ in iter(reading.is_set, True)])
+    thread.start()
+    tokenizer.encode(text)
+    reading.set()
+    thread.join()
+    assert len(ticks) > 20
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -141,7 +206,7 @@ ANY = {style: with_special(make()) for style, make in STYLES.items()}
 
 
 CHATML = """{{ bos_token }}{% for message in messages %}
-    {% if message.role == 'system' %}{% continue %}{% endif %}
+    {% if message.role == 'tool' %}{% continue %}{% endif %}
 [{{ message.role }}] {{ message.content | tojson }}
 {% generation %}!{% endgeneration %}
 {% endfor %}
@@ -155,9 +220,9 @@ def test_chat(tmp_path):
     assert tokenizer.chat(MESSAGES) == tokenizer.encode(expected, special=False)
     listed = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
     assert write(byte_level(), tmp_path / "two", chat_template=listed).chat(MESSAGES) == tokenizer.chat(MESSAGES)
-    (tmp_path / "one" / "chat_template.jinja").write_text("{{ messages | length }}{{ strftime_now('%Y') }}")
+    (tmp_path / "one" / "chat_template.jinja").write_text("{{ messages[-1].content }}{{ strftime_now('%Y') }}")
     file_first = reload(tmp_path / "one")
-    assert file_first.decode(file_first.chat(MESSAGES)) == f"2{datetime.now().year}"
+    assert file_first.decode(file_first.chat(MESSAGES)) == f"hi <you>{datetime.now().year}"
 
 
 @pytest.mark.parametrize(
@@ -165,15 +230,23 @@ def test_chat(tmp_path):
     [
         (None, "no chat template"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ([{"name": ["x"]}], "a list of named texts"),
+        (5, "is not a text"),
         ("{% if %}", "chat template"),
         ("{{ messages.append(1) }}", "chat template"),
         ("{{ ''.__class__.__mro__ }}", "chat template"),
     ],
 )
 def test_chat_refuses(tmp_path, template, words):
-    tokenizer = write(byte_level(), tmp_path, chat_template=template)
     with pytest.raises(InputError, match=words):
-        tokenizer.chat(MESSAGES)
+        write(byte_level(), tmp_path, chat_template=template).chat(MESSAGES)
+
+
+def test_a_template_that_is_not_text_is_refused(tmp_path):
+    write(byte_level(), tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        Tokenizer.load(tmp_path)
 
 
 def test_chat_is_that_of_transformers(tmp_path):
