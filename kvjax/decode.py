@@ -25,6 +25,7 @@ from kvjax.models.decoder import Decoder, Layer
 from kvjax.spec import ModelSpec, PyTree, RopeSpec, Token
 from pallas_kernels.rotation import Rotation
 
+ENDED, NOT_FINITE = -1, -2  # in place of a token: the sequence had stopped; its logits are not finite
 Measure = Callable[[Decoder, Float[Array, "B D"], PyTree], PyTree]
 
 
@@ -239,7 +240,7 @@ def first_token(
     *,
     mode: sampling.Mode,
 ) -> State:
-    """The loop's state after prefill, with the first token chosen."""
+    """The loop's state after prefill, with the first token chosen; `NOT_FINITE` as in `decode_loop`."""
     # The cache stays outside: what goes through jit without donation is copied.
     return State(cache, *_first_token(logits, length, chooser, stop, seen, mode=mode))
 
@@ -248,7 +249,12 @@ def first_token(
 def _first_token(logits, length, chooser, stop, seen, *, mode):
     step = jnp.zeros((), jnp.int32)
     token = sampling.choose(logits, chooser, step, mode=mode, seen=seen)
-    return token, length, jnp.isin(token, stop), step + 1, _mark(seen, token)
+    shown = jnp.where(_finite(logits), token, NOT_FINITE)
+    return shown, length, jnp.isin(token, stop), step + 1, _mark(seen, token)
+
+
+def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
+    return jnp.isfinite(logits).all(axis=-1)
 
 
 def _parts_of_state(state: State) -> State:
@@ -290,7 +296,8 @@ def decode_loop(
       chunk: size of the result, static.
 
     Returns:
-      The new state and the chosen tokens, -1 where a sequence had stopped.
+      The new state and the chosen tokens; `ENDED` where a sequence had stopped, `NOT_FINITE` where it stops because its
+      logits are not numbers to choose by.
     """
 
     running = lambda state: add(jnp.sum(~state.done, dtype=jnp.int32), DATA) > 0  # on any device
@@ -299,8 +306,9 @@ def decode_loop(
         state, out, i, _ = carry
         logits, cache = decode_step(model, recipe, state.cache, state.token, state.pos, ~state.done)
         token = sampling.choose(logits, chooser, state.step, mode=mode, seen=state.seen)
-        out = out.at[:, i].set(jnp.where(state.done, -1, token))
-        done = state.done | jnp.isin(token, stop)
+        finite = _finite(logits)
+        out = out.at[:, i].set(jnp.where(state.done, ENDED, jnp.where(finite, token, NOT_FINITE)))
+        done = state.done | ~finite | jnp.isin(token, stop)
         pos = state.pos + jnp.where(state.done, 0, 1)
         token = jnp.where(state.done, state.token, token)
         state = State(cache, token, pos, done, state.step + 1, _mark(state.seen, token))
@@ -310,7 +318,7 @@ def decode_loop(
         state, _, i, running = carry
         return (i < chunk) & (state.step < limit) & running
 
-    out = jnp.full((state.token.shape[0], chunk), -1, jnp.int32)
+    out = jnp.full((state.token.shape[0], chunk), ENDED, jnp.int32)
     state, out, *_ = jax.lax.while_loop(more, body, (state, out, jnp.zeros((), jnp.int32), running(state)))
     return state, gather(out, 0, DATA)
 

@@ -43,7 +43,7 @@ def parser() -> command.Parser:
     p.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
     p.add_argument("--min-p", type=float, default=0.0, help="(default: 0)")
     p.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off (default: 1)")
-    p.add_argument("--seed", type=int, default=0, help="same seed, same text (default: 0)")
+    p.add_argument("--seed", type=int, default=0, help="of the first prompt; prompt i has SEED + i (default: 0)")
     p.add_argument(
         "--no-stream", action="store_true", help="print the text when it is complete (so are several prompts)"
     )

@@ -391,7 +391,9 @@ def _decode(
     def collect(chunk: jax.Array) -> None:
         for column in meshes.read(chunk)[:count].T:
             for i, token in enumerate(column):
-                if token >= 0:
+                if token == decode.NOT_FINITE:
+                    raise not_finite(model, i)
+                if token != decode.ENDED:
                     tokens[i].append(int(token))
                     if on_token is not None:
                         on_token(i, int(token))
@@ -409,6 +411,14 @@ def _decode(
 def _sequence(model: Model, prompt: list[int], new: list[int]) -> Continuation:
     text = None if model.tokenizer is None else model.tokenizer.decode(new)
     return Continuation(len(prompt), new, text, "stop" if new[-1] in model.stop else "length")
+
+
+def not_finite(model: Model, i: int) -> InputError:
+    """What is said of a sequence that no token can be chosen for."""
+    return InputError(
+        f"{model.name}: the logits of sequence {i + 1} are not finite: its weights are damaged, or too large for"
+        f" {jnp.dtype(model.decoder.dtype).name}"
+    )
 
 
 def kept_slots(spec: ModelSpec, recipe: Recipe, cache: Cache) -> list[list[int | float]]:

@@ -67,6 +67,7 @@ def log_likelihood(
     judged = []
     for i, text in enumerate(fed):
         logprobs, likeliest = (np.append(a[i], b[: len(text), i]) for a, b in zip(start, rest, strict=True))
+        _check_finite(model, i, logprobs)
         judged.append(Judgement(logprobs, bool(likeliest.all())))
     return judged, reading
 
@@ -78,7 +79,10 @@ def references(
 ) -> np.ndarray:
     """The last layer's outputs for the tokens of a continuation with the full cache, `[Q B D]`, for `divergence`."""
     ids, after = _ids(model, prompts, continuations)
-    return _read(model, full(), ids, after, (), _output)[1]
+    outputs = _read(model, full(), ids, after, (), _output)[1]
+    for i, text in enumerate(after):
+        _check_finite(model, i, outputs[: len(text), i])
+    return outputs
 
 
 def divergence(
@@ -101,7 +105,16 @@ def divergence(
     """
     ids, after = _ids(model, prompts, continuations)
     _, values, reading = _read(model, recipe, ids, after, np.asarray(reference, model.decoder.dtype), _diverge)
-    return [values[: len(text), i] for i, text in enumerate(after)], reading
+    found = [values[: len(text), i] for i, text in enumerate(after)]
+    for i, each in enumerate(found):
+        _check_finite(model, i, each)
+    return found, reading
+
+
+def _check_finite(model: Model, i: int, values: np.ndarray) -> None:
+    """Raise `InputError` where a sequence's logits were not finite."""
+    if not np.isfinite(values).all():
+        raise generation.not_finite(model, i)
 
 
 def _ids(
@@ -152,11 +165,16 @@ def _judge(
 
 @jax.jit
 def _judge_first(logits: Float[Array, "B V"], target: Int[Array, " B"]) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
-    """Log-probability of a token, and whether it is the most likely one."""
-    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=-1)[:, 0]
+    """Log-probability of a token, and whether it is the most likely one; NaN where any logit is not finite."""
+    logprob = jnp.take_along_axis(_log_softmax(logits), target[:, None], axis=-1)[:, 0]
     return logprob, logits.argmax(axis=-1) == target
 
 
 def _diverge(model: Decoder, x: Float[Array, "B D"], reference: Float[Array, "B D"]) -> Float[Array, " B"]:
-    p, q = (jax.nn.log_softmax(model.logits(y)) for y in (reference, x))
+    p, q = (_log_softmax(model.logits(y)) for y in (reference, x))
     return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+
+def _log_softmax(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    finite = jnp.isfinite(logits).all(axis=-1, keepdims=True)
+    return jnp.where(finite, jax.nn.log_softmax(logits), jnp.nan)

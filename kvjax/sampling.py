@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
@@ -26,7 +27,7 @@ class Sampling(NamedTuple):
       min_p: sample among tokens at least this share as likely as the most likely one.
       repetition_penalty: divides the logits of tokens seen before (multiplies them if negative); 1 = off
         (arXiv 1909.05858).
-      seed: same seed, same text.
+      seed: same seed, same text. Sequence `i` of a batch has the seed `seed + i`: it draws what it would draw alone.
     """
 
     temperature: float = 0.0
@@ -74,17 +75,17 @@ class Chooser(NamedTuple):
 
 
 def chooser(sampling: Sampling, batch: int) -> Chooser:
-    """The arrays of a `Sampling` for a batch; every sequence draws from a stream of its own."""
+    """The arrays of a `Sampling` for a batch; sequence `i` draws from the stream of the seed `seed + i`."""
     number = lambda x: jnp.asarray(x, jnp.float32)
     # Seeds are taken modulo 2^32, the width of an unsigned integer without x64.
-    keys = jax.random.split(jax.random.key(sampling.seed % 2**32), batch)
+    seeds = np.asarray([(sampling.seed + i) % 2**32 for i in range(batch)], np.uint32)
     return Chooser(
         number(sampling.temperature),
         jnp.asarray(min(sampling.top_k, 2**31 - 1), jnp.int32),
         number(sampling.top_p),
         number(sampling.min_p),
         number(sampling.repetition_penalty),
-        keys,
+        jax.vmap(jax.random.key)(seeds),
     )
 
 

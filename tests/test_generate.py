@@ -185,6 +185,7 @@ BAD = {
     "repetition-penalty 1e+50": ["--prompt-tokens", "1", "--repetition-penalty", "1e50"],
     "repetition-penalty nan": ["--prompt-tokens", "1", "--repetition-penalty", "nan"],
     "repetition-penalty 0.0": ["--prompt-tokens", "1", "--repetition-penalty", "0"],
+    "repetition-penalty 1e-50": ["--prompt-tokens", "1", "--repetition-penalty", "1e-50"],
     "no such directory": ["--model", "./nowhere", "--prompt-tokens", "1"],
     "give a prompt": [],
 }
@@ -233,6 +234,56 @@ def test_same_seed_same_text_and_another_seed_another(model):
     draw = lambda seed: kvjax.generate(model, [[1, 2, 3]], max_new_tokens=16, how=Sampling(temperature=2.0, seed=seed))
     assert draw(1).sequences[0].tokens == draw(1).sequences[0].tokens
     assert draw(1).sequences[0].tokens != draw(2).sequences[0].tokens
+
+
+def test_a_sequence_draws_in_a_batch_what_it_draws_alone_with_its_own_seed(model):
+    prompts = [[1, 2, 3], [1, 2, 3], [4, 5, 6, 7, 8]]
+    draw = lambda prompts, seed: [
+        s.tokens
+        for s in kvjax.generate(model, prompts, max_new_tokens=12, how=Sampling(temperature=2.0, seed=seed)).sequences
+    ]
+    batch = draw(prompts, 2**32 - 2)  # seeds are taken modulo 2^32
+    assert batch == [draw([prompt], seed)[0] for prompt, seed in zip(prompts, (-2, -1, 0), strict=True)]
+    assert batch[0] != batch[1]
+
+
+def damaged(model, change) -> Model:
+    """The model with one parameter changed."""
+    decoder = nnx.clone(model.decoder)
+    change(decoder)
+    return dataclasses.replace(model, decoder=decoder)
+
+
+def test_logits_that_are_not_finite_are_refused(model):
+    """Also those of later tokens, and of one sequence alone; they would all look like token 0."""
+    free, recipe = kvjax.generate(model, [[1, 2, 3]], max_new_tokens=4).sequences[0].tokens, kvjax.methods.full()
+
+    def overflow(decoder):  # what follows the first token
+        decoder.embedding[...] = decoder.embedding[...].at[free[0]].set(3e38)
+
+    def head(decoder):
+        decoder.head.kernel[...] = jnp.full_like(decoder.head.kernel[...], 3e38)
+
+    later, whole, seen = damaged(model, overflow), damaged(model, head), []
+    with pytest.raises(InputError, match=r"the logits of sequence 1 are not finite.*too large for float32"):
+        kvjax.generate(later, [[1, 2, 3]], max_new_tokens=4, on_token=lambda i, token: seen.append(token))
+    assert seen == free[:1]
+    with pytest.raises(InputError, match="sequence 2 are not finite"):
+        kvjax.generate(later, [[1, 2, 4], [1, 2, free[0]]], max_new_tokens=1)
+    with pytest.raises(InputError, match="sequence 1 are not finite"):
+        kvjax.generate(whole, [[1, 2, 3]], max_new_tokens=4)
+    prompts, judged = [[1, 2, 3], [1, 2]], [[4, 5], [free[0], 5]]
+    reference = kvjax.references(model, prompts, judged)
+    for fails in (
+        lambda: kvjax.log_likelihood(later, prompts, judged),
+        lambda: kvjax.references(later, prompts, judged),
+        lambda: kvjax.divergence(later, prompts, judged, recipe, reference),
+    ):
+        with pytest.raises(InputError, match="sequence 2 are not finite"):
+            fails()
+    kvjax.log_likelihood(later, prompts, [[4, 5], [5, free[0]]])  # the last token is not read
+    with pytest.raises(InputError, match="sequence 1 are not finite"):
+        kvjax.divergence(whole, prompts, judged, recipe, reference)
 
 
 def test_new_sampling_numbers_do_not_recompile(model):

@@ -95,7 +95,7 @@ class HarnessModel(TemplateLM):
         self.batch_size = whole_number("batch_size", batch_size)
         self._prefix = prefix_token_id
         self._room = min(self.max_length + 1, limit)  # tokens of a context and its continuation
-        self._draws = 0  # sampled batches, so that each has a seed of its own
+        self._draws = 0  # sequences so far, so that each has a seed of its own
         self.cache_bytes = self.full_bytes = 0.0
 
     @property
@@ -208,7 +208,7 @@ class HarnessModel(TemplateLM):
 
     def _generate(self, prompts: list[list[int]], asked: GenerationArguments) -> list[str]:
         how = asked.how._replace(seed=asked.how.seed + self._draws)
-        self._draws += how.mode != "greedy"
+        self._draws += len(prompts)
         out = generation.generate(self._model, self._filled(prompts), self._recipe, max_new_tokens=asked.new, how=how)
         self._count(out.bytes.total, out.full_bytes, len(prompts))
         return [cut_at(sequence.text or "", asked.until) for sequence in out.sequences[: len(prompts)]]
