@@ -134,4 +134,4 @@ def _shows(text: str, words: str) -> bool:
 
 
 def _how_else() -> str:
-    return "give a plain prompt, or mend the template"
+    return "mend it, or leave --chat out (kvjax.evaluate: give --no-chat)"

@@ -1,6 +1,7 @@
 """What the command lines share: one clear line for bad input, TOML configs, the persistent compilation cache."""
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -10,11 +11,13 @@ from typing import Any
 
 import jax
 
+from kvjax import interrupts
 from kvjax.errors import InputError, one_line
 from kvjax.methods import KERNELS
 from kvjax.text_files import read_toml
 
 HEARTBEAT = 30  # seconds without a sign of life until a process counts as dead
+MOST_SEQUENCES = 2**16
 
 
 def run(prog: str, main: Callable[[], None]) -> None:
@@ -32,8 +35,12 @@ def run(prog: str, main: Callable[[], None]) -> None:
         os._exit(1)  # the others do not answer when this one says that it leaves
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except OSError as error:  # a name too long for a file, a full disk
+        fail(prog, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except MemoryError as error:
+        fail(prog, f"there is not enough memory: {error}" if str(error) else "there is not enough memory")
+    except KeyboardInterrupt:  # where `kvjax.interrupts` does not listen
+        sys.exit(interrupts.STATUS)
 
 
 def fail(prog: str, message: str) -> None:
@@ -44,6 +51,13 @@ def fail(prog: str, message: str) -> None:
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse `--flag=--`, which some releases of argparse read as an empty list."""
+        for arg in given(args):
+            if arg.startswith("--") and arg.endswith("=--"):
+                self.error(f"argument {arg.partition('=')[0]}: -- is no value")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Exit with code 2."""
@@ -92,6 +106,14 @@ def add_kernels_flag(parser: Any, what: str, default: str | None = None) -> None
     parser.add_argument("--kernels", choices=KERNELS, default=default, help=help_)
 
 
+def check_numbers(args: argparse.Namespace, **most: int) -> None:
+    """Raise `InputError` for a number that is not from 1 to the most of its flag; None is none."""
+    for name, largest in most.items():
+        number = getattr(args, name)
+        if number is not None and not 1 <= number <= largest:
+            raise InputError(f"--{name.replace('_', '-')} {number} is not a whole number from 1 to {largest}")
+
+
 def stores(args: argparse.Namespace) -> dict[str, str]:
     """The flags for number formats and kernels as arguments of a method."""
     found = {} if args.store is None else {"store": args.store}
@@ -127,6 +149,8 @@ def config_flags(
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config", "set")}
     flags: list[str] = []
     for key, value in config.items():
+        if any("\0" in item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)):
+            raise InputError(f"{path}: {key} has a null character, which no name of a file and no text has")
         if key not in actions:
             raise InputError(f"{path}: unknown option {key!r}: choose from {', '.join(sorted(actions))}")
         flag, kind = actions[key].option_strings[-1], type(actions[key]).__name__
@@ -170,6 +194,24 @@ def check_writable(path: Path) -> None:
         raise InputError(f"cannot write {path}")
 
 
+def write(path: Path, content: bytes) -> None:
+    """Write a file: it is complete, or as it was before."""
+    target = path.resolve()
+    regular = target.is_file() or not target.exists()  # /dev/stdout is not
+    new = target.with_name(f".kvjax-{os.getpid()}.partial") if regular else target
+    try:
+        with interrupts.removing(new) if regular else contextlib.nullcontext():
+            try:
+                new.write_bytes(content)
+                if regular:
+                    new.replace(target)
+            finally:
+                if regular:
+                    new.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
 def add_mesh_flag(parser: Any) -> None:
     """The flag for more devices than one."""
     parser.add_argument(
@@ -192,7 +234,7 @@ def begin(args: argparse.Namespace) -> None:
         return
     settings: dict[str, Any] = {}
     if args.distributed:
-        found = re.fullmatch(r"(.+:\d+),(\d+),(\d+)", args.distributed)
+        found = re.fullmatch(r"(.+:\d{1,5}),(\d{1,6}),(\d{1,6})", args.distributed)
         if found is None or not int(found[3]) < int(found[2]):
             raise InputError(f"--distributed {args.distributed!r} is not HOST:PORT,COUNT,INDEX, INDEX from 0")
         settings = dict(coordinator_address=found[1], num_processes=int(found[2]), process_id=int(found[3]))
@@ -210,7 +252,10 @@ def use_compilation_cache() -> None:
 
     They go to `$JAX_COMPILATION_CACHE_DIR`, or to `kvjax/` in the user's cache folder.
     """
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if folder is None:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "kvjax" / "compiled"))
+        folder = str(Path(base) / "kvjax" / "compiled")
+        jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    interrupts.doubt(Path(folder))

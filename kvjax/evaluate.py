@@ -218,9 +218,9 @@ def _check(args: argparse.Namespace, tasks: set[str], methods: set[str], setting
     for name in settings:
         if name not in tasks | methods:
             raise InputError(f"--set {name}: no such task or method in this run")
-    for flag, number in (("--samples", args.samples), ("--batch", args.batch)):
-        if number is not None and number < 1:
-            raise InputError(f"{flag} {number} is not at least 1")
+    if args.samples < 1:
+        raise InputError(f"--samples {args.samples} is not at least 1")
+    command.check_numbers(args, batch=command.MOST_SEQUENCES)
     if args.reference is not None and "kl" not in tasks:
         raise InputError(f"--reference {args.reference} is for the task kl, which --tasks does not name")
     if args.seed < 0:

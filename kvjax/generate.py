@@ -5,6 +5,7 @@ compressed one.
 """
 
 import argparse
+import io
 import json
 import sys
 import types
@@ -149,9 +150,11 @@ def main(argv: list[str] | None = None) -> None:
     texts = texts if prompted else showcase.prompts().texts
     out = _generate(args, model, [encode(model, text, args.chat) for text in texts] + ids, recipe, how)
     if args.json:
-        print(json.dumps(describe(model, out, budget)))
+        print(json.dumps(describe(model, out, budget)), flush=True)
     else:
         console.print(summary([out], [heading(recipe, budget)]))
+    if args.dump_cache is not None:
+        _dump(args.dump_cache, model, out)
 
 
 def _made_for(model: str | None) -> str:
@@ -173,7 +176,7 @@ def _check(args: argparse.Namespace, prompted: bool) -> None:
 def _generate(
     args: argparse.Namespace, model: Model, prompts: list[list[int]], recipe: Recipe, how: Sampling
 ) -> Generation:
-    """Generate, print the text as it appears or at the end, write the dump."""
+    """Generate, and print the text as it appears or at the end."""
     streaming = len(prompts) == 1 and not args.json and not args.no_stream
     show, finish = _printer(model)
     out = generation.generate(
@@ -184,10 +187,14 @@ def _generate(
         finish()
     elif not args.json:
         _print_all(out)
-    if args.dump_cache is not None:
-        with args.dump_cache.open("wb") as file:
-            np.savez(file, positions=generation.cached_positions(model, out), logits=out.logits)
     return out
+
+
+def _dump(path: Path, model: Model, out: Generation) -> None:
+    """Write what was kept; a file is complete or absent."""
+    content = io.BytesIO()
+    np.savez(content, positions=generation.cached_positions(model, out), logits=out.logits)
+    command.write(path, content.getvalue())
 
 
 def _printer(model: Model) -> tuple[Callable[[int, int], None], Callable[[], None]]:

@@ -5,6 +5,7 @@ and values cost and lose.
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Mapping
@@ -78,9 +79,9 @@ def main(argv: list[str] | None = None) -> None:
     out = generation.generate(model, [prompt], recipe, max_new_tokens=args.max_new_tokens)
     shown = kept.only(kept.read(model, out, prompt), args.layer, args.head)
     report = describe(args, model, out, shown)
+    print(json.dumps(report), flush=True) if args.json else _print_kept(console, model, shown, report)
     if args.out is not None:
         _draw(args.out, shown, report)
-    print(json.dumps(report)) if args.json else _print_kept(console, model, shown, report)
     if args.out is not None and not args.json:
         console.print(f"drawn in {args.out}", highlight=False, markup=False)
 
@@ -99,10 +100,7 @@ def _check(args: argparse.Namespace) -> None:
         _refuse("the prompt says how long the context is", context=args.context if given else None)
     else:
         _refuse("only a dry run counts without a prompt: add --dry-run", context=args.context, batch=args.batch)
-    for name, most in {"context": LARGEST, "batch": 2**16, "max_new_tokens": LARGEST}.items():
-        number = getattr(args, name)
-        if number is not None and not 1 <= number <= most:
-            raise InputError(f"{name.replace('_', '-')} {number} is not a whole number from 1 to {most}")
+    command.check_numbers(args, context=LARGEST, batch=command.MOST_SEQUENCES, max_new_tokens=LARGEST)
     if args.out is not None:
         kept.check_picture(args.out)
 
@@ -194,10 +192,9 @@ def _draw(path: Path, shown: Kept, report: Mapping[str, Any]) -> None:
     """Write the heat map."""
     total, full = report["cache"]["bytes"]["total"], report["cache"]["full_bytes"]
     title = f"{_title(report)}: {_kept(shown)}, {total:,} bytes = {total / full:.1%} of a full cache"
-    try:
-        kept.picture(shown, title).savefig(path, format="png")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    picture = io.BytesIO()
+    kept.picture(shown, title).savefig(picture, format="png")
+    command.write(path, picture.getvalue())
 
 
 def _print_kept(console: Console, model: Model, shown: Kept, report: Mapping[str, Any]) -> None:

@@ -18,7 +18,9 @@ from pathlib import Path
 
 STATUS = 130  # what shells say of a program that SIGINT ended
 _REMOVE = f'rm -rf -- "$@" 2>/dev/null; exit {STATUS}'
+_NEW = 1.0  # seconds; a file of a program takes less to be written
 _unfinished: list[str] = []
+_caches: list[str] = []
 
 
 @contextmanager
@@ -33,6 +35,11 @@ def removing(path: Path) -> Iterator[None]:
         yield
     finally:
         _unfinished.remove(name)
+
+
+def doubt(folder: Path) -> None:
+    """Remove a folder's newest files when the command is interrupted; JAX writes compiled programs in place."""
+    _caches.append(str(folder))
 
 
 def _is_command() -> bool:
@@ -63,10 +70,15 @@ def _leave() -> None:
         os.write(2, b"\x1b[?25h\n")  # progress bars hide the cursor
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for what follows, if it is pressed again
     try:
-        if _unfinished:  # once this process is another program, no thread of it writes any more
-            os.execv("/bin/sh", ["sh", "-c", _REMOVE, "sh", *_unfinished])
+        if doubtful := [*_unfinished, *_newest()]:  # once this process is another program, none of its threads writes
+            os.execv("/bin/sh", ["sh", "-c", _REMOVE, "sh", *doubtful])
     finally:
         os._exit(STATUS)
+
+
+def _newest() -> list[str]:
+    files = [file for folder in _caches if os.path.isdir(folder) for file in os.scandir(folder)]
+    return [file.path for file in files if abs(time.time() - file.stat().st_mtime) < _NEW]
 
 
 def _park(*_: object) -> None:

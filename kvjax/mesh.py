@@ -71,7 +71,7 @@ def parse(text: str) -> Size:
     found: dict[str, int] = {}
     for part in text.split(","):
         name, _, number = part.partition("=")
-        if name not in Size._fields or name in found or not number.isdecimal() or int(number) < 1:
+        if name not in Size._fields or name in found or not re.fullmatch("[1-9][0-9]{0,5}", number):
             raise InputError(f"mesh {text!r} is not of the form data=2,model=4")
         found[name] = int(number)
     return Size(**found)

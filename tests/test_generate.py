@@ -1,7 +1,9 @@
 """Text in, text out: the command line and the library against golden files, and what they say to bad input."""
 
 import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -118,6 +120,7 @@ CONFIGS = {
     "unknown option 'methods'": "methods = 'h2o'",
     "'arguments' is a table": "arguments = 3",
     "is not TOML": "method = ",
+    "prompt_file has a null character": 'prompt_file = ["a\\u0000b"]',
 }
 
 
@@ -145,6 +148,47 @@ def test_a_dump_has_the_name_that_was_asked_for_and_an_error_leaves_none(directo
     with pytest.raises(kvjax.InputError, match="max-new-tokens"):
         main([*flags, "0", "--dump-cache", str(tmp_path / "c")])
     assert [file.name for file in tmp_path.iterdir()] == ["a.b"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_dump_that_cannot_be_written_is_one_line_and_the_rest_is_there(directory, tmp_path, capsys):
+    flags = ["--model", str(directory), "--prompt-tokens", "1", "--max-new-tokens", "1", "--json", "--dump-cache"]
+    with pytest.raises(SystemExit) as exit:
+        command.run(PROG, lambda: main([*flags, "/dev/full"]))
+    out = capsys.readouterr()
+    assert exit.value.code == 2 and len(json.loads(out.out)["sequences"]) == 1
+    assert out.err == f"{PROG}: error: cannot write /dev/full: No space left on device\n"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "old").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("old")
+    command.write(tmp_path / "link", b"new")
+    assert (tmp_path / "old").read_bytes() == b"new" and (tmp_path / "link").is_symlink()
+
+    def fill(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_bytes", fill)
+    with pytest.raises(InputError, match=r"cannot write .*old: No space left"):
+        command.write(tmp_path / "old", b"other")
+    assert (tmp_path / "old").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_too_little_memory_and_a_failing_disk_are_one_line(capsys):
+    for error, words in (
+        (MemoryError(), "not enough memory"),
+        (OSError(28, "No space left", "a.txt"), "a.txt: No space"),
+    ):
+
+        def fail(error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as exit:
+            command.run(PROG, fail)
+        err = capsys.readouterr().err
+        assert exit.value.code == 2 and words in err and err.count("\n") == 1
 
 
 BAD = {
@@ -188,6 +232,13 @@ BAD = {
     "repetition-penalty 1e-50": ["--prompt-tokens", "1", "--repetition-penalty", "1e-50"],
     "no such directory": ["--model", "./nowhere", "--prompt-tokens", "1"],
     "give a prompt": [],
+    "xxx/kvjax.json: File name too long": ["--model", "x" * 300, "--prompt-tokens", "1"],
+    "xxx: File name too long": ["--prompt-file", "x" * 300],
+    "yyy: File name too long": ["--prompt-tokens", "1", "--dump-cache", "y" * 300],
+    "argument --set: -- is no value": ["--prompt-tokens", "1", "--set=--"],
+    "is not a number of tokens (512)": ["--prompt-tokens", "1", "--method", "h2o", "--budget", "9" * 5000],
+    "is not of the form data=2": ["--prompt-tokens", "1", "--mesh", "data=" + "9" * 5000],
+    "is not HOST:PORT,COUNT,INDEX": ["--prompt-tokens", "1", "--distributed", f"a:1,{'9' * 5000},0"],
 }
 
 

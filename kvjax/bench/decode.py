@@ -9,6 +9,7 @@
 
 import argparse
 import functools
+import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -181,8 +182,9 @@ def _gated(model: Model, recipe: Recipe, rate: float | None) -> Model:
 def _check(args: argparse.Namespace, recipes: dict[str, Recipe]) -> None:
     if min(args.steps, args.rounds) < 1:
         raise InputError("--steps and --rounds are at least 1")
-    if args.batch != "max" and not (args.batch.isdecimal() and int(args.batch) > 0):
-        raise InputError(f"--batch {args.batch} is not a number from 1, or max")
+    most = command.MOST_SEQUENCES
+    if args.batch != "max" and not (re.fullmatch("[1-9][0-9]{0,4}", args.batch) and int(args.batch) <= most):
+        raise InputError(f"--batch {args.batch} is not a number from 1 to {most}, or max")
     if args.batch != "max" and args.memory is not None:
         raise InputError("--memory is for --batch max")
     if args.compile is not None and args.compile < 1:

@@ -17,7 +17,6 @@ from kvjax.bench.decode import add_model_flags, check_contexts, chosen, contexts
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
 from kvjax.cache.policy import Recipe
-from kvjax.errors import InputError
 from kvjax.generation import Model
 from kvjax.methods import make
 from kvjax.spec import Lengths
@@ -71,8 +70,7 @@ def added(measured: turns.Measured, name: str, full: str) -> float:
 def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     """What the command line asks for."""
     recipes = chosen(args)
-    if args.batch < 1:
-        raise InputError(f"--batch {args.batch} is not at least 1")
+    command.check_numbers(args, batch=command.MOST_SEQUENCES)
     full = next((label for label, recipe in recipes.items() if recipe._replace(kernels="xla") == make("full")), "full")
     recipes = {full: make("full", None, {} if args.kernels is None else {"kernels": args.kernels})} | recipes
     contexts = contexts_of(args)

@@ -72,9 +72,9 @@ def parse_keep(keep: Keep, name: str = "budget") -> int | Fraction:
     if isinstance(keep, bool):
         raise wrong
     if isinstance(keep, str):
-        if re.fullmatch(r"[+-]?\d+", keep):
+        if re.fullmatch(r"[+-]?\d{1,20}", keep):
             amount = int(keep)
-        elif re.fullmatch(r"[+-]?\d+(\.\d{1,4})?%", keep):
+        elif re.fullmatch(r"[+-]?\d{1,20}(\.\d{1,4})?%", keep):
             amount = Fraction(keep[:-1]) / 100
         else:
             raise wrong

@@ -118,10 +118,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, known in {"model": NAMED, "chip": CHIPS}.items():
         if getattr(args, name) is None:
             raise InputError(f"--{name} is missing: for example --{name} {next(iter(known))}")
-    for name, most in {"context": LARGEST, "new_tokens": LARGEST, "batch": 2**16}.items():
-        if not 1 <= getattr(args, name) <= most:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} {getattr(args, name)} is not a whole number from 1 to {most}")
+    command.check_numbers(args, context=LARGEST, new_tokens=LARGEST, batch=command.MOST_SEQUENCES)
     if args.all_methods and args.method is not None:
         raise InputError(f"--all-methods plans --method {args.method} too: leave one of them out")
     if args.estimate and args.exact:
