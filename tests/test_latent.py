@@ -25,6 +25,8 @@ FAMILIES = {
     "phi3": ({"rope": RopeSpec(100.0, partial=0.75)}, LatentSpec(2, ((12, 8), (8, 12)))),
     "mha": ({"num_kv_heads": 4, "qkv_bias": True}, LatentSpec(2, ((12, 8), (16, 4)))),
     "mha joint": ({"num_kv_heads": 4}, LatentSpec(4, ((24, 16), (16, 24)))),
+    "gemma3": ({"qk_norm": True, "norm": "rms+1", "windows": (12, None)}, LatentSpec(2, ((8, 12), (8, 12)))),
+    "layer norm": ({"qk_norm": True, "norm": "layer", "qkv_bias": True}, LatentSpec(2, ((12, 8), (12, 8)))),
     "mqa": ({"num_kv_heads": 1}, LatentSpec(1, ((4, 8), (4, 8)))),
 }
 STEPS = 64
@@ -47,7 +49,7 @@ def pair(name: str, **fields) -> tuple[Decoder, Decoder]:
     return narrow, dense
 
 
-@pytest.mark.parametrize("name", slow(FAMILIES, ("qwen3", "mha", "mqa")))
+@pytest.mark.parametrize("name", slow(FAMILIES, ("qwen3", "mha", "mqa", "layer norm")))
 def test_latents_are_the_model_of_the_products(name):
     """Prefill and 64 decoded tokens, and without a cache."""
     narrow, dense = pair(name)

@@ -23,7 +23,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 import kvjax.convert
 import kvjax.generate
-from kvjax import METHODS, command, layout, methods
+from kvjax import METHODS, command, generation, layout, methods
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import Recipe
 from kvjax.cache.tier import Bytes
@@ -32,7 +32,7 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config
 from kvjax.spec import LatentSpec, Lengths, ModelSpec
 from kvjax.tokenizer import Tokenizer
-from tests import oracle
+from tests import golden, oracle
 from tests.matrix import ARGUMENTS, BATCH, assert_close, quick, teacher, tiers_of
 
 SMALL = dict(vocab_size=260, embed_dim=48, num_layers=2, num_heads=4, head_dim=16, mlp_dim=64, max_position=256)
@@ -225,6 +225,22 @@ def test_full_rank_is_the_model_itself(name, converted):
     n = spec.num_kv_heads * spec.head_dim
     assert model_in(whole).spec.latent == LatentSpec(spec.num_kv_heads, ((n, n), (n, n)))
     assert_close(logits_of(whole), logits_of(source), 1e-4)
+
+
+# Latents turn by the frequencies of the length that they are read at; keys, by those of the length at their time.
+SETTLED = [name for name in golden.NAMES if name != "llama_dynamic"]
+
+
+@pytest.mark.parametrize("name", quick(SETTLED, ("gemma3",)))
+def test_full_rank_of_every_family_is_the_model_itself(name, tmp_path):
+    """24 greedy tokens of the original, of which transformers' are the first."""
+    source = golden.write_checkpoint(name, tmp_path / "source")
+    whole, want = convert(source, tmp_path / "whole", "--lorc", "keep=100%"), golden.load(name)
+    models = (kvjax.load(path, dtype=jnp.float32) for path in (source, whole))
+    replies = [generation.generate(model, [want.prompt.tolist()], max_new_tokens=24) for model in models]
+    original, found = (reply.sequences[0].tokens for reply in replies)
+    assert found == original and len(found) == 24
+    assert found[:12] == want.greedy.tolist()
 
 
 GROUPS = {"joint": (), "one": ("--lorc-groups", "1")}

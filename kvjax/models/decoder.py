@@ -174,13 +174,11 @@ class Layer(nnx.Module):
 
     def expand(self, rotation: Rotation) -> Expand:
         """How a cache is read that holds keys before rotation: what `keys` does, and the rotation."""
-        k, norm = self.attention.k, self.attention.k_norm
+        k = self.attention.k
         if not isinstance(k, LowRank):
             return Expand(rotation)
         bias = None if k.bias is None else k.bias[...].reshape(k.up.shape[0], -1)
-        if norm is None:
-            return Expand(rotation, k.up[...], bias)
-        return Expand(rotation, k.up[...], bias, norm.scale[...], norm.eps)
+        return Expand(rotation, k.up[...], bias, self.attention.k_norm)
 
     def values(self, cached: Float[Array, "*b K W"]) -> Float[Array, "*b heads H"]:
         """Values."""

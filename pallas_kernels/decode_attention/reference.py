@@ -75,15 +75,13 @@ class Expand(NamedTuple):
       rotation: of keys at their places.
       up: from a latent to the keys of its heads beside each other; None = cached vectors are keys before rotation.
       bias: added to them.
-      norm: scale of an RMS norm of each head's key before rotation.
-      eps: of the norm.
+      norm: of each head's key before rotation.
     """
 
     rotation: Rotation
     up: Float[Array, "K R keys"] | None = None
     bias: Float[Array, "K keys"] | None = None
-    norm: Float[Array, " H"] | None = None
-    eps: float = 0.0
+    norm: Callable[[Float[Array, "*b H"]], Float[Array, "*b H"]] | None = None
 
     def keys(self, cached: Float[Array, "B K s R"], place: Int[Array, "B K s"]) -> Float[Array, "B K s keys"]:
         """Keys as queries meet them."""
@@ -94,9 +92,7 @@ class Expand(NamedTuple):
             y = y + self.bias[:, None]
         y = y.reshape(*place.shape, -1, self.rotation.width)
         if self.norm is not None:
-            z = y.astype(jnp.float32)
-            z = z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + self.eps)
-            y = z.astype(y.dtype) * self.norm
+            y = self.norm(y)
         cos, sin = self.rotation.angles(place)
         return rotate(y, cos[..., None, :], sin[..., None, :]).reshape(*place.shape, -1)
 
