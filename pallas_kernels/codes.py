@@ -3,14 +3,14 @@
 A decoder is called as `decode(codes, dtype)`. The reference path accepts any such function; the kernels know those of
 this file and read their codes piece by piece, without numbers ever being written back to memory.
 
-Scales and zero points are bfloat16, kept as bits in 16-bit integers. Numbers of a vector are cut into equal *groups*
-of neighbours, with a scale and a zero point each.
+Scales and zero points are bfloat16, kept as bits in 16-bit integers. Numbers of a vector are cut into *groups* of
+neighbours, with a scale and a zero point each; all are equal but the last, which may be smaller.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class Dense:
 
 
 DENSE = Dense()
+HALF = 64  # numbers of a group at most, if none is named: half a head of 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,24 +39,34 @@ class Affine:
     """`code x scale + zero` with a scale and a zero point per vector and group; see `pallas_kernels.packing`.
 
     `{"codes": [... bytes], "scale": [... groups], "zero": [... groups]}`; `symmetric`: no zero points, codes are
-    numbers around `middle`.
+    numbers around `middle`. `group`: numbers that share them; None = half of the vector, so that the two that a rotary
+    embedding turns into each other are in different groups, and at most `HALF`.
     """
 
     bits: int
     symmetric: bool = False
+    group: int | None = None
 
     @property
     def middle(self) -> int:
         """The code of 0 in the symmetric form."""
         return 2 ** (self.bits - 1) - 1
 
+    def size(self, width: int) -> int:
+        """Numbers of a group in vectors of `width` numbers.
+
+        >>> Affine(4).size(128), Affine(4).size(624), Affine(4, group=32).size(624)
+        (64, 64, 32)
+        """
+        return min(width, self.group or min(max(width // 2, 1), HALF))
+
     def __call__(self, codes: dict[str, Array], dtype: DTypeLike) -> Float[Array, "*b R"]:
         """The numbers."""
-        scale = whole(codes["scale"])[..., None]
         number = unpack(codes["codes"], self.bits).astype(jnp.float32)
-        grouped = number.reshape(*scale.shape[:-1], number.shape[-1] // scale.shape[-2])
-        x = (grouped - self.middle) * scale if self.symmetric else grouped * scale + whole(codes["zero"])[..., None]
-        return x.reshape(number.shape).astype(dtype)
+        width = number.shape[-1]
+        of = lambda name: to_numbers(whole(codes[name]), self.size(width), width)
+        x = (number - self.middle) * of("scale") if self.symmetric else number * of("scale") + of("zero")
+        return x.astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +109,19 @@ def whole(bits: UInt16[Array, "*b"]) -> Float[Array, "*b"]:
     return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << jnp.uint32(16), jnp.float32)
 
 
+def to_numbers(x: Float[Array, "*b groups"], size: int, width: int) -> Float[Array, "*b width"]:
+    """What groups of `size` numbers have, for each of `width` numbers."""
+    return jnp.repeat(x, size, axis=-1)[..., :width]
+
+
+def to_groups(
+    x: Float[Array, "*b width"], size: int, fill: Literal["edge", "constant"]
+) -> Float[Array, "*b groups size"]:
+    """Numbers by their groups; a smaller last one is filled up with its last number, or with zeros."""
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)], mode=fill)
+    return padded.reshape(*x.shape[:-1], -1, size)
+
+
 class Piece(NamedTuple):
     """Neighbouring numbers of a vector whose codes, or some of their bits, lie in neighbouring bytes.
 
@@ -114,19 +138,19 @@ class Piece(NamedTuple):
     group: int
 
 
-def pieces(bits: int, width: int, groups: int, most: int | None = None) -> tuple[Piece, ...]:
+def pieces(bits: int, width: int, size: int, most: int | None = None) -> tuple[Piece, ...]:
     """The pieces of a packed vector, none across two groups.
 
     Args:
       bits: of a code.
       width: numbers of the vector.
-      groups: of the vector.
+      size: numbers of a group.
       most: largest width of a piece; the widths are then powers of two.
 
-    >>> [(p.start, p.width, p.at, p.shift, p.weight) for p in pieces(4, 128, 2)]
+    >>> [(p.start, p.width, p.at, p.shift, p.weight) for p in pieces(4, 128, 64)]
     [(0, 64, 0, 0, 1), (64, 64, 0, 4, 1)]
     """
-    size, found, at, low = width // groups, [], 0, 0
+    found, at, low = [], 0, 0
     for plane in PLANES[bits]:
         count = width * plane // 8  # bytes of the plane
         for part in range(8 // plane):

@@ -16,7 +16,7 @@ from kvjax import kernels, methods
 from kvjax.cache.quantize import named
 from kvjax.models.decoder import Decoder
 from kvjax.spec import LatentSpec
-from pallas_kernels.codes import Affine, pieces
+from pallas_kernels.codes import pieces
 from pallas_kernels.decode_attention import Part, decode_attention, gpu, gpu_block, gpu_expand, reference, tpu, tpu_runs
 from pallas_kernels.decode_attention.formats import Format
 from pallas_kernels.packing import PLANES
@@ -102,6 +102,12 @@ def test_every_store(kernel, store, dtype):
     check(kernel, *case(store, dtype=dtype, h=128, page=32, m=3, with_logits=True))
 
 
+@pytest.mark.parametrize("kernel", ["gpu", "tpu"])
+@pytest.mark.parametrize("store", matrix.quick(["int4:48", "int8:48", "int3:96:symmetric"], ["int4:48"]))
+def test_a_smaller_last_group(kernel, store):
+    check(kernel, *case(store, h=128, page=32, m=2, with_logits=True))
+
+
 @pytest.mark.parametrize("dtype", matrix.quick(DTYPES, DTYPES[:1]), ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("store", "page"),
@@ -158,6 +164,7 @@ def expanding(parts: list[Part], heads: int, h: int, *, latent: bool) -> tuple[l
     [
         ("dense", jnp.float32, 48, 2),
         ("int4", jnp.bfloat16, 64, 2),
+        pytest.param("int4", jnp.float32, 160, 2, marks=pytest.mark.slow),  # groups of 64, 64 and 32
         ("dense", jnp.bfloat16, 64, 0),
         ("int3", jnp.float32, 128, 0),
     ],
@@ -229,7 +236,7 @@ def test_splits_and_blocks_change_nothing(splits, block):
 
 
 @pytest.mark.parametrize("dtype", matrix.quick(DTYPES, DTYPES[:1]), ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("store", ["int4", "int3:32", "int2:16:symmetric", "int8/int2", "int4:8"])
+@pytest.mark.parametrize("store", ["int4", "int3:32", "int2:16:symmetric", "int8/int2", "int4:8", "int4:24"])
 def test_codes_meet_queries_and_weights_as_their_numbers_would(store, dtype):
     (part,), options = case(store, dtype=dtype, lengths=(0, 1, 64), with_logits=True, window=True)
     decode = {"decode_key": lambda *x: part.decode_key(*x), "decode_value": lambda *x: part.decode_value(*x)}
@@ -252,11 +259,11 @@ def test_numbers_are_linear_in_their_pieces():
         codec = named(f"int{bits}:{128 // groups}").key
         codes = codec.encode(jnp.asarray(rng.normal(size=(5, 128)), jnp.float32))
         found = np.zeros((5, 128))
-        for p in pieces(bits, 128, groups, most):
+        for p in pieces(bits, 128, 128 // groups, most):
             part = (np.asarray(codes["codes"])[:, p.at : p.at + p.width] >> p.shift) & p.mask
             found[:, p.start : p.start + p.width] += p.weight * part.astype(int)
             assert p.group == p.start // (128 // groups) == (p.start + p.width - 1) // (128 // groups)
-        raw = Affine(bits)({**codes, "scale": codes["scale"] * 0 + 0x3F80, "zero": codes["zero"] * 0}, jnp.float32)
+        raw = codec.decode({**codes, "scale": codes["scale"] * 0 + 0x3F80, "zero": codes["zero"] * 0}, jnp.float32)
         np.testing.assert_array_equal(found, raw)  # 0x3F80 is 1
 
 
@@ -287,7 +294,7 @@ def test_the_assembly_adds_128_to_a_code():
     every = np.arange(256, dtype=np.uint64)
     word = every | (255 - every) << np.uint64(8) | (every ^ np.uint64(0x5A)) << np.uint64(16) | every << np.uint64(24)
     for bits in (2, 3, 4):
-        for piece in pieces(bits, 64, 1):
+        for piece in pieces(bits, 64, 64):
             halves = run(gpu_block.assembly(piece), word)
             for n in range(4):
                 half = halves[n // 2] >> np.uint64(16 * (n % 2)) & np.uint64(0xFFFF)
@@ -327,7 +334,7 @@ def test_a_format_that_a_kernel_cannot_read_is_said():
 
 @pytest.mark.parametrize(("width", "page", "said"), [(24, 16, "keys of 24 numbers"), (32, 24, "across two of them")])
 def test_runs_that_a_tpu_cannot_read_are_said(width, page, said):
-    key = Format(pieces(2, width, 1), jnp.dtype(jnp.float32), 1, 2, run=16)
+    key = Format(pieces(2, width, width), jnp.dtype(jnp.float32), 1, width, 2, run=16)
     with pytest.raises(NotImplementedError, match=said):
         tpu_runs.cut(key, page)
 

@@ -147,6 +147,33 @@ def test_rtn_is_the_formula(bits, group, symmetric, dtype):
     check_decoded(jax.jit(store.decode, static_argnums=1)(codes, dtype), want, numbers(x))
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    "group, width, sizes",
+    [
+        (32, 72, [32, 32, 8]),
+        (32, 112, [32, 32, 32, 16]),
+        (24, 64, [24, 24, 16]),
+        (None, 80, [40, 40]),
+        (None, 256, [64] * 4),  # at most half a head of 128
+        (None, 624, [64] * 9 + [48]),  # 61% of 1024, a latent
+    ],
+)
+def test_the_last_group_may_be_smaller(group, width, sizes, bits, symmetric):
+    store, x = rtn(bits, group, symmetric=symmetric), tokens((3, width))
+    codes, ends = jax.jit(store.encode)(x), np.cumsum(sizes)
+    number, want = unpacked(codes["codes"], bits), []
+    assert codes["scale"].shape == (3, len(sizes)) and ends[-1] == width
+    for i, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        own = slice(end - size, end)
+        zero = None if symmetric else codes["zero"][:, i]
+        want.append(check(numbers(x)[:, own], number[:, own], codes["scale"][:, i], zero, bits))
+    check_decoded(store.decode(codes, jnp.float32), np.concatenate(want, axis=1), numbers(x))
+    room = jax.eval_shape(lambda: store.init(2, 8, width, jnp.bfloat16))
+    assert {name: leaf.shape[-1] for name, leaf in room.items()} == {name: x.shape[-1] for name, x in codes.items()}
+
+
 @pytest.mark.parametrize("shape", [(48,), (3, 1, 5, 16), (7, 8)])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
 @pytest.mark.parametrize("bits", BITS)
@@ -370,9 +397,9 @@ def test_vectors_that_cannot_be_packed_or_grouped_are_refused():
                 store.init(1, 8, width, jnp.float32)
         with pytest.raises(InputError, match=f"int{bits} packs vectors of a multiple of {multiple} "):
             rtn(bits, 1).encode(tokens((2, width)))
-    for act in (lambda: rtn(4, 24).init(1, 8, 64, jnp.float32), lambda: rtn(4, 24).encode(tokens((2, 64)))):
-        with pytest.raises(InputError, match="group=24 does not divide vectors of 64"):
-            act()
+    for bits, width, others in ((3, 100, "int2 or int4 or int8"), (2, 62, "int4 or int8"), (4, 7, "int8")):
+        with pytest.raises(InputError, match=f"not of {width}: take {others}$"):
+            rtn(bits).init(1, 8, width, jnp.float32)
     for group in (0, -1):
         with pytest.raises(InputError, match=f"group={group} is not at least 1"):
             rtn(4, group)

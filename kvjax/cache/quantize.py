@@ -18,7 +18,7 @@ from kvjax.cache.budget import LARGEST
 from kvjax.cache.store import KVStore, Store, dense
 from kvjax.errors import InputError
 from kvjax.spec import PyTree
-from pallas_kernels.codes import Affine, Float8, PerChannel
+from pallas_kernels.codes import Affine, Float8, PerChannel, to_groups, to_numbers
 from pallas_kernels.packing import PLANES, pack, packed_bytes
 
 SCALE = jnp.uint16  # the bits of a bfloat16: some platforms would convert whole pools of those to write one
@@ -34,11 +34,12 @@ def rtn(bits: int, group: int | None = None, *, symmetric: bool = False) -> Stor
 
     Args:
       bits: 8, 4, 3 or 2.
-      group: channels that share a scale; None = half of the vector, so that the two channels that a rotary embedding
-        turns into each other are in different groups. A larger group than the vector is the vector.
+      group: channels that share a scale, the last ones of a vector perhaps fewer; None = half of the vector, at most 64
+        (`pallas_kernels.codes.Affine`). A larger group than the vector is the vector.
       symmetric: without zero points.
 
-    Source: MiKV (arXiv 2402.18096), Eq. 1-4; the uniform quantisation that papers compare with.
+    Source: MiKV (arXiv 2402.18096), Eq. 1-4, and its groups, half a head of 128; the uniform quantisation that papers
+      compare with.
     Differs: scale and zero point are bfloat16, rounded so that they cover the group.
     Cost: `bits + 32 / group` bits per number, `bits + 16 / group` if symmetric.
     """
@@ -46,27 +47,31 @@ def rtn(bits: int, group: int | None = None, *, symmetric: bool = False) -> Stor
         raise InputError(f"bits={bits} is not one of {', '.join(map(str, sorted(PLANES, reverse=True)))}")
     if group is not None and group < 1:
         raise InputError(f"group={group} is not at least 1")
-    top = Affine(bits).middle  # of symmetric codes
+    read = Affine(bits, symmetric, group)
+    top = read.middle  # of symmetric codes
 
     def init(pages: int, page: int, width: int, dtype: DTypeLike) -> PyTree:
-        groups = width // _group(width, bits, group)
+        _check_width(width, bits)
+        groups = -(-width // read.size(width))
         zeros = lambda size, dtype: jnp.zeros((pages, page, size), dtype)
         codes = {"codes": zeros(packed_bytes(width, bits), jnp.uint8), "scale": zeros(groups, SCALE)}
         return codes if symmetric else codes | {"zero": zeros(groups, SCALE)}
 
     def encode(x: Float[Array, "*b R"]) -> PyTree:
-        size = _group(x.shape[-1], bits, group)
-        grouped = _check(x).reshape(*x.shape[:-1], x.shape[-1] // size, size)
+        width = x.shape[-1]
+        _check_width(width, bits)
+        x, size = _check(x), read.size(width)
+        grouped = to_groups(x, size, "edge")
         if symmetric:
             scale = _rounded(jnp.abs(grouped).max(axis=-1) / top, jnp.inf)
-            codes = jnp.clip(jnp.round(grouped / _divisor(scale)[..., None]), -top, top) + top
-            return {"codes": pack(codes.astype(jnp.uint8).reshape(x.shape), bits), "scale": _upper(scale)}
+            codes = jnp.clip(jnp.round(x / _divisor(to_numbers(scale, size, width))), -top, top) + top
+            return {"codes": pack(codes.astype(jnp.uint8), bits), "scale": _upper(scale)}
         zero, scale = _affine(grouped.min(axis=-1), grouped.max(axis=-1), bits)
-        codes = _affine_codes(grouped, zero[..., None], scale[..., None], bits)
-        return {"codes": pack(codes.reshape(x.shape), bits), "scale": _upper(scale), "zero": _upper(zero)}
+        codes = _affine_codes(x, to_numbers(zero, size, width), to_numbers(scale, size, width), bits)
+        return {"codes": pack(codes, bits), "scale": _upper(scale), "zero": _upper(zero)}
 
     name = f"int{bits}{'' if group is None else f':{group}'}{':symmetric' * symmetric}"
-    return Store(init, encode, Affine(bits, symmetric), name)
+    return Store(init, encode, read, name)
 
 
 @functools.cache
@@ -107,7 +112,7 @@ def per_channel(bits: int, group: int) -> Store:
         raise InputError(f"group={group} is not at least 1")
 
     def init(pages: int, page: int, width: int, dtype: DTypeLike) -> PyTree:
-        _group(width, bits, width)
+        _check_width(width, bits)
         scale = lambda: jnp.zeros((pages, page, -(-width // group)), SCALE)
         codes = jnp.zeros((pages, page, packed_bytes(width, bits)), jnp.uint8)
         return {"codes": codes, "scale": scale(), "zero": scale()}
@@ -179,14 +184,13 @@ def _codec(text: str) -> Store:
     return codecs[name](*groups, symmetric=True) if "symmetric" in options else codecs[name](*groups)
 
 
-def _group(width: int, bits: int, group: int | None) -> int:
-    """Channels of a group; raises `InputError` for a width that cannot be packed or grouped."""
-    if width * min(PLANES[bits]) % 8:
-        raise InputError(f"int{bits} packs vectors of a multiple of {8 // min(PLANES[bits])} numbers, not of {width}")
-    size = max(width // 2, 1) if group is None else min(group, width)
-    if width % size:
-        raise InputError(f"group={size} does not divide vectors of {width} numbers")
-    return size
+def _check_width(width: int, bits: int) -> None:
+    """Raises `InputError` for vectors that cannot be packed."""
+    packs = lambda bits: width * min(PLANES[bits]) % 8 == 0
+    if not packs(bits):
+        others = " or ".join(f"int{other}" for other in PLANES if packs(other))
+        multiple = 8 // min(PLANES[bits])
+        raise InputError(f"int{bits} packs vectors of a multiple of {multiple} numbers, not of {width}: take {others}")
 
 
 def _check(x: Array) -> Float[Array, "..."]:
@@ -197,10 +201,15 @@ def _check(x: Array) -> Float[Array, "..."]:
 
 
 def _affine(least: Array, most: Array, bits: int) -> tuple[Array, Array]:
-    """Zero point and scale that cover the numbers from `least` to `most`."""
+    """Zero point and scale that cover the numbers from `least` to `most`.
+
+    Halves, because they are exact: compilers compute a scale twice, once for the codes, and may fuse a product with a
+    sum in one of the two; rounded up, the two would then be a step of bfloat16 apart. The difference of two numbers of
+    float32 may be too large for it.
+    """
     top = 2**bits - 1
     zero = _rounded(least, -jnp.inf)
-    return zero, _rounded(most / top - zero / top, jnp.inf)
+    return zero, _rounded((most / 2 - zero / 2) * (2 / top), jnp.inf)
 
 
 def _affine_codes(x: Array, zero: Array, scale: Array, bits: int) -> Array:

@@ -14,6 +14,7 @@ class Format(NamedTuple):
     pieces: tuple[Piece, ...]
     dtype: Any  # of the numbers that are multiplied
     groups: int = 0  # with a scale each; 0 = no scales
+    size: int = 0  # numbers of a group; the last may be smaller
     bits: int = 16
     offset: int | None = None  # of all codes, instead of zero points
     float8: bool = False
@@ -37,12 +38,13 @@ def format_of(name: str, decode: Any, codes: Any, dtype: DTypeLike, most: int | 
     """
     width, dtype = width_of(decode, codes), jnp.dtype(dtype)
     if isinstance(decode, Dense):
-        return Format(pieces(8, width, 1, most), codes.dtype)
+        return Format(pieces(8, width, width, most), codes.dtype)
     if isinstance(decode, Affine):
         groups, offset = groups_of(decode, codes), -decode.middle if decode.symmetric else None
-        return Format(pieces(decode.bits, width, groups, most), dtype, groups, decode.bits, offset)
+        size = decode.size(width)
+        return Format(pieces(decode.bits, width, size, most), dtype, groups, size, decode.bits, offset)
     if isinstance(decode, Float8):
-        return Format(pieces(8, width, 1, most), dtype, 1, 8, offset=0, float8=True)
+        return Format(pieces(8, width, width, most), dtype, 1, width, 8, offset=0, float8=True)
     if isinstance(decode, PerChannel):
-        return Format(pieces(decode.bits, width, 1, most), dtype, 1, decode.bits, run=decode.group)
+        return Format(pieces(decode.bits, width, width, most), dtype, 1, width, decode.bits, run=decode.group)
     raise NotImplementedError(f"{name} in the format {decode} are for xla only")

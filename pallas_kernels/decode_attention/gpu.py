@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
-from pallas_kernels.codes import assemble, whole
+from pallas_kernels.codes import assemble, to_numbers, whole
 from pallas_kernels.decode_attention import gpu_expand
 from pallas_kernels.decode_attention.formats import Format, format_of
 from pallas_kernels.decode_attention.gpu_block import Block, bias_of, dot, spread
@@ -170,7 +170,7 @@ def _partial(part: Part, plan: _Plan, found: dict[str, Array]) -> Partial:
     ends = np.cumsum([piece.width for piece in value.pieces])[:-1].tolist()
     o = assemble(value.pieces, [x * p.weight for x, p in zip(jnp.split(o, ends, axis=-1), value.pieces, strict=True)])
     if value.groups:
-        o = o + jnp.repeat(zero, value.width // value.groups, axis=-1)
+        o = o + to_numbers(zero, value.size, value.width)
     by_row = lambda x: x.reshape(b, heads, *x.shape[1:])
     whole_row = Partial(by_row(o), by_row((l * back).sum(axis=1)), by_row(top))
     if "logits" not in found:

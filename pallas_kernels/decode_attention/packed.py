@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from pallas_kernels.codes import Affine, Piece, assemble, groups_of, pieces, whole, width_of
+from pallas_kernels.codes import Affine, Piece, assemble, pieces, to_groups, to_numbers, whole, width_of
 
 MOST = 16  # pieces of a vector
 
@@ -27,7 +27,7 @@ def reads(decode: Any, codes: Any) -> bool:
 def scores(q: Float[Array, "B K G R"], codes: dict[str, Array], read: Affine) -> Float[Array, "B K G s"]:
     """Products of queries and keys, in float32."""
     scale, zero = _lines(codes, read)
-    of_query = q.astype(jnp.float32).reshape(*q.shape[:-1], scale.shape[-1], -1).sum(axis=-1)
+    of_query = to_groups(q.astype(jnp.float32), read.size(q.shape[-1]), "constant").sum(axis=-1)
     found = jnp.einsum("bkgn,bksn->bkgs", of_query, zero)
     for piece in _pieces(codes, read):
         part = q[..., piece.start : piece.start + piece.width]
@@ -46,11 +46,13 @@ def sums(
     add = functools.partial(jnp.einsum, "bkgs,bksr->bkgr", preferred_element_type=jnp.float32)
     weights = [(p * scale[:, :, None, :, piece.group] * piece.weight).astype(dtype) for piece in of]
     found = assemble(of, [add(x, _numbers(codes, piece, dtype)) for x, piece in zip(weights, of, strict=True)])
-    return found + jnp.repeat(add(p, zero), found.shape[-1] // zero.shape[-1], axis=-1)
+    width = found.shape[-1]
+    return found + to_numbers(add(p, zero), read.size(width), width)
 
 
 def _pieces(codes: dict[str, Array], read: Affine) -> tuple[Piece, ...]:
-    return pieces(read.bits, width_of(read, codes), groups_of(read, codes))
+    width = width_of(read, codes)
+    return pieces(read.bits, width, read.size(width))
 
 
 def _lines(codes: dict[str, Array], read: Affine) -> tuple[Float[Array, "B K s groups"], Float[Array, "B K s groups"]]:

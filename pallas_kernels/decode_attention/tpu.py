@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from pallas_kernels.codes import Piece, assemble
+from pallas_kernels.codes import Piece, assemble, to_numbers
 from pallas_kernels.decode_attention import tpu_expand, tpu_runs
 from pallas_kernels.decode_attention.formats import Format, format_of
 from pallas_kernels.decode_attention.reference import EMPTY, Expand, Part, Partial, merge
@@ -207,7 +207,7 @@ def _partial(part: Part, plan: _Plan, found: Iterable[Array]) -> Partial:
     o = assemble(plan.pieces, [sums[:, i, :, : p.width] for i, p in enumerate(plan.pieces)])
     *zeros, l, m = (sums[:, i, :, 0] for i in range(len(plan.pieces), sums.shape[1]))
     if zeros:
-        o = o + jnp.repeat(jnp.stack(zeros, axis=-1), o.shape[-1] // len(zeros), axis=-1)
+        o = o + to_numbers(jnp.stack(zeros, axis=-1), plan.value.size, plan.value.width)
     by_row = lambda x: x.reshape(*part.length.shape, *x.shape[1:])
     return Partial(by_row(o), by_row(l), by_row(m), tuple(by_row(x[..., : part.capacity]) for x in logits))
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels.codes import to_groups
 from pallas_kernels.decode_attention.formats import Format
 from pallas_kernels.decode_attention.reference import Expand
 from pallas_kernels.decode_attention.tpu_page import Page, dot
@@ -33,8 +34,7 @@ def operands(expand: Expand, key: Format) -> dict[str, Any]:
         up = jnp.swapaxes(expand.up, 1, 2)  # K keys R
         found["ups"] = [up[..., p.start : p.start + p.width] for p in key.pieces]
         if key.groups:
-            of_groups = up.astype(jnp.float32).reshape(*up.shape[:2], key.groups, -1)
-            found["sums"] = of_groups.sum(axis=-1)
+            found["sums"] = to_groups(up.astype(jnp.float32), key.size, "constant").sum(axis=-1)
     if expand.bias is not None:
         found["bias"] = expand.bias[..., None]
     return found

@@ -25,7 +25,7 @@ def cut(key: Format, page: int) -> tuple[Piece, ...]:
         raise NotImplementedError(f"runs of {key.run} slots in pages of {page}, across two of them")
     if key.width > key.run and key.width % key.run:
         raise NotImplementedError(f"keys of {key.width} numbers with scales of {key.run} in a line")
-    return pieces(key.bits, key.width, max(1, key.width // key.run))
+    return pieces(key.bits, key.width, key.run)
 
 
 def queries(q: Float[Array, "rows G R"], run: int, page: int) -> Float[Array, "rows lines g page"]:
