@@ -15,6 +15,7 @@ from kvjax.cache.rolling import rolling
 from kvjax.cache.tier import Tier
 from kvjax.collectives import DATA, own
 from kvjax.errors import InputError
+from kvjax.kernels import say_once
 from kvjax.mesh import EVERYWHERE, ROWS
 from kvjax.models.decoder import Decoder
 from kvjax.spec import Lengths, ModelSpec
@@ -90,6 +91,11 @@ def allocate(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
         raise InputError(
             f"{recipe.name}: full layers need others of equal ranks and windows: convert with rule=uniform, or set"
             " windowed=whole"
+        )
+    if recipe.budget is not None and recipe.budget.by_head and model.spec.latent and model.spec.num_rows == 1:
+        say_once(
+            f"{recipe.name}: all heads of a layer share a latent, so they keep equally many tokens: "
+            "for budgets of their own convert with --lorc-groups 1"
         )
     devices, init = mesh.of(model), functools.partial(_init, model.spec, recipe)
     if devices is None:

@@ -11,8 +11,9 @@ from flax import nnx
 from kvjax import METHODS, layout, methods
 from kvjax.cache import tier as tiers_
 from kvjax.errors import InputError
+from kvjax.kernels import say_once
 from kvjax.models.decoder import Decoder, forward
-from kvjax.spec import LatentSpec, RopeSpec
+from kvjax.spec import LatentSpec, Lengths, RopeSpec
 from tests import oracle
 from tests.matrix import ARGUMENTS, BATCH, assert_close, slow, teacher, tiers_of
 
@@ -129,10 +130,12 @@ def test_payload_is_the_share_of_the_ranks(name):
     assert payload(narrow) == pytest.approx(share * payload(dense), rel=0.02)
 
 
-@pytest.mark.parametrize("store", ["int8", "int4", "kivi4:8:16"])
-def test_low_bit_latents(store):
-    """Close to the dense latents' logits, with pages of codes."""
-    narrow, _ = pair("qwen2")
+@pytest.mark.parametrize(
+    ("name", "store"), [("qwen2", "int8"), ("qwen2", "int4"), ("llama", "kivi4:8:16"), ("llama", "int4:8")]
+)
+def test_low_bit_latents(name, store):
+    """Close to the dense latents' logits, with pages of codes; groups of 8 do not divide the llama's latents."""
+    narrow, _ = pair(name)
     got, _, cache = oracle.run(narrow, methods.full(store=store), BATCH, teacher())
     want, _, _ = oracle.run(narrow, methods.full(), BATCH, teacher())
     assert_close(got, want, 0.05 if store == "int8" else 0.6)
@@ -176,6 +179,23 @@ def test_layers_share_slots_with_those_of_equal_widths_only(method):
     _, cache = oracle.start(narrow, recipe, prompts, 1)
     kept = np.stack([np.asarray(tiers[0].length[0, :, 0]) for tiers in cache])  # layers, sequences
     assert (kept == 100).all()
+
+
+PER_HEAD = {
+    "adakv": {},
+    "dynamickv": {"ada": True},
+    "mikv": {"allocate": "per_head", "importance": "window", "balance": False},
+}
+
+
+@pytest.mark.parametrize("method", PER_HEAD)
+def test_heads_that_share_a_latent_are_said_to_share_a_budget(method, capsys):
+    recipe = methods.make(method, 12, PER_HEAD[method])
+    say_once.cache_clear()
+    for name in ("qwen3", "llama", "llama"):  # a latent for each head; for all, twice
+        layout.init_cache(pair(name)[0], recipe, Lengths((40,), 1, 64))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{method}: all heads of a layer share a latent") and "--lorc-groups 1" in line
 
 
 def test_full_layers_need_layers_of_equal_widths():

@@ -95,19 +95,20 @@ def test_full_rank_gives_the_kernel_back(width, hadamard):
     np.testing.assert_allclose(rebuild(down, up), given, atol=3e-6)
 
 
-@pytest.mark.parametrize("platform, dtype, rtol", [("gpu", np.float64, 1e-9), ("tpu", np.float32, 1e-3)])
-def test_other_platforms_solve_on_the_device(platform, dtype, rtol, monkeypatch):
-    given, solved = kernel(), []
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_every_platform_solves_in_64_bits(platform, monkeypatch):
+    """On the device where it can; a condition number of 1e6, the ramp's floor, is found on all."""
+    given, solved = kernel_of(np.geomspace(3.0, 3e-6, 32)), []
     moments, best = low_rank.gram(given, 16), [np.linalg.svd(group, compute_uv=False) for group in groups_of(given, 16)]
     for name in ("eigh", "eigvalsh"):
         solver = getattr(jnp.linalg, name)
         monkeypatch.setattr(jnp.linalg, name, lambda x, solver=solver: solved.append(x.dtype) or solver(x))
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    np.testing.assert_allclose(low_rank.spectrum(moments), best, rtol=rtol)
+    np.testing.assert_allclose(low_rank.spectrum(moments), best, rtol=1e-3)
     built = rebuild(*low_rank.factors(given, moments, 6, hadamard=True))
     for group, part, singular in zip(groups_of(given, 16), groups_of(built, 16), best, strict=True):
         assert np.linalg.norm(group - part) == pytest.approx(tail(singular, 6), rel=1e-4)
-    assert solved == [dtype, dtype]
+    assert solved == ([np.float64] * 2 if platform == "gpu" else [])
     assert jnp.zeros(()).dtype == np.float32  # 64 bits end here
 
 
@@ -135,19 +136,18 @@ def test_whitening_is_never_worse_where_it_was_calibrated(seed, width, rank):
     assert np.linalg.norm(x @ (given - white)) <= np.linalg.norm(x @ (given - plain)) * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("rank", [8, 12, 6, 5])
+@pytest.mark.parametrize("rank", [8, 12, 6, 5, 7, 31])
 def test_hadamard_turns_the_latent_and_leaves_the_projection(rank):
     given = kernel()
     moments = low_rank.gram(given, 32)
     (down, up), (mixed, mixed_up) = (low_rank.factors(given, moments, rank, h) for h in (False, True))
     np.testing.assert_allclose(rebuild(mixed, mixed_up), rebuild(down, up), atol=2e-6)
     np.testing.assert_allclose(mixed_up[0] @ mixed_up[0].T, np.eye(rank), atol=1e-6)
-    power = rank & -rank
-    size, mixed_size = (np.linalg.norm(d[:, 0], axis=0) for d in (down, mixed))
-    # Channels that are a stride apart share what they have, evenly; together they have as much as before.
-    blocks, mixed_blocks = (s.reshape(power, rank // power) ** 2 for s in (size, mixed_size))
-    np.testing.assert_allclose(mixed_blocks, np.broadcast_to(blocks.mean(axis=0), blocks.shape), rtol=1e-4)
-    assert np.ptp(mixed_size) < np.ptp(size) or power == 1
+    energy, mixed_energy = ((d[:, 0] ** 2).sum(axis=0) for d in (down, mixed))
+    # Every channel has a part of all: evenly at a power of two, at most twice the mean at any rank.
+    assert mixed_energy.sum() == pytest.approx(energy.sum(), rel=1e-5)
+    assert mixed_energy.max() <= 1.001 * (1 if rank == 8 else 2) * energy.mean()
+    assert mixed_energy.max() < 0.9 * energy.max()
 
 
 def test_a_kernel_in_bfloat16_is_factored_as_what_it_is():
@@ -271,6 +271,9 @@ def test_ranks_meet_the_share_of_bytes_from_below(shape, percent, rule, seed):
         return
     ranks = np.array(rules.allot(request, spectra))
     assert ranks.shape == (layers, 2)
+    if keep == 1:
+        assert (ranks == n).all()
+        return
     assert (ranks % unit == 0).all() and (ranks >= unit).all() and (ranks <= n).all()
     step = unit * (1 if rule == "energy" else 2)  # one more would be too much
     target = min(keep * 2 * layers * n, 2 * layers * (n - n % unit))
@@ -336,7 +339,8 @@ def test_every_matrix_keeps_a_unit_and_none_exceeds_its_width():
         (Fraction(6, 10), 1024, 1, [624] * 2 + [608] * 3),  # 614.4 is 38.4 units of 16
         (Fraction(1, 2), 128, 8, [64] * 5),
         (Fraction(6, 10), 64, 2, [40] * 3 + [36] * 2),  # 9.6 units of 4
-        (Fraction(1), 100, 8, [96] * 5),  # no multiple of 16 is 100
+        (Fraction(1), 100, 8, [100] * 5),  # all of it, though 100 is no multiple of 16
+        (Fraction(99, 100), 100, 8, [96] * 5),
     ],
 )
 def test_uniform_ranks_raise_the_earliest(keep, n, groups, wanted):
@@ -348,7 +352,7 @@ def test_uniform_ranks_raise_the_earliest(keep, n, groups, wanted):
 def test_what_a_full_layer_cannot_take_goes_to_others(rule):
     kappas = np.where(np.arange(9)[:, None] == 4, [9.0, 9.0], 1.0)  # the first five layers are to get the most
     spectra = with_kappas(kappas, 100).repeat(8, axis=2)
-    for percent in range(60, 101):  # 6.25 units of 16 are 100 channels
+    for percent in range(60, 100):  # 6.25 units of 16 are 100 channels
         ranks = np.array(rules.allot(Request(Fraction(percent, 100), rule), spectra))
         assert ranks.max() <= 96
         assert ranks.sum() > min(percent * 18, 96 * 18) - (16 if rule == "energy" else 32)

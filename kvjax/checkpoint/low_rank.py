@@ -26,7 +26,7 @@ def gram(kernel: Float[np.ndarray, "D KH"], n: int) -> Float64[np.ndarray, "C n 
 def spectrum(moments: Float[np.ndarray, "C n n"]) -> Float64[np.ndarray, "C n"]:
     """Singular values of each group's columns, or of its outputs, descending.
 
-    Those below about 1e-8 of the largest (3e-4 where numbers are float32, see `factors`) are lost in rounding.
+    Those below about 1e-8 of the largest are lost in rounding.
     """
     scale, values = _solve("eigvalsh", moments)
     return np.sqrt(np.maximum(values[:, ::-1], 0)) * math.sqrt(scale)
@@ -48,11 +48,12 @@ def factors(
       hadamard: turn the latent, so that its channels are of like size and lose less in a low-bit store.
 
     Source: LoRC (arXiv 2410.03111), the SVD of the weights of all heads together; Palu (arXiv 2407.21118) for groups of
-      heads and for the Hadamard matrix; SVD-LLM (arXiv 2403.07378) for the error of the outputs.
+      heads and for the Hadamard matrix (here of any size, see `_mixing`); SVD-LLM (arXiv 2403.07378) for the error of
+      the outputs.
     Differs: eigenvectors of n x n moments instead of an SVD, which gives the same factors; for outputs the same optimum
       as SVD-LLM's whitening, without a Cholesky factor or its inverse.
-    Cost: O(C n^3) for the eigenvectors, on the default device in float64 (float32 on TPU, which has no float64), and
-      O(D n C R); on one CPU core 0.3 s for 8192 x 1024, and 0.2 s for `gram`.
+    Cost: O(C n^3) for the eigenvectors, in float64 on a GPU or else on the host, and O(D n C R); on one CPU core 0.3 s
+      for 8192 x 1024, and 0.2 s for `gram`.
     """
     n = moments.shape[-1]
     if not 1 <= rank <= n:
@@ -71,19 +72,22 @@ def _solve(solver: str, moments: Float[np.ndarray, "C n n"]) -> tuple[float, Any
     if not np.isfinite(moments).all():
         raise InputError("a projection, or its outputs on the calibration texts, holds NaN or infinity")
     scale = float(np.abs(moments).max()) or 1.0
-    scaled, platform = moments / scale, jax.default_backend()
-    if platform == "cpu":  # eigenvalues alone take a third of XLA's time, vectors the same
+    scaled = moments / scale
+    if jax.default_backend() != "gpu":  # TPUs have no float64; on CPUs XLA takes three times as long
         return scale, getattr(np.linalg, solver)(scaled)
     with jax.enable_x64(True):
-        solved = getattr(jnp.linalg, solver)(jnp.asarray(scaled, jnp.float32 if platform == "tpu" else jnp.float64))
-        return scale, jax.tree.map(lambda x: np.asarray(x, np.float64), solved)
+        return scale, jax.tree.map(np.asarray, getattr(jnp.linalg, solver)(jnp.asarray(scaled, jnp.float64)))
 
 
 def _mixing(rank: int) -> Float64[np.ndarray, "R R"]:
-    """An orthogonal matrix: Hadamard's of the largest power of two that divides the rank.
+    """An orthogonal matrix that mixes all channels, none of its entries above sqrt(2 / rank).
 
-    It mixes channels that are a stride apart, hence large ones with small ones where they descend.
+    Hadamard's of the largest power of two that divides the rank, times Hartley's of the odd rest.
+
+    Source: Hartley, 1942: cos + sin of what a Fourier transform has as the angle of a complex exponential.
     """
     power = rank & -rank
+    odd = rank // power
+    angle = np.outer(np.arange(odd), np.arange(odd)) % odd * (2 * math.pi / odd)
     doubled = [np.array([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2)] * (power.bit_length() - 1)
-    return functools.reduce(np.kron, [*doubled, np.eye(rank // power)])
+    return functools.reduce(np.kron, [*doubled, (np.cos(angle) + np.sin(angle)) / math.sqrt(odd)])

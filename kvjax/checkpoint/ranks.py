@@ -34,7 +34,7 @@ class Request(NamedTuple):
 
 
 def unit_of(outputs: int, n: int) -> int:
-    """Ranks are multiples of this: of 16, or of 4 where the heads have fewer than 512 channels together.
+    """Ranks below the full one are multiples of this: of 16, of 4 where all heads together have less than 512 channels.
 
     >>> unit_of(1024, 128), unit_of(256, 128)
     (16, 4)
@@ -60,17 +60,20 @@ def check(request: Request, outputs: int, n: int) -> None:
 def allot(request: Request, spectra: Float[np.ndarray, "L 2 C n"]) -> Ranks:
     """Ranks of a group's keys and values in each layer, from the singular values of all.
 
-    They are multiples of `unit_of`, at most n: ends that were given are rounded to the nearest, for a share the sum is
-    the largest that `keep` admits.
+    They are multiples of `unit_of` below n, or n where all is to be kept: ends that were given are rounded to the
+    nearest, for a share the sum is the largest that `keep` admits.
     """
     _, _, groups, n = spectra.shape
     check(request, groups * n, n)
-    if request.bounds is None:
-        ranks = RULES[request.rule](spectra, request.keep)
-    else:
+    if request.bounds is not None:
         unit, most = _units(spectra)
-        high, low = (float(_channels(bound, n)) for bound in request.bounds)
-        ranks = np.clip(np.floor(ramp(spectra, high, low) / unit + 0.5), 1, most)[:, None].repeat(2, axis=1) * unit
+        wanted = ramp(spectra, *(float(_channels(bound, n)) for bound in request.bounds))
+        rounded = np.clip(np.floor(wanted / unit + 0.5), 1, most) * unit
+        ranks = np.where(wanted < n, rounded, n)[:, None].repeat(2, axis=1)
+    elif request.keep == 1:
+        ranks = np.full(spectra.shape[:2], n)
+    else:
+        ranks = RULES[request.rule](spectra, request.keep)
     return tuple((int(key), int(value)) for key, value in ranks)
 
 
