@@ -104,16 +104,14 @@ def _keys(priority_ref: Any, row: Array, start: Array, size: int) -> Int[Array, 
     return jnp.where(real, ordered(plt.load(at, mask=real, other=0)), jnp.full((size,), LEAST, jnp.int32))
 
 
-def _parts(ref: Any, row: Array, *rest: Any) -> Int[Array, "parts *rest"]:
+def _parts(ref: Any, row: Array) -> Int[Array, "parts *rest"]:
     """What the programs of a row wrote, padded with zeros to a power of two."""
-    parts = ref.shape[1]
-    padded = 1 << (parts - 1).bit_length()
-    at = ref.at[(row, pl.ds(0, padded), *rest)]
-    if padded == parts:
-        return at[...]
-    real = jnp.arange(padded) < parts
-    shape = (padded, *ref.shape[2:])
-    return plt.load(at, mask=jnp.broadcast_to(real.reshape(-1, *[1] * (len(shape) - 1)), shape), other=0)
+    _, parts, *rest = ref.shape
+    shape = (1 << (parts - 1).bit_length(), *rest)
+    # Not as a slice, which must not end behind the axis.
+    part, *others = (jax.lax.broadcasted_iota(jnp.int32, shape, i) for i in range(len(shape)))
+    at = ref.at[(row, part, *others)]
+    return at[...] if shape[0] == parts else plt.load(at, mask=part < parts, other=0)
 
 
 def _digit(counts: Int[Array, "parts values"], count: Array) -> Int[Array, ""]:
@@ -127,7 +125,7 @@ def _count(priority_ref: Any, count_ref: Any, shift_ref: Any, low_ref: Any, leas
     """Fix a digit by what the last pass counted, and count for the next one."""
     row, part = pl.program_id(0), pl.program_id(1)
     shift = shift_ref[0]
-    digit = _digit(_parts(counts_ref, row, slice(None)), count_ref[row])
+    digit = _digit(_parts(counts_ref, row), count_ref[row])
     low = low_ref[row] + (digit << BITS << shift)
     # "Above" instead of "at least", because the bound behind the last value of the first digit is no integer.
     bound = low - 1 + ((1 + jnp.arange(VALUES, dtype=jnp.int32)) << shift)
@@ -149,7 +147,7 @@ def _place(priority_ref: Any, count_ref: Any, low_ref: Any, least_ref: Any, coun
            key_ref: Any, *, chunk: int, n: int) -> None:  # fmt: skip
     """Write the tokens that are kept and their priorities as integers, in the order of time."""
     row, part = pl.program_id(0), pl.program_id(1)
-    count, counts = count_ref[row], _parts(counts_ref, row, slice(None))
+    count, counts = count_ref[row], _parts(counts_ref, row)
     digit = _digit(counts, count)
     threshold = low_ref[row] + digit
     value = jnp.arange(VALUES, dtype=jnp.int32)[None, :]
