@@ -98,7 +98,8 @@ def run(target: str, module: str, *arguments: str, dump: bool = False) -> list[d
         env.pop(name, None)
     with tempfile.TemporaryDirectory() as folder:
         if dump and target in GPUS:
-            env["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_as_text=false"
+            # Newer releases of XLA dump PTX only where the emitter is named.
+            env["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_as_text=false --xla_dump_emitter_re=ptx"
         command = [sys.executable, "-m", module, target, *arguments]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     for line in done.stderr.splitlines():
