@@ -34,6 +34,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, template: str | None, special: dict[str, str]):
         self._backend = backend
         self._template = None if template is None else chat.Template(template, special)
+        self._end = special.get("eos_token")
         self._hidden = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
 
     @classmethod
@@ -50,7 +51,7 @@ class Tokenizer:
     @property
     def end(self) -> int | None:
         """The token that ends a text, as `tokenizer_config.json` names it; None if it does not."""
-        return self._backend.token_to_id(self._special["eos_token"]) if "eos_token" in self._special else None
+        return None if self._end is None else self._backend.token_to_id(self._end)
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
