@@ -149,7 +149,7 @@ class _Allocation:
                 index = jnp.asarray(group.index, jnp.int32)
                 slots = _run_allocate(infos, seen, self._length, self._held[index], recipe=self._recipe)
                 self._held = self._held.at[index].set(slots)
-                cache[g] = _trim(cache[g], slots)
+                cache[g] = _trim(cache[g], slots, self._length, recipe=self._recipe)
         if self._recipe.policy.settle is not None:
             for index, waiting in self._waiting.items():
                 group = next(g for g, group in self._groups.items() if index in group.index)
@@ -167,11 +167,13 @@ def _run_allocate(
     return recipe.budget.allocate(infos, seen, length, held)
 
 
-@mesh.program((mesh.cache, LAYERS), lambda tiers, slots: tiers, donate=(0,))
-def _trim(tiers: Tiers, slots: Int[Array, "l B K"]) -> Tiers:
+@mesh.program((mesh.cache, LAYERS, SEQUENCES), lambda tiers, *_: tiers, static=("recipe",), donate=(0,))
+def _trim(tiers: Tiers, slots: Int[Array, "l B K"], length: Int[Array, " B"], *, recipe: Recipe) -> Tiers:
     """Trim the first tier's rows to their slots; other tiers hold what the first one gave up."""
     tier, *rest = tiers
-    budget = jnp.where(slots < LARGEST, slots, tier.budget)
+    assert recipe.budget is not None
+    beyond = 0 if recipe.budget.room is None else recipe.budget.room(length)[:, None]
+    budget = jnp.where(slots < LARGEST, slots + beyond, tier.budget)
     return (tiers_.trim(tier._replace(budget=budget), slots), *rest)
 
 

@@ -44,6 +44,17 @@ def test_a_long_generation_stays_inside_the_decode_budget(method):
             assert {40 + 96 - 2, 25 + 96 - 2} & set(kept.tolist())
 
 
+@pytest.mark.parametrize("every", quick((0, 1, 2, 3, 4, 5, 6), (1, 4)))
+def test_layers_that_were_given_their_slots_early_have_the_decode_budget_too(every):
+    """Six layers: those of the first updates are trimmed by the later ones."""
+    recipe = methods.dynamickv(budget=20, decode_budget=32, every=every, **SMALL["dynamickv"])
+    out = kvjax.generate(Model(model_of("deep"), None, (), "random"), [text(100, 0)], recipe, max_new_tokens=24)
+    (tier,) = out.cache[0]
+    given = np.asarray(tier.budget)
+    assert np.mean(out.slots[0]) == 32 and given.mean() == 32
+    assert np.ptp(given) >= 12  # layers differ
+
+
 @pytest.mark.parametrize("method", SMALL)
 def test_without_a_decode_budget_tokens_are_appended(method):
     short, long = (generate(method, new) for new in (24, 96))
