@@ -103,7 +103,9 @@ def window(size: int, kernel: int, pooling: Literal["avg", "max"], *, decoding: 
     """Attention from the last `size` prompt tokens, smoothed over `kernel` neighbours; the window itself is kept.
 
     With `decoding` the newest `size` tokens go on voting: every step adds its attention to what is left of the
-    statistic, `1 - 1 / size` of it, without smoothing over neighbours. The papers do not evict while decoding.
+    statistic, `1 - 1 / size` of it, without smoothing over neighbours. The tokens of the window begin with the votes
+    that they had from those of it that saw them, or they would be condemned as soon as they have left it. The papers do
+    not evict while decoding.
 
     Source: SnapKV (arXiv 2404.14469), `snapkv/monkeypatch/snapkv_utils.py`.
     Differs: one set of tokens per key/value head, from the mean over its query heads; a budget smaller than the window
@@ -119,8 +121,9 @@ def window(size: int, kernel: int, pooling: Literal["avg", "max"], *, decoding: 
 
     def prompt(prompt: Prompt) -> Float[Array, "B K T"]:
         sums = attention.window_sums(prompt, size)
-        before = jnp.arange(sums.shape[-1]) < (prompt.length - size)[:, None]
-        return _pool(jnp.where((before & prompt.alive())[:, None], sums, 0.0), kernel, pooling)
+        before = (jnp.arange(sums.shape[-1]) < (prompt.length - size)[:, None])[:, None]
+        past = _pool(jnp.where(before & prompt.alive()[:, None], sums, 0.0), kernel, pooling)
+        return jnp.where(before, past, sums)
 
     def observe(stat: Float[Array, "B K S"], probs: Float[Array, "B K G S"]) -> Float[Array, "B K S"]:
         return stat * (1 - 1 / size) + probs.mean(axis=2)
