@@ -339,6 +339,8 @@ def d2o(
         important_ones = sorted(best(np.array([e.stat for e in middle]), rows - first - recent))
         kept = row[:first] + [middle[i] for i in important_ones] + row[n - recent :]
         evicted = [e for e in row if all(e is not other for other in kept)]
+        if merge == "off":
+            return kept
 
         def mean(largest: list[float]) -> float:
             tau[layer, k] = np.mean(largest) if len(largest) > 1 else largest[0]
@@ -372,8 +374,9 @@ def d2o(
             assert np.isnan(before) or beta == 1 or abs(m - tau[layer, k]) > TOO_CLOSE, "threshold too close"
             return float(tau[layer, k])
 
-        _, merged = d2o_merge(kept, [victim], track, merge)
-        log.append((layer, 1, merged))
+        if merge != "off":
+            _, merged = d2o_merge(kept, [victim], track, merge)
+            log.append((layer, 1, merged))
         row[:] = kept
 
-    return Method(compress, observe, tau)
+    return Method(compress, observe, None if merge == "off" else tau)

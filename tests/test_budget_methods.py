@@ -197,6 +197,7 @@ def test_pyramidkv_with_budgets_per_head():
 
 D2O = named(
     ("gqa", 20, STEPS, {}),
+    ("gqa", 20, STEPS, dict(merge="off")),
     ("mqa", 20, STEPS, dict(merge="scatter_mean")),
     ("mha", 20, STEPS, dict(important=0.5, sinks=0)),
     ("gqa", 12, STEPS, dict(important=1.0, sinks=2, beta=0.2)),  # 6 tokens: fills up, then evicts
@@ -204,7 +205,7 @@ D2O = named(
     ("gqa", 6, STEPS, dict(important=0.9, beta=0.05)),  # the least that a layer keeps binds
     ("gqa", "90%", STEPS, dict(merge="scatter_mean")),  # a layer keeps everything
     ("deep", "70%", STEPS, dict(full_layers="0,1,-1")),
-    quick=(0, 4, 6),
+    quick=(0, 1, 5, 7),
 )  # fmt: skip
 
 

@@ -109,6 +109,8 @@ def merge(beta: float, weights: Literal["paper", "scatter_mean"]) -> Fate:
     """
     if not 0 < beta < 1:
         raise InputError(f"beta={beta} is not between 0 and 1")
+    if weights not in ("paper", "scatter_mean"):
+        raise InputError(f"merge={weights!r} is not 'paper' or 'scatter_mean'")
     own, weigh = (jnp.e, jnp.exp) if weights == "paper" else (1.0, lambda u: u)
 
     def mean(kept: Array, added: Array, weight: Array, count: Array) -> Array:

@@ -5,6 +5,7 @@ from typing import Literal
 from kvjax.cache import score
 from kvjax.cache.allocation import from_variance
 from kvjax.cache.budget import Keep, while_decoding
+from kvjax.cache.fate import drop
 from kvjax.cache.fate import merge as merging
 from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.quantize import named
@@ -19,7 +20,7 @@ def d2o(
     important: float = 0.75,
     sinks: int = 4,
     beta: float = 0.7,
-    merge: Literal["paper", "scatter_mean"] = "paper",
+    merge: Literal["paper", "scatter_mean", "off"] = "paper",
     full_layers: str = "",
     decode_budget: Keep = "",
     store: str = "dense",
@@ -31,7 +32,8 @@ def d2o(
       important: share of a row for sinks and heavy hitters, the rest is for the newest tokens; the paper's 3:1.
       sinks: first tokens, always kept.
       beta: how fast the threshold for merging follows.
-      merge: weights of merged tokens: the paper's, or those of the released code.
+      merge: weights of merged tokens: the paper's, or "scatter_mean", those of the released code; "off" = what is
+        evicted is forgotten.
       full_layers: layers that keep the whole prompt, such as "0,1,-1"; paid for by the other layers.
       decode_budget: slots per row while decoding, as a mean over rows; "" = the budget.
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
@@ -49,7 +51,5 @@ def d2o(
     keep = from_variance(budget, least=sinks + 1, full_layers=full)
     keep = while_decoding(keep, budget, decode_budget)
     stored = named(store)
-    policy = retain(
-        score.accumulated(1 - important, sinks), keep, store=stored, evict="after", fate=merging(beta, merge)
-    )
-    return Recipe("d2o", policy)
+    fate = drop if merge == "off" else merging(beta, merge)
+    return Recipe("d2o", retain(score.accumulated(1 - important, sinks), keep, store=stored, evict="after", fate=fate))
