@@ -226,7 +226,7 @@ def d2o_layers(full_layers: str, layers: int) -> set[int]:
 
 
 def d2o_rows(density: Sequence[float], n: int, cap: int, *, sinks: int, full_layers: str = "") -> list[int]:
-    """Slots of each layer; ValueError where they cannot add up to the budget."""
+    """Slots of each layer for a prompt; ValueError where they cannot add up to the budget."""
     layers = len(density)
     if cap >= n:
         return [cap] * layers
@@ -309,6 +309,7 @@ def d2o(
     """
     heads = spec.num_kv_heads
     tau = np.full((spec.num_layers, heads), np.nan)
+    full = d2o_layers(full_layers, spec.num_layers)
     rows_of: list[int] = []
     log = [] if log is None else log
 
@@ -332,7 +333,7 @@ def d2o(
             column = prompt.probs[k * group : (k + 1) * group, :, entry.pos]
             entry.stat = float(np.mean([head.sum() for head in column]))
         rows = rows_of[layer]
-        if n <= rows:
+        if n <= rows or layer in full:
             return row
         first, recent = protected(rows)
         middle = row[first : n - recent]
@@ -356,7 +357,7 @@ def d2o(
         for k, row in enumerate(rows):
             for entry, p in zip(row, probs[k].T, strict=True):
                 entry.stat += float(p.mean())
-            if len(row) > rows_of[layer]:
+            if len(row) > rows_of[layer] and layer not in full:
                 observe_full(layer, k, row)
 
     def observe_full(layer: int, k: int, row: list[Entry]) -> None:

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import kvjax
 from kvjax import layout, methods
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
+from kvjax.generation import Model, cached_positions
 from kvjax.models.decoder import Decoder
 from kvjax.spec import Lengths, ModelSpec
 from tests import brute, oracle
@@ -418,6 +420,34 @@ def test_d2o_density():
         probs[h, 2] = sums
     assert brute.d2o_density(probs) == pytest.approx((0 + 1 + 1 / 3) / 3, rel=1e-5)
     assert brute.d2o_density(np.ones((4, 1, 1))) == 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "more"), [("0,-1", {}), ("0", {"merge": "off"}), ("2", {"decode_budget": "70%"})], ids=str
+)
+def test_a_full_layer_keeps_every_token_and_merges_none(layers, more):
+    """However many are generated; the others hold what they were given, and the memory is there from the start."""
+    model, (first, second, *_), new = Model(model_of("deep"), None, (), "random"), texts(LENGTHS)[0], 5 * STEPS
+    out = kvjax.generate(model, [first, second], methods.d2o("50%", full_layers=layers, **more), max_new_tokens=new)
+    (tier,), positions, full = out.cache[0], cached_positions(model, out), sorted(brute.d2o_layers(layers, 6))
+    length = np.asarray(tier.length)
+    for b, prompt in enumerate((first, second)):
+        n, read = len(prompt), len(prompt) + new - 1
+        for row in positions[b, full].reshape(-1, positions.shape[-1]):
+            assert sorted(row[row >= 0].tolist()) == list(range(read))
+        beyond = n * 7 // 10 - n // 2 if "decode_budget" in more else 0
+        others = np.delete(length[:, b], full, axis=0)
+        assert (others.sum(axis=0) == 6 * (n // 2) - len(full) * n + beyond * len(others)).all()
+    assert ((np.asarray(tier.table) < tier.free.shape[0]).sum(axis=-1) * tier.page >= length).all()
+    assert tier.free.shape[0] * tier.page <= 1.2 * length.sum()
+    if "merge" not in more:
+        assert np.isnan(np.asarray(tier.calib["threshold"])[full]).all()
+
+
+def test_a_full_layer_goes_on_where_the_prompt_fits_the_budget():
+    model = Model(model_of("gqa"), None, (), "random")
+    out = kvjax.generate(model, [texts(LENGTHS)[0][2]], methods.d2o(40, full_layers="0"), max_new_tokens=40)
+    assert np.asarray(out.cache[0][0].length)[:, 0, 0].tolist() == [72, 40, 40]  # 33 tokens and 39 that were read
 
 
 def test_d2o_rows():

@@ -128,7 +128,8 @@ def from_variance(keep: Keep, *, least: int, full_layers: tuple[int, ...] = ()) 
     Args:
       keep: slots per row, as a mean over all layers.
       least: slots that every row gets, or a hundredth of the prompt, or the mean budget if that is less.
-      full_layers: layers that keep the whole prompt, -1 the last one; the other layers pay for them.
+      full_layers: layers that keep every token, generated ones too; -1 is the last one. The other layers pay for their
+        prompt; what they append comes on top of the budget.
 
     A layer's statistic is the variance over keys of the attention that they received, per query head, scaled to 0 to 1
     over the heads and averaged over them. Slots are shared in proportion to its softmax with the sign reversed.
@@ -184,8 +185,8 @@ def from_variance(keep: Keep, *, least: int, full_layers: tuple[int, ...] = ()) 
         )  # fractions of a slot decide who gets what is left
         wanted = jnp.floor(shares * (rest * unit).astype(jnp.float32)).astype(jnp.int32)
         low, high = (jnp.where(full, 0, bound(length)) for bound in (bottom, lambda n: n))
-        rows = jnp.where(full, length, hand_out(wanted, unit, rest, low, high))
-        return jnp.broadcast_to(_or_all(rows, tokens_of(amount, length), length)[..., None], held.shape)
+        rows = _or_all(hand_out(wanted, unit, rest, low, high), tokens_of(amount, length), length)
+        return jnp.broadcast_to(jnp.where(full, LARGEST, rows)[..., None], held.shape)
 
     def measure(prompt: Prompt, stat: Array) -> Float[Array, "B K"]:
         found = density(attention.query_column_sums(prompt), prompt.length)
@@ -197,6 +198,7 @@ def from_variance(keep: Keep, *, least: int, full_layers: tuple[int, ...] = ()) 
         measure=measure,
         most=most,
         whole=bool(full_layers),
+        full=places,
         check=check,
     )
 

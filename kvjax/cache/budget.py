@@ -3,7 +3,7 @@
 import functools
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple, SupportsIndex
 
@@ -37,6 +37,7 @@ class Budget(NamedTuple):
       most: `(num_layers, K, prompt length) -> slots` that any row may be given; None = `slots`. On ints and arrays.
       by_head: the heads of a layer may be given different numbers of slots.
       whole: `allocate` needs all layers of a model in one pool, as those of equal cached widths are.
+      full: `num_layers -> layers` whose rows keep every token, generated ones too; `allocate` gives them `LARGEST`.
       check: `(num_layers, prompt length)` raises `InputError` for a prompt that the budget cannot serve; on the host.
       ladder: rungs per power of two and smallest step of the cache's shapes (see `pages.ladder`).
 
@@ -54,6 +55,7 @@ class Budget(NamedTuple):
     most: Callable[..., Int[Array, "*b"]] | None = None
     by_head: bool = False
     whole: bool = False
+    full: Callable[[int], Sequence[int]] = lambda num_layers: ()
     check: Callable[[int, int], None] = lambda num_layers, length: None
     ladder: tuple[int, int] = (32, 8)
 

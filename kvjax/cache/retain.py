@@ -92,11 +92,10 @@ def retain(
     keeps_all = score.prompt is None
     apart = lambda: budget.by_head and collectives.count(HEADS) > 1  # heads that compete have pools of their own
 
-    def room(slots: ArrayLike, length: ArrayLike, new: int) -> np.ndarray:
+    def room(slots: ArrayLike, length: ArrayLike, new: int, full: ArrayLike) -> np.ndarray:
         """Slots that rows may fill: with generated tokens, or with the one that is seen before another is evicted."""
-        if evict == "never":
-            return np.asarray(np.add(np.minimum(slots, length), new))
-        return np.asarray(np.minimum(np.add(slots, spare), np.add(length, new)))
+        append, replace = np.minimum(slots, length) + new, np.minimum(np.add(slots, spare), np.add(length, new))
+        return np.where(np.logical_or(full, evict == "never"), append, replace)
 
     def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
         window, heads, prompt = layers.window, spec.num_rows, np.asarray(lengths.prompt)
@@ -111,10 +110,11 @@ def retain(
             given = np.stack([np.asarray(budget.slots(i, layers.peers, seen))[which] for i in layers.places])  # L B
             grown = 0 if budget.grow is None else np.asarray(budget.grow(readable(some + lengths.new, window)))[which]
             most = None if budget.most is None else np.asarray(budget.most(layers.peers, every_head, padded))
-        rows = within(room(np.maximum(given + extra, grown), readable(prompt, window), lengths.new))
+        full = np.isin(layers.places, budget.full(layers.peers))[:, None]
+        rows = within(room(np.maximum(given + extra, grown), readable(prompt, window), lengths.new, full))
         page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder), lengths.platform)
         # Only the width of the tables depends on the longest row: no new shape for every prompt length.
-        longest = rows if most is None else within(room(most + extra.max(), padded, lengths.new))
+        longest = rows if most is None else within(room(most + extra.max(), padded, lengths.new, full.any()))
         row = int(within(pages.ladder(int(longest.max()), *budget.ladder)))
 
         def pool(rows: np.ndarray, page: int, longest: np.ndarray | int) -> int:

@@ -34,7 +34,8 @@ def d2o(
       beta: how fast the threshold for merging follows.
       merge: weights of merged tokens: the paper's, or "scatter_mean", those of the released code; "off" = what is
         evicted is forgotten.
-      full_layers: layers that keep the whole prompt, such as "0,1,-1"; paid for by the other layers.
+      full_layers: layers that keep every token, generated ones too, such as "0,1,-1" in the released code; the other
+        layers pay for their prompt.
       decode_budget: slots per row while decoding, as a mean over rows; "" = the budget.
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
