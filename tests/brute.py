@@ -208,16 +208,28 @@ def adakv(
 # D2O
 
 
-def d2o_density(probs: np.ndarray) -> float:
-    """How far below the highest variance of its heads a layer's variances lie, between 0 and 1; `probs [N T T]`."""
-    query_heads, _, n = probs.shape
-    variance = []
-    for h in range(query_heads):
-        sums = [probs[h, :, j].sum() for j in range(n)]
-        mean = sum(sums) / n
-        variance.append(sum((x - mean) ** 2 for x in sums) / (n - 1) if n > 1 else 0.0)
+def d2o_variance(probs: np.ndarray) -> float:
+    """Over keys, of the attention that each received from all queries; `probs [T T]`."""
+    n = len(probs)
+    sums = [probs[:, j].sum() for j in range(n)]
+    mean = sum(sums) / n
+    return float(sum((x - mean) ** 2 for x in sums) / (n - 1)) if n > 1 else 0.0
+
+
+def d2o_released(probs: np.ndarray) -> float:
+    """Where the variances of a layer's heads lie between the least and the largest; `probs [N T T]`."""
+    variance = [d2o_variance(head) for head in probs]
     low, high = min(variance), max(variance)
     return float(np.mean([(x - low) / (high - low + 1e-6) for x in variance]))
+
+
+def d2o_statistic(layers: list[np.ndarray], layer_rule: str, full_layers: str = "") -> list[float]:
+    """Of each layer, between 0 and 1: less means more slots; `[N T T]` of each."""
+    if layer_rule == "released":
+        return [d2o_released(probs) for probs in layers]
+    f = [d2o_variance(probs.mean(axis=0)) for probs in layers]
+    others = [x for i, x in enumerate(f) if i not in d2o_layers(full_layers, len(f))]
+    return [(x - min(others)) / (max(others) - min(others) + 1e-6) for x in f]
 
 
 def d2o_layers(full_layers: str, layers: int) -> set[int]:
@@ -225,9 +237,9 @@ def d2o_layers(full_layers: str, layers: int) -> set[int]:
     return {int(i) % layers for i in full_layers.split(",") if i}
 
 
-def d2o_rows(density: Sequence[float], n: int, cap: int, *, sinks: int, full_layers: str = "") -> list[int]:
+def d2o_rows(statistic: Sequence[float], n: int, cap: int, *, sinks: int, full_layers: str = "") -> list[int]:
     """Slots of each layer for a prompt; ValueError where they cannot add up to the budget."""
-    layers = len(density)
+    layers = len(statistic)
     if cap >= n:
         return [cap] * layers
     full = d2o_layers(full_layers, layers)
@@ -235,7 +247,7 @@ def d2o_rows(density: Sequence[float], n: int, cap: int, *, sinks: int, full_lay
     total, least = layers * cap - len(full) * n, min(n, max(math.ceil(n / 100), sinks + 1, 2), cap)
     if not len(others) * least <= total <= len(others) * n:
         raise ValueError(f"{total} slots for {len(others)} layers of {least} to {n}")
-    weight = {i: math.exp(-density[i]) for i in others}
+    weight = {i: math.exp(-statistic[i]) for i in others}
     want = {i: total * weight[i] / sum(weight.values()) for i in others}
     rows = {i: min(max(math.floor(want[i]), least), n) for i in others}
     while sum(rows.values()) < total:
@@ -299,10 +311,11 @@ def d2o(
     sinks: int = 4,
     beta: float = 0.7,
     merge: str = "paper",
+    layer_rule: str = "paper",
     full_layers: str = "",
     log: list | None = None,
 ) -> Method:
-    """Slots per layer from the variance of its heads' column sums; evicted tokens are merged or dropped.
+    """Slots per layer from the variance of its column sums; evicted tokens are merged or dropped.
 
     Args:
       log: receives `(layer, evicted, merged)` for every compression of a row.
@@ -318,10 +331,10 @@ def d2o(
         return min(sinks, rows - recent), recent
 
     def compress(prompts: list[LayerPrompt]) -> list[Rows]:
-        density = [d2o_density(p.probs) for p in prompts]
-        rows_of[:] = d2o_rows(density, n, tokens(budget, n), sinks=sinks, full_layers=full_layers)
-        for noise in np.random.default_rng(0).normal(0, 1e-5, (4, len(density))):
-            near = d2o_rows([s * (1 + x) for s, x in zip(density, noise, strict=True)], n, tokens(budget, n),
+        statistic = d2o_statistic([p.probs for p in prompts], layer_rule, full_layers)
+        rows_of[:] = d2o_rows(statistic, n, tokens(budget, n), sinks=sinks, full_layers=full_layers)
+        for noise in np.random.default_rng(0).normal(0, 1e-5, (4, len(statistic))):
+            near = d2o_rows([s * (1 + x) for s, x in zip(statistic, noise, strict=True)], n, tokens(budget, n),
                             sinks=sinks, full_layers=full_layers)  # fmt: skip
             assert near == rows_of, "budgets too close: choose another seed"
         return [[compress_row(layer, prompt, k) for k in range(heads)] for layer, prompt in enumerate(prompts)]

@@ -15,6 +15,7 @@ from flax import nnx
 
 import kvjax
 from kvjax import layout, methods
+from kvjax.cache import allocation
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
@@ -199,15 +200,17 @@ def test_pyramidkv_with_budgets_per_head():
 
 D2O = named(
     ("gqa", 20, STEPS, {}),
+    ("gqa", 20, STEPS, dict(layer_rule="released")),
     ("gqa", 20, STEPS, dict(merge="off")),
     ("mqa", 20, STEPS, dict(merge="scatter_mean")),
-    ("mha", 20, STEPS, dict(important=0.5, sinks=0)),
+    ("mha", 21, STEPS, dict(important=0.5, sinks=0)),
     ("gqa", 12, STEPS, dict(important=1.0, sinks=2, beta=0.2)),  # 6 tokens: fills up, then evicts
     ("gqa", 12, STEPS, dict(important=0.0, beta=0.95)),  # the newest tokens
     ("gqa", 6, STEPS, dict(important=0.9, beta=0.05)),  # the least that a layer keeps binds
     ("gqa", "90%", STEPS, dict(merge="scatter_mean")),  # a layer keeps everything
-    ("deep", "70%", STEPS, dict(full_layers="0,1,-1")),
-    quick=(0, 1, 5, 7),
+    ("deep", "75%", STEPS, dict(full_layers="0,1,-1")),
+    ("deep", "60%", STEPS, dict(full_layers="0,-1", layer_rule="released", merge="off")),
+    quick=(0, 1, 6, 8, 10),
 )  # fmt: skip
 
 
@@ -280,8 +283,8 @@ def test_the_cases_are_not_vacuous():
         for log in (prefill, decoding):
             evicted, merged = np.sum(log, axis=0)[1:]
             assert 0 < merged < evicted
-    rows = [brute.d2o_rows([brute.d2o_density(p.probs) for p in layers], 125, 20, sinks=4)
-            for layers in (layers_of("gqa", LENGTHS)[0], layers_of("deep", LENGTHS)[0])]  # fmt: skip
+    rows = [brute.d2o_rows(brute.d2o_statistic([p.probs for p in layers_of(name, LENGTHS)[0]], rule), 125, 20, sinks=4)
+            for name in ("gqa", "deep") for rule in ("paper", "released")]  # fmt: skip
     assert all(np.ptp(r) >= 4 for r in rows), rows
 
 
@@ -414,12 +417,29 @@ def test_d2o_moves_its_threshold_before_it_compares_which_changes_no_decision():
     np.testing.assert_array_equal(m >= beta * m + (1 - beta) * tau, m >= tau)
 
 
-def test_d2o_density():
-    probs = np.zeros((3, 3, 3))
-    for h, sums in enumerate(((1, 1, 1), (3, 0, 0), (0, 1, 2))):  # variances 0, 3, 1
-        probs[h, 2] = sums
-    assert brute.d2o_density(probs) == pytest.approx((0 + 1 + 1 / 3) / 3, rel=1e-5)
-    assert brute.d2o_density(np.ones((4, 1, 1))) == 0
+def layer_of(*heads: tuple[float, ...]) -> np.ndarray:
+    """Heads whose keys received so much attention, all of it from the last query."""
+    probs = np.zeros((len(heads), len(heads[0]), len(heads[0])))
+    probs[:, -1] = heads
+    return probs
+
+
+def test_d2o_statistics():
+    three = layer_of((1, 1, 1), (3, 0, 0), (0, 1, 2))  # variances 0, 3, 1; of the mean 4/3, 2/3, 1 it is 1/9
+    assert brute.d2o_released(three) == pytest.approx((0 + 1 + 1 / 3) / 3, rel=1e-5)
+    assert brute.d2o_released(np.ones((4, 1, 1))) == brute.d2o_variance(np.ones((1, 1))) == 0
+    spread, sharp = layer_of((1, 1, 1), (1, 1, 1)), layer_of((3, 0, 0), (3, 0, 0))
+    assert brute.d2o_statistic([spread, three, sharp], "paper") == pytest.approx([0, 1 / 27, 1], rel=1e-5)
+    assert brute.d2o_statistic([spread, three, sharp], "paper", "-1")[:2] == pytest.approx([0, 1], rel=1e-4)
+    assert brute.d2o_statistic([spread, three, sharp], "released") == pytest.approx([0, 4 / 9, 0], rel=1e-5)
+
+
+@pytest.mark.parametrize(("rule", "times"), [("paper", 100), ("released", 1)])
+def test_only_the_released_rule_is_blind_to_how_concentrated_a_layer_is(rule, times):
+    """Ten times the deviations: the variance is a hundred times as large, what the released rule sees the same."""
+    sums, length = np.random.default_rng(0).gamma(1, size=(1, 4, 50)).astype(np.float32), jnp.asarray([50])
+    once, ten = (float(allocation.RULES[rule](jnp.asarray(x), length)[0]) for x in (sums, np.float32(10) * sums))
+    assert ten == pytest.approx(times * once, rel=1e-4)
 
 
 @pytest.mark.parametrize(

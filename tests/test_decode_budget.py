@@ -130,7 +130,7 @@ COMPOSED = {
     "ada budgets, h2o's eviction": (score.accumulated(0.5), per_head(budgets.uniform(12), 0.2), fate.drop),
     "d2o's merge under dynamickv's budgets": (HEAVY, from_scores(12, every=0), MERGE),
     "d2o's merge under ada budgets": (HEAVY, per_head(budgets.uniform(12), 0.2), MERGE),
-    "d2o's budgets, tova's choice": (score.last_row(), from_variance(12, least=5), fate.drop),
+    "d2o's budgets, tova's choice": (score.last_row(), from_variance(12, least=5, rule="paper"), fate.drop),
     "dynamickv's budgets per head, tova's choice": (score.last_row(), from_scores(12, every=2, ada=True), fate.drop),
     "merging h2o": (score.accumulated(0.5, 4), budgets.uniform(12), fate.merge(0.7, "scatter_mean")),
 }
@@ -235,7 +235,7 @@ def test_counts_stay_exact_beyond_the_square_root_of_32_bits():
 
 
 def test_shares_of_a_million_tokens_add_up():
-    budget = from_variance(20000, least=5)
+    budget = from_variance(20000, least=5, rule="paper")
     infos = [jax.numpy.asarray([[x]], jax.numpy.float32) for x in np.linspace(0, 1, 8)]
     held = jax.numpy.full((8, 1, 1), budgets.LARGEST)
     rows = budget.allocate(infos, jax.numpy.asarray(8), jax.numpy.asarray([1 << 20]), held)

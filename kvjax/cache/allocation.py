@@ -1,6 +1,7 @@
 """Budgets that are decided after a prompt has been read: over the heads of a layer, over all layers."""
 
 from fractions import Fraction
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from kvjax.errors import InputError
 from kvjax.spec import Prompt
 
 ADA_FLOOR = 0.2  # the released code's safeguard
+LayerRule = Literal["paper", "released"]
 
 
 def per_head(budget: Budget, floor: float) -> Budget:
@@ -122,24 +124,33 @@ def from_scores(
     )
 
 
-def from_variance(keep: Keep, *, least: int, full_layers: tuple[int, ...] = ()) -> Budget:
+def from_variance(keep: Keep, *, least: int, rule: LayerRule, full_layers: tuple[int, ...] = ()) -> Budget:
     """Layers whose attention is spread out get more slots than those in which it is concentrated.
+
+    Slots are shared in proportion to the softmax of a statistic with its sign reversed. With `sums` the attention that
+    a key received from all queries, it is between 0 and 1:
+
+        paper      the variance over keys of the sums of all heads' mean, scaled from the least layer to the largest
+        released   the variance over keys of each query head's sums, scaled from its layer's least head to the largest,
+                   and averaged over heads: it tells how heads differ, and not how concentrated a layer is
 
     Args:
       keep: slots per row, as a mean over all layers.
       least: slots that every row gets, or a hundredth of the prompt, or the mean budget if that is less.
+      rule: which statistic.
       full_layers: layers that keep every token, generated ones too; -1 is the last one. The other layers pay for their
         prompt; what they append comes on top of the budget.
 
-    A layer's statistic is the variance over keys of the attention that they received, per query head, scaled to 0 to 1
-    over the heads and averaged over them. Slots are shared in proportion to its softmax with the sign reversed.
-
-    Source: D2O (arXiv 2406.13035), released code `modeling_llama3_new.py`.
-    Differs: slots add up to the budget (the released code lets layers that keep everything pass it, clips shares
+    Source: D2O (arXiv 2406.13035), F_d; released code `modeling_llama3_new.py`.
+    Differs: `paper` scales over layers: as it stands the variance grows with the prompt, and one layer would be given
+      everything. Slots add up to the budget (the released code lets layers that keep everything pass it, clips shares
       without handing out the rest, and truncates twice).
     Cost: one more query-key pass over the prompt; all layers wait for the last one.
     """
     amount = parse_keep(keep)
+    if rule not in RULES:
+        raise InputError(f"layer_rule={rule!r} is not 'paper' or 'released'")
+    statistic = RULES[rule]
 
     def places(num_layers: int) -> list[int]:
         if wrong := [i for i in full_layers if not -num_layers <= i < num_layers]:
@@ -179,6 +190,9 @@ def from_variance(keep: Keep, *, least: int, full_layers: tuple[int, ...] = ()) 
         layers, info = len(infos), jnp.stack(infos)[..., 0]  # of a layer, not of a head
         full = jnp.zeros((layers, 1), bool).at[jnp.asarray(places(layers), jnp.int32)].set(True)
         rest = mean(length) * layers - length * full.sum()
+        if rule == "paper":
+            low, high = (f(info, axis=0, where=~full, initial=x) for f, x in ((jnp.min, jnp.inf), (jnp.max, 0.0)))
+            info = (info - low) / (high - low + 1e-6)
         shares = jax.nn.softmax(jnp.where(full, -jnp.inf, -info), axis=0)
         unit = jnp.clip(
             2**30 // jnp.maximum(rest, length + 1), 1, 4096
@@ -189,7 +203,7 @@ def from_variance(keep: Keep, *, least: int, full_layers: tuple[int, ...] = ()) 
         return jnp.broadcast_to(jnp.where(full, LARGEST, rows)[..., None], held.shape)
 
     def measure(prompt: Prompt, stat: Array) -> Float[Array, "B K"]:
-        found = density(attention.query_column_sums(prompt), prompt.length)
+        found = statistic(attention.query_column_sums(prompt), prompt.length)
         return jnp.broadcast_to(found[:, None], stat.shape[:2])
 
     return Budget(
@@ -203,14 +217,27 @@ def from_variance(keep: Keep, *, least: int, full_layers: tuple[int, ...] = ()) 
     )
 
 
-def density(sums: Float[Array, "B N T"], length: Int[Array, " B"]) -> Float[Array, " B"]:
-    """How concentrated a layer's attention is: see `from_variance`."""
+def spread_over_keys(sums: Float[Array, "B N T"], length: Int[Array, " B"]) -> Float[Array, " B"]:
+    """The variance over keys of the attention of all heads together: the paper's statistic, see `from_variance`."""
+    return _variance(collectives.mean(sums, axis=1)[:, None], length)[:, 0]
+
+
+def spread_over_heads(sums: Float[Array, "B N T"], length: Int[Array, " B"]) -> Float[Array, " B"]:
+    """Where the variances of a layer's heads lie between the least and the largest: that of the released code."""
+    variance = collectives.gather(_variance(sums, length), axis=1)
+    low, high = variance.min(axis=-1, keepdims=True), variance.max(axis=-1, keepdims=True)
+    return jnp.mean((variance - low) / (high - low + 1e-6), axis=-1)
+
+
+RULES = {"paper": spread_over_keys, "released": spread_over_heads}
+
+
+def _variance(sums: Float[Array, "B N T"], length: Int[Array, " B"]) -> Float[Array, "B N"]:
+    """Over a prompt's tokens; unbiased."""
     real = jnp.arange(sums.shape[-1]) < length[:, None, None]
     mean = jnp.mean(sums, axis=-1, where=real, keepdims=True)
     square = jnp.sum(jnp.where(real, (sums - mean) ** 2, 0.0), axis=-1)
-    variance = collectives.gather(square / jnp.maximum(length - 1, 1).astype(jnp.float32)[:, None], axis=1)
-    low, high = variance.min(axis=-1, keepdims=True), variance.max(axis=-1, keepdims=True)
-    return jnp.mean((variance - low) / (high - low + 1e-6), axis=-1)
+    return square / jnp.maximum(length - 1, 1).astype(jnp.float32)[:, None]
 
 
 def _fraction(name: str, value: float, most: int = 1) -> Fraction:

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from kvjax.cache import score
-from kvjax.cache.allocation import from_variance
+from kvjax.cache.allocation import LayerRule, from_variance
 from kvjax.cache.budget import Keep, while_decoding
 from kvjax.cache.fate import drop
 from kvjax.cache.fate import merge as merging
@@ -21,11 +21,12 @@ def d2o(
     sinks: int = 4,
     beta: float = 0.7,
     merge: Literal["paper", "scatter_mean", "off"] = "paper",
+    layer_rule: LayerRule = "paper",
     full_layers: str = "",
     decode_budget: Keep = "",
     store: str = "dense",
 ) -> Recipe:
-    """Keep sinks, heavy hitters and recent tokens, more in layers of low attention variance; merge the evicted.
+    """Keep sinks, heavy hitters and recent tokens, more in layers that spread their attention; merge the evicted.
 
     Args:
       budget: slots per row, averaged over layers.
@@ -34,6 +35,8 @@ def d2o(
       beta: how fast the threshold for merging follows.
       merge: weights of merged tokens: the paper's, or "scatter_mean", those of the released code; "off" = what is
         evicted is forgotten.
+      layer_rule: what tells layers apart, the paper's statistic or that of the released code: see
+        `kvjax.cache.allocation.from_variance`.
       full_layers: layers that keep every token, generated ones too, such as "0,1,-1" in the released code; the other
         layers pay for their prompt.
       decode_budget: slots per row while decoding, as a mean over rows; "" = the budget.
@@ -49,7 +52,7 @@ def d2o(
         full = tuple(int(part) for part in full_layers.split(",") if part.strip())
     except ValueError:
         raise InputError(f"full_layers={full_layers!r} is not a list of layers such as 0,1,-1") from None
-    keep = from_variance(budget, least=sinks + 1, full_layers=full)
+    keep = from_variance(budget, least=sinks + 1, rule=layer_rule, full_layers=full)
     keep = while_decoding(keep, budget, decode_budget)
     stored = named(store)
     fate = drop if merge == "off" else merging(beta, merge)
