@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from kvjax import attention, collectives
 from kvjax.cache.apportion import count_best, hand_out
@@ -203,7 +203,7 @@ def from_variance(keep: Keep, *, least: int, rule: LayerRule, full_layers: tuple
         return jnp.broadcast_to(jnp.where(full, LARGEST, rows)[..., None], held.shape)
 
     def measure(prompt: Prompt, stat: Array) -> Float[Array, "B K"]:
-        found = statistic(attention.query_column_sums(prompt), prompt.length)
+        found = statistic(attention.query_column_sums(prompt), prompt.alive())
         return jnp.broadcast_to(found[:, None], stat.shape[:2])
 
     return Budget(
@@ -217,14 +217,14 @@ def from_variance(keep: Keep, *, least: int, rule: LayerRule, full_layers: tuple
     )
 
 
-def spread_over_keys(sums: Float[Array, "B N T"], length: Int[Array, " B"]) -> Float[Array, " B"]:
+def spread_over_keys(sums: Float[Array, "B N T"], alive: Bool[Array, "B T"]) -> Float[Array, " B"]:
     """The variance over keys of the attention of all heads together: the paper's statistic, see `from_variance`."""
-    return _variance(collectives.mean(sums, axis=1)[:, None], length)[:, 0]
+    return _variance(collectives.mean(sums, axis=1)[:, None], alive)[:, 0]
 
 
-def spread_over_heads(sums: Float[Array, "B N T"], length: Int[Array, " B"]) -> Float[Array, " B"]:
+def spread_over_heads(sums: Float[Array, "B N T"], alive: Bool[Array, "B T"]) -> Float[Array, " B"]:
     """Where the variances of a layer's heads lie between the least and the largest: that of the released code."""
-    variance = collectives.gather(_variance(sums, length), axis=1)
+    variance = collectives.gather(_variance(sums, alive), axis=1)
     low, high = variance.min(axis=-1, keepdims=True), variance.max(axis=-1, keepdims=True)
     return jnp.mean((variance - low) / (high - low + 1e-6), axis=-1)
 
@@ -232,12 +232,12 @@ def spread_over_heads(sums: Float[Array, "B N T"], length: Int[Array, " B"]) -> 
 RULES = {"paper": spread_over_keys, "released": spread_over_heads}
 
 
-def _variance(sums: Float[Array, "B N T"], length: Int[Array, " B"]) -> Float[Array, "B N"]:
+def _variance(sums: Float[Array, "B N T"], alive: Bool[Array, "B T"]) -> Float[Array, "B N"]:
     """Over a prompt's tokens; unbiased."""
-    real = jnp.arange(sums.shape[-1]) < length[:, None, None]
+    real, count = alive[:, None], jnp.sum(alive, axis=-1, dtype=jnp.float32)[:, None]
     mean = jnp.mean(sums, axis=-1, where=real, keepdims=True)
     square = jnp.sum(jnp.where(real, (sums - mean) ** 2, 0.0), axis=-1)
-    return square / jnp.maximum(length - 1, 1).astype(jnp.float32)[:, None]
+    return square / jnp.maximum(count - 1, 1)
 
 
 def _fraction(name: str, value: float, most: int = 1) -> Fraction:

@@ -109,7 +109,8 @@ def _allocation(setting: Setting, cache: layout.Cache) -> Iterator[Program]:
         split = mesh.ROWS, mesh.EVERYWHERE, mesh.SEQUENCES, mesh.LAYERS
         there = n * size(found.info)
         yield Program("allocate", prefilling._run_allocate, args, {"recipe": recipe}, there, held, split=split)
-        yield Program("trim", prefilling._trim, (tiers, slots), {}, size(tiers), held)
+        args = tiers, slots, ints(setting.batch)
+        yield Program("trim", prefilling._trim, args, {"recipe": recipe}, size(tiers), held)
         if recipe.policy.settle is not None:
             args = (tiers, found.waiting, ints(), ints(*slots.shape[1:]))
             there = size(tiers) + size(found.waiting)
