@@ -437,8 +437,8 @@ def test_d2o_statistics():
 @pytest.mark.parametrize(("rule", "times"), [("paper", 100), ("released", 1)])
 def test_only_the_released_rule_is_blind_to_how_concentrated_a_layer_is(rule, times):
     """Ten times the deviations: the variance is a hundred times as large, what the released rule sees the same."""
-    sums, length = np.random.default_rng(0).gamma(1, size=(1, 4, 50)).astype(np.float32), jnp.asarray([50])
-    once, ten = (float(allocation.RULES[rule](jnp.asarray(x), length)[0]) for x in (sums, np.float32(10) * sums))
+    sums, alive = np.random.default_rng(0).gamma(1, size=(1, 4, 50)).astype(np.float32), jnp.ones((1, 50), bool)
+    once, ten = (float(allocation.RULES[rule](jnp.asarray(x), alive)[0]) for x in (sums, np.float32(10) * sums))
     assert ten == pytest.approx(times * once, rel=1e-4)
 
 
