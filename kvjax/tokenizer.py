@@ -14,7 +14,7 @@ import tokenizers
 
 from kvjax import chat
 from kvjax.errors import InputError
-from kvjax.text_files import read_json
+from kvjax.text_files import read_json, read_text
 
 T = TypeVar("T")
 LONGER = 32  # times that normalizers and their like may lengthen a text
@@ -227,10 +227,7 @@ def _template(directory: Path, config: dict[str, Any]) -> str | None:
     """The chat template: its own file first, then `tokenizer_config.json`, where it may be one of several."""
     file = directory / "chat_template.jinja"
     if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"{file} is not UTF-8 text") from None
+        return read_text(file)
     match config.get("chat_template"):
         case None | str() as template:
             return template
