@@ -1,10 +1,10 @@
 """Models and caches without arrays: what a method would do and its cache would cost, from a `config.json` alone."""
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,16 @@ from kvjax.cache.policy import AMOUNTS, Recipe
 from kvjax.cache.tier import Bytes
 from kvjax.checkpoint import orbax
 from kvjax.errors import InputError
-from kvjax.generation import Model
+from kvjax.generation import Compared, Model
+from kvjax.layout import Cache
 from kvjax.methods import COMMON, METHODS
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import parse_config
 from kvjax.spec import Lengths, ModelSpec, readable
 from kvjax.text_files import read_json
 from kvjax.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 class Plan(NamedTuple):
@@ -35,7 +38,8 @@ class Plan(NamedTuple):
     fold: str  # which vector is cached per token
     rotate: str  # when cached keys are rotated
     bytes: dict[str, int]  # by part; `codes` are payload and slack together: how many slots fill depends on the run
-    full_bytes: int
+    full_bytes: int  # in the model's dtype
+    compared: Compared
 
 
 def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int = 1) -> Plan:
@@ -54,6 +58,10 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
             f"prompt ({context} tokens) and max-new-tokens ({new}) pass the context limit ({spec.max_position})"
         )
     layout.check_turn(spec, recipe, context, context + new - 1)
+    lengths, whole = Lengths((context,) * batch, new, prefilling.padded_length(context)), [context + new] * batch
+    count = lambda cache: (generation.cache_bytes(cache), generation.compare(model, cache, whole))
+    size, compared = _counted(model, recipe, lengths, count)
+    parts = {"codes": size.payload + size.slack, "scales": size.scales, "statistics": size.statistics}
     return Plan(
         budget=None
         if recipe.budget is None or recipe.policy.revise is not None
@@ -62,8 +70,9 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
         stores=[store.name for store in recipe.stores],
         fold=_fold(spec),
         rotate=f"when {'read' if layout.rotates_at_read(spec, recipe) else 'written'}",
-        bytes=_bytes(model, recipe, Lengths((context,) * batch, new, prefilling.padded_length(context))),
-        full_bytes=generation.full_bytes(model, [context + new] * batch),
+        bytes=parts | {"tables": size.tables, "total": size.total},
+        full_bytes=generation.full_bytes(model, whole),
+        compared=compared,
     )
 
 
@@ -140,27 +149,25 @@ class CacheSize(NamedTuple):
 
 def cache_size(model: Model, recipe: Recipe, lengths: Lengths) -> CacheSize:
     """The cache that `layout.init_cache` would allocate."""
-    counted: list[CacheSize] = []
+    slots = lambda cache: sum(tier.free.shape[0] * tier.page for tiers in cache for tier in tiers)
+    return _counted(model, recipe, lengths, lambda cache: CacheSize(generation.cache_bytes(cache), slots(cache)))
 
-    def count() -> None:
+
+def _counted(model: Model, recipe: Recipe, lengths: Lengths, count: Callable[[Cache], T]) -> T:
+    """What is counted of the cache that `layout.init_cache` would allocate; it is empty."""
+    counted: list[T] = []
+
+    def trace() -> None:
         cache = layout.init_cache(model.decoder, recipe, lengths)
         with jax.ensure_compile_time_eval():  # counting reads the filled slots: none, so far
             empty = [tuple(t._replace(length=jnp.zeros(t.length.shape, jnp.int32)) for t in tiers) for tiers in cache]
-        slots = sum(tier.free.shape[0] * tier.page for tiers in cache for tier in tiers)
-        counted.append(CacheSize(generation.cache_bytes(tuple(empty)), slots))
+        counted.append(count(tuple(empty)))
 
     try:
-        jax.eval_shape(count)  # traced, and thrown away
+        jax.eval_shape(trace)  # traced, and thrown away
     except OverflowError:
         raise InputError("a cache of this size has more pages than its tables can number: plan a smaller one") from None
     return counted[0]
-
-
-def _bytes(model: Model, recipe: Recipe, lengths: Lengths) -> dict[str, int]:
-    """Bytes of a cache by part."""
-    size = cache_size(model, recipe, lengths).bytes
-    parts = {"codes": size.payload + size.slack, "scales": size.scales, "statistics": size.statistics}
-    return parts | {"tables": size.tables, "total": size.total}
 
 
 def _fold(spec: ModelSpec) -> str:

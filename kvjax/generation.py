@@ -33,6 +33,7 @@ from kvjax.tokenizer import Tokenizer
 
 Texts = Sequence[str] | Sequence[Sequence[int]]  # or token ids
 
+HALF = 2  # bytes of a number that shares of the full cache count with, whatever a run computes in
 CHUNK = 16  # tokens per call of the compiled loop: text appears in pieces of this many tokens
 
 
@@ -75,12 +76,29 @@ class Timing(NamedTuple):
     compile_s: float
 
 
+class Compared(NamedTuple):
+    """A cache beside the full one [bytes]: numbers that no store encodes count two bytes in both.
+
+    That is what they take in bfloat16, in which checkpoints come and accelerators compute. A run in float32 allocates
+    twice that, and would flatter every store: of 32 bits four are an eighth, of 16 a quarter.
+    """
+
+    cache: int
+    full: int  # for the same tokens
+
+    @property
+    def share(self) -> float:
+        """What the cache takes of the full one."""
+        return self.cache / self.full
+
+
 class Generation(NamedTuple):
     """What `generate` returns."""
 
     sequences: list[Continuation]
     bytes: Bytes  # allocated for the cache, on all devices together
-    full_bytes: int  # that a full cache needs for the same prompts and new tokens
+    full_bytes: int  # that a full cache needs for the same prompts and new tokens, in the model's dtype
+    compared: Compared
     slots: list[list[int | float]]  # kept slots per layer, per sequence, averaged over heads
     timing: Timing
     logits: np.ndarray  # [B V] after each prompt's last token
@@ -202,11 +220,13 @@ def generate(
         cache, chosen = _decode(model, recipe, whole, count, max_new_tokens, answer, cache, how, on_token)
         decode_s = watch.lap()
     whole = whole[:count]
+    lengths = [len(prompt) + max_new_tokens for prompt in whole]
     decoded = sum(len(new) - 1 for new in chosen)  # the first token comes from prefill
     return Generation(
         sequences=[_sequence(model, prompt, new) for prompt, new in zip(whole, chosen, strict=True)],
         bytes=cache_bytes(cache),
-        full_bytes=full_bytes(model, [len(prompt) + max_new_tokens for prompt in whole]),
+        full_bytes=full_bytes(model, lengths),
+        compared=compare(model, cache, lengths),
         slots=kept_slots(model.spec, recipe, cache)[:count],
         timing=Timing(prefill_s, decode_s, decoded / decode_s if decoded else 0.0, watch.compile_s),
         logits=meshes.read(answer)[:count],
@@ -239,10 +259,10 @@ def continued(model: Model, text: str | Sequence[int]) -> list[int]:
     return tokens(model, text)
 
 
-def cache_bytes(cache: Cache) -> Bytes:
-    """Allocated bytes of a cache by part, on all devices together."""
+def cache_bytes(cache: Cache, itemsize: int | None = None) -> Bytes:
+    """Bytes of a cache by part, on all devices together, as allocated; `itemsize` as in `tier.nbytes`."""
     copies = meshes.shape_of(cache)[COPIES]
-    parts = [tiers_.nbytes(tier, meshes.read(tier.length)) for tiers in cache for tier in tiers]
+    parts = [tiers_.nbytes(tier, meshes.read(tier.length), itemsize) for tiers in cache for tier in tiers]
     return Bytes(*(copies * sum(column) for column in zip(*parts, strict=True)))
 
 
@@ -254,6 +274,12 @@ def full_bytes(model: Model, lengths: Sequence[int]) -> int:
     spec, itemsize = model.spec, jnp.dtype(model.decoder.dtype).itemsize
     tokens = sum(min(n, spec.window(i) or n) for n in lengths for i in range(spec.num_layers))
     return 2 * spec.num_kv_heads * spec.head_dim * itemsize * tokens
+
+
+def compare(model: Model, cache: Cache, lengths: Sequence[int]) -> Compared:
+    """A cache of sequences of these lengths [tokens] beside their full one."""
+    full = full_bytes(model, lengths) * HALF // jnp.dtype(model.decoder.dtype).itemsize
+    return Compared(cache_bytes(cache, HALF).total, full)
 
 
 def cached_positions(model: Model, generation: Generation, tier: int | None = None) -> np.ndarray:

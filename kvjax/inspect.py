@@ -26,6 +26,7 @@ from kvjax.generate import DTYPES, add_shared_flags, encode, read_ids, read_text
 from kvjax.generation import Generation, Model
 from kvjax.kept import Kept
 from kvjax.methods import default_budget, label_of, make
+from kvjax.report import SHARE
 
 PROG = "kvjax.inspect"
 CONTEXT = 4096  # tokens of a dry run without a prompt
@@ -133,7 +134,7 @@ def describe(args: argparse.Namespace, model: Model, out: Generation, shown: Kep
             for name, held in zip(shown.stores, (shown.held, shown.low), strict=False)
         ],
         "slots": shown.slots.tolist(),
-        "cache": {"bytes": out.bytes._asdict(), "full_bytes": out.full_bytes},
+        "cache": {"bytes": out.bytes._asdict(), "full_bytes": out.full_bytes, "share": out.compared.share},
     }
 
 
@@ -155,9 +156,9 @@ def dry_run(args: argparse.Namespace, recipe: Recipe, texts: list[str], ids: lis
         "context": context,
         "max_new_tokens": args.max_new_tokens,
         "batch": batch,
-        **{name: value for name, value in planned._asdict().items() if name not in ("budget", "bytes", "full_bytes")},
+        **{name: getattr(planned, name) for name in ("decided", "stores", "fold", "rotate")},
         "slots": planned.budget,
-        "cache": {"bytes": planned.bytes, "full_bytes": planned.full_bytes},
+        "cache": {"bytes": planned.bytes, "full_bytes": planned.full_bytes, "share": planned.compared.share},
     }
 
 
@@ -190,8 +191,8 @@ def _kept(shown: Kept) -> str:
 
 def _draw(path: Path, shown: Kept, report: Mapping[str, Any]) -> None:
     """Write the heat map."""
-    total, full = report["cache"]["bytes"]["total"], report["cache"]["full_bytes"]
-    title = f"{_title(report)}: {_kept(shown)}, {total:,} bytes = {total / full:.1%} of a full cache"
+    total, share = report["cache"]["bytes"]["total"], report["cache"]["share"]
+    title = f"{_title(report)}: {_kept(shown)}, {total:,} bytes, {share:.1%} {SHARE}"
     picture = io.BytesIO()
     kept.picture(shown, title).savefig(picture, format="png")
     command.write(path, picture.getvalue())
@@ -247,7 +248,7 @@ def _bytes(cache: Mapping[str, Any]) -> Table:
     table.add_section()
     table.add_row("total", f"{total:,}")
     table.add_row("full cache", f"{cache['full_bytes']:,}")
-    table.add_row("of the full cache", f"{total / cache['full_bytes']:.1%}")
+    table.add_row(SHARE, f"{cache['share']:.1%}")
     return table
 
 

@@ -17,7 +17,7 @@ from kvjax.cache.policy import Recipe
 from kvjax.cache.tier import Bytes
 from kvjax.decode import Measure
 from kvjax.errors import InputError
-from kvjax.generation import Model, Texts
+from kvjax.generation import Compared, Model, Texts
 from kvjax.methods import full, make, of
 from kvjax.models.decoder import Decoder
 from kvjax.spec import PyTree
@@ -27,7 +27,8 @@ class Reading(NamedTuple):
     """What teacher forcing cost."""
 
     bytes: Bytes  # allocated for the cache
-    full_bytes: int  # that a full cache needs
+    full_bytes: int  # that a full cache needs, in the model's dtype
+    compared: Compared
     slots: list[list[int | float]]  # kept slots per layer, per sequence, averaged over heads
 
 
@@ -142,7 +143,8 @@ def _read(
     given = jax.tree.map(lambda x: _place(model, x, len(ids)), given)
     _, cache, measured = generation.feed(model, recipe, logits, cache, ids, after, given, measure)
     slots = generation.kept_slots(model.spec, recipe, cache)[: len(lengths)]
-    reading = Reading(generation.cache_bytes(cache), generation.full_bytes(model, lengths), slots)
+    size, compared = generation.cache_bytes(cache), generation.compare(model, cache, lengths)
+    reading = Reading(size, generation.full_bytes(model, lengths), compared, slots)
     measured = jax.tree.map(lambda x: mesh.read(x)[:, : len(lengths)], measured)
     return jnp.asarray(mesh.read(logits)[: len(lengths)]), measured, reading
 

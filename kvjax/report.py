@@ -12,6 +12,8 @@ from kvjax.cache.policy import Recipe
 from kvjax.generation import Generation, Model
 from kvjax.methods import label_of
 
+SHARE = "of the full cache (16 bits)"
+
 
 def describe(model: Model, out: Generation, budget: str | int | None) -> dict[str, Any]:
     """Everything about a generation as plain data."""
@@ -22,6 +24,7 @@ def describe(model: Model, out: Generation, budget: str | int | None) -> dict[st
         "cache": {
             "bytes": out.bytes._asdict(),
             "full_bytes": out.full_bytes,
+            "share": out.compared.share,
             "slots": out.slots,
             "forced": out.forced,
             "device_bytes": out.device_bytes,
@@ -57,7 +60,7 @@ def summary(outs: Sequence[Generation], names: Sequence[str]) -> Table:
         rows[f"  {part}"] = [f"{getattr(out.bytes, part):,}" for out in outs]
     rows |= {
         "full cache bytes": [f"{out.full_bytes:,}" for out in outs],
-        "of the full cache": [f"{out.bytes.total / out.full_bytes:.1%}" for out in outs],
+        SHARE: [f"{out.compared.share:.1%}" for out in outs],
         "prefill (s)": [f"{out.timing.prefill_s:.2f}" for out in outs],
         "decode (tokens/s)": [f"{out.timing.decode_tokens_per_s:.1f}" for out in outs],
         "compilation (s)": [f"{out.timing.compile_s:.2f}" for out in outs],

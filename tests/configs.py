@@ -21,7 +21,8 @@ from kvjax.evaluation import results
 
 FOLDER = Path(__file__).parent.parent / "configs"
 TABLE = ("config", "method", "budget", "stores", "what it is", "look-ups", "bytes")
-ANSWERS = re.compile(r"The demo model answers (\d+|\?)% of 20 look-ups at (\d+|\?)% of the full cache's bytes")
+SAYS = "The demo model answers {}% of 20 look-ups at {}% of the full cache's bytes in 16 bits"
+ANSWERS = re.compile(SAYS.format(*[r"(\d+|\?)"] * 2))
 
 
 class Config(NamedTuple):
@@ -30,7 +31,7 @@ class Config(NamedTuple):
     path: Path
     about: str  # what it reproduces
     commands: list[list[str]]  # what runs it and measures it, without `python -m`
-    answers: tuple[int, int] | None  # of the demo model: right answers and bytes of the full cache [%]
+    answers: tuple[int, int] | None  # of the demo model: right answers and bytes of the full cache in 16 bits [%]
     options: dict[str, Any]
 
     @property
@@ -78,7 +79,7 @@ def note(config: Config) -> None:
     """Write what the demo model answers into a config's head."""
     with tempfile.TemporaryDirectory() as folder:
         right, size = measure(config, Path(folder))
-    line = f"The demo model answers {right:.0f}% of 20 look-ups at {size:.0f}% of the full cache's bytes"
+    line = SAYS.format(f"{right:.0f}", f"{size:.0f}")
     config.path.write_text(ANSWERS.sub(line, config.path.read_text(encoding="utf-8")), encoding="utf-8")
 
 

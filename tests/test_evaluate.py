@@ -60,7 +60,8 @@ def test_a_line_says_what_generation_says(tmp_path):
     assert line["prediction"] == sequence.text
     assert line["score"] == float(sequence.text == line["answers"][0])
     assert line["prompt_tokens"] == sequence.prompt_tokens <= 126
-    assert line["full_bytes"] == out.full_bytes
+    assert line["full_bytes"] == out.compared.full
+    assert line["cache_bytes"] == pytest.approx(out.compared.cache, rel=1e-3)  # free pages are listed per batch
     assert line["kept"] == pytest.approx(sum(out.slots[0]) / len(out.slots[0]) / (sequence.prompt_tokens + 1))
     assert line["timing"]["decoded"] == 2
 

@@ -119,7 +119,8 @@ def test_what_is_shown_is_what_the_cache_holds(method, model, capsys):
     (rows,) = generation.cached_positions(model, out)
     want = [[sorted(p for p in row.tolist() if p >= 0) for row in layer] for layer in rows]
     assert shown["positions"] == want and len({str(row) for layer in want for row in layer}) > 1
-    assert shown["cache"] == {"bytes": out.bytes._asdict(), "full_bytes": out.full_bytes}
+    size = {"bytes": out.bytes._asdict(), "full_bytes": out.full_bytes}
+    assert shown["cache"] == size | {"share": out.compared.share}
     assert np.mean(shown["slots"], axis=1).tolist() == out.slots[0]
 
     one = run_json(capsys, *flags, "--layer", 2, "--head", 1)
@@ -192,7 +193,7 @@ def test_the_terminal_shows_text_slots_and_bytes(capsys):
     assert lines[first + 1] == "#" * len("<|begin|>clay: 475 472")  # four sinks; the line's end is none
     assert lines[first + 2] == "snow: 102 243↵" and lines[first + 3] == "station: 227 361↵"
     assert "--- generated" in lines
-    for name in ("payload", "statistics", "full cache", "of the full cache"):
+    for name in ("payload", "statistics", "full cache", "of the full cache (16 bits)"):
         assert name in out
 
 
@@ -247,7 +248,7 @@ def test_a_dry_run_plans_what_a_run_allocates(method, model, capsys):
     flags += [] if method == "full" else ["--budget", "30%"]
     real, planned = run_json(capsys, *flags)["cache"], run_json(capsys, *flags, "--dry-run")
     codes = real["bytes"].pop("payload") + real["bytes"].pop("slack")
-    assert planned["cache"] == {"bytes": {"codes": codes, **real["bytes"]}, "full_bytes": real["full_bytes"]}
+    assert planned["cache"] == real | {"bytes": {"codes": codes, **real["bytes"]}}
     assert planned["context"] == len(model.tokenizer.encode(TEXT * 3))
 
 

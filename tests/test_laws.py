@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import layout, mesh, methods
+from kvjax import abstract, layout, mesh, methods
 from kvjax.cache import tier as tiers_
 from kvjax.spec import RopeSpec
 from tests import matrix, oracle
@@ -168,6 +168,16 @@ def test_bytes_are_those_of_the_arrays(model, method):
             parts = tiers_.nbytes(tier)
             assert parts.total == sum(parts) - parts.total == sum(x.nbytes for x in jax.tree.leaves(tier))
             assert min(parts) >= 0
+
+
+@every_case
+def test_shares_are_those_of_a_cache_in_bfloat16(model, method):
+    """Whatever a run computes in: beside numbers of 32 bits a store would look half as large."""
+    recipe = recipe_of(method, BUDGET)
+    models = [abstract.without_weights(decoder(model).spec, dtype, None, "") for dtype in (jnp.float32, jnp.bfloat16)]
+    wide, half = (abstract.plan_cache(each, recipe, 40, 8, batch=2) for each in models)
+    assert wide.compared == half.compared == (half.bytes["total"], half.full_bytes)
+    assert half.full_bytes < wide.full_bytes and half.bytes["total"] <= wide.bytes["total"]
 
 
 def assert_same(a: Greedy, i: int, b: Greedy, j: int, tolerance: float = 1e-5) -> None:

@@ -311,12 +311,19 @@ def resize(tier: Tier, size: int) -> Tier:
     )
 
 
-def nbytes(tier: Tier, length: np.ndarray | None = None) -> Bytes:
-    """Allocated bytes of a tier by part. Reads `length` back to the host, unless it is given."""
+def nbytes(tier: Tier, length: np.ndarray | None = None, itemsize: int | None = None) -> Bytes:
+    """Bytes of a tier by part, as allocated.
+
+    Args:
+      tier: whose arrays are counted.
+      length: filled slots, on the host; None = they are read back.
+      itemsize: count numbers that no store encodes as this many bytes each; None = as many as they have.
+    """
     length = np.asarray(tier.length) if length is None else length
     size = lambda tree: sum(_bytes(x) for x in jax.tree.leaves(tree))
-    payload = size(_payload(tier.k)) + size(_payload(tier.v))
-    scales = size(tier.k) + size(tier.v) - payload
+    plain = lambda codes: itemsize is not None and not isinstance(codes, dict)
+    payload = sum(itemsize * x.size if plain(x) else size(_payload(x)) for x in (tier.k, tier.v))
+    scales = sum(size(x) - size(_payload(x)) for x in (tier.k, tier.v))
     statistics = size((tier.pos, tier.score, tier.calib))
     tables = size((tier.table, tier.length, tier.budget, tier.free, tier.num_free))
     slots = tier.free.shape[0] * tier.page

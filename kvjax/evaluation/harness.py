@@ -36,6 +36,7 @@ from kvjax import command, generation, likelihood
 from kvjax.errors import InputError
 from kvjax.evaluation.harness_arguments import GenerationArguments, cut_at, read_generation_arguments, whole_number
 from kvjax.generate import DTYPES
+from kvjax.generation import Compared
 from kvjax.methods import default_budget, make
 
 PROG = "kvjax.evaluation.harness"
@@ -62,8 +63,7 @@ class HarnessModel(TemplateLM):
       arguments: the method's own arguments, such as `window=16`.
 
     Attributes:
-      cache_bytes: allocated for the caches of all sequences so far.
-      full_bytes: that full caches need for them.
+      cache_bytes, full_bytes: of the caches of all sequences so far, and of full ones, as in `generation.Compared`.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class HarnessModel(TemplateLM):
             filled = self._filled([pairs[i] for i in batch])
             contexts, continuations = [context for context, _ in filled], [rest for _, rest in filled]
             judged, reading = likelihood.log_likelihood(self._model, contexts, continuations, self._recipe)
-            self._count(reading.bytes.total, reading.full_bytes, len(batch))
+            self._count(reading.compared, len(batch))
             for i, judgement in zip(batch, judged, strict=False):
                 results[i] = float(judgement.logprobs.sum(dtype=np.float64)), judgement.greedy
                 if (texts := requests[i][0]) is not None:
@@ -210,7 +210,7 @@ class HarnessModel(TemplateLM):
         how = asked.how._replace(seed=asked.how.seed + self._draws)
         self._draws += len(prompts)
         out = generation.generate(self._model, self._filled(prompts), self._recipe, max_new_tokens=asked.new, how=how)
-        self._count(out.bytes.total, out.full_bytes, len(prompts))
+        self._count(out.compared, len(prompts))
         return [cut_at(sequence.text or "", asked.until) for sequence in out.sequences[: len(prompts)]]
 
     def _batches(self, lengths: Sequence[tuple[int, ...]], name: str, quiet: bool) -> Iterator[list[int]]:
@@ -226,9 +226,9 @@ class HarnessModel(TemplateLM):
         """A batch of the full size, so that it is not compiled for itself."""
         return batch + batch[-1:] * (self.batch_size - len(batch))
 
-    def _count(self, cache: int, full: int, sequences: int) -> None:
-        self.cache_bytes += cache * sequences / self.batch_size
-        self.full_bytes += full * sequences / self.batch_size
+    def _count(self, size: Compared, sequences: int) -> None:
+        self.cache_bytes += size.cache * sequences / self.batch_size
+        self.full_bytes += size.full * sequences / self.batch_size
 
     def _log(self) -> None:
         if self.full_bytes:

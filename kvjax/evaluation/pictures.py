@@ -99,7 +99,7 @@ def panel(axes: "matplotlib.axes.Axes", rows: Sequence[Row], styles: dict[str, d
     for row in rows:
         if row.method == "full":
             star(axes, row)
-    axes.set_xlabel("cache bytes per token")
+    axes.set_xlabel("cache bytes per token (16 bits)")
     axes.set_ylabel(AXES[rows[0].metric])
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -25,6 +25,7 @@ NOTES = {
     "kl": "KL: from the full cache's next-token distributions, mean over parts (lower is better); 95% Student t "
     "interval of the samples' mean; p99: 99th percentile of all tokens.",
 }
+BYTES = "Bytes: of the cache in 16 bits: numbers that no store encodes count two bytes, here and in the full cache."
 PARTIAL = "n = a/b: only a of b samples were run; such a row does not compare with the others."
 SAME = ("samples", "seed", "lengths", "form", "question", "text", "dtype")  # what makes runs comparable
 
@@ -77,7 +78,7 @@ def header(run: dict[str, Any]) -> str:
 def notes(rows: Sequence[Row]) -> list[str]:
     """How the numbers of these rows are to be read."""
     used = [NOTES[metric] for metric in dict.fromkeys(row.metric for row in rows)]
-    return used + [PARTIAL] * any(row.n < row.largest for row in rows)
+    return [*used, BYTES] + [PARTIAL] * any(row.n < row.largest for row in rows)
 
 
 def columns(metric: str) -> list[str]:

@@ -31,7 +31,7 @@ class Row(NamedTuple):
       value: mean score, perplexity, or mean divergence [nats].
       low, high: its 95% interval.
       p99: 99th percentile of the tokens' divergences [nats].
-      bytes_per_token: allocated cache over prompt and new tokens.
+      bytes_per_token: cache over prompt and new tokens, counted as `generation.Compared` does.
       full_bytes_per_token: the same of a full cache.
       of_full: their ratio.
       kept: filled slots over those of a full cache, mean over samples.

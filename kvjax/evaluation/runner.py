@@ -17,10 +17,9 @@ import numpy as np
 
 from kvjax import generation, likelihood
 from kvjax.cache.policy import Recipe
-from kvjax.cache.tier import Bytes
 from kvjax.errors import InputError
 from kvjax.evaluation.task import Form, Request, Sample, Task
-from kvjax.generation import Model
+from kvjax.generation import Compared, Model
 
 SAMPLES = "samples.jsonl"
 Key = tuple[str, str, int, str, str | int | None]
@@ -114,7 +113,7 @@ class Evaluation:
                     "answers": list(sample.answers),
                     "prompt_tokens": sequence.prompt_tokens,
                     "new_tokens": new,
-                    **_cost(out.bytes, out.full_bytes, len(samples), slots, read),
+                    **_cost(out.compared, len(samples), slots, read),
                     "timing": timing,
                 }
             )
@@ -197,16 +196,16 @@ def _forced_lines(
     lines = []
     for value, context, after, slots in zip(values, *prompts, reading.slots, strict=True):
         new = len(after) + fed
-        cost = _cost(reading.bytes, reading.full_bytes, len(values), slots, len(context) + new)
+        cost = _cost(reading.compared, len(values), slots, len(context) + new)
         tokens = [float(f"{x:.6g}") for x in value]
         line = {"metric": metric, "score": float(np.mean(value, dtype=np.float64)), "tokens": tokens}
         lines.append(line | {"prompt_tokens": len(context), "new_tokens": new} | cost)
     return lines
 
 
-def _cost(size: Bytes, full: int, batch: int, slots: Sequence[int | float], read: int) -> dict[str, float]:
+def _cost(size: Compared, batch: int, slots: Sequence[int | float], read: int) -> dict[str, float]:
     """What the cache of one sequence takes, and what of the tokens it has read is in it."""
-    return {"cache_bytes": size.total / batch, "full_bytes": full / batch, "kept": sum(slots) / len(slots) / read}
+    return {"cache_bytes": size.cache / batch, "full_bytes": size.full / batch, "kept": sum(slots) / len(slots) / read}
 
 
 def key(line: dict[str, Any]) -> Key:
