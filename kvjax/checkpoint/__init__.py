@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kvjax.checkpoint import hf, orbax
+from kvjax.checkpoint.identity import fingerprint
 from kvjax.mesh import Size
 from kvjax.models.decoder import Decoder
 
@@ -31,4 +32,4 @@ def load_model(
     return hf.load(path, wanted, ignore, size=size), path
 
 
-__all__ = ["load_model"]
+__all__ = ["fingerprint", "load_model"]

@@ -32,6 +32,7 @@ from kvjax.text_files import read_json
 FORMAT = 2
 ABOUT = "kvjax.json"
 PARAMS = "params"
+CHANGES = ("ignore_config", "latent", "gate")  # what `ABOUT` says of the model beside its `config.json`
 COPIED = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"),
@@ -146,8 +147,8 @@ def read(path: Path, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]
         raise InputError(f"{path}: params cannot be read, convert the source again ({_reason(error)})") from error
 
 
-def read_parts(path: Path, dtype: np.dtype) -> Iterator[tuple[str, hf.Part]]:
-    """The parts of a converted checkpoint, as it groups them, in another dtype.
+def read_parts(path: Path, dtype: np.dtype | None = None) -> Iterator[tuple[str, hf.Part]]:
+    """The parts of a converted checkpoint, as it groups them, in another dtype; None = as stored.
 
     Cost: host memory of the largest, in both.
     """
@@ -156,7 +157,8 @@ def read_parts(path: Path, dtype: np.dtype) -> Iterator[tuple[str, hf.Part]]:
             arrays = ocp.load(str(part), ocp.metadata(str(part)).metadata)
         except (ValueError, OSError) as error:
             raise InputError(f"{part}: cannot be read ({_reason(error)})") from error
-        yield part.name, {name: np.asarray(array).astype(dtype) for name, array in arrays.items()}
+        read = {name: np.asarray(array) for name, array in arrays.items()}
+        yield part.name, read if dtype is None else {name: array.astype(dtype) for name, array in read.items()}
 
 
 def read_spec(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
