@@ -202,7 +202,11 @@ def write(path: Path, content: bytes) -> None:
     try:
         with interrupts.removing(new) if regular else contextlib.nullcontext():
             try:
-                new.write_bytes(content)
+                with new.open("wb") as file:
+                    file.write(content)
+                    if regular:  # else its name may be on disk before it is
+                        file.flush()
+                        os.fsync(file.fileno())
                 if regular:
                     new.replace(target)
             finally:

@@ -262,6 +262,15 @@ def test_a_stopped_run_goes_on(tmp_path: Path, texts: Path, shallow: Path, capsy
     with pytest.raises(InputError, match="another seed"):
         run(whole, texts, *flags, "--seed", "1")
     run(whole, texts, *flags)  # is complete
+    norm = load_file(shallow / "model.safetensors")
+    changed = shutil.copytree(shallow, tmp_path / "changed")
+    save_file(norm | {"model.norm.weight": norm["model.norm.weight"] * 2}, changed / "model.safetensors")
+    record = whole / "run" / "run.json"
+    kept = record.read_text()
+    record.write_text(kept.replace(str(shallow), str(changed)))
+    with pytest.raises(InputError, match="another weights"):
+        run(whole, texts, "--model", str(changed))
+    record.write_text(kept)
     shutil.rmtree(whole / "run")
     with pytest.raises(InputError, match="is a checkpoint already"):
         run(whole, texts, *flags)
@@ -354,7 +363,9 @@ def test_wrong_data_is_one_line(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1: is not JSON"),
+        ("{", "line 1 is not JSON"),
+        ("[" * 100_000, "line 1 is nested too deeply"),
+        ('{"tokens": [' + "9" * 5_000 + "]}", "line 1 has an integer of too many digits"),
         ('{"words": "a"}', "line 1: is neither"),
         ('{"tokens": [1, true]}', "line 1: is neither"),
         ('{"tokens": [1, 99999]}', "not in the vocabulary"),
@@ -405,6 +416,19 @@ def test_a_config_gives_flags(tmp_path: Path, texts: Path) -> None:
     flags = command.command.config_flags(config, command.command.read_config(config), p, args)
     options = command.options(p.parse_args([*flags, "--cr", "2"]))
     assert options.files == (texts,) and options.gate.rate == 2 and options.distill and not options.remat
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(
+    tmp_path: Path, texts: Path, shallow: Path
+) -> None:
+    flags = ("--model", str(shallow), "--fade-steps", "0", "--final-learning-rate", "1e30", "--save-every", "4")
+    with pytest.raises(InputError, match=r"after 8 steps .* not finite.* the last checkpoint is that of step 4"):
+        run(tmp_path, texts, *flags)
+    before = logged(tmp_path)
+    assert [entry["step"] for entry in before] == [2, 4, 6]
+    with pytest.raises(InputError, match="after 8 steps"):  # it goes on from the fourth step, and ends there again
+        run(tmp_path, texts, *flags)
+    assert logged(tmp_path) == before and not orbax.is_orbax(tmp_path)
 
 
 @pytest.mark.slow

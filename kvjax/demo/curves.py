@@ -5,15 +5,15 @@ folders are runs that continued one another.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvjax import runs
 from kvjax.demo import course, data
-from kvjax.evaluation.pictures import COLOURS, DASHES
+from kvjax.evaluation.pictures import COLOURS, DASHES, save_figure
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     """Draw the curves of a run, or of several that continued one another."""
     parser = argparse.ArgumentParser(prog="python -m kvjax.demo.curves", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folder of a run: --out of the training")
-    runs = parser.parse_args(argv).runs
-    entries = [json.loads(line) for run in runs for line in (run / "log.jsonl").read_text().splitlines()]
-    draw(entries).savefig(runs[-1] / "curves.png", dpi=150)
+    folders = parser.parse_args(argv).runs
+    entries = [entry for folder in folders for entry in runs.entries(folder / runs.LOG)]
+    save_figure(draw(entries), folders[-1] / "curves.png")
 
 
 if __name__ == "__main__":

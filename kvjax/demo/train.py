@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax import Array
 
@@ -185,10 +184,11 @@ def train(args: argparse.Namespace) -> Decoder:
     params = nnx.to_pure_dict(params)
     optimize = optimizer(args.learning_rate, args.steps, args.decay)
     step, start = Programs(make_step(graph, optimize, args), args), time.monotonic()
-    log, writers = args.out / "log.jsonl", Writers(args)
-    with runs.manager(args.out, args.checkpoint_every) as manager:
+    writers = Writers(args)
+    given = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
+    with runs.begin(args.out, given | {"corpus": corpus.fingerprint()}, args.checkpoint_every) as run:
         state = State(params, optimize.init(params), np.asarray(len(course.COURSE) - 1 if args.start else 0))
-        state, done = runs.resume(manager, state, log)
+        state, done = runs.resume(run, state)
         lengths = [length for stage in course.COURSE for length in stage.lengths]
         over = done == args.steps
         while not over:  # at least one block
@@ -201,9 +201,8 @@ def train(args: argparse.Namespace) -> Decoder:
             done, found = block.stop, entry(np.asarray(sums))
             state = State(params, opt, np.asarray(course.advance(stage, found["looked_up"], done / args.steps)))
             line = {"step": done, "stage": stage, "tokens": read, **found}
-            runs.append(log, line | {"seconds": round(time.monotonic() - start, 1)})
             over = done == args.steps or time.monotonic() - start >= 60 * args.minutes
-            manager.save(done, args=ocp.args.StandardSave(tuple(state)), force=over)
+            runs.record(run, line | {"seconds": round(time.monotonic() - start, 1)}, state, force=over)
     writers.close()
     return nnx.merge(graph, state.params)
 
@@ -212,8 +211,6 @@ def main(argv: list[str] | None = None) -> None:
     """Train and write the Hugging Face checkpoint."""
     args = parse(argv)
     command.use_compilation_cache()
-    given = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
-    runs.check(args.out, given | {"corpus": corpus.fingerprint()})
     export.write(train(args), args.out / "hf")
 
 

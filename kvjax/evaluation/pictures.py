@@ -4,6 +4,7 @@ Methods differ in colour (Okabe and Ito's, for colour-blind readers), marker and
 grey and when there are many. matplotlib is imported when a picture is drawn.
 """
 
+import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from kvjax import command
 from kvjax.errors import InputError
 from kvjax.evaluation.results import Line, Row, by_task, model_of
 from kvjax.methods import label_of
@@ -46,7 +48,7 @@ def save(rows: Sequence[Row], lines: Iterable[Line], run: dict[str, Any], direct
     Returns:
       The files, frontier.png first.
     """
-    given = run.get("arguments") or {}
+    given = run.get("arguments", {})
     what = ", ".join(filter(None, (model_of(run), f"question {given['question']}" if given.get("question") else "")))
     title = lambda head: f"{head} ({what})" if what else head
     figures = {"frontier": frontier(rows, title("Quality and cache size"))}
@@ -56,9 +58,14 @@ def save(rows: Sequence[Row], lines: Iterable[Line], run: dict[str, Any], direct
             needles.setdefault(line["method"], []).append(line)
     for method, found in needles.items():
         figures[f"needle_{quote(method, safe='')}"] = needle(found, title(f"Needle in a haystack, {method}"))
-    for name, figure in figures.items():
-        figure.savefig(directory / f"{name}.png", dpi=150)
-    return [directory / f"{name}.png" for name in figures]
+    return [save_figure(figure, directory / f"{name}.png") for name, figure in figures.items()]
+
+
+def save_figure(figure: "matplotlib.figure.Figure", path: Path) -> Path:
+    """Write a figure as a PNG file."""
+    figure.savefig(picture := io.BytesIO(), format="png", dpi=150)
+    command.write(path, picture.getvalue())
+    return path
 
 
 def frontier(rows: Sequence[Row], title: str) -> "matplotlib.figure.Figure":

@@ -1,18 +1,25 @@
 """What a retrofit has done: pictures of loss and rate over steps and of what each head has learned, and a line."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kvjax import runs
 from kvjax.checkpoint import orbax
-from kvjax.evaluation.pictures import COLOURS
+from kvjax.errors import InputError
+from kvjax.evaluation.pictures import COLOURS, save_figure
+
+DRAWN = ("tokens", "rate", "target", "text", "penalty")
 
 
 def entries(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    """The lines of a run's log, with what is drawn of them."""
+    found = runs.entries(run / runs.LOG)
+    for entry in found:
+        if not all(isinstance(entry.get(name), int | float) for name in DRAWN):
+            raise InputError(f"{run / runs.LOG} is not the log of a retrofit: step {entry['step']} lacks numbers")
+    return found
 
 
 def describe(run: Path) -> str:
@@ -38,11 +45,10 @@ def save(run: Path) -> Path:
     lower.set(ylabel="loss [nats]", xlabel="steps", title="Loss")
     for axes in (upper, lower):
         for entry, before in zip(found[1:], found, strict=False):
-            if entry["stage"] != before["stage"]:
+            if entry.get("stage") != before.get("stage"):
                 axes.axvline(before["step"], color="0.8", linewidth=0.8, zorder=0)
         axes.legend(fontsize=8)
-    figure.savefig(run / "curves.png", dpi=150)
-    return run / "curves.png"
+    return save_figure(figure, run / "curves.png")
 
 
 def save_rates(checkpoint: Path, picture: Path) -> Path:
@@ -50,7 +56,7 @@ def save_rates(checkpoint: Path, picture: Path) -> Path:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    rates = 1 / np.maximum(np.asarray(json.loads((checkpoint / orbax.ABOUT).read_text())["slots"]), 1e-3)  # L K
+    rates = 1 / np.maximum(np.asarray(orbax.read_about(checkpoint)["slots"]), 1e-3)  # L K
     layers, heads = rates.shape
     figure = Figure(figsize=(2.5 + 0.6 * heads, 1.5 + 0.4 * layers), layout="constrained")
     axes = figure.subplots()
@@ -63,5 +69,4 @@ def save_rates(checkpoint: Path, picture: Path) -> Path:
             label = f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
             axes.text(head, layer, label, ha="center", va="center", fontsize=8, color="w" if dark[layer, head] else "k")
     figure.colorbar(image, ax=axes, format="%g")
-    figure.savefig(picture, dpi=150)
-    return picture
+    return save_figure(figure, picture)

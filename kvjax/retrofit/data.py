@@ -4,7 +4,6 @@ A `.jsonl` file has a document per line, `{"text": ...}` or `{"tokens": [...]}`;
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 from kvjax.errors import InputError
 from kvjax.generation import Model
 from kvjax.retrofit.objective import Batch
+from kvjax.text_files import parse_json
 
 
 class Stream(NamedTuple):
@@ -74,7 +74,7 @@ def _documents(file: Path, model: Model) -> Iterator[list[int]]:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _entry(line.decode("utf-8"), model, f"{file}, line {number}")
+                    yield _entry(line, model, f"{file}, line {number}")
                     count += 1
         if not count:
             raise InputError(f"{file} is empty")
@@ -84,11 +84,8 @@ def _documents(file: Path, model: Model) -> Iterator[list[int]]:
         raise InputError(f"{file} is not UTF-8 text") from None
 
 
-def _entry(line: str, model: Model, where: str) -> list[int]:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError:
-        raise InputError(f"{where}: is not JSON") from None
+def _entry(line: bytes, model: Model, where: str) -> list[int]:
+    entry = parse_json(line, where)
     if isinstance(entry, dict) and isinstance(entry.get("text"), str) and entry["text"]:
         return _encode(model, entry["text"], where)
     ids = entry.get("tokens") if isinstance(entry, dict) else None

@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jax import Array
 from jaxtyping import Float
 
-from kvjax import generation, mesh, runs
-from kvjax.checkpoint import orbax
+from kvjax import demo, generation, mesh, runs
+from kvjax.checkpoint import fingerprint, hf, orbax
 from kvjax.collectives import DATA
 from kvjax.errors import InputError
 from kvjax.retrofit import data, objective, weights
@@ -202,12 +201,12 @@ def retrofit(options: Options, out: Path, show: Callable[[Progress, int], None] 
     options, source, spec, stream, src = _prepare(options)
     if out.resolve() == src.resolve():
         raise InputError(f"{out} is the model itself: choose another --out")
-    runs.check(out / RUN, options.identity() | {"data": stream.fingerprint})
-    schedule, log = options.schedule, out / RUN / "log.jsonl"
+    schedule = options.schedule
     step = Step(options, spec, teacher(options, spec, source))
+    given = options.identity() | {"data": stream.fingerprint, "weights": _fingerprints(options, src)}
     began = time.monotonic()
-    with runs.manager(out / RUN, options.save_every, options.keep) as manager:
-        state, done = _resume(manager, step, source, schedule, log)
+    with runs.begin(out / RUN, given, options.save_every, options.keep) as run:
+        state, done = _resume(run, step, source, schedule)
         del source
         _check_exports(out, options, done)
         over = done == schedule.steps
@@ -221,18 +220,18 @@ def retrofit(options: Options, out: Path, show: Callable[[Progress, int], None] 
                 pending.append(losses)
                 for rate in options.export:
                     if schedule.passes(index, rate):
+                        runs.check_finite(run, index + 1, float(losses.total), state.params)
                         passed = dataclasses.replace(options.gate, rate=rate)
                         _export(out / f"rate{rate:g}", src, options, passed, step, state.params, stream)
             done = block.stop
             progress, merged = _summary(pending, done, options, since)
-            runs.append(log, progress._asdict() | {"merged": merged})
-            show(progress, schedule.steps)
             over = done == schedule.steps or time.monotonic() - began >= 60 * options.minutes
-            manager.save(done, args=ocp.args.StandardSave(tuple(state)), force=over)
-    over = done == schedule.steps
-    if over:
-        _export(out, src, options, options.gate, step, state.params, stream, into=True)
-    return over
+            runs.record(run, progress._asdict() | {"merged": merged}, state, force=over)
+            show(progress, schedule.steps)
+        if done == schedule.steps:
+            run.checkpoints.wait_until_finished()
+            _export(out, src, options, options.gate, step, state.params, stream, into=True)
+    return done == schedule.steps
 
 
 def _prepare(options: Options) -> tuple[Options, Params, ModelSpec, Stream, Path]:
@@ -251,6 +250,13 @@ def _prepare(options: Options) -> tuple[Options, Params, ModelSpec, Stream, Path
         raise InputError(f"--length {options.length} is more than the context limit ({spec.max_position})")
     stream = data.read(options.files, model, options.length)
     return options, weights.of_model(model.decoder), spec, stream, src
+
+
+def _fingerprints(options: Options, src: Path) -> list[str]:
+    """What tells the model, and a teacher that is another one, from others of their names."""
+    name = demo.find(options.teacher)
+    others = [] if options.teacher is None else [Path(name) if orbax.is_orbax(Path(name)) else hf.resolve(str(name))]
+    return [fingerprint(path) for path in (src, *others)]
 
 
 def teacher(options: Options, spec: ModelSpec, source: Params) -> tuple[ModelSpec, Params] | None:
@@ -285,11 +291,9 @@ def continued(options: Options, gate: GateSpec, name: str) -> Options:
     return dataclasses.replace(options, gate=goes_on, schedule=options.schedule._replace(start=gate.rate))
 
 
-def _resume(
-    manager: ocp.CheckpointManager, step: Step, source: Params, schedule: Schedule, log: Path
-) -> tuple[State, int]:
+def _resume(run: runs.Run, step: Step, source: Params, schedule: Schedule) -> tuple[State, int]:
     """The state of the newest checkpoint, or the first one."""
-    state, done = State(source, ()), manager.latest_step() or 0
+    state, done = State(source, ()), run.checkpoints.latest_step() or 0
     if done:  # shapes only: the optimiser's state is twice as large as the weights
         state = jax.eval_shape(lambda params: step.begin(State(params, ()), 0), source)
     if done > schedule.fade:
@@ -303,7 +307,7 @@ def _resume(
         name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), "")
         return x.update(sharding=one if where is None else mesh.weight(name, x.shape, where))
 
-    return runs.resume(manager, jax.tree.map_with_path(placed, state), log)
+    return runs.resume(run, jax.tree.map_with_path(placed, state))
 
 
 def _check_exports(out: Path, options: Options, done: int) -> None:
