@@ -191,7 +191,10 @@ def test_missing_data(tmp_path: Path, task, address: str) -> None:
     ("line", "message"),
     [
         ('{"input": ', r"qasper\.jsonl, line 2 is not JSON: Expecting value"),
-        (b"\xff\xfe{", r"qasper\.jsonl, line 2 is not JSON"),
+        (b"\xff\xfe{", r"qasper\.jsonl, line 2 is not UTF-8 text"),
+        ("[" * 100_000, r"qasper\.jsonl, line 2 is nested too deeply"),
+        (json.dumps(LINE | {"answers": []}), r"line 2: 'answers' is not a list of texts, at least one"),
+        (json.dumps(LINE | {"answers": [None]}), r"line 2: 'answers' is not a list of texts, at least one"),
         ("[]", r"line 2 has no field 'context' that is a str"),
         (json.dumps(LINE | {"answers": "Ann"}), r"line 2 has no field 'answers' that is a list"),
     ],

@@ -450,6 +450,7 @@ def test_words_are_distinct() -> None:
         (lambda: aggregation.variable_tracking(chains=0), "chains=0"),
         (lambda: aggregation.variable_tracking(hops=1100), "1101 variables"),
         (lambda: aggregation.common_words(often=2, seldom=2), "often=2"),
+        (lambda: aggregation.common_words(often=10**9), "often=1000000000 or seldom=0 is too large"),
         (lambda: aggregation.frequent_words(alpha=1.0), "alpha=1.0"),
         (lambda: ask(retrieval.lines(1100), "short"), "1100 is more than the 1024 keys"),
         (lambda: ask(retrieval.needle(), text=" "), "empty"),

@@ -28,6 +28,7 @@ from kvjax.evaluation.task import Form, Task
 
 CODE = 6  # letters of a coded word
 TOP = 3  # frequent words that are asked for
+OFTEN = 1000  # times that a common word is in a list, at most
 LONG = 4096  # tokens from which common_words repeats as in RULER's configuration
 
 
@@ -163,6 +164,8 @@ def common_words(common: int = 10, often: int = 0, seldom: int = 0, example: boo
     """
     for name, given, least in (("common", common, 1), ("often", often, 0), ("seldom", seldom, 0)):
         at_least("common_words", name, given, least)
+    if max(often, seldom) > OFTEN:
+        raise InputError(f"task common_words: often={often} or seldom={seldom} is too large: give {OFTEN:,} or less")
     if (often or 6) <= (seldom or 3):
         raise InputError(f"task common_words: often={often or 6} must be more than seldom={seldom or 3}")
     if common >= vocabulary.NUM_KEYS:

@@ -1,10 +1,10 @@
 """Official data files of tasks: one JSON object per line."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvjax.errors import InputError
+from kvjax.text_files import parse_json
 
 
 def find(data: Path | None, task: str, names: Sequence[str], source: str) -> Path:
@@ -34,12 +34,15 @@ def read(path: Path, fields: Mapping[str, type], most: int) -> list[tuple[int, d
       most: records to read, at least 1.
     """
     records = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if len(records) == most:
-                break
-            if line.strip():
-                records.append((number, _record(path, number, line, fields)))
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if len(records) == most:
+                    break
+                if line.strip():
+                    records.append((number, _record(path, number, line, fields)))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
     if not records:
         raise InputError(f"{path} is empty")
     return records
@@ -47,10 +50,7 @@ def read(path: Path, fields: Mapping[str, type], most: int) -> list[tuple[int, d
 
 def _record(path: Path, number: int, line: bytes, fields: Mapping[str, type]) -> dict:
     """One line as an object that has `fields`."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{path}, line {number} is not JSON: {error}") from error
+    record = parse_json(line, f"{path}, line {number}")
     for name, kind in fields.items():
         if not isinstance(record, dict) or not isinstance(record.get(name), kind):
             raise InputError(f"{path}, line {number} has no field {name!r} that is a {kind.__name__}")

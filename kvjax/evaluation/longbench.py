@@ -61,14 +61,19 @@ def score(text: str, sample: Sample) -> float:
     metric = METRICS[sample.part]
     if metric is metrics.classification:
         metric = partial(metric, classes=str(sample.facts["classes"]).split("\n"))
-    return max((metric(text, answer) for answer in sample.answers), default=0.0)
+    return max(metric(text, answer) for answer in sample.answers)
 
 
 def _samples(request: Request, name: str) -> list[Sample]:
     """The first samples of a set."""
     path = jsonl.find(request.data, "longbench", [f"longbench/{name}.jsonl", f"{name}.jsonl"], ADDRESS)
     fields = {"context": str, "input": str, "answers": list} | ({"all_classes": list} if name == "trec" else {})
-    samples = [_sample(request, name, number - 1, line) for number, line in jsonl.read(path, fields, request.samples)]
+    records = jsonl.read(path, fields, request.samples)
+    for number, line in records:
+        for field in ("answers", *(["all_classes"] if name == "trec" else [])):
+            if not line[field] or not all(isinstance(text, str) for text in line[field]):
+                raise InputError(f"{path}, line {number}: {field!r} is not a list of texts, at least one")
+    samples = [_sample(request, name, number - 1, line) for number, line in records]
     score("", samples[0])  # what a metric lacks shows before anything is generated
     return samples
 
@@ -84,7 +89,7 @@ def _sample(request: Request, name: str, index: int, line: dict) -> Sample:
         first = min(characters, (characters + len(question)) // 2)
         cut = len(context) - characters
         left = context[:first] + context[first + cut :]
-        answers = tuple(map(str, line["answers"]))
+        answers = tuple(line["answers"])
         facts = {"cut": cut, **classes}
         return Sample(name, index, left, question, "", answers, SETS[name]["new"], name not in PLAIN, facts)
 
