@@ -7,8 +7,8 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvjax import abstract, command, generation
+from kvjax.cache.budget import parse_keep
+from kvjax.checkpoint import fingerprint
 from kvjax.errors import InputError
 from kvjax.evaluation import manifest, report, runner
 from kvjax.evaluation.runner import Evaluation, Point
@@ -30,6 +32,7 @@ from kvjax.text_files import read_text
 PROG = "kvjax.evaluate"
 Entry = tuple[str, str | int | None]  # a method as `read_entry` takes it; its budget, None = the default
 BATCH_TOKENS = 8192  # tokens of the prompts that are run together
+MOST = 10_000  # samples of a part
 LENGTHS = {"short": (512, 1024), "natural": (2048, 4096)}
 
 
@@ -90,14 +93,16 @@ def main(argv: list[str] | None = None) -> None:
     stores = command.stores(args)
     names = ("" if args.config else "all") if args.methods is None else args.methods
     entries = [*_named(names), *(configured(file, settings, stores) for file in args.config)]
-    grid = points(entries, args.budgets and _split(args.budgets), settings, stores)
+    budgets = None if args.budgets is None else _split(args.budgets)
+    grid = points(entries, budgets, settings, stores)
     _check(args, {task.name for task in tasks}, {read_entry(point.method)[0] for point in grid}, settings)
     text = _read_text(args.text)
     command.use_compilation_cache()
-    load = lambda name: generation.load(
+    load = lambda name: generation.load_from(
         name, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config, mesh=args.mesh
     )
-    model, reference = load(args.model), None if args.reference is None else load(args.reference)
+    model, directory = load(args.model)
+    reference, origin = (None, None) if args.reference is None else load(args.reference)
     for point in grid:
         generation.check_recipe(model, point.recipe)
     form = args.form or ("short" if args.model is None else "natural")
@@ -109,9 +114,11 @@ def main(argv: list[str] | None = None) -> None:
     samples = {task.name: task.samples(request) for task in tasks}
     batch = args.batch or max(1, BATCH_TOKENS // max(lengths))
     arguments = {
-        "model": model.name, "reference": reference and reference.name, "tasks": list(samples),
+        "model": model.name, "weights": fingerprint(directory), "stop": model.stop,
+        "reference": reference and reference.name, "reference_weights": origin and fingerprint(origin),
+        "tasks": list(samples),
         "methods": list(dict.fromkeys(point.method for point in grid)),
-        "budgets": args.budgets and _split(args.budgets), "samples": args.samples, "seed": args.seed,
+        "budgets": budgets, "samples": args.samples, "seed": args.seed,
         "lengths": lengths, "form": form, "question": args.question, "chat": chat, "batch": batch,
         "settings": settings, "data": args.data and str(args.data),
         "text": manifest.digest(request.text),
@@ -120,7 +127,9 @@ def main(argv: list[str] | None = None) -> None:
     unseen = args.question == "unseen"
     evaluation = Evaluation(model, batch=batch, unseen=unseen, chat=chat, reference=reference)
     with runner.results(args.out) as (done, file):
-        manifest.write(args.out, [PROG, *argv], arguments, fresh=not done)
+        calls = manifest.earlier(args.out, arguments) if done else []
+        evaluation.check(samples, done)
+        manifest.write(args.out, [PROG, *argv], arguments, calls)
         run(evaluation, tasks, samples, grid, done, file)
     console.print(f"python -m kvjax.evaluate report {shlex.quote(str(args.out))}", highlight=False)
 
@@ -130,8 +139,8 @@ def run(
     tasks: list[Task],
     samples: dict[str, list[Sample]],
     grid: list[Point],
-    done: set[runner.Key],
-    file: TextIO,
+    done: runner.Done,
+    file: FileIO,
 ) -> None:
     """Run what has no result yet, and write every batch's results as soon as they are there."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -139,11 +148,16 @@ def run(
         bar = progress.add_task("", total=len(grid) * sum(map(len, samples.values())))
         for point in grid:
             for task in tasks:
-                progress.update(bar, description=f"{task.name} {point.method} {point.budget or ''}".strip())
+                name = f"{task.name} {point.method} {point.budget or ''}".strip()
+                progress.update(bar, description=name)
                 for batch in evaluation.batches(samples[task.name]):
                     keys = {(task.name, s.part, s.index, point.method, point.budget) for s in batch.samples}
-                    if not keys <= done:
-                        runner.append(file, evaluation.run(task, point, batch), done)
+                    if not keys <= done.keys():
+                        try:
+                            lines = evaluation.run(task, point, batch)
+                        except InputError as error:
+                            raise InputError(f"{name}: {error}") from None
+                        runner.append(file, lines, done)
                     progress.advance(bar, len(batch.samples))
             jax.clear_caches()  # the next point's programs are others: a long grid would fill the memory with code
 
@@ -178,6 +192,8 @@ def points(
     methods that they name, `stores` of all that have them: these become part of the method's name.
     """
     grid, left = [], set(stores or {})
+    for budget in budgets or ():
+        parse_keep(budget, "--budgets")
     for entry, own in entries:
         name, arguments = read_entry(entry)
         takes, common = default_budget(name), taken(name, stores or {})
@@ -185,10 +201,13 @@ def points(
         full_name = entry + "".join(f"+{key}={value}" for key, value in common.items() if key not in arguments)
         given = common | (settings or {}).get(name, {}) | arguments
         for budget in [takes if own is None else own] if takes is None or not budgets else budgets:
-            grid.append(Point(full_name, budget, make(name, budget, given)))
+            label = None if budget is None else str(budget)
+            grid.append(Point(full_name, label, make(name, budget, given)))
     if left:
         raise InputError(f"no method of this run takes {', '.join(sorted(left))}")
-    return list({(point.method, str(point.budget)): point for point in grid}.values())
+    if budgets and all(point.budget is None for point in grid):
+        raise InputError("no method of this run takes a budget: leave --budgets out")
+    return list({(point.method, point.budget): point for point in grid}.values())
 
 
 def _named(methods: str) -> list[Entry]:
@@ -218,9 +237,9 @@ def _check(args: argparse.Namespace, tasks: set[str], methods: set[str], setting
     for name in settings:
         if name not in tasks | methods:
             raise InputError(f"--set {name}: no such task or method in this run")
-    if args.samples < 1:
-        raise InputError(f"--samples {args.samples} is not at least 1")
-    command.check_numbers(args, batch=command.MOST_SEQUENCES)
+    if args.budgets is not None and not _split(args.budgets):
+        raise InputError("--budgets names none")
+    command.check_numbers(args, samples=MOST, batch=command.MOST_SEQUENCES)
     if args.reference is not None and "kl" not in tasks:
         raise InputError(f"--reference {args.reference} is for the task kl, which --tasks does not name")
     if args.seed < 0:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import kvjax
 from kvjax import METHODS, command, demo, evaluate, generation, methods
@@ -213,6 +215,85 @@ def test_more_samples_continue_a_run(tmp_path):
     assert [line["index"] for line in after] == [0, 1, 2, 3, 4]
 
 
+def test_ends_of_lines_that_an_editor_has_changed_lose_nothing(tmp_path):
+    flags = "--tasks", "lines", "--methods", "full"
+    before = run(tmp_path, *flags)
+    path = tmp_path / "samples.jsonl"
+    for change in (lambda raw: raw.replace(b"\n", b"\r\n"), lambda raw: raw.rstrip()):  # the last line has no end
+        path.write_bytes(change(path.read_bytes()))
+        assert run(tmp_path, *flags) == before
+    assert run(tmp_path, *flags, "--samples", "5")[:3] == before
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
+    resource = pytest.importorskip("resource")
+    flags = "--tasks", "lines", "--methods", "full"
+    whole = run(tmp_path / "whole", *flags)
+    with runner.results(tmp_path) as (done, file):
+        runner.append(file, whole[:1], done)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (os.fstat(file.fileno()).st_size + 40, limits[1]))
+        try:
+            with pytest.raises(
+                kvjax.InputError, match=r"cannot write .*samples\.jsonl: File too large; what is finished"
+            ):
+                runner.append(file, whole[1:], done)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with runner.results(tmp_path) as (done, file):  # the line that the disk had no room for is torn
+        assert done.keys() == set(map(runner.key, whole[:1]))
+        runner.append(file, whole, done)
+    assert lines(tmp_path) == whole
+
+
+QUESTION = {"context": "Question: Who is it?\nType: Person", "input": "Question: Where?\nType:", "answers": ["Place"]}
+
+
+def test_a_data_file_that_has_changed_is_another_run(tmp_path):
+    write = lambda line: (tmp_path / "trec.jsonl").write_text(json.dumps(line | {"all_classes": ["Place", "Person"]}))
+    flags = "--tasks", "longbench", "--set", "longbench.sets=trec", "--data", str(tmp_path), "--form", "short"
+    flags += "--methods", "full", "--lengths", "256"
+    write(QUESTION)
+    before = run(tmp_path / "out", *flags)
+    assert run(tmp_path / "out", *flags) == before
+    write(QUESTION | {"answers": ["Person"]})
+    with pytest.raises(
+        kvjax.InputError, match="task longbench, part trec, sample 0: the results are of another prompt"
+    ):
+        run(tmp_path / "out", *flags)
+
+
+def copy_of_the_demo_model(model: Path) -> Path:
+    return shutil.copytree(demo.directory(), model, ignore=shutil.ignore_patterns("*.py", "dmc", "__pycache__"))
+
+
+def scale_norm(model: Path, factor: float) -> None:
+    weights = load_file(model / "model.safetensors")
+    scaled = {"model.norm.weight": (weights["model.norm.weight"] * factor).astype(weights["model.norm.weight"].dtype)}
+    save_file(weights | scaled, model / "model.safetensors")
+
+
+def test_logits_that_are_not_finite_have_no_score(tmp_path):
+    scale_norm(model := copy_of_the_demo_model(tmp_path / "model"), 1e38)
+    flags = "--model", str(model), "--form", "short", "--methods", "full", "--samples", "1", "--batch", "1"
+    for task in ("lines", "perplexity", "kl"):
+        with pytest.raises(kvjax.InputError, match=f"{task} full: .*not finite"):
+            run(tmp_path / task, "--tasks", task, *flags)
+        assert lines(tmp_path / task) == []
+
+
+def test_weights_that_have_changed_are_another_run(tmp_path):
+    model = copy_of_the_demo_model(tmp_path / "model")
+    flags = "--tasks", "kl", "--methods", "full", "--form", "short", "--reference", str(model)
+    flags += "--samples", "1", "--batch", "1"
+    for name, others in (("weights", ("--model", str(model))), ("reference_weights", ())):
+        run(tmp_path / name, *flags, *others)
+    scale_norm(model, 2)
+    for name, others in (("weights", ("--model", str(model))), ("reference_weights", ())):
+        with pytest.raises(kvjax.InputError, match=f"holds a run with {name} .*: choose another --out"):
+            run(tmp_path / name, *flags, *others)
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_results(tmp_path):
     flags = "--tasks", "lines,needle,kl", "--methods", "full,streaming_llm,h2o", "--budgets", "10%,20%", *SMALL
@@ -249,7 +330,12 @@ def test_killed_at_random_moments_it_ends_with_the_same_results(tmp_path):
         (["--tasks", "longbench"], "--data"),
         (["--tasks", "gsm8k", "--data", "nowhere"], "--data nowhere is not a folder"),
         (["--tasks", "kl", "--text", "nowhere"], "cannot read nowhere"),
-        (["--tasks", "lines", "--samples", "0"], "--samples 0 is not at least 1"),
+        (["--tasks", "lines", "--samples", "0"], "--samples 0 is not a whole number from 1 to 10000"),
+        (["--tasks", "lines", "--samples", "999999999999"], "--samples 999999999999 is not a whole number from 1"),
+        (["--tasks", "lines", "--batch", "999999999999"], "--batch 999999999999 is not a whole number from 1"),
+        (["--tasks", "lines", "--methods", "full", "--budgets", "x"], "--budgets 'x' is not a number of tokens"),
+        (["--tasks", "lines", "--methods", "full", "--budgets", "20%"], "no method of this run takes a budget"),
+        (["--tasks", "lines", "--budgets", ","], "--budgets names none"),
         (["--tasks", "lines", "--set", "needle.depths=3"], "--set needle: no such task or method in this run"),
         (["--tasks", "needle", "--set", "needle.depth=3"], "task needle has no argument 'depth'"),
         (["--tasks", "needle", "--set", "depths=3"], "name the task or method"),
@@ -286,5 +372,5 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 
 def test_a_broken_line_is_named(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"task": "lines"}\n')
-    with pytest.raises(kvjax.InputError, match=r"samples\.jsonl:1 is not"), runner.results(tmp_path):
+    with pytest.raises(kvjax.InputError, match=r"samples\.jsonl:1: 'part' is not"), runner.results(tmp_path):
         pass

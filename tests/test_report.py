@@ -212,14 +212,26 @@ def test_reading(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ('{"task": "ne', "not JSON"),
-        ("[1]", "not an object"),
-        (json.dumps(sample(1.0, kept=None)), "'kept' is not a number"),
-        (json.dumps(sample(1.0, method=3)), "'method' is not a string"),
-        (json.dumps({key: value for key, value in sample(1.0).items() if key != "budget"}), "'budget' is neither"),
-        (json.dumps(sample(1.5)), "score 1.5 is not from 0 to 1"),
-        (json.dumps(sample(1.0, metric="rouge")), "unknown metric 'rouge'"),
-        (json.dumps(forced("kl", [1.0]) | {"tokens": []}), "'tokens' is not a list of numbers"),
+        ('{"task": "ne', " is not JSON"),
+        ("[" * 100_000, " is nested too deeply"),
+        ("9" * 5_000, " has an integer of too many digits"),
+        ("[1]", ": not an object"),
+        (json.dumps(sample(1.0, kept=None)), ": 'kept' is not a finite number from 0 on"),
+        (json.dumps(sample(1.0, kept=True)), ": 'kept' is not"),
+        (json.dumps(sample(1.0, prompt_tokens=0)), ": 'prompt_tokens' is not a finite number from 1 on"),
+        (json.dumps(sample(1.0, cache_bytes=10**400)), ": 'cache_bytes' is not"),
+        (json.dumps(sample(math.nan)), ": 'score' is not a finite number"),
+        (json.dumps(sample(1.0, method=3)), ": 'method' is not a string"),
+        (json.dumps(sample(1.0, budget=True)), ": 'budget' is neither"),
+        (json.dumps({key: value for key, value in sample(1.0).items() if key != "budget"}), ": 'budget' is neither"),
+        (json.dumps(sample(1.5)), ": score 1.5 is not from 0 to 1"),
+        (json.dumps(sample(1.0, metric="rouge")), ": unknown metric 'rouge'"),
+        (json.dumps(sample(1.0) | {"metric": "kl", "tokens": [1.0]}), ": the metric of task needle is kl, not score"),
+        (json.dumps(forced("kl", [1.0]) | {"tokens": []}), ": 'tokens' is not a list of finite numbers"),
+        (json.dumps(forced("kl", [1.0]) | {"tokens": [1.0, math.inf]}), ": 'tokens' is not a list"),
+        (json.dumps(sample(1.0, timing=[1])), ": 'timing' is not an object whose batch, decode_s, decoded"),
+        (json.dumps(sample(1.0, timing={"batch": 0, "decode_s": "1", "decoded": 2})), ": 'timing' is not"),
+        (json.dumps(sample(1.0, facts={"depth": "deep", "length": 512})), ": 'facts' is not"),
     ],
 )
 def test_broken_lines(tmp_path: Path, bad: str, message: str) -> None:
@@ -227,7 +239,39 @@ def test_broken_lines(tmp_path: Path, bad: str, message: str) -> None:
     path.write_text("\n".join([json.dumps(sample(1.0)), bad, json.dumps(sample(1.0, index=1)), ""]))
     with pytest.raises(InputError) as error:
         results.read(path)
-    assert str(error.value).startswith(f"{path}:2: {message}")
+    assert str(error.value).startswith(f"{path}:2{message}")
+
+
+def test_a_last_line_that_is_whole_and_wrong_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path, [sample(1.0)], tail="garbage\n") / "samples.jsonl"
+    with pytest.raises(InputError, match=r"samples\.jsonl:2 is not JSON"):
+        results.read(path)
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\n\n"])
+def test_other_ends_of_lines_are_read(tmp_path: Path, end: str) -> None:
+    lines = [sample(1.0), sample(0.5, index=1)]
+    (tmp_path / "samples.jsonl").write_bytes(end.join(map(json.dumps, lines)).encode())  # the last one has none
+    assert results.read(tmp_path / "samples.jsonl") == lines
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[" * 100_000,
+        "[1]",
+        '{"arguments": 3}',
+        '{"calls": [3]}',
+        '{"command": ["a"]}',
+        '{"versions": [1]}',
+        '{"arguments": {"seed": ' + "9" * 5_000 + "}}",
+    ],
+)
+def test_a_broken_record_of_a_run_is_named(tmp_path: Path, text: str) -> None:
+    (save(tmp_path, grid()) / "run.json").write_text(text)
+    with pytest.raises(InputError, match=r"run\.json "):
+        written(tmp_path)
 
 
 @pytest.mark.parametrize("text", [None, "", '{"torn'])

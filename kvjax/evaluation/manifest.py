@@ -12,36 +12,29 @@ from pathlib import Path
 
 import jax
 
+from kvjax.command import write as write_file
 from kvjax.errors import InputError
+from kvjax.evaluation.results import read_run
 
 NAME = "run.json"
 PACKAGES = ("kvjax", "jax", "jaxlib", "flax", "numpy", "tokenizers")
 MAY_CHANGE = ("tasks", "methods", "budgets", "samples")  # of a run that is continued: each result names its own
 
 
-def write(directory: Path, command: Sequence[str], arguments: Mapping[str, object], *, fresh: bool) -> None:
+def write(
+    directory: Path, command: Sequence[str], arguments: Mapping[str, object], calls: Sequence[Mapping[str, object]]
+) -> None:
     """Write `run.json` with arguments, versions, commit and device; of a run that is continued, those of every call.
 
     Args:
       directory: of the run.
       command: module and flags.
       arguments: JSON values that determine the results.
-      fresh: there are no results yet.
-
-    Raises:
-      InputError: the folder holds the results of a run with other arguments, or cannot be written.
+      calls: from `earlier`.
     """
-    arguments = json.loads(json.dumps(arguments))  # as they will be read
     call = describe(command)
-    path = directory / NAME
-    try:
-        calls = [] if fresh else _earlier(path, arguments)
-        found = {**call, "arguments": arguments, "calls": [*calls, call]}
-        temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {directory}: {error.strerror}") from None
+    found = {**call, "arguments": arguments, "calls": [*calls, call]}
+    write_file(directory / NAME, (json.dumps(found, indent=2) + "\n").encode())
 
 
 def describe(command: Sequence[str]) -> dict[str, object]:
@@ -59,18 +52,18 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _earlier(path: Path, arguments: Mapping[str, object]) -> list[dict[str, object]]:
-    """The calls that have made the results so far; they must have had the same arguments."""
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        before, calls = run["arguments"], run["calls"]
-        changed = [name for name in arguments if name not in MAY_CHANGE and before.get(name) != arguments[name]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path} does not describe a run: choose another --out") from None
-    for name in changed:
+def earlier(directory: Path, arguments: Mapping[str, object]) -> list[dict[str, object]]:
+    """The calls that have made the results of a folder; `InputError` if they have had other arguments."""
+    arguments = json.loads(json.dumps(arguments))  # as they were read
+    path = directory / NAME
+    run = read_run(path)
+    if not run.keys() >= {"arguments", "calls"}:
+        raise InputError(f"{path} does not describe a run: choose another --out")
+    before = run["arguments"]
+    for name in [name for name in arguments if name not in MAY_CHANGE and before.get(name) != arguments[name]]:
         was, now = (json.dumps(value) for value in (before.get(name), arguments[name]))
         raise InputError(f"{path.parent} holds a run with {name} {was}, not {now}: choose another --out")
-    return calls
+    return run["calls"]
 
 
 def commit() -> str | None:

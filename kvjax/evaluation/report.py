@@ -1,8 +1,8 @@
 """The report of a run: tables in the terminal, Markdown and CSV, pictures."""
 
 import csv
+import io
 import math
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvjax import command
 from kvjax.errors import InputError
 from kvjax.evaluation import pictures
 from kvjax.evaluation.results import Line, Row, aggregate, by_task, model_of, read, read_run
@@ -45,19 +46,16 @@ def write(directory: Path, console: Console, others: Sequence[Path] = ()) -> Non
     totals = [row for row in rows if row.part == "all"]
     for item in (Text(header(run)), *tables(totals), *(Text(f"\n{note}") for note in notes(totals))):
         console.print(item)
-    try:
-        write_csv(rows, directory / "report.csv")
-        (directory / "report.md").write_text(text := markdown(totals, run), encoding="utf-8")
-        links = [f"![{path.stem}]({quote(path.name)})" for path in pictures.save(totals, lines, run, directory)]
-        (directory / "report.md").write_text("\n".join([text, *links, ""]), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write the report: {error}") from None
+    write_csv(rows, directory / "report.csv")
+    command.write(directory / "report.md", (text := markdown(totals, run)).encode())
+    links = [f"![{path.stem}]({quote(path.name)})" for path in pictures.save(totals, lines, run, directory)]
+    command.write(directory / "report.md", "\n".join([text, *links, ""]).encode())
 
 
 def _other(directory: Path, run: dict[str, Any]) -> list[Line]:
     """The samples of another model's run; raises `InputError` if they are not of the same prompts."""
     lines, own = read(directory / "samples.jsonl"), read_run(directory / "run.json")
-    given, expected = (each.get("arguments") or {} for each in (own, run))
+    given, expected = (each.get("arguments", {}) for each in (own, run))
     for name in SAME:
         if given.get(name) != expected.get(name):
             raise InputError(f"{directory}: {name} is {given.get(name)}, not {expected.get(name)}: no common report")
@@ -66,12 +64,12 @@ def _other(directory: Path, run: dict[str, Any]) -> list[Line]:
 
 def header(run: dict[str, Any]) -> str:
     """What was run, in one line."""
-    given = run.get("arguments") or {}
+    given = run.get("arguments", {})
     facts = {"model": given.get("model"), "form": given.get("form"), "question": given.get("question")}
     commits = dict.fromkeys(str(call.get("commit")) for call in run.get("calls") or [run])
     facts |= {"samples per part": given.get("samples"), "seed": given.get("seed"), "commit": " and ".join(commits)}
     facts |= {"batch": given.get("batch"), "device": run.get("device"), "dtype": given.get("dtype")}
-    facts |= {"settings": given.get("settings") or None} | (run.get("versions") or {})
+    facts |= {"settings": given.get("settings") or None} | run.get("versions", {})
     return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
 
 
@@ -127,8 +125,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 def markdown(rows: Sequence[Row], run: dict[str, Any]) -> str:
     """The report: what was run, one table per task, how to read them."""
     text = ["# Quality at equal bytes", "", header(run), ""]
-    if command := run.get("command"):
-        text += ["```", command if isinstance(command, str) else shlex.join(command), "```", ""]
+    if called := run.get("command"):
+        text += ["```", called, "```", ""]
     line = lambda items: "| " + " | ".join(item.replace("|", "\\|") for item in items) + " |"
     for task, members in by_task(rows).items():
         names = columns(members[0].metric)
@@ -139,7 +137,6 @@ def markdown(rows: Sequence[Row], run: dict[str, Any]) -> str:
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
     """All rows with all digits; an empty budget is none."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
+    writer = csv.writer(text := io.StringIO(), lineterminator="\n")
+    writer.writerows([Row._fields, *rows])
+    command.write(path, text.getvalue().encode())

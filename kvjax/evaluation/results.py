@@ -1,7 +1,7 @@
 """What a run measured: its samples, and their means with intervals."""
 
-import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,13 +11,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
+from kvjax import journal
 from kvjax.errors import InputError
+from kvjax.text_files import read_json
 
 Line = dict[str, Any]  # of samples.jsonl: one sample under one method and budget
+Key = tuple[str, str, int, str, str | None]  # task, part, index, method, budget
 
-NUMBERS = ("index", "score", "prompt_tokens", "new_tokens", "cache_bytes", "full_bytes", "kept")
 STRINGS = ("task", "part", "method", "metric", "better")
+LEAST = {
+    "index": 0,
+    "score": -math.inf,
+    "prompt_tokens": 1,
+    "new_tokens": 0,
+    "cache_bytes": 0,
+    "full_bytes": 1,
+    "kept": 0,
+}
+TIMING = ("batch", "decode_s", "decoded")
 METRICS = ("score", "perplexity", "kl")
+KINDS = {"arguments": dict, "versions": dict, "calls": list, "command": str}  # of what `run.json` says
 
 
 class Row(NamedTuple):
@@ -60,62 +73,87 @@ class Row(NamedTuple):
 
 
 def read(path: Path) -> list[Line]:
-    """The samples of a run, each one once. A last line that is torn (a killed run) is left out."""
+    """The samples of a run, each one once."""
     try:
-        raw = path.read_bytes().split(b"\n")
+        raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    numbered = [(number, line) for number, line in enumerate(raw, 1) if line.strip()]
-    found: dict[tuple, Line] = {}
-    for number, text in numbered:
-        try:
-            line = json.loads(text.decode("utf-8"))
-        except ValueError:
-            if number == numbered[-1][0]:
-                break
-            raise InputError(f"{path}:{number}: not JSON") from None
-        if fault := _fault(line):
-            raise InputError(f"{path}:{number}: {fault}")
-        line["budget"] = None if line["budget"] is None else str(line["budget"])
-        found.setdefault(tuple(line[key] for key in ("task", "part", "index", "method", "budget")), line)
+    found: dict[Key, Line] = {}
+    for line in check(((number, line) for number, line, _ in journal.lines(raw, path)), path):
+        found.setdefault(key(line), line)
     if not found:
         raise InputError(f"{path} holds no samples: run an evaluation first")
     return list(found.values())
 
 
-def _fault(line: object) -> str | None:
-    """What is wrong with a line, if anything."""
+def check(numbered: Iterable[tuple[int, Any]], path: Path) -> list[Line]:
+    """Lines of results, with budgets as text; raises `InputError` for any that is not one.
+
+    Args:
+      numbered: numbers of lines, from 1, and what they say.
+      path: the file, for errors.
+    """
+    found, metrics = [], {}
+    for number, line in numbered:
+        if fault := _fault(line, metrics):
+            raise InputError(f"{path}:{number}: {fault}")
+        found.append(line | {"budget": None if line["budget"] is None else str(line["budget"])})
+    return found
+
+
+def key(line: Line) -> Key:
+    """What a line is the result of."""
+    return line["task"], line["part"], line["index"], line["method"], line["budget"]
+
+
+def _fault(line: object, metrics: dict[str, str]) -> str | None:
+    """What is wrong with a line, if anything; `metrics` are those of the tasks so far."""
     if not isinstance(line, dict):
         return "not an object"
-    for keys, kind, name in ((STRINGS, str, "a string"), (NUMBERS, int | float, "a number")):
-        for key in keys:
-            if not isinstance(line.get(key), kind):
-                return f"{key!r} is not {name}"
-    if not isinstance(line.get("budget", 0.0), str | int | None):
+    for name in STRINGS:
+        if not isinstance(line.get(name), str):
+            return f"{name!r} is not a string"
+    for name, least in LEAST.items():
+        if not _is_number(line.get(name), least):
+            return f"{name!r} is not a finite number" + f" from {least} on" * (least >= 0)
+    if isinstance(line.get("budget", 0.0), bool) or not isinstance(line.get("budget", 0.0), str | int | None):
         return "'budget' is neither a string, an integer nor null"
+    for name, numbers in (("timing", TIMING), ("facts", ("depth", "length"))):
+        given = line.get(name) or {}
+        if not isinstance(given, dict) or not all(_is_number(given[key], 0) for key in numbers if key in given):
+            return f"{name!r} is not an object whose {', '.join(numbers)} are numbers"
     if line["metric"] not in METRICS:
         return f"unknown metric {line['metric']!r}: known are {', '.join(METRICS)}"
+    if (metric := metrics.setdefault(line["task"], line["metric"])) != line["metric"]:
+        return f"the metric of task {line['task']} is {line['metric']}, not {metric} as before"
     if line["metric"] == "score":
         return None if 0 <= line["score"] <= 1 else f"score {line['score']} is not from 0 to 1"
     tokens = line.get("tokens")
-    good = isinstance(tokens, list) and tokens and all(isinstance(value, int | float) for value in tokens)
-    return None if good else "'tokens' is not a list of numbers"
+    good = isinstance(tokens, list) and tokens and all(map(_is_number, tokens))
+    return None if good else "'tokens' is not a list of finite numbers"
+
+
+def _is_number(value: object, least: int | float = -math.inf) -> bool:
+    """Whether a value is a number that arithmetic can use."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return max(least, -sys.float_info.max) <= value <= sys.float_info.max
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """What was run, as far as it is known."""
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """What was run; empty if there is no such file."""
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    return run if isinstance(run, dict) else {}
+    run = read_json(path)
+    good = all(isinstance(run[name], kind) for name, kind in KINDS.items() if name in run)
+    if not good or not all(isinstance(call, dict) for call in run.get("calls", ())):
+        raise InputError(f"{path} does not describe a run")
+    return run
 
 
 def model_of(run: dict[str, Any]) -> str:
     """The last part of the evaluated model's name; "" if it is not known."""
-    return str((run.get("arguments") or {}).get("model") or "").rstrip("/").rpartition("/")[-1]
+    return str(run.get("arguments", {}).get("model") or "").rstrip("/").rpartition("/")[-1]
 
 
 def aggregate(lines: Iterable[Line]) -> list[Row]:

@@ -7,29 +7,31 @@ run was killed.
 
 import contextlib
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvjax import generation, likelihood
+from kvjax import generation, journal, likelihood
 from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
+from kvjax.evaluation.manifest import digest
+from kvjax.evaluation.results import Key, Line, check, key
 from kvjax.evaluation.task import Form, Request, Sample, Task
 from kvjax.generation import Compared, Model
 
 SAMPLES = "samples.jsonl"
-Key = tuple[str, str, int, str, str | int | None]
+Done = dict[Key, str | None]  # results that are there, and the digests of their samples
 
 
 class Point(NamedTuple):
     """One place in the grid: a method with a budget."""
 
     method: str
-    budget: str | int | None
+    budget: str | None
     recipe: Recipe
 
 
@@ -76,19 +78,42 @@ class Evaluation:
     def run(self, task: Task, point: Point, batch: Batch) -> list[dict[str, Any]]:
         """The lines of one batch."""
         filled = [*batch.samples, *[batch.samples[0]] * (self._batch - len(batch.samples))]  # one shape, compiled once
-        prompts = self._prompts(filled, task)
+        pairs = list(map(self._encode, filled))
+        prompts = self._prompts(pairs, task)
         if task.metric == "kl":
             found = self._diverge(task, point, batch, prompts)
         elif task.metric == "perplexity":
             found = self._judge(point, prompts)
         else:
             found = self._generate(task, point, batch, filled, prompts)
-        lines = zip(batch.samples, found, strict=False)
-        return [_head(task, point, sample) | line for sample, line in lines]
+        lines = zip(batch.samples, pairs, found, strict=False)
+        return [_head(task, point, sample) | line | {"digest": _digest(sample, pair)} for sample, pair, line in lines]
 
-    def _prompts(self, samples: Sequence[Sample], task: Task) -> Prompts:
+    def check(self, samples: Mapping[str, Sequence[Sample]], done: Done) -> None:
+        """Raise `InputError` if a result that is there is of another prompt than the sample has now.
+
+        Args:
+          samples: of each task.
+          done: what is there.
+        """
+        drawn = {(task, s.part, s.index): s for task, each in samples.items() for s in each}
+        digests: dict[tuple[str, str, int], str] = {}
+        for (task, part, index, _, _), found in done.items():
+            if (name := (task, part, index)) not in drawn:
+                continue
+            if name not in digests:
+                digests[name] = _digest(drawn[name], self._encode(drawn[name]))
+            if found != digests[name]:
+                raise InputError(
+                    f"task {task}, part {part}, sample {index}: the results are of another prompt than it has now:"
+                    " choose another --out"
+                )
+
+    def _encode(self, sample: Sample) -> tuple[list[int], list[int]]:
+        return encode(self._model, sample, chat=self._chat, unseen=self._unseen)
+
+    def _prompts(self, pairs: Sequence[tuple[list[int], list[int]]], task: Task) -> Prompts:
         forced = not callable(task.metric)
-        pairs = [encode(self._model, sample, chat=self._chat, unseen=self._unseen) for sample in samples]
         if forced or self._unseen:
             return Prompts([context for context, _ in pairs], [rest for _, rest in pairs])
         return Prompts([context + rest for context, rest in pairs], [[] for _ in pairs])
@@ -178,6 +203,11 @@ def encode(model: Model, sample: Sample, *, chat: bool, unseen: bool = False) ->
     return tokenizer.split(whole + sample.prefix, cut, special=not (chat and sample.chat))
 
 
+def _digest(sample: Sample, pair: tuple[list[int], list[int]]) -> str:
+    """What names a sample: its tokens, the answers and how much is generated."""
+    return digest(json.dumps([pair, sample.answers, sample.new]))
+
+
 def _head(task: Task, point: Point, sample: Sample) -> dict[str, Any]:
     return {
         "task": task.name,
@@ -208,57 +238,20 @@ def _cost(size: Compared, batch: int, slots: Sequence[int | float], read: int) -
     return {"cache_bytes": size.cache / batch, "full_bytes": size.full / batch, "kept": sum(slots) / len(slots) / read}
 
 
-def key(line: dict[str, Any]) -> Key:
-    """What a line is the result of."""
-    return line["task"], line["part"], line["index"], line["method"], line["budget"]
-
-
 @contextlib.contextmanager
-def results(directory: Path) -> Iterator[tuple[set[Key], TextIO]]:
-    """The keys of the samples that are done, and the file to append to; one process at a time.
+def results(directory: Path) -> Iterator[tuple[Done, FileIO]]:
+    """The samples that are done, and the file to append to; one process at a time.
 
     A line that was being written when a run was killed is cut off.
     """
     path = directory / SAMPLES
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        opened = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {directory}: {error.strerror}") from None
-    with opened as file:
-        _lock(file, path)
-        file.seek(0)
-        done, end = set(), 0
-        for number, text in enumerate(file, start=1):
-            if not text.endswith("\n"):
-                break
-            try:
-                done.add(key(json.loads(text)))
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{path}:{number} is not a line of results") from None
-            end += len(text.encode())
-        file.seek(0, os.SEEK_END)
-        if file.tell() > end:
-            file.truncate(end)
-        yield done, file
+    with journal.open_lines(path) as file:
+        journal.lock(file, path)
+        yield {key(line): line.get("digest") for line in check(journal.recover(file), path)}, file
 
 
-def _lock(file: TextIO, path: Path) -> None:
-    """Refuse to share the file with another run; the lock ends with the process."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"another run is writing {path}: choose another --out") from None
-
-
-def append(file: TextIO, lines: Sequence[dict[str, Any]], done: set[Key]) -> None:
-    """Write the lines that are not there yet, at once, and make sure that they are on disk."""
+def append(file: FileIO, lines: Sequence[Line], done: Done) -> None:
+    """Write the lines that are not there yet."""
     fresh = [line for line in lines if key(line) not in done]
-    file.write("".join(json.dumps(line) + "\n" for line in fresh))
-    file.flush()
-    os.fsync(file.fileno())
-    done.update(map(key, fresh))
+    journal.append(file, fresh)
+    done.update((key(line), line["digest"]) for line in fresh)
