@@ -10,11 +10,13 @@ from kvjax import InputError, layout, methods
 from kvjax.cache import tier as tiers_
 from kvjax.cache.apportion import choose_best
 from kvjax.cache.quantize import named
+from kvjax.models import gate as gates
 from kvjax.spec import GateSpec, RopeSpec
 from tests import oracle
 from tests.brute_gate import compare, compression, forced, gated_model, tokens
 
 PROMPTS, NEW = (50, 31, 9), 12
+DTYPES = (jnp.bfloat16, jnp.float32)
 dmc = methods.dmc
 
 CASES = [  # window, key/value heads, offset of the logit, and the compression that this gives
@@ -48,6 +50,15 @@ def test_a_full_cache_merges_what_asks_least_for_a_slot(window, capacity):
     for b, prompt in enumerate(PROMPTS):
         row = 7 if capacity == 7 else 0.3 * (prompt + NEW)
         assert np.asarray(tiers[0].length)[:, b].sum() <= row * model.spec.num_layers * 2
+
+
+def test_weights_are_the_same_in_both_formats():
+    """Small ones too: what keeps them above 0 is not the format's epsilon."""
+    spec = GateSpec("dmc", rate=2.0, window=3)
+    q, k = jnp.linspace(-60, 5, 64).reshape(4, 2, 8), jnp.ones((4, 1, 8))
+    low, high = (gates.read(spec, *(x.astype(jnp.bfloat16).astype(t) for x in (q, k)), None)[0].weight for t in DTYPES)
+    np.testing.assert_allclose(low, high, rtol=0.05)
+    assert 0 < high.min() < 1e-6
 
 
 @pytest.mark.parametrize("store", ["int4/int8", pytest.param("int8", marks=pytest.mark.slow)])

@@ -9,7 +9,8 @@ A coordinate that the gate borrows carries nothing else: `dmc` has it zero in al
 in queries after rotation too; `dms` in each group's first query, before and after. So it does not reach a score.
 
 Source: Megatron-LM, branch `dmc`, `megatron/contrib/dmc/dmc.py`; Model-Optimizer `experimental/dms/dms/core.py`.
-Differs: the released DMC code sets the coordinate of rotated keys to zero as well, which no score can tell.
+Differs: the released DMC code sets the coordinate of rotated keys to zero as well, which no score can tell; it keeps
+  weights above 0 by the epsilon of the model's format, in bfloat16 a weight of its own (0.008), here it is float32's.
 """
 
 import jax
@@ -57,7 +58,7 @@ def read(
     if gate.objective == "dms":
         return Gate(gate.scale * asked[..., 0] - gate.offset), silence(gate, q, k.shape[-2]), k
     logit = gate.scale * k[..., gate.neuron].astype(jnp.float32) - gate.offset
-    weight = jax.nn.sigmoid(asked.mean(axis=-1) + gate.offset) + jnp.finfo(q.dtype).eps.astype(jnp.float32)
+    weight = jax.nn.sigmoid(asked.mean(axis=-1) + gate.offset) + jnp.finfo(jnp.float32).eps
     k = k.at[..., gate.neuron].set(0)
     return Gate(logit, weight), silence(gate, q, k.shape[-2]), k
 
