@@ -12,6 +12,7 @@ from kvjax import mesh
 from kvjax.cache import tier as tiers_
 from kvjax.cache.policy import Layers, Recipe, Tiers
 from kvjax.cache.rolling import rolling
+from kvjax.cache.store import dense
 from kvjax.cache.tier import Tier
 from kvjax.collectives import DATA, own
 from kvjax.errors import InputError
@@ -144,8 +145,13 @@ def check_turn(spec: ModelSpec, recipe: Recipe, prompt: int, reach: int) -> None
 
 
 def rotates_at_read(spec: ModelSpec, recipe: Recipe) -> bool:
-    """Whether keys are cached before rotation."""
-    return recipe.rotate == "read" or spec.latent is not None
+    """Whether keys are cached before rotation.
+
+    In few bits those that have a bias are, without it: it is often far larger than what tokens differ by and would take
+    all codes, and before rotation it is the same for all. A balance needs them rotated.
+    """
+    rounded = any(store.key != dense() for store in recipe.stores) and not any(s.balanced for s in recipe.stores)
+    return recipe.rotate == "read" or spec.latent is not None or (spec.late_bias and rounded)
 
 
 @mesh.program((mesh.cache, EVERYWHERE), lambda *_: ROWS)

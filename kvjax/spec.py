@@ -134,6 +134,11 @@ class ModelSpec:
         """Factor on the products of queries and keys."""
         return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
 
+    @property
+    def late_bias(self) -> bool:
+        """Whether keys have a bias that a cache of keys before rotation is kept without: no norm or gate reads it."""
+        return self.qkv_bias and self.latent is None and not self.qk_norm and self.gate is None
+
     def widths(self, layer: int) -> tuple[int, int]:
         """R and W, the numbers that a row caches for a token's key and for its value."""
         return self.latent.ranks[layer] if self.latent else (self.head_dim, self.head_dim)

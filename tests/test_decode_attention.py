@@ -153,7 +153,7 @@ def expanding(parts: list[Part], heads: int, h: int, *, latent: bool) -> tuple[l
     rng, dtype, rank = np.random.default_rng(1), parts[0].q.dtype, parts[0].q.shape[-1]
     drawn = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     frequency = jnp.asarray(rng.random((2, 1, h // 2)), jnp.float32)
-    up, bias = (drawn(2, rank, heads * h) * rank**-0.5, drawn(2, heads * h)) if latent else (None, None)
+    up, bias = drawn(2, rank, heads * h) * rank**-0.5 if latent else None, drawn(2, heads * h)
     queries = drawn(*parts[0].q.shape[:3], heads * h)
     return [x._replace(q=queries) for x in parts], reference.Expand(Rotation(frequency, 1.1), up, bias)
 
@@ -170,7 +170,7 @@ def expanding(parts: list[Part], heads: int, h: int, *, latent: bool) -> tuple[l
     ],
 )
 def test_keys_are_expanded_and_rotated_as_they_are_read(kernel, store, dtype, rank, heads):
-    """Latents of some heads; 0 heads: keys that are cached as they are before rotation, at other places."""
+    """Latents of some heads; 0 heads: keys that are cached before rotation, without a bias, at other places."""
     parts, options = case(store, dtype=dtype, h=rank, lengths=(0, 1, 64), window=not heads, with_logits=heads == 0)
     h = 32 if heads else rank
     parts, options["expand"] = expanding(parts, max(heads, 1), h, latent=heads > 0)

@@ -1,5 +1,8 @@
 """Methods over low-bit stores: slots move as codes, tiers cost what the papers print, decoding makes no dense copy."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +89,41 @@ def test_kivi_needs_all_tokens_in_order(method):
 def test_contradictions_raise_with_a_reason(arguments, message):
     with pytest.raises(InputError, match=message):
         methods.make("mikv", None, arguments)
+
+
+@functools.cache
+def biased() -> Decoder:
+    """As Qwen2.5: two channels of each head whose key biases are far larger than keys."""
+    model = oracle.random_model(5, num_layers=2, qkv_bias=True)
+    for layer in model.layers:
+        bias = layer.attention.k.bias
+        bias[...] = (bias[...].reshape(-1, 8) + jnp.asarray([-150.0, 0, 0, 0, 0, 0, 120, 0])).reshape(-1)
+    return model
+
+
+LOST = {"int8": 0.02, "int4": 0.2, "fp8": 0.1, "kivi4:8:16": 0.3}
+
+
+@pytest.mark.parametrize("store", quick(LOST, ("int8", "kivi4:8:16")))
+def test_large_biases_of_keys_do_not_take_the_codes(store):
+    want, _, _ = oracle.run(biased(), methods.full(), BATCH, teacher())
+    got, _, _ = oracle.run(biased(), methods.full(store=store), BATCH, teacher())
+    assert_close(got, want, LOST[store])
+
+
+def test_keys_are_rounded_before_rotation_only_if_that_spares_a_bias():
+    plain, latent = decoder("gqa").spec, decoder("latent").spec
+    for spec, recipe, at_read in (
+        (biased().spec, methods.full(), False),
+        (biased().spec, methods.full(store="int4"), True),
+        (biased().spec, methods.full(store="dense/int4"), False),
+        (biased().spec, methods.mikv(), False),  # balanced
+        (biased().spec, methods.mikv(balance=False), True),
+        (dataclasses.replace(biased().spec, qk_norm=True), methods.full(store="int4"), False),
+        (plain, methods.full(store="int4"), False),
+        (latent, methods.full(), True),
+    ):
+        assert layout.rotates_at_read(spec, recipe) == at_read
 
 
 def abstract(dtype, **heads: int) -> Decoder:

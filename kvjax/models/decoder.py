@@ -34,8 +34,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b inner"], over: Axes = ()) -> Float[Array, "*b outer"]:
         """The projection; where x is spread over the devices of some axes, that of all of it."""
-        y = add(x @ self.kernel[...], over)
+        y = self.product(x, over)
         return y if self.bias is None else y + self.bias[...]
+
+    def product(self, x: Float[Array, "*b inner"], over: Axes = ()) -> Float[Array, "*b outer"]:
+        """The projection without its bias."""
+        return add(x @ self.kernel[...], over)
 
 
 class LowRank(nnx.Module):
@@ -148,20 +152,27 @@ class Layer(nnx.Module):
         self.mlp_post_norm = norm() if spec.post_norms else None
         self.parallel = spec.parallel_norms > 0
         self.head_dim = spec.head_dim
+        self.late_bias = spec.late_bias
         self.gate = spec.gate
         self.adapter = gates.Adapter(spec, dtype) if spec.gate is not None and spec.gate.neuron is None else None
 
     def project(
         self, x: Float[Array, "*b D"]
     ) -> tuple[Float[Array, "*b N H"], Float[Array, "*b K R"], Float[Array, "*b K W"], Gate | tuple]:
-        """Queries, keys and values before rotation, of low-rank keys and values the latents; and the gate."""
+        """Queries, keys and values before rotation, of low-rank keys and values the latents; and the gate.
+
+        Keys are without their bias where `ModelSpec.late_bias` says so.
+        """
         y, a = self.attention_norm(x), self.attention
         heads = lambda projected: projected.reshape(*x.shape[:-1], -1, self.head_dim)
         q = heads(a.q(y))
-        k, v = (p(y) if isinstance(p, LowRank) else heads(p(y)) for p in (a.k, a.v))
+        v = a.v(y) if isinstance(a.v, LowRank) else heads(a.v(y))
         if a.q_norm is not None:
             q = a.q_norm(q)
-        k = k if isinstance(a.k, LowRank) else self._normed(k)
+        if isinstance(a.k, LowRank):
+            k = a.k(y)
+        else:
+            k = heads(a.k.product(y)) if self.late_bias else self._normed(heads(a.k(y)))
         if self.gate is None:
             return q, k, v, ()
         gate, q, k = gates.read(self.gate, q, k, None if self.adapter is None else self.adapter(x))
@@ -170,15 +181,22 @@ class Layer(nnx.Module):
     def keys(self, cached: Float[Array, "*b K R"]) -> Float[Array, "*b heads H"]:
         """Keys before rotation."""
         k = self.attention.k
-        return self._normed(k.expand(cached)) if isinstance(k, LowRank) else cached
+        if isinstance(k, LowRank):
+            return self._normed(k.expand(cached))
+        bias = self._late_bias()
+        return cached if bias is None else cached + bias
 
     def expand(self, rotation: Rotation) -> Expand:
         """How a cache is read that holds keys before rotation: what `keys` does, and the rotation."""
         k = self.attention.k
         if not isinstance(k, LowRank):
-            return Expand(rotation)
+            return Expand(rotation, bias=self._late_bias())
         bias = None if k.bias is None else k.bias[...].reshape(k.up.shape[0], -1)
         return Expand(rotation, k.up[...], bias, self.attention.k_norm)
+
+    def _late_bias(self) -> Float[Array, "K H"] | None:
+        bias = self.attention.k.bias
+        return bias[...].reshape(-1, self.head_dim) if bias is not None and self.late_bias else None
 
     def values(self, cached: Float[Array, "*b K W"]) -> Float[Array, "*b heads H"]:
         """Values."""

@@ -119,6 +119,7 @@ def fade(
     q, k, v, _ = layer.project(x)
     part = lambda whole, silent: silent + keep.astype(whole.dtype) * (whole - silent)
     quiet = lambda q: part(q, gates.silence(gate, q, spec.num_kv_heads))
+    k = layer.keys(k)
     if gate.objective == "dmc":
         k = part(k, k.at[..., gate.neuron].set(0))
     q, k = quiet(rope.rotate(quiet(q), *turn)), rope.rotate(k, *turn)
@@ -177,9 +178,9 @@ def _attention(spec: ModelSpec, *args: Any, **kwargs: Any) -> Float[Array, "B T 
 
 
 def _plain(layer: Layer, x: Array, turn: tuple[Array, Array], spec: ModelSpec, window: int | None) -> Array:
-    q, k, v, _ = layer.project(x)
-    q = gates.silence(spec.gate, rope.rotate(q, *turn), spec.num_kv_heads)
-    return layer.finish(x, _attention(spec, q, rope.rotate(k, *turn), v, window=window))
+    q, key, v, _ = layer.project(x)
+    q, k = gates.silence(spec.gate, rope.rotate(q, *turn), spec.num_kv_heads), rope.rotate(layer.keys(key), *turn)
+    return layer.finish(x, _attention(spec, q, k, v, window=window))
 
 
 def losses(

@@ -83,6 +83,9 @@ def scores(
         total = jnp.zeros((place.shape[0], lanes), jnp.float32)
         for piece, twin in _pairs(key, half):
             halves = [_numbers(part["k"], at, x, key, interpret) for x in (piece, twin)]
+            if piece.weight == 1:  # once for all planes of the codes
+                starts = piece.start, twin.start
+                halves = [_biased(x, expand, row, start, piece.width) for x, start in zip(halves, starts, strict=True)]
             total += score(halves, piece.start, piece.width, angles(piece.start, piece.width))
         return total
     turn = angles(0, half)
@@ -136,8 +139,13 @@ def _expanded(
             return total + dot(at.vectors(pool, start, width).astype(up.dtype), from_(start, width), (1, 0))
 
         total = jax.lax.fori_loop(0, key.width // width, more, total)
-    total = total.astype(up.dtype)
-    return total if expand["bias"] is None else total + expand["bias"].at[heads, pl.ds(first, size)][...][None, :]
+    return _biased(total.astype(up.dtype), expand, row, first, size)
+
+
+def _biased(x: Array, expand: dict[str, Any], row: Array, first: Any, size: int) -> Array:
+    """Numbers from `first` on of keys `[block size]`, with the bias."""
+    bias = expand["bias"]
+    return x if bias is None else x + bias.at[row % bias.shape[0], pl.ds(first, size)][...][None, :]
 
 
 def _cos_sin(theta: Array, interpret: bool) -> tuple[Array, Array]:

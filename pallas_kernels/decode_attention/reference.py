@@ -74,7 +74,7 @@ class Expand(NamedTuple):
     Attributes:
       rotation: of keys at their places.
       up: from a latent to the keys of its heads beside each other; None = cached vectors are keys before rotation.
-      bias: added to them.
+      bias: added to them, or to cached keys.
       norm: of each head's key before rotation.
     """
 

@@ -50,6 +50,8 @@ def scores(
     numbers = [page.numbers(piece) for piece in page.read.pieces]
     for first in range(0, query.shape[1], 2 * half):
         key = _expanded(page, numbers, expand, first, 2 * half) if "ups" in expand else _stored(page, numbers)
+        if "bias" in expand:
+            key = key + expand["bias"][0, first : first + 2 * half].astype(jnp.float32)
         key = key.astype(query.dtype).astype(jnp.float32)
         a, b = key[:half], key[half:]
         turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=0).astype(query.dtype)
@@ -73,7 +75,7 @@ def _expanded(
             part = page.scale(group) * part + page.zero(group) * expand["sums"][0, rows, group : group + 1]
         total = part if total is None else total + part
     assert total is not None
-    return total + expand["bias"][0, rows].astype(jnp.float32) if "bias" in expand else total
+    return total
 
 
 def _stored(page: Page, numbers: list[Array]) -> Float[Array, "R page"]:
