@@ -25,6 +25,6 @@ def read_argument(owner: str, parameter: inspect.Parameter, value: object) -> ob
     if kind in (int, float) and isinstance(value, str | int) and not isinstance(value, bool):
         try:
             return kind(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     raise InputError(f"{owner}: {key}={value} is not {'an' if kind is int else 'a'} {kind.__name__}")

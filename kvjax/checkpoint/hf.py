@@ -4,6 +4,7 @@ A part is what a decoder is cut into where it is too large to be held: the embed
 the head. Pickled weights are never opened.
 """
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
@@ -214,7 +215,7 @@ def _shard(path: Path, name: str) -> dict[str, Stored]:
         raise InputError(
             f"{path / INDEX}: shard {name!r} is not the plain name of a .safetensors file beside the index"
         )
-    if not (path / name).is_file():
+    if not os.path.isfile(path / name):  # unlike a Path's, it never raises, however long the name
         raise InputError(f"{path}: shard {name} is missing; the index lists it")
     return _header(path / name)
 

@@ -74,6 +74,9 @@ def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Mod
     family = _family(config)
     refuse_unknown(config, {*FAMILIES[family], *_READ}, "", family)
     fields = FAMILIES[family] | {name: value for name, value in config.items() if name in FAMILIES[family]}
+    for name, default in FAMILIES[family].items():
+        if isinstance(default, bool):
+            flag(fields, name)  # also where this model does not look at it
     mathematics = _falcon(fields) if family == "falcon" else _llama(fields, family)
     if family in _GEMMA:
         mathematics |= _gemma(fields)

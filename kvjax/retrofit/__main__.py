@@ -7,6 +7,7 @@ started again with the same flags.
 import argparse
 import math
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
@@ -186,14 +187,17 @@ def main(argv: list[str] | None = None) -> None:
     chosen = options(args)
     command.use_compilation_cache()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[about]}"), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("retrofitting", total=chosen.schedule.steps, about="", visible=False)
+    bar = Bar(*columns, console=Console(stderr=True))
+    task = bar.add_task("retrofitting", total=chosen.schedule.steps, about="")
+    with ExitStack() as shown:
 
         def show(progress: Progress, steps: int) -> None:
+            if not bar.live.is_started:  # not before: an error that comes first is one line
+                shown.enter_context(bar)
             block = (progress.step - 1) % chosen.log_every + 1
             speed = block * chosen.rows * chosen.length / max(progress.seconds, 1e-9)
             about = f"loss {progress.text:.3f}  CR {progress.rate:.2f} of {progress.target:.2f}  {speed:,.0f} tokens/s"
-            bar.update(task, completed=progress.step, description=progress.stage, about=about, visible=True)
+            bar.update(task, completed=progress.step, description=progress.stage, about=about)
 
         complete = retrofit(chosen, args.out, show)
     if jax.process_index():
