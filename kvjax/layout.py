@@ -51,7 +51,7 @@ def layer_recipe(spec: ModelSpec, recipe: Recipe, layer: int) -> Recipe:
     window = spec.window(layer)
     if window is None:
         return recipe
-    if recipe.windowed == "whole" or (recipe.windowed == "auto" and not spec.compressed(layer)):
+    if recipe.windowed == "whole":
         return Recipe(recipe.name, rolling(recipe.stores[0], window), kernels=recipe.kernels)
     policy = recipe.policy.windowed
     return recipe if policy is None else recipe._replace(policy=policy(window))

@@ -147,10 +147,6 @@ class ModelSpec:
         """Sliding window of a layer [tokens], None for full attention."""
         return self.windows[layer] if self.windows else None
 
-    def compressed(self, layer: int) -> bool:
-        """Whether methods compress a layer by default: not one with a sliding window beside others that have none."""
-        return self.window(layer) is None or None not in self.windows
-
     def rotary(self, layer: int) -> RopeSpec:
         """The rotary embedding of a layer."""
         return self.rope if self.window_rope is None or self.window(layer) is None else self.window_rope

@@ -10,7 +10,7 @@ import pytest
 
 from kvjax import abstract, attention, decode, generation, layout, methods, prefilling
 from kvjax.cache.policy import Recipe
-from kvjax.retrofit import objective
+from kvjax.errors import InputError
 from kvjax.spec import Lengths, ModelSpec, Prompt
 from tests import matrix, oracle
 from tests.test_methods import append, best, grouped
@@ -66,7 +66,7 @@ def test_a_window_is_never_exceeded_and_loses_nothing_that_can_be_read(name, win
 
 @pytest.mark.parametrize("name", matrix.quick(("h2o", "tova", "adakv", "pyramidkv", "d2o", "mikv"), ("d2o",)))
 def test_a_budget_is_of_what_a_layer_can_read(name):
-    """All layers slide: a tenth of the window is kept, and tokens that have left it are not."""
+    """Half of what the next token can read is kept, and no token that has left the window."""
     budget, arguments = ("50%", {"window": 3} if name in matrix.ARGUMENTS else {})
     recipe = methods.make(name, budget, arguments)
     _, positions, cache = oracle.run(model(WINDOW, WINDOW), recipe, prompts(), teacher())
@@ -183,9 +183,9 @@ def test_a_gemma_cache_costs_what_it_must():
         new = 16 if name in appends else 1
         whole = slot * (15 * 512 + 3 * (1501 // 5 + new))
         share = slot * (15 * (511 // 5 + new) + 3 * (1501 // 5 + new))
-        assert total(name, "20%") <= 1.05 * whole, name
+        assert total(name, "20%", windowed="whole") <= 1.05 * whole, name
         pages = 1.05 if name not in ("d2o", "adakv", "dynamickv", "pyramidkv") else 1.1  # rows of different lengths
-        assert total(name, "20%", windowed="compressed") <= pages * share, name
+        assert total(name, "20%") <= pages * share, name
 
 
 def test_a_window_of_scores_is_as_long_as_the_prompt():
@@ -202,15 +202,11 @@ def test_a_window_of_scores_is_as_long_as_the_prompt():
     assert largest <= 4 * 60 * 60
 
 
-def test_a_retrofit_leaves_windows_beside_other_layers_alone():
-    mixed, sliding = model(WINDOW, None, gate="dmc"), model(WINDOW, WINDOW, gate="dmc")
-    ids = jnp.asarray([matrix.text(41, 2)], jnp.int32)
-    batch = objective.Batch(ids, jnp.zeros(ids.shape, bool).at[:, 0].set(True))
-    run = jax.jit(lambda decoder: objective.run(decoder, batch, None))
-    out, decided = run(mixed)
-    assert decided.shape[0] == 1 and run(sliding)[1].shape[0] == 2
-    last, _ = oracle.start(mixed, methods.dmc(), [ids[0, :-1].tolist()], 1)
-    matrix.assert_close(np.asarray(mixed.logits(out[:, -1])), np.asarray(last), 1e-4)
+def test_what_becomes_of_windows_is_said_by_name():
+    with pytest.raises(InputError, match="windowed=all is not one of compressed, whole"):
+        methods.make("h2o", 8, {"windowed": "all"})
+    with pytest.raises(InputError, match="the model decides in layers with a sliding window"):
+        methods.make("dmc", None, {"windowed": "whole"})
 
 
 @pytest.mark.slow

@@ -84,6 +84,6 @@ def imposed(objective: Literal["dmc", "dms"], rate: float) -> GateSpec:
 def narrow(spec: ModelSpec) -> ModelSpec:
     """A model whose cache has the same shape, and that reads a prompt in a fraction of the time.
 
-    It has little but heads, and attends to a sliding window.
+    It has little but heads.
     """
-    return dataclasses.replace(spec, embed_dim=128, mlp_dim=128, windows=(128,) * spec.num_layers)
+    return dataclasses.replace(spec, embed_dim=128, mlp_dim=128)

@@ -31,7 +31,7 @@ AMOUNTS = ("budget", "decode_budget", "capacity")  # arguments of factories: 512
 Tiers = tuple[Tier, ...]  # one per number format
 Positions = Callable[[Int[Array, "B K S"], Int[Array, " B"], Int[Array, "B K"]], Int[Array, "B K S"]]
 Select = Callable[..., tuple[Bool[Array, "B K S"], ...]]
-Windowed = Literal["auto", "whole", "compressed"]
+Windowed = Literal["compressed", "whole"]
 
 
 class Layers(NamedTuple):
@@ -112,9 +112,8 @@ class Recipe(NamedTuple):
       select: `(attention weights of each tier [B K G S], pos [B]) -> slots of each tier [B K S]`, those that a step
         attends to; None = all. It frees nothing.
       kernels: which implementation of `pallas_kernels` fills and reads the cache; None = the platform's.
-      windowed: what becomes of layers with a sliding window. "whole" keeps their windows as they are; "compressed"
-        gives them a budget of what they can read; "auto" = whole beside layers without a window, compressed where all
-        layers have one. See `kvjax.layout.layer_recipe`.
+      windowed: what becomes of layers with a sliding window: "compressed" gives them a budget of what they can read,
+        "whole" keeps their windows. See `kvjax.layout.layer_recipe`.
     """
 
     name: str
@@ -123,7 +122,7 @@ class Recipe(NamedTuple):
     positions: Positions | None = None
     select: Select | None = None
     kernels: Implementation | None = "xla"
-    windowed: Windowed = "auto"
+    windowed: Windowed = "compressed"
 
     @property
     def stores(self) -> tuple[KVStore, ...]:

@@ -87,11 +87,15 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
         raise InputError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     parameters = inspect.signature(METHODS[name]).parameters
     given = dict(arguments or {})
-    kernels, windowed = given.pop("kernels", "xla"), given.pop("windowed", "auto")
+    kernels, windowed = given.pop("kernels", "xla"), given.pop("windowed", "compressed")
     if kernels not in KERNELS:
         raise InputError(f"kernels={kernels} is not one of {', '.join(KERNELS)}")
     if windowed not in get_args(Windowed):
         raise InputError(f"windowed={windowed} is not one of {', '.join(get_args(Windowed))}")
+    if windowed == "whole" and name in LEARNED:
+        raise InputError(
+            f"{name}: the model decides in layers with a sliding window, too: windowed=whole is not for it"
+        )
     if "budget" in given:
         raise InputError("the budget is an option of its own, not a method argument")
     if budget is not None:

@@ -21,7 +21,6 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from kvjax import ahead, command, decode, layout, mesh, prefilling, sampling
-from kvjax.cache.policy import Recipe
 from kvjax.models.decoder import Decoder
 from kvjax.plan import estimate
 from kvjax.plan.chips import Chip, find
@@ -75,14 +74,12 @@ def programs(setting: Setting, steps: Sequence[int]) -> Iterator[Program]:
         there = size(args[0]) + size(args[2])
         yield Program(f"prefill of layer {index}", prefilling._prefill_layer, args, static, there, waits)
     for layers in steps:
-        yield _step(setting._replace(spec=_first(spec, layers), recipe=_settled(setting)), layers)
-
-
-def _settled(setting: Setting) -> Recipe:
-    """The method for the first layers of the model, whatever sliding windows those have."""
-    spec, recipe = setting.spec, setting.recipe
-    whole = any(not spec.compressed(i) for i in range(spec.num_layers))
-    return recipe._replace(windowed="whole" if whole else "compressed") if recipe.windowed == "auto" else recipe
+        yield _step(
+            setting._replace(
+                spec=_first(spec, layers),
+            ),
+            layers,
+        )
 
 
 def _found_bytes(setting: Setting, index: int) -> int:

@@ -134,10 +134,8 @@ def run(
     remat: bool = False,
     fading: tuple[GateSpec, Array] | None = None,
     kernels: Implementation | None = "xla",
-) -> tuple[Float[Array, "B T D"], Float[Array, "gated B K"]]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "L B K"]]:
     """The last layer's outputs, and the share of tokens that the gates merge or evict, differentiable.
-
-    Gates decide in the layers that methods compress (`ModelSpec.compressed`): others keep their sliding window whole.
 
     Args:
       model: with gates, or without and `fading`.
@@ -156,14 +154,13 @@ def run(
         window = spec.window(index)
         if fading is not None:
             one = lambda layer, x, turn, w=window: (fade(layer, x, fading[1], turn, spec, fading[0], w), none)
-        elif spec.gate is None or not spec.compressed(index):
+        elif spec.gate is None:
             one = lambda layer, x, turn, w=window: (_plain(layer, x, turn, spec, w), none)
         else:
             noise = None if relax is None else relax._replace(key=jax.random.fold_in(relax.key, index))
             one = lambda layer, x, turn, w=window, noise=noise: attend(layer, x, starts, noise, turn, spec, w, kernels)
         x, hard = (jax.checkpoint(one) if remat else one)(layer, x, turns[spec.rotary(index)])
-        if spec.compressed(index):
-            decided.append(hard)
+        decided.append(hard)
     return x, jnp.stack(decided)
 
 
