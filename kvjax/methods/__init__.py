@@ -109,7 +109,9 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
         if key not in AMOUNTS:  # parsed by the factory
             given[key] = read_argument(f"method {name}", parameters[key], value)
     common = {"kernels": KERNELS[str(kernels)], "windowed": windowed}
-    return METHODS[name](**given)._replace(**common)
+    recipe = METHODS[name](**given)
+    other = recipe._replace(**common)
+    return recipe if other == recipe else other
 
 
 def accepted_arguments(name: str) -> list[str]:
