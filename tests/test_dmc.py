@@ -35,7 +35,7 @@ def test_a_prompt_at_once_and_then_tokens_are_the_paper_token_by_token(window, h
 
 
 def test_layers_with_a_sliding_window_forget_slots_too():
-    compare(gated_model("dmc", 12, 2, 0.5, windows=(10, None)), dmc(), PROMPTS, NEW)
+    compare(gated_model("dmc", 12, 2, 0.5, windows=(10, None)), dmc(capacity=500), PROMPTS, NEW)
 
 
 def test_heads_may_turn_in_part():
