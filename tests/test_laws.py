@@ -12,8 +12,7 @@ import pytest
 
 from kvjax import abstract, layout, mesh, methods
 from kvjax.cache import tier as tiers_
-from kvjax.spec import readable
-from kvjax.spec import RopeSpec
+from kvjax.spec import RopeSpec, readable
 from tests import matrix, oracle
 from tests.matrix import (
     BATCH,
