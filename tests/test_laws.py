@@ -139,8 +139,8 @@ def test_rows_hold_what_they_may(model, method):
         for prompt, layers in zip(BATCH, batch, strict=True):
             now = len(prompt) + step
             rows = [row for layer in layers for row in layer]
-            for layer, row in ((i, row) for i, layer in enumerate(layers) for row in layer):
-                oldest = now - readable(now, decoder(model).spec.window(layer))
+            for index, row in ((i, row) for i, layer in enumerate(layers) for row in layer):
+                oldest = now - readable(now, decoder(model).spec.window(index))
                 assert row and len(set(row)) == len(row) and row[-1] < now
                 assert {pos for pos in protected(len(prompt), now) if pos >= oldest} <= set(row)
                 if method in EVICTING and method != "pyramidkv" and not uneven:

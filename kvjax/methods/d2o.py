@@ -32,7 +32,7 @@ def d2o(
       budget: slots per row, averaged over layers.
       important: share of a row for sinks and heavy hitters, the rest is for the newest tokens; the paper's 3:1.
       sinks: first tokens, always kept.
-      beta: how fast the threshold for merging follows.
+      beta: how fast the threshold for merging follows; nothing is merged with `merge="off"`.
       merge: weights of merged tokens: the paper's, or "scatter_mean", those of the released code; "off" = what is
         evicted is forgotten.
       layer_rule: what tells layers apart, the paper's statistic or that of the released code: see
