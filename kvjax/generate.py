@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     args, console = command.parse(parser(), argv), Console()
     if args.list_methods:
         list_factories(console, METHODS, "method", "what it keeps")
+        console.print("Every method but dmc and dms takes windowed=whole, too: it keeps sliding windows as they are.")
         return
     prompted = bool(args.prompt or args.prompt_file or args.prompt_tokens)
     method = args.method or (_made_for(args.model) if prompted else showcase.METHOD)
