@@ -159,6 +159,7 @@ def _backend(file: Path) -> tokenizers.Tokenizer:
     with _silent():
         backend = _guarded(problem, lambda: tokenizers.Tokenizer.from_file(str(file)))
         _check_growth(file, backend)
+        _check_ids(file, backend)
         _guarded(problem, lambda: _try(backend))
     backend.no_padding()
     backend.no_truncation()
@@ -169,6 +170,15 @@ def _try(backend: tokenizers.Tokenizer) -> None:
     """Read and write a text; what comes out is not looked at, since it may have what a vocabulary has not."""
     with contextlib.suppress(Exception):  # a panic is none
         backend.decode(backend.encode(_SAMPLE).ids)
+
+
+def _check_ids(file: Path, backend: tokenizers.Tokenizer) -> None:
+    """Refuse two tokens with one id: which of them the library spells differs from load to load."""
+    found: dict[int, str] = {}
+    for token, i in backend.get_vocab(with_added_tokens=False).items():
+        if found.setdefault(i, token) != token:
+            first, second = sorted((found[i], token))
+            raise InputError(f"{file}: tokens {first!r} and {second!r} have the same id, {i}")
 
 
 def _check_growth(file: Path, backend: tokenizers.Tokenizer) -> None:
