@@ -122,7 +122,6 @@ def test_missing_package(metric, monkeypatch: pytest.MonkeyPatch) -> None:
         ("hotpotqa", "Rome\nParis", ("Paris",), 2 / 3),
         ("trec", "City\nNum", ("City",), 1.0),
         ("trec", "City, Location", ("City",), 0.5),
-        ("passage_count", "5", (), 0.0),
     ],
 )
 def test_longbench_score(part: str, text: str, answers: tuple[str, ...], value: float) -> None:
