@@ -5,10 +5,20 @@ import sys
 
 import pytest
 
-from tests import mutated_configs, mutated_data, mutated_flags, mutated_tokenizers, mutated_toml, mutated_weights
+from tests import (
+    mutated_configs,
+    mutated_data,
+    mutated_flags,
+    mutated_params,
+    mutated_tokenizers,
+    mutated_toml,
+    mutated_weights,
+)
 from tests.mutate import explore
 
-FILES = (mutated_configs, mutated_weights, mutated_tokenizers, mutated_toml, mutated_data, mutated_flags)
+FILES = (
+    mutated_configs, mutated_weights, mutated_params, mutated_tokenizers, mutated_toml, mutated_data, mutated_flags,
+)  # fmt: skip
 KINDS = {name: kind for file in FILES for name, kind in file.KINDS.items()}
 
 
