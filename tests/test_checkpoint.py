@@ -181,14 +181,10 @@ def test_chosen_parameters_are_read_in_the_order_asked_for(source):
     np.testing.assert_array_equal(found[0][1], expected.astype(ml_dtypes.bfloat16))
 
 
-def test_harmless_extra_tensors(source, tmp_path):
+def test_harmless_extra_tensors(source):
     model = hf.load(source, jnp.float32)
     edit(source, model__layers__0__self_attn__rotary_emb__inv_freq=np.ones(4, np.float32))
     assert_same(hf.load(source, jnp.float32), model)
-    tied = golden.write_checkpoint("qwen2_tied", tmp_path / "tied")
-    model = hf.load(tied, jnp.float32)
-    edit(tied, lm_head__weight=np.ones((97, 32), np.float32))
-    assert_same(hf.load(tied, jnp.float32), model)
 
 
 def test_wrong_tensors_are_named(source):
@@ -266,6 +262,62 @@ def test_index_and_shards_must_agree(sharded):
     refusal(sharded, SHARDS[1], "missing")
 
 
+# --- one matrix or two ---
+
+
+@pytest.mark.parametrize("name", ["qwen2_tied", "falcon_7b", "gemma2"])
+def test_a_head_of_its_own_counts_whatever_the_config_says(tmp_path, name, capsys):
+    path = golden.write_checkpoint(name, tmp_path / "source")
+    spec = read_config(path)
+    embedding = load_file(path / "model.safetensors")[names.source("embedding", spec)]
+    tied = hf.load(path, jnp.float32)
+    edit(path, lm_head__weight=embedding.astype(np.float16))  # they fit float16
+    assert hf.load(path, jnp.float32).spec == tied.spec == spec and tied.head is None
+    assert capsys.readouterr().err == ""
+    head = embedding.copy()
+    head[-1, -1] += 1
+    edit(path, lm_head__weight=head)
+    model = hf.load(path, jnp.float32)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{path}: config.json calls lm_head.weight tied" in said
+    np.testing.assert_array_equal(model.head.kernel[...], head.T)
+    np.testing.assert_array_equal(model.embedding[...], embedding)
+    convert(str(path), tmp_path / "dst")
+    convert(str(tmp_path / "dst"), tmp_path / "half", "bfloat16")
+    about = (tmp_path / "half" / "kvjax.json").read_text()
+    (tmp_path / "half" / "kvjax.json").write_text(about.replace('"tie_embeddings": false', '"tie_embeddings": 0'))
+    with pytest.raises(InputError, match="tie_embeddings = 0, expected true or false"):
+        orbax.load(tmp_path / "half")
+    (tmp_path / "half" / "kvjax.json").write_text(about)
+    for made, dtype in (("dst", jnp.float32), ("half", jnp.bfloat16)):
+        assert orbax.read_spec(tmp_path / made) == model.spec
+        np.testing.assert_array_equal(orbax.load(tmp_path / made).head.kernel[...], head.T.astype(dtype))
+
+
+def test_a_tied_matrix_may_have_the_heads_name(tmp_path):
+    path = golden.write_checkpoint("qwen2_tied", tmp_path / "source")
+    model = hf.load(path, jnp.float32)
+    embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    edit(path, model__embed_tokens__weight=None, lm_head__weight=embedding)
+    found = hf.load(path, jnp.float32)
+    assert found.spec == model.spec
+    assert_same(found, model)
+    convert(str(path), tmp_path / "dst")
+    np.testing.assert_array_equal(orbax.load(tmp_path / "dst").embedding[...], embedding)
+    edit(path, lm_head__weight=None)
+    with pytest.raises(InputError, match=r"model\.embed_tokens\.weight is missing"):
+        hf.load(path, jnp.float32)
+
+
+def test_a_single_file_beside_an_index_is_said(tmp_path, source, capsys):
+    hf.load(source, jnp.float32)
+    assert capsys.readouterr().err == ""
+    (source / "model.safetensors.index.json").write_text("{}")
+    hf.load(source, jnp.float32)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{source}: has both model.safetensors and model.safetensors.index.json" in said
+
+
 # --- names ---
 
 
@@ -319,6 +371,8 @@ def test_a_converted_model_is_the_same(tmp_path, name):
     files = {file.name for file in (tmp_path / "dst").iterdir()}
     assert files == {"config.json", "tokenizer_config.json", "kvjax.json", "params"}
     about = json.loads((tmp_path / "dst" / "kvjax.json").read_text())
+    assert about.pop("checksums").keys() == {"embedding"}
+    assert about.pop("tie_embeddings") == read_config(source).tie_embeddings
     assert about == {"format": 2, "dtype": "float16", "source": "source", "ignore_config": []}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["dst", "source"]
 
@@ -465,7 +519,7 @@ def test_a_damaged_conversion_is_refused(tmp_path, source):
     with pytest.raises(InputError, match="convert the source again"):
         orbax.load(dst)
     edit_config(dst, intermediate_size=48, num_hidden_layers=3)
-    with pytest.raises(InputError, match="convert the source again"):
+    with pytest.raises(InputError, match=r"has weights of 2 layers, config\.json gives 3"):
         orbax.load(dst)
     edit_config(dst, num_hidden_layers=2)
     orbax.load(dst)
@@ -590,7 +644,7 @@ from pathlib import Path
 import kvjax.checkpoint.orbax as orbax
 import kvjax.convert
 moment, src, dst = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-stage = dst.parent / f".{dst.name}.partial"
+stage = dst.parent / f".{dst.name}.partial" / "stage"
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 orbax._TOGETHER = 0  # a checkpoint per part
@@ -623,7 +677,7 @@ kvjax.convert.main([src, str(dst), *sys.argv[4:]])
 
 @pytest.mark.parametrize("flags", [[], pytest.param(["--lorc", "keep=50%"], marks=pytest.mark.slow)])
 def test_killed_at_any_moment(tmp_path, source, flags):
-    dst, stage = tmp_path / "dst", tmp_path / ".dst.partial"
+    dst, stage = tmp_path / "dst", tmp_path / ".dst.partial" / "stage"
     kvjax.convert.main([str(source), str(tmp_path / "whole"), *flags])
     model = orbax.load(tmp_path / "whole")
     for moment in ("reading", "writing", "before rename", "after rename"):
@@ -637,7 +691,7 @@ def test_killed_at_any_moment(tmp_path, source, flags):
         assert orbax.is_orbax(stage) == (moment == "before rename")
         if moment == "before rename":
             kvjax.convert.main([str(source), str(dst), *flags])
-            assert not stage.exists()
+            assert not stage.parent.exists()
             assert_same(orbax.load(dst), model)
             dst.rename(tmp_path / "done")
     assert_same(orbax.load(dst), model)

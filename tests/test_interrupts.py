@@ -63,7 +63,7 @@ def test_a_command_ends_at_any_moment(name, at, tmp_path):
 def test_what_is_half_written_goes_too(tmp_path):
     """While Orbax's threads write: they must not make it again."""
     process = start(*COPY, str(tmp_path / "out"), cache=tmp_path)
-    wait_for(tmp_path / ".out.partial" / "params", process)
+    wait_for(tmp_path / ".out.partial" / "stage" / "params", process)
     assert interrupt(process) == b""
     assert list(tmp_path.iterdir()) == []
 

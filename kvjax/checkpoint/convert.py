@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from kvjax.checkpoint import hf, lorc, orbax
+from kvjax.checkpoint.stage import check_absent
 from kvjax.errors import InputError
 from kvjax.models.hf_config import read_config
 
@@ -38,8 +39,7 @@ def convert(
     """
     if dtype not in (None, *DTYPES):
         raise InputError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    if dst.exists():
-        raise InputError(f"{dst}: exists already; remove it or choose another directory")
+    check_absent(dst)
     if orbax.is_orbax(Path(source)):
         _cast(Path(source), dst, dtype, ignore, low_rank)
         return
@@ -68,7 +68,8 @@ def _cast(src: Path, dst: Path, dtype: str | None, ignore: Collection[str], low_
     if dtype in (None, about["dtype"]):
         raise InputError(f"{src}: is a converted checkpoint already, in {about['dtype']}: only --dtype can change it")
     about |= {"dtype": dtype, "ignore_config": sorted({*orbax.ignored(src), *ignore})}
-    orbax.save(dst, src, orbax.read_parts(src, np.dtype(dtype)), about)
+    spec = orbax.read_spec(src, ignore)
+    orbax.save(dst, src, orbax.read_parts(src, np.dtype(dtype), spec), about)
 
 
 @contextmanager

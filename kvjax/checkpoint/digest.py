@@ -1,6 +1,7 @@
 """Hashes of files and arrays: they see changes and damage, not forgery (XXH3, 128 bits)."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,12 @@ def of_file(path: Path) -> str:
     """Of a file's content; reads it in pieces."""
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # pyright: ignore[reportArgumentType]
+
+
+def of_folder(path: Path) -> str:
+    """Of all files in a folder and its folders, with their names."""
+    files = sorted(file for file in path.rglob("*") if not file.is_dir())
+    return of_bytes(json.dumps([[file.relative_to(path).as_posix(), of_file(file)] for file in files]).encode())
 
 
 def of_array(array: np.ndarray) -> str:

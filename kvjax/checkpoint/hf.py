@@ -7,6 +7,7 @@ the head. Pickled weights are never opened.
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from kvjax import mesh
 from kvjax.checkpoint import names
 from kvjax.errors import InputError
+from kvjax.kernels import say_once
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config
 from kvjax.spec import ModelSpec
@@ -32,6 +34,7 @@ Progress = Callable[[int, int], None]  # (weights read, weights in all)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_BLOCK = 2**20  # numbers that are compared or checked together: they and what is made of them stay in a CPU's cache
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -47,17 +50,16 @@ class Stored(NamedTuple):
 class Weights(NamedTuple):
     """The weights of a Hugging Face directory: found and checked, not yet read."""
 
-    spec: ModelSpec
+    spec: ModelSpec  # as its tensors make it; see `locate`
     stored: dict[str, Stored]  # parameter path -> the tensor it is in; the largest parameter first
     sizes: dict[str, int]  # parameter path -> how many numbers it has
 
 
 def resolve(name: str) -> Path:
     """The directory of a checkpoint: a local one, else a hub id `org/name`, which is downloaded."""
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.exists():
+    if os.path.isdir(name):  # unlike a Path's, these never raise, however long the name
+        return Path(name)
+    if os.path.lexists(name):
         raise InputError(f"{name}: is a file, expected a directory in the Hugging Face layout")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise InputError(f"{name}: no such directory, and not a hub id of the form org/name")
@@ -95,10 +97,9 @@ def load(
     size: mesh.Size | None = None,
 ) -> Decoder:
     """A decoder with the weights of the Hugging Face directory `path`, cast to `dtype`, on one device or on a mesh."""
-    spec = read_config(path, ignore)
-    where = None if size is None else mesh.make(size, spec)
-    targets, tree = abstract(spec, dtype)
-    weights = locate(path, spec)
+    weights = locate(path, read_config(path, ignore))
+    where = None if size is None else mesh.make(size, weights.spec)
+    targets, tree = abstract(weights.spec, dtype)
     # The largest first, so that the peak of memory comes early.
     arrays = {
         target: mesh.place_weight(where, target, array)
@@ -110,11 +111,22 @@ def load(
 def locate(path: Path, spec: ModelSpec) -> Weights:
     """Find every parameter of the model `spec` in the Hugging Face directory `path`.
 
-    Raises `InputError` where names, shapes or dtypes are not those of the model. Reads headers only.
+    A head whose weights are not the embedding's counts, whatever `config.json` says of tied weights: then the model
+    that is found is not tied. A tied model may have its one matrix under either name.
+
+    Raises `InputError` where names, shapes or dtypes are not those of the model. Reads headers only, and both matrices
+    of a model that is called tied and has two.
     """
+    stored = headers(path)
+    check_depth(path, names.num_layers(stored, spec), spec)
+    embedding, head = (names.source(target, spec) for target in ("embedding", "head.kernel"))
+    if spec.tie_embeddings and {embedding, head} <= stored.keys() and not _alike(stored[embedding], stored[head]):
+        say_once(f"{path}: config.json calls {head} tied to {embedding}, but its weights are others: they count")
+        spec = replace(spec, tie_embeddings=False)
     targets, _ = abstract(spec, np.float32)
     sources = {target: names.source(target, spec) for target in targets}
-    stored = headers(path)
+    if spec.tie_embeddings and embedding not in stored and head in stored:
+        sources["embedding"] = head
     _check_names(path, spec, stored, set(sources.values()))
     for target, source in sources.items():
         _check(stored[source], names.stored_shape(target, targets[target].shape, spec))
@@ -186,6 +198,8 @@ def stored_dtype(weights: Weights) -> np.dtype:
 def headers(path: Path) -> dict[str, Stored]:
     """What every tensor of a Hugging Face directory is, without reading one."""
     if (path / SINGLE).is_file():
+        if (path / INDEX).is_file():
+            say_once(f"{path}: has both {SINGLE} and {INDEX}; the single file counts, as for transformers")
         return _header(path / SINGLE)
     if not (path / INDEX).is_file():
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
@@ -242,12 +256,42 @@ def _array(target: str, weights: Weights, dtype: DTypeLike | None) -> np.ndarray
     """One parameter: its rows of its tensor, transposed where it is a kernel, cast, finite."""
     stored = weights.stored[target]
     array, packed = _read(stored), names.rows(target, weights.spec)
-    array = array if packed is None else array[packed[0]]
+    array = array if packed is None else array[packed]
     array = np.ascontiguousarray(array.T if target.endswith(".kernel") else array)
     array = array if dtype is None else array.astype(dtype, copy=False)
-    if not np.isfinite([array.min(), array.max()]).all():  # both propagate NaN
+    if not is_finite(array):
         raise InputError(f"{stored.file}: tensor {stored.name} has NaN or infinite weights")
     return array
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether all numbers of an array are finite."""
+    numbers = array.reshape(-1)
+    return all(np.isfinite(numbers[i : i + _BLOCK]).all() for i in range(0, numbers.size, _BLOCK))
+
+
+def _alike(first: Stored, second: Stored) -> bool:
+    """Whether two matrices have the same numbers; holds some rows of them at a time."""
+    if first.shape != second.shape or len(first.shape) != 2 or not {first.dtype, second.dtype} <= _DTYPES.keys():
+        return False
+    step = max(1, _BLOCK // max(1, first.shape[1]))
+    try:
+        with safe_open(first.file, "np") as one, safe_open(second.file, "np") as other:
+            a, b = one.get_slice(first.name), other.get_slice(second.name)
+            ends = [*range(step, first.shape[0], step), first.shape[0]]
+            rows = (slice(max(0, end - step), end) for end in ends)
+            return all(np.array_equal(a[i].astype(np.float32), b[i].astype(np.float32)) for i in rows)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{second.file}: tensor {second.name} cannot be read ({error})") from None
+
+
+def check_depth(path: Path, found: int, spec: ModelSpec) -> None:
+    """Raise `InputError` unless there are as many layers as in `config.json`.
+
+    To be called before `abstract`: a tree of layers that are not there may take minutes and all memory.
+    """
+    if found != spec.num_layers:
+        raise InputError(f"{path}: has weights of {found} layers, config.json gives {spec.num_layers}")
 
 
 def _check(stored: Stored, shape: tuple[int, ...]) -> None:

@@ -1,6 +1,7 @@
 """Where a Hugging Face checkpoint has a parameter: the tensor's name, and its rows of a tensor that packs several."""
 
 import re
+from collections.abc import Iterable
 from itertools import islice
 
 import numpy as np
@@ -86,27 +87,39 @@ def source(target: str, spec: ModelSpec) -> str:
     return f"{module}.{_LEAVES[leaf]}"
 
 
-def rows(target: str, spec: ModelSpec) -> tuple[Int[np.ndarray, " rows"], int] | None:
-    """Which rows of a packed tensor are a parameter's, and how many it has; None = it has a tensor of its own."""
+def num_layers(stored: Iterable[str], spec: ModelSpec) -> int:
+    """How many layers the tensors of a checkpoint are of."""
+    of_layer = re.compile(rf"{re.escape(_NAMES.get(spec.family, _LLAMA)['layers'])}\.(\d+)\.")
+    return len({found[1] for name in stored if (found := of_layer.match(name))})
+
+
+def packed_size(target: str, spec: ModelSpec) -> int | None:
+    """How many rows the tensor has that packs a parameter with others; None = it has a tensor of its own."""
     *_, owner, module, _ = ("", "", *target.split("."))
-    if spec.family in ("internlm2", "falcon") and owner == "attention" and module in ("q", "k", "v"):
-        # For each key/value head its G query heads, its key, its value.
-        total = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-        packed = np.arange(total).reshape(spec.num_kv_heads, spec.group_size + 2, spec.head_dim)
-        part = {"q": slice(0, -2), "k": slice(-2, -1), "v": slice(-1, None)}[module]
-        return packed[:, part].reshape(-1), total
+    if spec.family in ("internlm2", "falcon", "phi3") and owner == "attention" and module in ("q", "k", "v"):
+        return (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    return 2 * spec.mlp_dim if spec.family == "phi3" and owner == "mlp" and module in ("gate", "up") else None
+
+
+def rows(target: str, spec: ModelSpec) -> Int[np.ndarray, " rows"] | None:
+    """Which rows of a packed tensor are a parameter's; None = all."""
+    size = packed_size(target, spec)
+    if size is None:
+        return None
+    *_, owner, module, _ = target.split(".")
     if spec.family == "phi3":  # one after the other
         kv_size = spec.num_kv_heads * spec.head_dim
         sizes = {"q": spec.num_heads * spec.head_dim, "k": kv_size, "v": kv_size}
-        sizes = {"attention": sizes, "mlp": dict.fromkeys(("gate", "up"), spec.mlp_dim)}.get(owner, {})
-        if module in sizes:
-            start = sum(islice(sizes.values(), list(sizes).index(module)))
-            return np.arange(start, start + sizes[module]), sum(sizes.values())
-    return None
+        sizes = sizes if owner == "attention" else {"gate": spec.mlp_dim, "up": spec.mlp_dim}
+        start = sum(islice(sizes.values(), list(sizes).index(module)))
+        return np.arange(start, start + sizes[module])
+    # For each key/value head its G query heads, its key, its value.
+    packed = np.arange(size).reshape(spec.num_kv_heads, spec.group_size + 2, spec.head_dim)
+    part = {"q": slice(0, -2), "k": slice(-2, -1), "v": slice(-1, None)}[module]
+    return packed[:, part].reshape(-1)
 
 
 def stored_shape(target: str, shape: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:
     """The shape that the checkpoint's tensor for a parameter must have; torch's `Linear` is [out, in]."""
     shape = shape[::-1] if target.endswith(".kernel") else shape
-    packed = rows(target, spec)
-    return shape if packed is None else (packed[1], *shape[1:])
+    return (packed_size(target, spec) or shape[0], *shape[1:])

@@ -30,6 +30,11 @@ def check(about: Mapping[str, Any], path: Path, version: int) -> None:
         raise InputError(f"{path}: ignore_config = {ignored!r}, expected a list of names; {_AGAIN}")
     if not _is_float(dtype):
         raise InputError(f"{path}: dtype = {dtype!r}, expected a name such as bfloat16; {_AGAIN}")
+    if not isinstance(about.get("tie_embeddings", False), bool):
+        raise InputError(f"{path}: tie_embeddings = {about['tie_embeddings']!r}, expected true or false; {_AGAIN}")
+    checksums = about.get("checksums", {})
+    if not isinstance(checksums, dict) or not all(isinstance(checksum, str) for checksum in checksums.values()):
+        raise InputError(f"{path}: checksums = {checksums!r}, expected one of each part; {_AGAIN}")
     if not isinstance(lorc, dict):
         raise InputError(f"{path}: lorc = {lorc!r}, expected an object; {_AGAIN}")
 

@@ -1,7 +1,7 @@
 """A converted checkpoint: Orbax parameters beside the model's own configuration and tokenizer.
 
     DST/config.json, generation_config.json, tokenizer files   copied from the source
-    DST/kvjax.json                                             what the conversion did
+    DST/kvjax.json                                             what the conversion did, and a checksum of each PART
     DST/params/PART/                                           Orbax: a flat dict, parameter path -> array
 
 A PART is the embedding, a layer, or the final norm with the head; small neighbours share one, under the first's name.
@@ -9,9 +9,9 @@ A DST is complete or absent: it is built beside its place and renamed into it.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from kvjax import interrupts, mesh
-from kvjax.checkpoint import hf, noted
+from kvjax import mesh
+from kvjax.checkpoint import digest, hf, noted, stored
+from kvjax.checkpoint.quiet import quiet
+from kvjax.checkpoint.stage import staged
 from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config
@@ -32,7 +34,7 @@ from kvjax.text_files import read_json
 FORMAT = 2
 ABOUT = "kvjax.json"
 PARAMS = "params"
-CHANGES = ("ignore_config", "latent", "gate")  # what `ABOUT` says of the model beside its `config.json`
+CHANGES = ("ignore_config", "tie_embeddings", "latent", "gate")  # what `ABOUT` says of the model beside `config.json`
 COPIED = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"),
@@ -43,7 +45,7 @@ _TOGETHER = 64 * 2**20  # bytes; an Orbax checkpoint takes a dozen files and 50 
 
 def is_orbax(path: Path) -> bool:
     """Whether `path` is a converted checkpoint."""
-    return (path / ABOUT).is_file()
+    return os.path.isfile(path / ABOUT)  # unlike a Path's, it never raises, however long the name
 
 
 def save(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapping[str, Any]) -> None:
@@ -61,7 +63,7 @@ def save(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapp
     Cost: host memory of the largest part and of its largest array, and at most `_TOGETHER + _IN_FLIGHT` bytes, whatever
       the model's size. Weights hardly compress, and compressing holds a second copy, so they are stored plain.
     """
-    with _staged(dst) as stage, interrupts.removing(stage):
+    with staged(dst) as stage:
         _write(stage, src, parts, about)
 
 
@@ -72,7 +74,7 @@ def save_into(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about:
         if first:
             shutil.rmtree(left, ignore_errors=True)
     mesh.meet(f"{dst} is cleared")
-    with _staged(made) as stage, interrupts.removing(stage):
+    with staged(made) as stage:
         _write(stage, src, parts, about)
     if first:
         for path in sorted(made.iterdir(), key=lambda path: path.name == ABOUT):
@@ -81,19 +83,25 @@ def save_into(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about:
 
 
 def _write(stage: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapping[str, Any]) -> None:
-    first = jax.process_index() == 0
+    first, checksums, tied = jax.process_index() == 0, {}, True
     for name in COPIED:
         if first and (src / name).is_file():
             shutil.copyfile(src / name, stage / name)
     for name, arrays in _grouped(parts):
+        _check_finite(arrays)
+        tied = tied and "head.kernel" not in arrays
         with _context(max(_IN_FLIGHT, 1 + max(array.nbytes for array in arrays.values()))):
             try:
-                ocp.save(str((stage / PARAMS / name).absolute()), arrays)
-            except ValueError as error:  # how tensorstore reports a full or failing disk
-                raise OSError(_reason(error)) from error
+                with quiet():
+                    ocp.save(str((stage / PARAMS / name).absolute()), arrays)
+            except Exception as error:  # how a full or failing disk is reported is no stable list
+                raise OSError(stored.reason(error)) from error
         del arrays  # before the next part is made
+        if first:
+            checksums[name] = digest.of_folder(stage / PARAMS / name)
     if first:
-        (stage / ABOUT).write_text(json.dumps({"format": FORMAT, **about}, indent=2) + "\n")
+        noted = {"format": FORMAT, **about, "tie_embeddings": tied, "checksums": checksums}
+        (stage / ABOUT).write_text(json.dumps(noted, indent=2) + "\n")
 
 
 def load(
@@ -108,23 +116,20 @@ def load(
       size: of the mesh to put it on, each device's part read for itself; None = one device.
 
     Cost: host memory of the parameters in `dtype` and of about the largest part, as stored, for buffers. The C library
-      may keep a few hundred MB of the buffers below 32 MiB.
+      may keep a few hundred MB of the buffers below 32 MiB. Checksums read every file once more, at 6 GB/s where the
+      system still holds it; of several processes each checks some parts.
     """
     spec = read_spec(path, ignore)
+    found = _find(path, spec)
     wanted, tree = hf.abstract(spec, dtype or read_about(path)["dtype"])
+    stored.check_shapes(path, found, wanted)
     where = None if size is None else mesh.make(size, spec)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     place = {n: one if where is None else mesh.weight(n, leaf.shape, where) for n, leaf in wanted.items()}
     arrays = {}
-    try:
-        stored = {part: ocp.metadata(str(part)).metadata for part in (path / PARAMS).absolute().iterdir()}
-        shapes = {name: leaf.shape for leaves in stored.values() for name, leaf in leaves.items()}
-        if shapes != {name: leaf.shape for name, leaf in wanted.items()}:
-            raise ValueError("config.json describes other shapes")
-        for part, leaves in stored.items():
-            arrays |= ocp.load(str(part), {name: wanted[name].update(sharding=place[name]) for name in leaves})
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: params cannot be read, convert the source again ({_reason(error)})") from error
+    for index, part in enumerate(found):
+        target = {name: wanted[name].update(sharding=place[name]) for name in part.arrays}
+        arrays |= stored.load(path, part, target, check=index % jax.process_count() == jax.process_index())
     return jax.tree.unflatten(tree, [arrays[target] for target in wanted])
 
 
@@ -133,32 +138,43 @@ def read(path: Path, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]
 
     Cost: host memory of those of a part.
     """
-    missing = set(names)
-    try:
-        for part in (path / PARAMS).absolute().iterdir():
-            stored = ocp.metadata(str(part)).metadata
-            if here := stored.keys() & missing:
-                arrays = ocp.load(str(part), {name: leaf if name in here else ... for name, leaf in stored.items()})
-                yield from ((name, np.asarray(arrays[name])) for name in here)
-                missing -= here
-        if missing:
-            raise ValueError(f"{min(missing)} is missing")
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: params cannot be read, convert the source again ({_reason(error)})") from error
+    found = _find(path)
+    missing = set(names).difference(*(part.arrays for part in found))
+    if missing:
+        raise stored.damaged(path, f"{min(missing)} is missing")
+    for part in found:
+        if part.arrays.keys() & names:
+            target = {name: leaf if name in names else ... for name, leaf in part.arrays.items()}
+            yield from stored.load(path, part, target).items()
 
 
-def read_parts(path: Path, dtype: np.dtype | None = None) -> Iterator[tuple[str, hf.Part]]:
-    """The parts of a converted checkpoint, as it groups them, in another dtype; None = as stored.
+def read_parts(
+    path: Path, dtype: np.dtype | None = None, spec: ModelSpec | None = None
+) -> Iterator[tuple[str, hf.Part]]:
+    """The parts of a converted checkpoint, as it groups them.
 
-    Cost: host memory of the largest, in both.
+    Args:
+      path: the directory.
+      dtype: cast to it; None = as stored.
+      spec: the model that they are to be all of; None = whatever there is.
+
+    Cost: host memory of the largest, as stored and cast.
     """
-    for part in sorted((path / PARAMS).absolute().iterdir()):
-        try:
-            arrays = ocp.load(str(part), ocp.metadata(str(part)).metadata)
-        except (ValueError, OSError) as error:
-            raise InputError(f"{part}: cannot be read ({_reason(error)})") from error
-        read = {name: np.asarray(array) for name, array in arrays.items()}
-        yield part.name, read if dtype is None else {name: array.astype(dtype) for name, array in read.items()}
+    found = _find(path, spec)
+    if spec is not None:
+        stored.check_shapes(path, found, hf.abstract(spec, np.float32)[0])
+    for part in found:
+        arrays = stored.load(path, part, part.arrays)
+        yield part.folder.name, arrays if dtype is None else {n: array.astype(dtype) for n, array in arrays.items()}
+
+
+def _find(path: Path, spec: ModelSpec | None = None) -> list[stored.Part]:
+    """The parts that a converted checkpoint has, in the order of their names, and no fewer layers than a model."""
+    found = stored.find(path, path / PARAMS, read_about(path).get("checksums"))
+    if spec is not None:
+        layers = {name.split(".")[1] for part in found for name in part.arrays if name.startswith("layers.")}
+        hf.check_depth(path, len(layers), spec)
+    return found
 
 
 def read_spec(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
@@ -170,7 +186,10 @@ def read_spec(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
     """
     about, file = read_about(path), path / ABOUT
     spec = read_config(path, ignored(path) | set(ignore))
-    return replace(spec, latent=noted.latent(about, spec, file), gate=noted.gate(about, spec, file))
+    tied = about.get("tie_embeddings", spec.tie_embeddings)
+    return replace(
+        spec, tie_embeddings=tied, latent=noted.latent(about, spec, file), gate=noted.gate(about, spec, file)
+    )
 
 
 def ignored(path: Path) -> set[str]:
@@ -185,33 +204,10 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-@contextmanager
-def _staged(dst: Path) -> Iterator[Path]:
-    """A directory beside `dst` that becomes `dst` when the block ends well. One conversion to a `dst` at a time."""
-    if dst.exists() or dst.is_symlink():
-        raise InputError(f"{dst}: exists already; remove it or choose another directory")
-    stage, first = dst.parent / f".{dst.name}.partial", jax.process_index() == 0
-    mesh.meet(f"{dst} is not there")
-    try:
-        if first:
-            shutil.rmtree(stage, ignore_errors=True)  # left by a conversion that was killed
-            stage.mkdir(parents=True)
-        mesh.meet(f"{dst} is begun")
-        yield stage
-        mesh.meet(f"{dst} is written")
-        if first:
-            stage.rename(dst)
-        mesh.meet(f"{dst} is done")
-    except OSError as error:
-        raise InputError(f"{dst}: cannot be written ({error})") from error
-    finally:
-        if first:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, without tensorstore's dump of its settings."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].split(" [tensorstore_spec")[0]
+def _check_finite(arrays: hf.Part) -> None:
+    for name, array in arrays.items():
+        if not hf.is_finite(array):
+            raise InputError(f"{name} would have NaN or infinite weights in {array.dtype}: nothing is written")
 
 
 def _grouped(parts: Iterable[tuple[str, hf.Part]]) -> Iterator[tuple[str, hf.Part]]:
