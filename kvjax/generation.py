@@ -100,6 +100,7 @@ class Generation(NamedTuple):
     full_bytes: int  # that a full cache needs for the same prompts and new tokens, in the model's dtype
     compared: Compared
     slots: list[list[int | float]]  # kept slots per layer, per sequence, averaged over heads
+    full_slots: list[list[int]]  # the same of a full cache that has read as many tokens
     timing: Timing
     logits: np.ndarray  # [B V] after each prompt's last token
     cache: Cache
@@ -228,6 +229,7 @@ def generate(
         full_bytes=full_bytes(model, lengths),
         compared=compare(model, cache, lengths),
         slots=kept_slots(model.spec, recipe, cache)[:count],
+        full_slots=[full_slots(model.spec, len(p) + len(new) - 1) for p, new in zip(whole, chosen, strict=True)],
         timing=Timing(prefill_s, decode_s, decoded / decode_s if decoded else 0.0, watch.compile_s),
         logits=meshes.read(answer)[:count],
         cache=cache,
@@ -272,8 +274,13 @@ def full_bytes(model: Model, lengths: Sequence[int]) -> int:
     A layer with a sliding window needs no more tokens than the window.
     """
     spec, itemsize = model.spec, jnp.dtype(model.decoder.dtype).itemsize
-    tokens = sum(min(n, spec.window(i) or n) for n in lengths for i in range(spec.num_layers))
+    tokens = sum(sum(full_slots(spec, n)) for n in lengths)
     return 2 * spec.num_kv_heads * spec.head_dim * itemsize * tokens
+
+
+def full_slots(spec: ModelSpec, length: int) -> list[int]:
+    """Slots of a row in each layer that a full cache fills with so many tokens; no more than a sliding window reads."""
+    return [min(length, spec.window(i) or length) for i in range(spec.num_layers)]
 
 
 def compare(model: Model, cache: Cache, lengths: Sequence[int]) -> Compared:

@@ -85,11 +85,7 @@ def shortage(out: Generation) -> str | None:
 
 def kept_fraction(out: Generation) -> float:
     """Filled slots over the slots that a full cache would have filled."""
-    # The last generated token is chosen and never read.
-    seen = sum(
-        (s.prompt_tokens + len(s.tokens) - 1) * len(kept) for s, kept in zip(out.sequences, out.slots, strict=True)
-    )
-    return sum(map(sum, out.slots)) / seen
+    return sum(map(sum, out.slots)) / sum(map(sum, out.full_slots))
 
 
 def list_factories(console: Console, factories: Mapping[str, Callable], kind: str, what: str) -> None:

@@ -22,6 +22,7 @@ from kvjax.evaluation.manifest import digest
 from kvjax.evaluation.results import Key, Line, check, key
 from kvjax.evaluation.task import Form, Request, Sample, Task
 from kvjax.generation import Compared, Model
+from kvjax.spec import ModelSpec
 
 SAMPLES = "samples.jsonl"
 Done = dict[Key, str | None]  # results that are there, and the digests of their samples
@@ -138,7 +139,7 @@ class Evaluation:
                     "answers": list(sample.answers),
                     "prompt_tokens": sequence.prompt_tokens,
                     "new_tokens": new,
-                    **_cost(out.compared, len(samples), slots, read),
+                    **_cost(self._model.spec, out.compared, len(samples), slots, read),
                     "timing": timing,
                 }
             )
@@ -148,14 +149,14 @@ class Evaluation:
         judged, reading = likelihood.log_likelihood(self._model, prompts.ids, prompts.after, point.recipe)
         # The first token's distribution comes from prefill's exact attention: the same for every method.
         values = [-judgement.logprobs[1:] for judgement in judged]
-        return _forced_lines("perplexity", values, prompts, reading, fed=-1)
+        return _forced_lines(self._model.spec, "perplexity", values, prompts, reading, fed=-1)
 
     def _diverge(self, task: Task, point: Point, batch: Batch, prompts: Prompts) -> list[dict[str, Any]]:
         key = (task.name, batch.number)
         if key not in self._references:
             self._references[key] = likelihood.references(self._reference, *prompts)
         values, reading = likelihood.divergence(self._model, *prompts, point.recipe, self._references[key])
-        return _forced_lines("kl", values, prompts, reading, fed=0)
+        return _forced_lines(self._model.spec, "kl", values, prompts, reading, fed=0)
 
 
 def request(
@@ -221,21 +222,22 @@ def _head(task: Task, point: Point, sample: Sample) -> dict[str, Any]:
 
 
 def _forced_lines(
-    metric: str, values: list[np.ndarray], prompts: Prompts, reading: likelihood.Reading, fed: int
+    spec: ModelSpec, metric: str, values: list[np.ndarray], prompts: Prompts, reading: likelihood.Reading, fed: int
 ) -> list[dict[str, Any]]:
     lines = []
     for value, context, after, slots in zip(values, *prompts, reading.slots, strict=True):
         new = len(after) + fed
-        cost = _cost(reading.compared, len(values), slots, len(context) + new)
+        cost = _cost(spec, reading.compared, len(values), slots, len(context) + new)
         tokens = [float(f"{x:.6g}") for x in value]
         line = {"metric": metric, "score": float(np.mean(value, dtype=np.float64)), "tokens": tokens}
         lines.append(line | {"prompt_tokens": len(context), "new_tokens": new} | cost)
     return lines
 
 
-def _cost(size: Compared, batch: int, slots: Sequence[int | float], read: int) -> dict[str, float]:
-    """What the cache of one sequence takes, and what of the tokens it has read is in it."""
-    return {"cache_bytes": size.cache / batch, "full_bytes": size.full / batch, "kept": sum(slots) / len(slots) / read}
+def _cost(spec: ModelSpec, size: Compared, batch: int, slots: Sequence[int | float], read: int) -> dict[str, float]:
+    """What the cache of one sequence takes, and its slots beside those of a full one that has read as many tokens."""
+    kept = sum(slots) / sum(generation.full_slots(spec, read))
+    return {"cache_bytes": size.cache / batch, "full_bytes": size.full / batch, "kept": kept}
 
 
 @contextlib.contextmanager
