@@ -12,6 +12,14 @@ import pytest
 COPY = ["-m", "kvjax.convert", str(Path(__file__).parents[1] / "kvjax" / "demo")]
 
 
+@pytest.fixture(autouse=True)
+def listening():
+    """Ctrl-C is not ignored, as it is by what runs in the background of a shell, and by its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(*line: str, cache: Path) -> subprocess.Popen[bytes]:
     """A command whose compiled programs are not there yet."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
