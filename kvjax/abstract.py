@@ -131,7 +131,8 @@ def _slots(spec: ModelSpec, recipe: Recipe, layer: int, context: int) -> int:
     window, own = spec.window(layer), layout.layer_recipe(spec, recipe, layer)
     peers = layout.layers_with(spec, window)
     assert own.budget is not None
-    return int(own.budget.slots(peers.index(layer), len(peers), readable(context, window)))
+    slots = int(own.budget.slots(peers.index(layer), len(peers), readable(context, window)))
+    return slots if window is None else min(slots, window)
 
 
 def _decided(recipe: Recipe) -> str:

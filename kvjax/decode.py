@@ -41,12 +41,8 @@ def _decode_layer(
 ) -> tuple[Float[Array, "B D"], Tiers]:
     """One layer for one token: insert, attend, observe."""
     recipe = layer_recipe(spec, recipe, index)
-    policy, heads, rotary, window = (
-        recipe.policy,
-        spec.num_kv_heads // spec.num_rows,
-        spec.rotary(index),
-        spec.window(index),
-    )
+    policy, rotary, window = recipe.policy, spec.rotary(index), spec.window(index)
+    heads = spec.num_kv_heads // spec.num_rows
     q, key, value, gate = layer.project(x)  # B N H, B K R
     q, k = q.reshape(*key.shape[:2], -1, spec.head_dim), layer.keys(key)
     here = pos[:, None, None]

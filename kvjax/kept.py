@@ -71,9 +71,7 @@ def read(model: Model, out: Generation, prompt: Sequence[int]) -> Kept:
         for place, tier in enumerate(own):
             for i, layer in enumerate(group.index):
                 positions = np.asarray(layout.positions(tiers[tier], i))[0]
-                np.put_along_axis(
-                    held[place, layer], positions, True, axis=-1
-                )  # empty slots, -1: the spare last column
+                np.put_along_axis(held[place, layer], positions, True, axis=-1)  # empty ones, -1: the spare column
     best, low = held[..., :-1]
     names = tuple(stores[tier].name for tier in order)
     return Kept(best, low, names, budget, tuple(range(layers)), tuple(range(heads)), tokens, len(prompt))

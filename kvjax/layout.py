@@ -81,11 +81,13 @@ def init_cache(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
 def allocate(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
     """`init_cache` for sequences of which each is known to end before it outgrows the frequencies of its keys."""
     parts = [layer_recipe(model.spec, recipe, group.index[0]) for group in layer_groups(model.spec)]
-    if rotates_at_read(model.spec, recipe) and any(store.balanced for store in recipe.stores):
+    if any(rotates_at_read(model.spec, part) and any(s.balanced for s in part.stores) for part in parts):
         raise InputError(
             f"{recipe.name}: balanced keys are undone in the query, so they must be rotated when they are written"
             + (", which latents are not: set balance=false" if model.spec.latent else "")
         )
+    if recipe.policy.revise is not None and recipe.windowed == "whole" and model.spec.windows:
+        raise InputError(f"{recipe.name}: the model decides in layers with a sliding window, too: omit windowed=whole")
     if recipe.policy.revise is not None and model.spec.latent is not None:
         raise InputError(f"{recipe.name}: low-rank keys cannot be merged or evicted by a gate of each head")
     if sum(part.budget is not None and part.budget.whole for part in parts) > 1:
@@ -137,7 +139,8 @@ def check_turn(spec: ModelSpec, recipe: Recipe, prompt: int, reach: int) -> None
       reach: tokens that are read of the sequence in the end.
     """
     turn = spec.rope.original_max_position
-    if spec.rope.type == "longrope" and prompt <= turn < reach and not rotates_at_read(spec, recipe):
+    follows = all(rotates_at_read(spec, layer_recipe(spec, recipe, g.index[0])) for g in layer_groups(spec))
+    if spec.rope.type == "longrope" and prompt <= turn < reach and not follows:
         raise InputError(
             f"the model has other rotary frequencies beyond {turn} tokens, which cached keys of a prompt of {prompt} "
             f"cannot follow: end at {turn} tokens, not {reach}, or begin with a longer prompt"

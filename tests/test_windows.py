@@ -205,8 +205,20 @@ def test_a_window_of_scores_is_as_long_as_the_prompt():
 def test_what_becomes_of_windows_is_said_by_name():
     with pytest.raises(InputError, match="windowed=all is not one of compressed, whole"):
         methods.make("h2o", 8, {"windowed": "all"})
+    recipe = methods.make("dmc", None, {"windowed": "whole"})
     with pytest.raises(InputError, match="the model decides in layers with a sliding window"):
-        methods.make("dmc", None, {"windowed": "whole"})
+        oracle.start(model(WINDOW, None, gate="dmc"), recipe, prompts(), 1)
+
+
+@pytest.mark.parametrize("more", [{}, pytest.param({"decode_budget": 20}, marks=pytest.mark.slow)], ids=str)
+def test_places_in_a_window_are_no_more_than_it_has(more):
+    """StreamingLLM by places in the cache: sinks stay, the newest tokens are there, and no budget passes the window."""
+    recipe = methods.make("streaming_llm", 8 if more else 500, more)
+    _, positions, _ = oracle.run(model(WINDOW, WINDOW), recipe, prompts(), teacher())
+    for step, batch in enumerate(positions):
+        for n, layers in zip(PROMPTS, batch, strict=True):
+            for row in (row for rows in layers for row in rows):
+                assert len(row) <= WINDOW and row[-1] == n + step - 1 and row[:4] == [0, 1, 2, 3]
 
 
 @pytest.mark.slow

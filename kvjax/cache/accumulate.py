@@ -130,7 +130,7 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
         if token.window is not None:  # a segment that nobody can read again gives its slot
             gone, place = tiers_.expired(tier, token.pos, token.window)
             full, free = full & ~gone, jnp.where(gone, place, free)
-        merge = ~asks | full
+        merge = (~asks | full) & (apart | (tier.length > 0))  # a window of one token leaves no segment open
         state, mean = _extended(tier.calib, token, merge)
         state["forced"] = jnp.where(asks & full, tier.calib["forced"] + 1, tier.calib["forced"])
         last = tier.length - 1 if token.window is None else tier.calib["open"]

@@ -84,8 +84,8 @@ class CachePolicy(NamedTuple):
       budget: slots per row; its `allocate` redistributes them after the prompt; None = the policy has no budget.
       windowed: `window -> policy` of layers with such a sliding window; None = this one.
 
-    In a layer with a sliding window a row never holds more tokens than the window, and lengths that a budget is given
-    are those of what the next token can read (`kvjax.spec.readable`).
+    In a layer with a sliding window a row never holds more tokens than the window (but for KIVI's codes: whole runs),
+    and lengths that a budget is given are those of what the next token can read (`kvjax.spec.readable`).
     """
 
     stores: tuple[KVStore, ...]

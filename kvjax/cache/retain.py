@@ -143,9 +143,8 @@ def retain(
             return (tier,)
         # Of a row, as a mean over layers and heads; where rows share, one may be given nothing that others want.
         total = within(prompt + lengths.new)
-        left = np.maximum(total - np.maximum(given, grown), 1) + (
-            window is not None
-        )  # where one leaves, another is put
+        spare_low = int(window is not None)  # for the victim that takes the place of one that leaves
+        left = np.maximum(total - np.maximum(given, grown), 1) + spare_low
         page = pages.page_size(pages.ladder(int(left.max()), *budget.ladder), lengths.platform)
         row = pages.ladder(int((left if most is None else total).max()), *budget.ladder)
         return tier, sized(row=row, page=page, slots=pool(left, page, row), store=fate.low, calib=balance(fate.low))
@@ -223,7 +222,8 @@ def retain(
         active = jnp.broadcast_to(token.active[:, None], tier.length.shape)
         slot = tier.length
         if evict == "before":
-            full = active & (tier.length >= tier.budget)
+            most = tier.budget if token.window is None else jnp.minimum(tier.budget, token.window)
+            full = active & (tier.length >= most)
             victim = _worst(score, tier, token.pos)
             slot = jnp.where(full, victim, slot)
         if token.window is not None and evict != "after" and not by_place:

@@ -92,10 +92,6 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
         raise InputError(f"kernels={kernels} is not one of {', '.join(KERNELS)}")
     if windowed not in get_args(Windowed):
         raise InputError(f"windowed={windowed} is not one of {', '.join(get_args(Windowed))}")
-    if windowed == "whole" and name in LEARNED:
-        raise InputError(
-            f"{name}: the model decides in layers with a sliding window, too: windowed=whole is not for it"
-        )
     if "budget" in given:
         raise InputError("the budget is an option of its own, not a method argument")
     if budget is not None:
@@ -111,7 +107,7 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
     common = {"kernels": KERNELS[str(kernels)], "windowed": windowed}
     recipe = METHODS[name](**given)
     other = recipe._replace(**common)
-    return recipe if other == recipe else other
+    return recipe if other == recipe else other  # the same one, for whoever compares identities
 
 
 def accepted_arguments(name: str) -> list[str]:

@@ -29,7 +29,7 @@ def oracle(budget: Keep = "20%", *, store: str = "dense") -> Recipe:
     def select(probs: tuple[Float[Array, "B K G S"], ...], pos: Int[Array, " B"]) -> tuple[Bool[Array, "B K S"], ...]:
         weight = probs[0].mean(axis=2)
         order = jnp.argsort(-weight, axis=-1)
-        seen = jnp.minimum(pos + 1, weight.shape[-1])  # a sliding window has no more slots than it reads
+        seen = jnp.minimum(pos + 1, weight.shape[-1])  # a row of a sliding window has no more, up to a page
         chosen = jnp.arange(weight.shape[-1]) < budgets.tokens_of(amount, seen)[:, None, None]
         slots = jnp.broadcast_to(chosen, weight.shape)
         return (jnp.put_along_axis(jnp.zeros(weight.shape, bool), order, slots, axis=-1, inplace=False),)

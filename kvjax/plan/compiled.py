@@ -74,12 +74,7 @@ def programs(setting: Setting, steps: Sequence[int]) -> Iterator[Program]:
         there = size(args[0]) + size(args[2])
         yield Program(f"prefill of layer {index}", prefilling._prefill_layer, args, static, there, waits)
     for layers in steps:
-        yield _step(
-            setting._replace(
-                spec=_first(spec, layers),
-            ),
-            layers,
-        )
+        yield _step(setting._replace(spec=_first(spec, layers)), layers)
 
 
 def _found_bytes(setting: Setting, index: int) -> int:
@@ -201,9 +196,10 @@ def add_up(lines: list[dict[str, Any]], guess: Parts, layers: int, *, exact: boo
     return Measured(guess._replace(prefill=max(prefill), decode=step), lines, refused, guessed)
 
 
-def steps_of(args: argparse.Namespace, layers: int) -> tuple[int, ...]:
-    """Layers of the steps that are compiled."""
-    return (layers,) if args.exact or layers <= max(FEW) else FEW
+def steps_of(args: argparse.Namespace, spec: ModelSpec) -> tuple[int, ...]:
+    """Layers of the steps that are compiled: all where the first few do not stand for the others."""
+    mixed = len(set(spec.windows)) > 1
+    return (spec.num_layers,) if args.exact or mixed or spec.num_layers <= max(FEW) else FEW
 
 
 def main() -> None:
@@ -212,7 +208,7 @@ def main() -> None:
     spec, _ = find_model(args.model, args.ignore_config)
     planned = setting(args, spec, find(args.chip), args.only or method_of(args, spec))
     target = ahead.Target(sys.argv[1], planned.devices.data * planned.devices.model)
-    for program in programs(planned, steps_of(args, spec.num_layers)):
+    for program in programs(planned, steps_of(args, spec)):
         if args.program in (None, program.name):
             print(json.dumps(compile_program(target, program, planned.mesh)), flush=True)
 

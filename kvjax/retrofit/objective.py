@@ -176,7 +176,7 @@ def _attention(spec: ModelSpec, *args: Any, **kwargs: Any) -> Float[Array, "B T 
 
 def _plain(layer: Layer, x: Array, turn: tuple[Array, Array], spec: ModelSpec, window: int | None) -> Array:
     q, key, v, _ = layer.project(x)
-    q, k = gates.silence(spec.gate, rope.rotate(q, *turn), spec.num_kv_heads), rope.rotate(layer.keys(key), *turn)
+    q, k = rope.rotate(q, *turn), rope.rotate(layer.keys(key), *turn)
     return layer.finish(x, _attention(spec, q, k, v, window=window))
 
 
