@@ -38,8 +38,7 @@ def d2o(
       layer_rule: what tells layers apart, the paper's statistic or that of the released code: see
         `kvjax.cache.allocation.from_variance`.
       full_layers: layers that keep every token, generated ones too, such as "0,1,-1" in the released code; the other
-        layers pay for their prompt. With
-        sliding windows they are numbered among the layers that share a budget.
+        layers pay for their prompt. With sliding windows they are numbered among the layers that share a budget.
       decode_budget: slots per row while decoding, as a mean over rows; "" = the budget.
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
