@@ -234,7 +234,7 @@ BAD = {
     "repetition-penalty 1e-50": ["--prompt-tokens", "1", "--repetition-penalty", "1e-50"],
     "no such directory": ["--model", "./nowhere", "--prompt-tokens", "1"],
     "give a prompt": [],
-    "xxx/kvjax.json: File name too long": ["--model", "x" * 300, "--prompt-tokens", "1"],
+    "xxxx: File name too long": ["--model", "x" * 300, "--prompt-tokens", "1"],
     "xxx: File name too long": ["--prompt-file", "x" * 300],
     "yyy: File name too long": ["--prompt-tokens", "1", "--dump-cache", "y" * 300],
     "argument --set: -- is no value": ["--prompt-tokens", "1", "--set=--"],
