@@ -10,9 +10,9 @@ from typing import get_args
 
 import jax
 
-from kvjax import command
-from kvjax.checkpoint import lorc, ranks
 from kvjax.checkpoint.convert import DTYPES, convert
+from kvjax.checkpoint.lorc import lorc, ranks
+from kvjax.cli import command
 from kvjax.errors import InputError
 
 

@@ -1,4 +1,7 @@
-"""The one error that users see."""
+"""What users are told: the one error, and lines about what is done another way."""
+
+import functools
+import sys
 
 LONGEST = 1000  # characters of a message
 
@@ -24,3 +27,9 @@ def one_line(message: str) -> str:
         message = f"{message[: LONGEST * 2 // 3]} ... {message[-LONGEST // 3 :]}"
     message = " ".join(message.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line to standard error, the first time."""
+    print(line, file=sys.stderr)

@@ -15,19 +15,21 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvjax import abstract, command, generation
-from kvjax.cache.budget import parse_keep
 from kvjax.checkpoint import fingerprint
+from kvjax.cli import command
+from kvjax.cli.flags import DTYPES, add_method_flags
+from kvjax.cli.tables import list_factories
 from kvjax.errors import InputError
 from kvjax.evaluation import manifest, report, runner
 from kvjax.evaluation.runner import Evaluation, Point
-from kvjax.evaluation.task import Sample, Task
-from kvjax.evaluation.tasks import TASKS, make_task
-from kvjax.generate import DTYPES, add_method_flags
-from kvjax.generation import Model
+from kvjax.files.text import read_text
+from kvjax.generation.generate import check_recipe
+from kvjax.generation.model import Model, load_from
 from kvjax.methods import LEARNED, METHODS, default_budget, make, read_entry, taken
-from kvjax.report import list_factories
-from kvjax.text_files import read_text
+from kvjax.plan import dry_run
+from kvjax.policies.budgets.budget import parse_keep
+from kvjax.tasks.registry import TASKS, make_task
+from kvjax.tasks.task import Sample, Task
 
 PROG = "kvjax.evaluate"
 Entry = tuple[str, str | int | None]  # a method as `read_entry` takes it; its budget, None = the default
@@ -98,13 +100,11 @@ def main(argv: list[str] | None = None) -> None:
     _check(args, {task.name for task in tasks}, {read_entry(point.method)[0] for point in grid}, settings)
     text = _read_text(args.text)
     command.use_compilation_cache()
-    load = lambda name: generation.load_from(
-        name, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config, mesh=args.mesh
-    )
+    load = lambda name: load_from(name, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config, mesh=args.mesh)
     model, directory = load(args.model)
     reference, origin = (None, None) if args.reference is None else load(args.reference)
     for point in grid:
-        generation.check_recipe(model, point.recipe)
+        check_recipe(model, point.recipe)
     form = args.form or ("short" if args.model is None else "natural")
     chat = form == "natural" and not args.no_chat and model.tokenizer is not None and model.tokenizer.has_template
     lengths = _lengths(args.lengths, model, form)
@@ -175,7 +175,7 @@ def configured(path: Path, settings: dict[str, dict[str, str]], stores: dict[str
     given = stores.keys() | settings.get(args.method, {}).keys()
     chosen = {key: value for key, value in args.arguments.items() if key not in given}
     make(args.method, args.budget, chosen)  # raises what is wrong with them
-    usual = abstract.arguments(args.method, {}) | {"kernels": "xla"}
+    usual = dry_run.arguments(args.method, {}) | {"kernels": "xla"}
     own = {key: value for key, value in chosen.items() if value != usual[key]}
     return "".join([args.method, *(f"+{key}={value}" for key, value in own.items())]), args.budget
 

@@ -18,15 +18,20 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from kvjax import abstract, command, generation, kept, showcase, spectra
-from kvjax.cache.budget import LARGEST
-from kvjax.cache.policy import Recipe
+from kvjax.cache.pages import LARGEST
+from kvjax.cli import command, showcase
+from kvjax.cli.flags import DTYPES, add_shared_flags, encode, read_ids, read_texts
+from kvjax.cli.tables import SHARE
 from kvjax.errors import InputError
-from kvjax.generate import DTYPES, add_shared_flags, encode, read_ids, read_texts
-from kvjax.generation import Generation, Model
-from kvjax.kept import Kept
+from kvjax.files import output
+from kvjax.generation.generate import check_prompts
+from kvjax.generation.model import Model, load
+from kvjax.generation.results import Generation
+from kvjax.inspection import cache_map, lorc_report
+from kvjax.inspection.cache_map import Kept
 from kvjax.methods import default_budget, label_of, make
-from kvjax.report import SHARE
+from kvjax.plan.dry_run import abstract_model, arguments, plan_cache
+from kvjax.policies.base import Recipe
 
 PROG = "kvjax.inspect"
 CONTEXT = 4096  # tokens of a dry run without a prompt
@@ -40,7 +45,12 @@ def parser() -> command.Parser:
     p.add_argument("--layer", type=int, metavar="L", help="show this layer only, counted from 0")
     p.add_argument("--head", type=int, metavar="H", help="show this key/value head only, counted from 0")
     p.add_argument(
-        "--out", type=Path, nargs="?", const=Path("kept.png"), metavar="FILE.png", help="draw it (default: kept.png)"
+        "--out",
+        type=Path,
+        nargs="?",
+        const=Path("kept.png"),
+        metavar="FILE.png",
+        help="draw it (default: kept.png)",
     )
     p.add_argument("--dry-run", action="store_true", help="no weights: what the method does, and the cache's bytes")
     p.add_argument("--context", type=int, metavar="N", help=f"prompt tokens of a dry run (default: up to {CONTEXT})")
@@ -60,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["lorc"]:
-        spectra.main(argv[1:])
+        lorc_report.main(argv[1:])
         return
     args, console = parse(argv), Console()
     recipe = make(args.method, args.budget, args.arguments)
@@ -71,14 +81,14 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(report)) if args.json else _print_plan(console, report)
         return
     command.use_compilation_cache()
-    model = generation.load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
+    model = load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
     _check_range("layer", args.layer, model.spec.num_layers)
     _check_range("head", args.head, model.spec.num_rows)
     if not texts and not ids:
         texts = showcase.prompts().texts[:1]
     (prompt,) = [encode(model, text, args.chat) for text in texts] + ids
-    out = generation.generate(model, [prompt], recipe, max_new_tokens=args.max_new_tokens)
-    shown = kept.only(kept.read(model, out, prompt), args.layer, args.head)
+    out = model.generate([prompt], recipe, max_new_tokens=args.max_new_tokens)
+    shown = cache_map.only(cache_map.read(model, out, prompt), args.layer, args.head)
     report = describe(args, model, out, shown)
     print(json.dumps(report), flush=True) if args.json else _print_kept(console, model, shown, report)
     if args.out is not None:
@@ -103,7 +113,7 @@ def _check(args: argparse.Namespace) -> None:
         _refuse("only a dry run counts without a prompt: add --dry-run", context=args.context, batch=args.batch)
     command.check_numbers(args, context=LARGEST, batch=command.MOST_SEQUENCES, max_new_tokens=LARGEST)
     if args.out is not None:
-        kept.check_picture(args.out)
+        cache_map.check_picture(args.out)
 
 
 def _refuse(why: str, **flags: object) -> None:
@@ -140,19 +150,19 @@ def describe(args: argparse.Namespace, model: Model, out: Generation, shown: Kep
 
 def dry_run(args: argparse.Namespace, recipe: Recipe, texts: list[str], ids: list[list[int]]) -> dict[str, Any]:
     """The recipe in force and the bytes of its cache, as plain data."""
-    model = abstract.abstract_model(args.model, DTYPES.get(args.dtype), args.ignore_config)
+    model = abstract_model(args.model, DTYPES.get(args.dtype), args.ignore_config)
     prompts = [encode(model, text, args.chat) for text in texts] + ids
     if prompts:
-        generation.check(model.spec, prompts, [[]])
+        check_prompts(model.spec, prompts, [[]])
         context = len(prompts[0])
     else:
         limit = model.spec.max_position
         context = args.context or min(CONTEXT, limit - args.max_new_tokens if args.max_new_tokens < limit else limit)
     batch = args.batch or 1
-    planned = abstract.plan_cache(model, recipe, context, args.max_new_tokens, batch)
+    planned = plan_cache(model, recipe, context, args.max_new_tokens, batch)
     return {
         **_named(args, model),
-        "arguments": abstract.arguments(args.method, args.arguments),
+        "arguments": arguments(args.method, args.arguments),
         "context": context,
         "max_new_tokens": args.max_new_tokens,
         "batch": batch,
@@ -183,7 +193,7 @@ def _title(report: Mapping[str, Any]) -> str:
 def _kept(shown: Kept) -> str:
     generated = len(shown.tokens) - shown.prompt
     tokens = f"{shown.prompt:,} + {generated:,} generated" if generated else f"{shown.prompt:,}"
-    best, rest = kept.how_kept(shown)
+    best, rest = cache_map.how_kept(shown)
     return f"{shown.held.mean():.1%} of {tokens} tokens {best}" + (
         f", {shown.low.mean():.1%} {rest}" if shown.low.any() else ""
     )
@@ -194,15 +204,15 @@ def _draw(path: Path, shown: Kept, report: Mapping[str, Any]) -> None:
     total, share = report["cache"]["bytes"]["total"], report["cache"]["share"]
     title = f"{_title(report)}: {_kept(shown)}, {total:,} bytes, {share:.1%} {SHARE}"
     picture = io.BytesIO()
-    kept.picture(shown, title).savefig(picture, format="png")
-    command.write(path, picture.getvalue())
+    cache_map.picture(shown, title).savefig(picture, format="png")
+    output.write(path, picture.getvalue())
 
 
 def _print_kept(console: Console, model: Model, shown: Kept, report: Mapping[str, Any]) -> None:
     """The text with what was kept, slots by layer, bytes by part."""
     console.print(f"{_title(report)}, {report['model']} in {report['dtype']}: {_kept(shown)}\n", highlight=False)
-    console.print(kept.legend(shown, marks=not _has_styles(console)), "\n", sep="")
-    pieces, levels = kept.pieces(model.tokenizer, shown.tokens), shown.levels()
+    console.print(cache_map.legend(shown, marks=not _has_styles(console)), "\n", sep="")
+    pieces, levels = cache_map.pieces(model.tokenizer, shown.tokens), shown.levels()
     _print_text(console, pieces[: shown.prompt], levels[: shown.prompt])
     if len(pieces) > shown.prompt:
         print("--- generated")
@@ -218,9 +228,9 @@ def _has_styles(console: Console) -> bool:
 
 def _print_text(console: Console, pieces: list[str], levels: list[int]) -> None:
     if _has_styles(console):
-        console.print(kept.styled(pieces, levels))
+        console.print(cache_map.styled(pieces, levels))
     else:
-        print(*kept.marked(pieces, levels, console.width), sep="\n")
+        print(*cache_map.marked(pieces, levels, console.width), sep="\n")
 
 
 def _slots(shown: Kept) -> Table:

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvjax.ahead import GPUS, TPUS, Gpu, Target, ptxas
+from kvjax.generation.allocate import init_cache
+from kvjax.plan.aot import GPUS, TPUS, Gpu, Target, ptxas
 from pallas_kernels.implementation import Implementation
 
 
@@ -288,7 +289,7 @@ def compile_loops(target: Target, width: int, methods: list[str]) -> None:
     import jax.numpy as jnp
     from flax import nnx
 
-    from kvjax import decode, layout, sampling
+    from kvjax.generation import decode, sampling
     from kvjax.methods import LEARNED, default_budget, make, read_entry
     from kvjax.models.decoder import Decoder
     from kvjax.spec import GateSpec, Lengths, ModelSpec
@@ -305,7 +306,7 @@ def compile_loops(target: Target, width: int, methods: list[str]) -> None:
         for kernels in ("xla", own(target)):
             recipe = make(name, None if default_budget(name) is None else 16384, {**arguments, "kernels": kernels})
             lengths = Lengths((64000, 36000), 64, 65536, platform=own(target))
-            init = functools.partial(layout.init_cache, model, recipe, lengths)
+            init = functools.partial(init_cache, model, recipe, lengths)
             cache = jax.eval_shape(init)
             chooser = jax.eval_shape(lambda: sampling.chooser(sampling.Sampling(), 2))
             of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvjax.cache.policy import Recipe, Tiers
+from kvjax.cache.layout import Tiers
 from kvjax.models.decoder import Decoder
+from kvjax.policies.base import Recipe
 from kvjax.spec import GateSpec
 from tests.oracle import Entry, Oracle, random_model, run
 

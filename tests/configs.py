@@ -16,7 +16,8 @@ import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvjax import METHODS, demo
+from kvjax import METHODS
+from kvjax.checkpoint import shipped
 from kvjax.evaluation import results
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -66,7 +67,7 @@ def every() -> list[Config]:
 
 def measure(config: Config, folder: Path) -> tuple[float, float]:
     """Run what a config says of the demo model, in an empty folder: right answers and bytes of the full cache [%]."""
-    places = {f"configs/{config.path.name}": str(config.path), "kvjax/demo": str(demo.directory())}
+    places = {f"configs/{config.path.name}": str(config.path), "kvjax/demo": str(shipped.directory())}
     for program, *flags in config.commands:
         if program == "kvjax.evaluate" or "kvjax/demo" in flags:
             subprocess.run([sys.executable, "-m", program, *(places.get(x, x) for x in flags)], cwd=folder, check=True)

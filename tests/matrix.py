@@ -15,11 +15,13 @@ import pytest
 from jax.sharding import NamedSharding
 
 import kvjax
-from kvjax import METHODS, demo, layout, methods
-from kvjax import mesh as meshes
+from kvjax import METHODS, methods
+from kvjax.cache import layout
 from kvjax.cache import tier as tiers_
-from kvjax.cache.policy import Recipe
+from kvjax.checkpoint import shipped
 from kvjax.models.decoder import Decoder, forward
+from kvjax.parallel import mesh as meshes
+from kvjax.policies.base import Recipe
 from kvjax.spec import GateSpec, LatentSpec, RopeSpec
 from tests import oracle
 
@@ -56,7 +58,7 @@ MODELS = {
     "latent": dict(num_layers=2, max_position=128, latent=LatentSpec(2, ((12, 8), (8, 16)))),
     "gated": dict(num_layers=2, max_position=128, gate=GateSpec("dmc", rate=1.2, window=3, offset=0.5)),
     "gated-dms": dict(num_layers=2, max_position=128, gate=GateSpec("dms", rate=1.5, window=3, offset=-1.0)),
-    **({"demo": None} if (Path(demo.directory()) / "model.safetensors").exists() else {}),
+    **({"demo": None} if (Path(shipped.directory()) / "model.safetensors").exists() else {}),
 }
 BFLOAT16 = ("full int8", "full kivi2", "h2o int4", "d2o int4", "mikv int8")  # variants that are tried in it, too
 LATENT = ("full", "h2o int4", "dynamickv", "d2o", "full kivi2")  # likewise, on latents

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import kvjax
 from kvjax.evaluation import results, runner
-from kvjax.evaluation.gsm8k import gsm8k
-from kvjax.evaluation.longbench import longbench
 from kvjax.retrofit import data
+from kvjax.tasks.gsm8k import gsm8k
+from kvjax.tasks.longbench import longbench
 from tests import test_file_tasks, test_report
 from tests.mutate import DEEP, REFUSED, Kind, dump, edited, mangled, reading, refused
 

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
-from kvjax import command, convert, evaluate
+from kvjax import convert, evaluate
 from kvjax.bench import __main__ as bench
+from kvjax.cli import command
 from kvjax.generate import main as generate
 from kvjax.inspect import main as inspect
 from kvjax.plan import __main__ as plan

@@ -9,7 +9,7 @@ import jinja2.sandbox
 import tokenizers
 from hypothesis import strategies as st
 
-from kvjax.tokenizer import Tokenizer
+from kvjax.models.tokenizer import Tokenizer
 from tests import test_tokenizer
 from tests.mutate import REFUSED, Kind, dump, edited, json_of, mangled, reading, refused
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from kvjax import command, methods
+from kvjax import methods
+from kvjax.cli import command
 from kvjax.generate import parser
 from tests import configs
 from tests.mutate import DEEP, REFUSED, Kind, dump, edited, mangled, refused

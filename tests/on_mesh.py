@@ -14,10 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
-from kvjax import decode, generation, layout, mesh, sampling
-from kvjax.cache.policy import Recipe
-from kvjax.generation import Generation, Model
+from kvjax.generation import decode, sampling
+from kvjax.generation.allocate import init_cache
+from kvjax.generation.generate import check_recipe
+from kvjax.generation.model import Model
+from kvjax.generation.results import Generation
 from kvjax.models.decoder import Decoder
+from kvjax.parallel import mesh
+from kvjax.policies.base import Recipe
 from kvjax.spec import GateSpec, Lengths
 from tests import matrix, oracle
 
@@ -40,22 +44,22 @@ def models(of: str, gate: str, size: str) -> tuple[Decoder, Decoder]:
 
 def generate(model: Decoder, recipe: Recipe) -> Generation:
     prompts = [np.random.default_rng(n).integers(0, 97, n).tolist() for n in PROMPTS]
-    return kvjax.generate(Model(model, None, (), "m"), prompts, recipe, max_new_tokens=NEW)
+    return Model(model, None, (), "m").generate(prompts, recipe, max_new_tokens=NEW)
 
 
 def judge(decoder: Decoder, recipe: Recipe) -> list[float]:
     """Log-probabilities of given continuations, and how far they are from the full cache's."""
     model, rng = Model(decoder, None, (), "m"), np.random.default_rng(1)
     prompts, after = ([rng.integers(0, 97, n).tolist() for n in lengths] for lengths in ((50, 31, 44), (5, 2, 4)))
-    generation.check_recipe(model, recipe)
-    judged, _ = kvjax.log_likelihood(model, prompts, after, recipe)
-    far, _ = kvjax.divergence(model, prompts, after, recipe, kvjax.references(model, prompts, after))
+    check_recipe(model, recipe)
+    judged, _ = model.log_likelihood(prompts, after, recipe)
+    far, _ = model.divergence(prompts, after, recipe, reference=model.references(prompts, after))
     return np.concatenate([*(j.logprobs for j in judged), *far]).tolist()
 
 
 def collectives(model: Decoder, recipe: Recipe) -> dict[str, int]:
     """What a step of one sequence tells other devices, in the compiled program."""
-    cache = layout.init_cache(model, recipe, Lengths((40,), 8, 64))
+    cache = init_cache(model, recipe, Lengths((40,), 8, 64))
     state = decode.first_token(
         jnp.zeros((1, model.spec.vocab_size)), cache, jnp.asarray([40]), sampling.chooser(sampling.Sampling(), 1),
         jnp.zeros(0, jnp.int32), None, mode="greedy",

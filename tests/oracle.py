@@ -14,9 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kvjax import decode, layout, mesh, prefilling
+from kvjax.cache import layout, sharding
 from kvjax.cache import tier as tiers_
+from kvjax.generation import decode, prefill
+from kvjax.generation.allocate import init_cache
 from kvjax.models.decoder import Decoder
+from kvjax.parallel import mesh
 from kvjax.spec import Lengths, ModelSpec
 
 
@@ -198,7 +201,7 @@ def random_model(seed: int, *, dtype=jnp.float32, **fields) -> Decoder:
     return model
 
 
-@mesh.program((mesh.cache,), lambda cache: mesh.ROWS, static=("spec",))
+@mesh.program((sharding.cache,), lambda cache: mesh.ROWS, static=("spec",))
 def _positions(cache: layout.Cache, *, spec: ModelSpec) -> list[list[jax.Array]]:
     """Positions of every layer's slots, one array per tier."""
     layers: dict[int, list[jax.Array]] = {}
@@ -235,18 +238,18 @@ def start(
     prompts: Sequence[Sequence[int]],
     new: int,
     padded: int | None = None,
-    chunk: int = prefilling.CHUNK,
+    chunk: int = prefill.CHUNK,
     platform: str | None = None,
 ):
     """kvjax's prefill of a padded batch: logits [B V] and the cache, with room for `new` more tokens."""
-    padded = padded or prefilling.padded_length(max(map(len, prompts)))
+    padded = padded or prefill.padded_length(max(map(len, prompts)))
     tokens = np.full((len(prompts), padded), 3, np.int32)  # padding is not zeros: it must not matter
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     lengths = Lengths(tuple(map(len, prompts)), new, padded, platform=platform)
-    cache = layout.init_cache(model, recipe, lengths)
+    cache = init_cache(model, recipe, lengths)
     length = jnp.asarray(lengths.prompt, jnp.int32)
-    return prefilling.prefill(model, recipe, jnp.asarray(tokens), length, cache, chunk)
+    return prefill.prefill(model, recipe, jnp.asarray(tokens), length, cache, chunk)
 
 
 def run(model: Decoder, recipe, prompts: Sequence[Sequence[int]], teacher_tokens, *, padded: int | None = None):

@@ -2,25 +2,25 @@
 
 import pytest
 
-from kvjax import ahead
 from kvjax.methods import METHODS
+from kvjax.plan.aot import GPUS, TPUS, missing, run
 from kvjax.plan.chips import find
 from tests import aot, whole_step
 
 ONCE = ("segment_merge", "topk_retain")  # kernels that read nothing twice
-TARGETS = (*ahead.TPUS, "sm_80", "sm_90")
+TARGETS = (*TPUS, "sm_80", "sm_90")
 LOOPS = [*METHODS, "full+store=int4", "full+store=kivi2", "h2o+store=int8"]
 
 
 def installed(target: str) -> None:
-    if reason := ahead.missing(target):
+    if reason := missing(target):
         pytest.skip(reason)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_without_copies_and_spills(target):
     installed(target)
-    found = ahead.run(target, "tests.aot", dump=True)
+    found = run(target, "tests.aot", dump=True)
     assert len(found) == len(list(aot.cases(target)))
     neither_copies_nor_spills(target, found)
 
@@ -29,7 +29,7 @@ def test_every_kernel_compiles_without_copies_and_spills(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_other_shapes_compile_without_copies_and_spills(target):
     installed(target)
-    found = ahead.run(target, "tests.aot", "more", dump=True)
+    found = run(target, "tests.aot", "more", dump=True)
     assert len(found) == len(list(aot.more(target)))
     neither_copies_nor_spills(target, found)
 
@@ -39,7 +39,7 @@ def neither_copies_nor_spills(target, lines):
         # The partial results of a GPU's splits, or logits; never a copy of a pool.
         least, share = aot.allowance(line)
         assert line["temp"] < max(least, share * line["arguments"]), line
-        if target in ahead.GPUS:
+        if target in GPUS:
             coded_latents = "latent" in line["options"] and line["store"] != "dense"
             assert line["asynchronous"] or coded_latents or line["kernel"] in ONCE, line
             # Known to spill: joint latents on an A100, which has no products of whole warp groups.
@@ -52,12 +52,12 @@ def neither_copies_nor_spills(target, lines):
 def test_every_decode_loop_compiles_and_updates_its_pools_in_place(target, width):
     """Heads of 64 are narrower than a TPU's lanes."""
     installed(target)
-    found = ahead.run(target, "tests.aot", "loop", str(width), *LOOPS)
+    found = run(target, "tests.aot", "loop", str(width), *LOOPS)
     assert len(found) == 2 * len(LOOPS)
     for line in found:
         assert line["aliased"] >= line["pool"]
         # The XLA path decodes blocks of slots, where a kernel needs none; a pool is larger than that.
-        own = 4e6 if target in ahead.GPUS else 1.6e7
+        own = 4e6 if target in GPUS else 1.6e7
         on_xla = line["kernels"] == "xla" or line["method"] == "oracle"
         assert line["temp"] < (2e7 if on_xla else own) < line["pool"], line
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import command
 from kvjax.bench import __main__ as bench
 from kvjax.bench import cases, memory, models, rivals, turns
 from kvjax.bench.cases import Shape
+from kvjax.cli import command
 from pallas_kernels import tuning
 
 TINY = Shape("llama-tiny", 64, 2)

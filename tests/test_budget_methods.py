@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import kvjax
-from kvjax import layout, methods
-from kvjax.cache import allocation
+from kvjax import methods
+from kvjax.cache import layout
 from kvjax.cache import tier as tiers_
-from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
-from kvjax.generation import Model, cached_positions
+from kvjax.generation.allocate import init_cache
+from kvjax.generation.generate import cached_positions
+from kvjax.generation.model import Model
 from kvjax.models.decoder import Decoder
+from kvjax.policies.base import Recipe
+from kvjax.policies.budgets import allocation
 from kvjax.spec import Lengths, ModelSpec
 from tests import brute, oracle
 from tests.oracle import Entry, Oracle
@@ -250,14 +252,14 @@ def test_batch_mates_change_nothing(name):
 def test_d2o_budget_out_of_reach_is_an_error(prompts, budget, arguments):
     model = model_of("gqa")
     with pytest.raises(InputError):
-        layout.init_cache(model, methods.d2o(budget, **arguments), Lengths(prompts, STEPS, 128))
+        init_cache(model, methods.d2o(budget, **arguments), Lengths(prompts, STEPS, 128))
 
 
 @pytest.mark.parametrize(
     ("prompts", "budget", "arguments"), [((60,), 25, dict(full_layers="0")), ((9, 5), 9, {}), ((60,), 5, {})]
 )
 def test_d2o_budget_within_reach_is_none(prompts, budget, arguments):
-    assert layout.init_cache(model_of("gqa"), methods.d2o(budget, **arguments), Lengths(prompts, STEPS, 128))
+    assert init_cache(model_of("gqa"), methods.d2o(budget, **arguments), Lengths(prompts, STEPS, 128))
 
 
 def test_the_cases_are_not_vacuous():
@@ -448,7 +450,7 @@ def test_only_the_released_rule_is_blind_to_how_concentrated_a_layer_is(rule, ti
 def test_a_full_layer_keeps_every_token_and_merges_none(layers, more):
     """However many are generated; the others hold what they were given, and the memory is there from the start."""
     model, (first, second, *_), new = Model(model_of("deep"), None, (), "random"), texts(LENGTHS)[0], 5 * STEPS
-    out = kvjax.generate(model, [first, second], methods.d2o("50%", full_layers=layers, **more), max_new_tokens=new)
+    out = model.generate([first, second], methods.d2o("50%", full_layers=layers, **more), max_new_tokens=new)
     (tier,), positions, full = out.cache[0], cached_positions(model, out), sorted(brute.d2o_layers(layers, 6))
     length = np.asarray(tier.length)
     for b, prompt in enumerate((first, second)):
@@ -466,7 +468,7 @@ def test_a_full_layer_keeps_every_token_and_merges_none(layers, more):
 
 def test_a_full_layer_goes_on_where_the_prompt_fits_the_budget():
     model = Model(model_of("gqa"), None, (), "random")
-    out = kvjax.generate(model, [texts(LENGTHS)[0][2]], methods.d2o(40, full_layers="0"), max_new_tokens=40)
+    out = model.generate([texts(LENGTHS)[0][2]], methods.d2o(40, full_layers="0"), max_new_tokens=40)
     assert np.asarray(out.cache[0][0].length)[:, 0, 0].tolist() == [72, 40, 40]  # 33 tokens and 39 that were read
 
 

@@ -5,9 +5,8 @@ import signal
 
 import pytest
 
-from kvjax import chat
-from kvjax.chat import Template
 from kvjax.errors import InputError
+from kvjax.models.chat_template import Template
 
 PARTS = """{% for m in messages -%}
 [{{ m.role }}]
@@ -52,7 +51,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("source", ENDLESS)
 def test_a_template_has_bounded_time_and_memory(source, monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS", 1)
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
     with pytest.raises(InputError, match=ENDLESS[source]):
         Template(source + "{{ messages[0].content }}", {}).render(USER)
 

@@ -72,5 +72,5 @@ def test_the_demo_model_is_retrofitted_as_a_config_says(config: Config, tmp_path
     flags += ["--export", "1.2"] + ([] if config.options.get("adapter") else ["--fade-steps", "2"])
     retrofit.main(["--config", str(config.path), *flags])
     model = kvjax.load(tmp_path / "out")
-    out = kvjax.generate(model, ["a sentence, and another one. " * 8], max_new_tokens=4)
+    out = model.generate(["a sentence, and another one. " * 8], max_new_tokens=4)
     assert out.recipe.name == config.method and len(out.sequences[0].tokens) <= 4

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvjax
-from kvjax import kernels, methods
+from kvjax import methods
 from kvjax.cache.quantize import named
+from kvjax.errors import say_once
 from kvjax.models.decoder import Decoder
 from kvjax.spec import LatentSpec
 from pallas_kernels.codes import pieces
@@ -370,7 +371,7 @@ def unchanged(method: str, capsys: pytest.CaptureFixture[str], model: Decoder) -
     recipe = matrix.recipe_of(method, 24)
     rng = np.random.default_rng(0)
     prompts, teacher = [rng.integers(0, 97, n).tolist() for n in (40, 30)], rng.integers(0, 97, (2, 3))
-    kernels.say_once.cache_clear()
+    say_once.cache_clear()
     logits, positions, _ = oracle.run(model, recipe._replace(kernels="interpret"), prompts, teacher)
     want, there, _ = oracle.run(model, recipe, prompts, teacher)
     assert positions == there
@@ -381,7 +382,7 @@ def unchanged(method: str, capsys: pytest.CaptureFixture[str], model: Decoder) -
 
 def test_kernels_of_another_platform_are_refused():
     with pytest.raises(kvjax.InputError, match="cannot run on cpu"):
-        kvjax.generate(kvjax.load(), ["river: 217 130\n! river:"], methods.make("full", None, {"kernels": "gpu"}))
+        kvjax.load().generate(["river: 217 130\n! river:"], methods.make("full", None, {"kernels": "gpu"}))
     with pytest.raises(kvjax.InputError, match="kernels=cuda is not one of xla, tpu, gpu, interpret, auto"):
         methods.make("full", None, {"kernels": "cuda"})
 

@@ -5,13 +5,17 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import InputError, abstract, methods, prefilling
-from kvjax.cache import budget as budgets
-from kvjax.cache import fate, score
-from kvjax.cache.allocation import from_scores, from_variance, per_head
-from kvjax.cache.policy import Recipe
-from kvjax.cache.retain import retain
-from kvjax.generation import Model, cached_positions
+from kvjax import InputError, methods
+from kvjax.cache.pages import LARGEST
+from kvjax.generation import prefill
+from kvjax.generation.generate import cached_positions
+from kvjax.generation.model import Model
+from kvjax.plan import dry_run
+from kvjax.policies import eviction, score
+from kvjax.policies.base import Recipe
+from kvjax.policies.budgets import budget as budgets
+from kvjax.policies.budgets.allocation import from_scores, from_variance, per_head
+from kvjax.policies.select import retain
 from tests import brute, oracle
 from tests.matrix import EVICTING, WINDOW, quick, text
 from tests.test_budget_methods import assert_same, model_of, run, texts
@@ -25,7 +29,7 @@ UNEVEN = ("adakv", "dynamickv", "d2o")
 def generate(method: str, new: int, **arguments):
     model = Model(model_of("gqa"), None, (), "random")
     recipe = methods.make(method, 12, SMALL.get(method, {}) | arguments)
-    return kvjax.generate(model, [text(40, 0), text(25, 0)], recipe, max_new_tokens=new)
+    return model.generate([text(40, 0), text(25, 0)], recipe, max_new_tokens=new)
 
 
 EVICTING_DENSE = [name for name in EVICTING if name in methods.METHODS]
@@ -48,7 +52,7 @@ def test_a_long_generation_stays_inside_the_decode_budget(method):
 def test_layers_that_were_given_their_slots_early_have_the_decode_budget_too(every):
     """Six layers: those of the first updates are trimmed by the later ones."""
     recipe = methods.dynamickv(budget=20, decode_budget=32, every=every, **SMALL["dynamickv"])
-    out = kvjax.generate(Model(model_of("deep"), None, (), "random"), [text(100, 0)], recipe, max_new_tokens=24)
+    out = Model(model_of("deep"), None, (), "random").generate([text(100, 0)], recipe, max_new_tokens=24)
     (tier,) = out.cache[0]
     given = np.asarray(tier.budget)
     assert np.mean(out.slots[0]) == 32 and given.mean() == 32
@@ -109,7 +113,7 @@ def test_the_window_is_not_condemned_at_once():
     """
     model, n = kvjax.load(), 200
     recipe = methods.snapkv(budget=96, window=32, decode_budget=96)
-    out = kvjax.generate(model, [list(range(n))], recipe, max_new_tokens=17)
+    out = model.generate([list(range(n))], recipe, max_new_tokens=17)
     rows = cached_positions(model, out).reshape(6 * 2, -1)
     assert ((rows >= 0).sum(axis=1) == 96).all()  # of 16 more tokens
     assert 12 * 32 - ((rows >= n - 32) & (rows < n)).sum() <= 64
@@ -124,15 +128,19 @@ def test_a_decode_budget_below_the_budget_is_refused():
 
 VOTES = score.window(4, 3, "max")
 HEAVY = score.accumulated(0.25, 4)
-MERGE = fate.merge(0.7, "paper")
+MERGE = eviction.merge(0.7, "paper")
 COMPOSED = {
-    "dynamickv's budgets, h2o's eviction": (score.accumulated(0.5), from_scores(12, every=0), fate.drop),
-    "ada budgets, h2o's eviction": (score.accumulated(0.5), per_head(budgets.uniform(12), 0.2), fate.drop),
+    "dynamickv's budgets, h2o's eviction": (score.accumulated(0.5), from_scores(12, every=0), eviction.drop),
+    "ada budgets, h2o's eviction": (score.accumulated(0.5), per_head(budgets.uniform(12), 0.2), eviction.drop),
     "d2o's merge under dynamickv's budgets": (HEAVY, from_scores(12, every=0), MERGE),
     "d2o's merge under ada budgets": (HEAVY, per_head(budgets.uniform(12), 0.2), MERGE),
-    "d2o's budgets, tova's choice": (score.last_row(), from_variance(12, least=5, rule="paper"), fate.drop),
-    "dynamickv's budgets per head, tova's choice": (score.last_row(), from_scores(12, every=2, ada=True), fate.drop),
-    "merging h2o": (score.accumulated(0.5, 4), budgets.uniform(12), fate.merge(0.7, "scatter_mean")),
+    "d2o's budgets, tova's choice": (score.last_row(), from_variance(12, least=5, rule="paper"), eviction.drop),
+    "dynamickv's budgets per head, tova's choice": (
+        score.last_row(),
+        from_scores(12, every=2, ada=True),
+        eviction.drop,
+    ),
+    "merging h2o": (score.accumulated(0.5, 4), budgets.uniform(12), eviction.merge(0.7, "scatter_mean")),
 }
 
 
@@ -142,7 +150,7 @@ def test_scores_budgets_and_fates_compose(name):
     votes, keep, end = COMPOSED[name]
     recipe = Recipe(name, retain(votes, keep, evict="after", fate=end))
     model = Model(model_of("gqa"), None, (), "random")
-    out = kvjax.generate(model, [text(60, 0), text(41, 0)], recipe, max_new_tokens=10)
+    out = model.generate([text(60, 0), text(41, 0)], recipe, max_new_tokens=10)
     assert all(np.mean(slots) == 12 for slots in out.slots)
     assert np.isfinite(out.logits).all()
     (tier,) = out.cache[0]
@@ -168,7 +176,7 @@ def uneven_model() -> Model:
 def test_rows_of_different_lengths_are_really_shorter(method):
     """A quarter of 4,096 tokens is a quarter of the bytes. Masking evicted tokens, as is usual, would save nothing."""
     arguments = {"ada": True} if method == "dynamickv" else {}
-    out = kvjax.generate(uneven_model(), [text(4096, 0)], methods.make(method, "25%", arguments), max_new_tokens=4)
+    out = uneven_model().generate([text(4096, 0)], methods.make(method, "25%", arguments), max_new_tokens=4)
     assert out.bytes.total - out.bytes.statistics <= 0.27 * out.full_bytes
     assert out.bytes.total == sum(x.nbytes for x in jax.tree.leaves(out.cache))
     rows = np.asarray(out.cache[0][0].length)
@@ -183,7 +191,7 @@ def test_one_compilation_serves_every_split(method):
     recipe = methods.make(method, 30, SMALL.get(method))
     with traced_functions() as names:
         for seed in range(5):
-            out = kvjax.generate(model, [text(100 - seed, seed)], recipe, max_new_tokens=3)
+            out = model.generate([text(100 - seed, seed)], recipe, max_new_tokens=3)
             splits.add(np.asarray(out.cache[0][0].budget).tobytes())
     assert len(splits) == 5
     for name in ("_prefill_layer", "_run_allocate", "_trim", "_settle", "decode_loop"):
@@ -193,15 +201,15 @@ def test_one_compilation_serves_every_split(method):
 
 def test_dynamickv_holds_few_layers_beside_the_pool(monkeypatch):
     """At most `every` layers wait, with at most `r_max` times the mean budget, beside a pool for the budgets' sum."""
-    waiting, after = [], prefilling._Allocation.after
+    waiting, after = [], prefill._Allocation.after
 
     def watched(self, cache, found):
         waiting.append([w.pos.shape[-1] for w in (*self._waiting.values(), found.waiting)])
         return after(self, cache, found)
 
-    monkeypatch.setattr(prefilling._Allocation, "after", watched)
+    monkeypatch.setattr(prefill._Allocation, "after", watched)
     recipe = methods.dynamickv(budget=20, r_max=3.0, every=2, **SMALL["dynamickv"])
-    out = kvjax.generate(Model(model_of("deep"), None, (), "random"), [text(100, 0)], recipe, max_new_tokens=2)
+    out = Model(model_of("deep"), None, (), "random").generate([text(100, 0)], recipe, max_new_tokens=2)
     assert waiting == [[60], [60, 60]] * 3
     (tier,) = out.cache[0]
     rows = 6 * 2  # layers x heads
@@ -217,8 +225,8 @@ def test_one_token_is_not_the_whole_prompt():
 def test_with_room_for_everything_a_decode_budget_changes_nothing(method):
     model = Model(model_of("gqa"), None, (), "random")
     arguments = SMALL.get(method, {}) | {"decode_budget": 64} | ({"ada": True} if method == "snapkv" else {})
-    full = kvjax.generate(model, [text(30, 0), [5]], max_new_tokens=20)
-    out = kvjax.generate(model, [text(30, 0), [5]], methods.make(method, 64, arguments), max_new_tokens=20)
+    full = model.generate([text(30, 0), [5]], max_new_tokens=20)
+    out = model.generate([text(30, 0), [5]], methods.make(method, 64, arguments), max_new_tokens=20)
     assert [s.tokens for s in out.sequences] == [s.tokens for s in full.sequences]
     assert out.slots == full.slots
 
@@ -228,7 +236,7 @@ def test_counts_stay_exact_beyond_the_square_root_of_32_bits():
     rng, tokens = np.random.default_rng(0), 131072
     stats = [rng.random((1, 1, tokens)).astype(np.float32) ** power for power in (1, 2, 3, 9)]
     budget = from_scores("50%", every=0)
-    held = jax.numpy.full((4, 1, 1), budgets.LARGEST)
+    held = jax.numpy.full((4, 1, 1), LARGEST)
     rows = budget.allocate([*map(jax.numpy.asarray, stats)], jax.numpy.asarray(4), jax.numpy.asarray([tokens]), held)
     best_of_all = np.argsort(-np.concatenate([s.ravel() for s in stats]), kind="stable")[: 2 * tokens]
     assert np.asarray(rows)[:, 0, 0].tolist() == np.bincount(best_of_all // tokens, minlength=4).tolist()
@@ -237,7 +245,7 @@ def test_counts_stay_exact_beyond_the_square_root_of_32_bits():
 def test_shares_of_a_million_tokens_add_up():
     budget = from_variance(20000, least=5, rule="paper")
     infos = [jax.numpy.asarray([[x]], jax.numpy.float32) for x in np.linspace(0, 1, 8)]
-    held = jax.numpy.full((8, 1, 1), budgets.LARGEST)
+    held = jax.numpy.full((8, 1, 1), LARGEST)
     rows = budget.allocate(infos, jax.numpy.asarray(8), jax.numpy.asarray([1 << 20]), held)
     assert int(rows.sum()) == 8 * 20000 and len(set(np.asarray(rows).ravel().tolist())) == 8
 
@@ -245,10 +253,10 @@ def test_shares_of_a_million_tokens_add_up():
 def test_a_decode_budget_of_another_unit_is_checked_for_every_prompt():
     recipe = methods.snapkv(budget=100, decode_budget="10%", window=4)
     with pytest.raises(InputError, match="is less than the budget 100 tokens"):
-        kvjax.generate(Model(model_of("gqa"), None, (), "random"), [text(120, 0)], recipe, max_new_tokens=2)
+        Model(model_of("gqa"), None, (), "random").generate([text(120, 0)], recipe, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("method", [*EVICTING_DENSE, "mikv"])
 def test_every_cache_can_be_planned(method):
-    planned = abstract.plan_cache(abstract.abstract_model(None), methods.make(method, "20%"), context=200, new=4)
+    planned = dry_run.plan_cache(dry_run.abstract_model(None), methods.make(method, "20%"), context=200, new=4)
     assert planned.bytes["total"] < planned.full_bytes

@@ -10,30 +10,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvjax
-from kvjax import demo
-from kvjax.cache import budget as budgets
-from kvjax.cache import score
-from kvjax.cache.policy import Recipe
-from kvjax.cache.retain import retain
-from kvjax.demo import lines, tokens, vocabulary
+from kvjax.checkpoint import shipped
+from kvjax.corpus import tokens
 from kvjax.evaluation import runner
-from kvjax.evaluation.tasks import make_task
+from kvjax.models.tokenizer import Tokenizer
+from kvjax.policies import score
+from kvjax.policies.base import Recipe
+from kvjax.policies.budgets import budget as budgets
+from kvjax.policies.select import retain
 from kvjax.spec import Prompt
-from kvjax.tokenizer import Tokenizer
+from kvjax.tasks import lines, vocabulary
+from kvjax.tasks.registry import make_task
 
 SEEDS = st.integers(0, 2**32 - 1)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    found = Tokenizer.load(demo.directory())
+    found = Tokenizer.load(shipped.directory())
     assert found is not None
     return found
 
 
 def test_shipped_tokenizer_is_the_built_one(tokenizer: Tokenizer) -> None:
-    shipped = json.loads((demo.directory() / "tokenizer.json").read_text("utf-8"))
-    assert shipped == json.loads(tokens.tokenizer().to_str())
+    found = json.loads((shipped.directory() / "tokenizer.json").read_text("utf-8"))
+    assert found == json.loads(tokens.tokenizer().to_str())
     assert len(tokenizer) == tokens.SIZE
 
 
@@ -76,7 +77,7 @@ def exact(model: kvjax.Model, length: int, samples: int, recipe=None, name: str 
     task = make_task(name)
     drawn = task.samples(runner.request(model, samples=samples, lengths=(length,), form="short"))
     texts = [sample.context + sample.question for sample in drawn]
-    out = kvjax.generate(model, texts, recipe, max_new_tokens=max(sample.new for sample in drawn))
+    out = model.generate(texts, recipe, max_new_tokens=max(sample.new for sample in drawn))
     return float(np.mean([task.metric(s.text, sample) for s, sample in zip(out.sequences, drawn, strict=True)]))
 
 
@@ -98,7 +99,7 @@ def test_shipped_model_looks_up_over_its_whole_context(model: kvjax.Model, name:
 
 def test_shipped_model_ends_its_answer(model: kvjax.Model) -> None:
     prompt, answer = lines.prompt(lines.scoring_rng(2), 200)
-    given = kvjax.generate(model, [prompt]).sequences[0]
+    given = model.generate([prompt]).sequences[0]
     assert given.text == answer + "\n"
     assert given.finish_reason == "stop"
 
@@ -117,14 +118,14 @@ def test_without_half_of_its_cache_the_shipped_model_forgets(model: kvjax.Model)
 
 
 def test_the_shipped_retrofitted_model_answers_from_a_third_of_the_bytes() -> None:
-    shipped = kvjax.load("demo-dmc")
-    assert shipped.spec.gate is not None and 3.8 < shipped.spec.gate.rate < 4.5
-    assert exact(shipped, length=1024, samples=16, recipe=kvjax.methods.dmc()) >= 0.85
+    retrofitted = kvjax.load("demo-dmc")
+    assert retrofitted.spec.gate is not None and 3.8 < retrofitted.spec.gate.rate < 4.5
+    assert exact(retrofitted, length=1024, samples=16, recipe=kvjax.methods.dmc()) >= 0.85
     prompt, answer = lines.prompt(lines.scoring_rng(4), 250)
-    out = kvjax.generate(shipped, [prompt])
+    out = retrofitted.generate([prompt])
     assert out.sequences[0].text == answer + "\n"
     assert out.recipe.name == "dmc" and out.bytes.total < 0.5 * out.full_bytes
-    files = [file for file in (demo.directory() / "dmc").rglob("*") if file.is_file()]
+    files = [file for file in (shipped.directory() / "dmc").rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 16e6
 
 
@@ -134,7 +135,7 @@ def scores_of(prompt: Prompt) -> tuple[int, int, int]:
 
 
 def test_shipped_files_are_small_and_complete() -> None:
-    files = [file for file in demo.directory().iterdir() if file.is_file()]
+    files = [file for file in shipped.directory().iterdir() if file.is_file()]
     names = {file.name for file in files}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert names >= {"generation_config.json", "README.md"}

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvjax.demo import corpus, data, documents, tokens
-from kvjax.demo import lines as demo_lines
-from kvjax.demo import vocabulary as v
-from kvjax.demo.documents import Part
-from kvjax.evaluation.task import EVALUATION, Request
-from kvjax.evaluation.tasks import make_task
+from kvjax.corpus import data, documents, sources, tokens
+from kvjax.corpus.documents import Part
+from kvjax.tasks import lines as demo_lines
+from kvjax.tasks import vocabulary as v
+from kvjax.tasks.registry import make_task
+from kvjax.tasks.task import EVALUATION, Request
 
 ROOT = Path(__file__).parents[1]
 HAYSTACK = "The haystack of the tests.\nIt has a few lines, and none of them is a needle.\n" * 9
@@ -65,7 +65,7 @@ def test_vocabulary_keeps_the_pieces_of_the_tasks() -> None:
 
 
 def test_merges_are_learned_the_same_every_time() -> None:
-    texts = [corpus.sentences(np.random.default_rng(0), 500)]
+    texts = [sources.sentences(np.random.default_rng(0), 500)]
     pairs = tokens.learn(texts, v.SIZE + 300)
     assert pairs == tokens.learn(texts, v.SIZE + 300)
     assert tokens.build(pairs).get_vocab_size() == v.SIZE + 300
@@ -75,11 +75,11 @@ def test_merges_are_learned_the_same_every_time() -> None:
 
 
 def test_text_is_split_by_the_names_of_modules() -> None:
-    training, held_out = ({module.name for module in corpus.modules(split)} for split in ("training", "held-out"))
+    training, held_out = ({module.name for module in sources.modules(split)} for split in ("training", "held-out"))
     assert training and held_out and not training & held_out
     assert len(held_out) < 0.2 * len(training)
-    evaluation = (ROOT / "kvjax/evaluation/text.txt").read_text("utf-8").splitlines()
-    known = {line for module in corpus.modules("training") for line in module.source.splitlines()}
+    evaluation = (ROOT / "kvjax/tasks/text.txt").read_text("utf-8").splitlines()
+    known = {line for module in sources.modules("training") for line in module.source.splitlines()}
     assert not known & {line for line in evaluation if len(line) > 30}
 
 

@@ -15,12 +15,13 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from kvjax.checkpoint import hf
-from kvjax.demo import course, curves, data, documents, model, score, tokens, train
-from kvjax.demo import lines as demo_lines
-from kvjax.demo import vocabulary as v
+from kvjax.corpus import data, documents, tokens
+from kvjax.demo import course, curves, model, score, train
 from kvjax.errors import InputError
 from kvjax.models import decoder
 from kvjax.spec import RopeSpec
+from kvjax.tasks import lines as demo_lines
+from kvjax.tasks import vocabulary as v
 from tests.killing import CPU, kill
 
 TEXT = "The text of the tests.\nIt has a few lines, and none of them is a needle.\n" * 9

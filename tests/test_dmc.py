@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import InputError, layout, methods
+from kvjax import InputError, methods
 from kvjax.cache import tier as tiers_
-from kvjax.cache.apportion import choose_best
 from kvjax.cache.quantize import named
+from kvjax.generation.allocate import init_cache
 from kvjax.models import gate as gates
+from kvjax.policies.budgets.apportion import choose_best
 from kvjax.spec import GateSpec, RopeSpec
 from tests import oracle
 from tests.brute_gate import compare, compression, forced, gated_model, tokens
@@ -112,7 +113,7 @@ def test_the_pool_is_updated_in_place(arguments):
     """No copy of it is made in a step, in any of the tiers."""
     model = oracle.random_model(0, num_layers=2, head_dim=64, gate=GateSpec("dmc", 4.0, 12))
     recipe, now = dmc(**arguments), jax.ShapeDtypeStruct((1,), jnp.int32)
-    cache = jax.eval_shape(lambda: layout.init_cache(model, recipe, kvjax.Lengths((60000,), 64, 61440)))
+    cache = jax.eval_shape(lambda: init_cache(model, recipe, kvjax.Lengths((60000,), 64, 61440)))
     active = jax.ShapeDtypeStruct((1,), bool)
     memory = oracle.step.lower(model, cache, now, now, active, recipe=recipe).compile().memory_analysis()
     assert memory.temp_size_in_bytes < sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache[0][0].k)) / 2
@@ -122,9 +123,9 @@ def test_the_pool_is_updated_in_place(arguments):
 def test_other_models_and_arguments_are_refused(method, other):
     lengths = kvjax.Lengths((5,), 2, 64)
     with pytest.raises(InputError, match=r"kvjax\.retrofit: this model has no gate"):
-        layout.init_cache(oracle.random_model(0), methods.make(method), lengths)
+        init_cache(oracle.random_model(0), methods.make(method), lengths)
     with pytest.raises(InputError, match=f"this model's gate is for {other}"):
-        layout.init_cache(gated_model(other, 3, 2, 0.0), methods.make(method), lengths)
+        init_cache(gated_model(other, 3, 2, 0.0), methods.make(method), lengths)
     with pytest.raises(InputError, match="capacity 'much' is not a number of tokens"):
         methods.make(method, None, {"capacity": "much"})
     with pytest.raises(InputError, match="lets its model decide and takes no budget"):

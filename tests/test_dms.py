@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-import kvjax
-from kvjax import Model, abstract, methods, report
+from kvjax import Model, methods
+from kvjax.cli import tables
+from kvjax.plan import dry_run
 from tests import oracle
 from tests.brute_gate import compare, compression, forced, gated_model, tokens
 from tests.matrix import assert_close
@@ -58,14 +59,14 @@ def test_a_gate_that_never_opens_is_the_full_cache(method):
 def test_a_generation_says_what_was_forced():
     model = Model(gated_model("dms", 3, 2, -1.0), None, (), "random")
     full, small = (
-        kvjax.generate(model, tokens(2, 40).tolist(), dms(capacity=capacity), max_new_tokens=NEW)
+        model.generate(tokens(2, 40).tolist(), dms(capacity=capacity), max_new_tokens=NEW)
         for capacity in ("100%", "12%")
     )
     assert full.forced == 0 < small.forced == int(small.cache[0][0].calib["forced"].sum())
-    assert report.describe(model, small, None)["cache"]["forced"] == small.forced
-    assert report.shortage(full) is None
+    assert tables.describe(model, small, None)["cache"]["forced"] == small.forced
+    assert tables.shortage(full) is None
     console = Console(record=True, width=200, file=io.StringIO())
-    console.print(report.summary([full, small], ["a", "b"]))
+    console.print(tables.summary([full, small], ["a", "b"]))
     said = " ".join(console.export_text().split())  # however its lines are cut
     assert f"dms: {small.forced:,} of" in said and "--set capacity=" in said
 
@@ -73,9 +74,9 @@ def test_a_generation_says_what_was_forced():
 @pytest.mark.parametrize("method", methods.LEARNED)
 def test_a_plan_says_that_the_model_decides(method):
     model = Model(gated_model(method, 3, 2, 0.0), None, (), "random")
-    planned = abstract.plan_cache(
+    planned = dry_run.plan_cache(
         model, methods.make(method, None, {"capacity": "50%", "store": "int8"}), 1000, 24, batch=2
     )
     assert planned.budget is None and planned.decided.startswith("by the model")
     assert 0 < planned.bytes["total"] < planned.full_bytes
-    assert abstract.arguments(method, {"capacity": "50%"}) == {"capacity": "50%", "store": "dense"}
+    assert dry_run.arguments(method, {"capacity": "50%"}) == {"capacity": "50%", "store": "dense"}

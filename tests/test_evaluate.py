@@ -17,12 +17,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import kvjax
-from kvjax import METHODS, command, demo, evaluate, generation, methods
-from kvjax.checkpoint import lorc, ranks
+from kvjax import METHODS, evaluate, methods
+from kvjax.checkpoint import shipped
 from kvjax.checkpoint.convert import convert
+from kvjax.checkpoint.lorc import lorc, ranks
+from kvjax.cli import command
 from kvjax.evaluation import runner
-from kvjax.evaluation.task import Sample
+from kvjax.generation.model import Model
 from kvjax.models.decoder import forward
+from kvjax.tasks.task import Sample
 from tests.test_tokenizer import STYLES, byte_level, write
 
 SMALL = ["--lengths", "128", "--samples", "3", "--batch", "2"]
@@ -57,7 +60,7 @@ def test_a_line_says_what_generation_says(tmp_path):
     (line, *_) = run(tmp_path, "--tasks", "lines", "--methods", "streaming_llm", "--budgets", "50%")
     model, recipe = kvjax.load(), methods.streaming_llm(budget="50%")
     sample = samples_of("lines", model)[0]
-    out = kvjax.generate(model, [sample.context + sample.question], recipe, max_new_tokens=2)
+    out = model.generate([sample.context + sample.question], recipe, max_new_tokens=2)
     (sequence,) = out.sequences
     assert line["prediction"] == sequence.text
     assert line["score"] == float(sequence.text == line["answers"][0])
@@ -78,8 +81,8 @@ def test_an_unseen_question_is_read_after_compression(tmp_path):
     found = run(tmp_path, *flags, "--question", "unseen")
     model, recipe = kvjax.load(), methods.snapkv(budget="20%", window=4)
     samples = samples_of("lines", model)
-    out = kvjax.generate(
-        model, [s.context for s in samples], recipe, questions=[s.question for s in samples], max_new_tokens=2
+    out = model.generate(
+        [s.context for s in samples], recipe, questions=[s.question for s in samples], max_new_tokens=2
     )
     assert [line["prediction"] for line in found] == [sequence.text for sequence in out.sequences]
     seen = run(tmp_path / "seen", *flags)
@@ -115,8 +118,8 @@ def test_teacher_forced_tasks_measure_the_continuation(tmp_path):
     model, recipe = kvjax.load(), methods.tova(budget="25%")
     samples = samples_of("kl", model)
     texts = [s.context for s in samples], [s.question for s in samples]
-    judged, _ = kvjax.log_likelihood(model, *texts, recipe)
-    values, _ = kvjax.divergence(model, *texts, recipe, kvjax.references(model, *texts))
+    judged, _ = model.log_likelihood(*texts, recipe)
+    values, _ = model.divergence(*texts, recipe, reference=model.references(*texts))
     by_task = {name: [x for x in found if (x["task"], x["method"]) == (name, "tova")] for name in ("perplexity", "kl")}
     for i in range(3):
         assert by_task["perplexity"][i]["tokens"] == pytest.approx((-judged[i].logprobs[1:]).tolist(), rel=1e-3)
@@ -130,7 +133,7 @@ TEMPLATE = "{% for m in messages %}<s>[{{ m.role }}] {{ m.content | trim }}{% en
 @pytest.mark.parametrize("style", STYLES.values())
 def test_a_chat_template_surrounds_the_prompt(style, tmp_path):
     tokenizer = write(style(), tmp_path, chat_template=TEMPLATE)
-    model = generation.Model(kvjax.load().decoder, tokenizer, (), "chat")
+    model = Model(kvjax.load().decoder, tokenizer, (), "chat")
     sample = Sample("", 0, "\nthe hello world\n", "who?\n", prefix=" it is")
     context, rest = runner.encode(model, sample, chat=True)
     assert context + rest == tokenizer.encode("<s>[user] the hello world\nwho?</s> it is", special=False)
@@ -145,7 +148,7 @@ def test_a_chat_template_surrounds_the_prompt(style, tmp_path):
 
 def test_a_template_that_rewrites_messages_is_refused(tmp_path):
     tokenizer = write(byte_level(), tmp_path, chat_template="{{ messages[0].content | upper }}")
-    model = generation.Model(kvjax.load().decoder, tokenizer, (), "chat")
+    model = Model(kvjax.load().decoder, tokenizer, (), "chat")
     with pytest.raises(kvjax.InputError, match="give --no-chat"):
         runner.encode(model, Sample("", 0, "hello"), chat=True)
 
@@ -153,12 +156,12 @@ def test_a_template_that_rewrites_messages_is_refused(tmp_path):
 def test_a_reference_is_another_models_full_cache(tmp_path):
     """Of a model with half of the keys and values: its divergence from the model that it was made from."""
     options = lorc.Options(ranks.parse("keep=50%,rule=uniform"))
-    convert(str(demo.directory()), tmp_path / "low", low_rank=options)
+    convert(str(shipped.directory()), tmp_path / "low", low_rank=options)
     flags = "--model", str(tmp_path / "low"), "--tasks", "kl", "--methods", "full", "--form", "short"
     alone = run(tmp_path / "alone", *flags)
     assert all(line["score"] == 0 for line in alone)
     whole, low = kvjax.load(), kvjax.load(str(tmp_path / "low"))
-    found = run(tmp_path / "against", *flags, "--reference", str(demo.directory()))
+    found = run(tmp_path / "against", *flags, "--reference", str(shipped.directory()))
     samples = samples_of("kl", whole)
     prompts = [runner.encode(whole, sample, chat=False, unseen=True) for sample in samples]
     ids, after = zip(*prompts, strict=True)
@@ -264,7 +267,7 @@ def test_a_data_file_that_has_changed_is_another_run(tmp_path):
 
 
 def copy_of_the_demo_model(model: Path) -> Path:
-    return shutil.copytree(demo.directory(), model, ignore=shutil.ignore_patterns("*.py", "dmc", "__pycache__"))
+    return shutil.copytree(shipped.directory(), model, ignore=shutil.ignore_patterns("*.py", "dmc", "__pycache__"))
 
 
 def scale_norm(model: Path, factor: float) -> None:

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax.errors import InputError
-from kvjax.evaluation import longbench as module
-from kvjax.evaluation.gsm8k import gsm8k
-from kvjax.evaluation.longbench import SETS, longbench
-from kvjax.evaluation.task import Request
+from kvjax.tasks import longbench as module
+from kvjax.tasks.gsm8k import gsm8k
+from kvjax.tasks.longbench import SETS, longbench
+from kvjax.tasks.task import Request
 
 TOKENIZERS: dict[str, Callable[[str], list]] = {
     "characters": list,

@@ -15,13 +15,16 @@ from flax import nnx
 from jaxtyping import TypeCheckError
 
 import kvjax
-from kvjax import command, generation, sampling
 from kvjax.checkpoint.convert import convert
+from kvjax.cli import command
 from kvjax.errors import InputError
+from kvjax.files import output
 from kvjax.generate import main
-from kvjax.generation import Model
+from kvjax.generation import sampling
+from kvjax.generation.generate import cached_positions, read_prompts
+from kvjax.generation.model import Model
+from kvjax.generation.sampling import Sampling
 from kvjax.models.hf_config import parse_config
-from kvjax.sampling import Sampling
 from tests import golden
 from tests.matrix import quick
 
@@ -166,7 +169,7 @@ def test_a_dump_that_cannot_be_written_is_one_line_and_the_rest_is_there(directo
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "old").write_bytes(b"old")
     (tmp_path / "link").symlink_to("old")
-    command.write(tmp_path / "link", b"new")
+    output.write(tmp_path / "link", b"new")
     assert (tmp_path / "old").read_bytes() == b"new" and (tmp_path / "link").is_symlink()
 
     def fill(descriptor):
@@ -174,7 +177,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fill)
     with pytest.raises(InputError, match=r"cannot write .*old: No space left"):
-        command.write(tmp_path / "old", b"other")
+        output.write(tmp_path / "old", b"other")
     assert (tmp_path / "old").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2
 
 
@@ -262,15 +265,15 @@ def test_the_program_itself_exits_with_2_and_without_a_traceback(tmp_path):
 
 
 def test_importing_the_command_does_not_hide_the_function(model):
-    assert kvjax.generate(model, [[1, 2]], max_new_tokens=1).sequences[0].prompt_tokens == 2
+    assert model.generate([[1, 2]], max_new_tokens=1).sequences[0].prompt_tokens == 2
 
 
 def test_a_stop_token_ends_its_sequence_alone(model):
-    free = kvjax.generate(model, [[1, 2, 3], [4, 5, 6, 7]], max_new_tokens=20)
+    free = model.generate([[1, 2, 3], [4, 5, 6, 7]], max_new_tokens=20)
     first = free.sequences[0].tokens
     stop = next(t for i, t in enumerate(first) if i > 1 and t not in first[:i])
     stopping = Model(model.decoder, None, (stop,), model.name)
-    out = kvjax.generate(stopping, [[1, 2, 3], [4, 5, 6, 7]], max_new_tokens=20)
+    out = stopping.generate([[1, 2, 3], [4, 5, 6, 7]], max_new_tokens=20)
     assert out.sequences[0].tokens == first[: first.index(stop) + 1]
     assert out.sequences[0].finish_reason == "stop"
     assert free.sequences[0].finish_reason == "length"
@@ -278,13 +281,13 @@ def test_a_stop_token_ends_its_sequence_alone(model):
 
 def test_tokens_appear_in_order(model):
     seen = []
-    out = kvjax.generate(model, [[1, 2], [3]], max_new_tokens=18, on_token=lambda i, token: seen.append((i, token)))
+    out = model.generate([[1, 2], [3]], max_new_tokens=18, on_token=lambda i, token: seen.append((i, token)))
     for i, sequence in enumerate(out.sequences):
         assert [token for j, token in seen if j == i] == sequence.tokens
 
 
 def test_same_seed_same_text_and_another_seed_another(model):
-    draw = lambda seed: kvjax.generate(model, [[1, 2, 3]], max_new_tokens=16, how=Sampling(temperature=2.0, seed=seed))
+    draw = lambda seed: model.generate([[1, 2, 3]], max_new_tokens=16, sampling=Sampling(temperature=2.0, seed=seed))
     assert draw(1).sequences[0].tokens == draw(1).sequences[0].tokens
     assert draw(1).sequences[0].tokens != draw(2).sequences[0].tokens
 
@@ -293,7 +296,7 @@ def test_a_sequence_draws_in_a_batch_what_it_draws_alone_with_its_own_seed(model
     prompts = [[1, 2, 3], [1, 2, 3], [4, 5, 6, 7, 8]]
     draw = lambda prompts, seed: [
         s.tokens
-        for s in kvjax.generate(model, prompts, max_new_tokens=12, how=Sampling(temperature=2.0, seed=seed)).sequences
+        for s in model.generate(prompts, max_new_tokens=12, sampling=Sampling(temperature=2.0, seed=seed)).sequences
     ]
     batch = draw(prompts, 2**32 - 2)  # seeds are taken modulo 2^32
     assert batch == [draw([prompt], seed)[0] for prompt, seed in zip(prompts, (-2, -1, 0), strict=True)]
@@ -309,7 +312,7 @@ def damaged(model, change) -> Model:
 
 def test_logits_that_are_not_finite_are_refused(model):
     """Also those of later tokens, and of one sequence alone; they would all look like token 0."""
-    free, recipe = kvjax.generate(model, [[1, 2, 3]], max_new_tokens=4).sequences[0].tokens, kvjax.methods.full()
+    free, recipe = model.generate([[1, 2, 3]], max_new_tokens=4).sequences[0].tokens, kvjax.methods.full()
 
     def overflow(decoder):  # what follows the first token
         decoder.embedding[...] = decoder.embedding[...].at[free[0]].set(3e38)
@@ -319,28 +322,28 @@ def test_logits_that_are_not_finite_are_refused(model):
 
     later, whole, seen = damaged(model, overflow), damaged(model, head), []
     with pytest.raises(InputError, match=r"the logits of sequence 1 are not finite.*too large for float32"):
-        kvjax.generate(later, [[1, 2, 3]], max_new_tokens=4, on_token=lambda i, token: seen.append(token))
+        later.generate([[1, 2, 3]], max_new_tokens=4, on_token=lambda i, token: seen.append(token))
     assert seen == free[:1]
     with pytest.raises(InputError, match="sequence 2 are not finite"):
-        kvjax.generate(later, [[1, 2, 4], [1, 2, free[0]]], max_new_tokens=1)
+        later.generate([[1, 2, 4], [1, 2, free[0]]], max_new_tokens=1)
     with pytest.raises(InputError, match="sequence 1 are not finite"):
-        kvjax.generate(whole, [[1, 2, 3]], max_new_tokens=4)
+        whole.generate([[1, 2, 3]], max_new_tokens=4)
     prompts, judged = [[1, 2, 3], [1, 2]], [[4, 5], [free[0], 5]]
-    reference = kvjax.references(model, prompts, judged)
+    reference = model.references(prompts, judged)
     for fails in (
-        lambda: kvjax.log_likelihood(later, prompts, judged),
-        lambda: kvjax.references(later, prompts, judged),
-        lambda: kvjax.divergence(later, prompts, judged, recipe, reference),
+        lambda: later.log_likelihood(prompts, judged),
+        lambda: later.references(prompts, judged),
+        lambda: later.divergence(prompts, judged, recipe, reference=reference),
     ):
         with pytest.raises(InputError, match="sequence 2 are not finite"):
             fails()
-    kvjax.log_likelihood(later, prompts, [[4, 5], [5, free[0]]])  # the last token is not read
+    later.log_likelihood(prompts, [[4, 5], [5, free[0]]])  # the last token is not read
     with pytest.raises(InputError, match="sequence 1 are not finite"):
-        kvjax.divergence(whole, prompts, judged, recipe, reference)
+        whole.divergence(prompts, judged, recipe, reference=reference)
 
 
 def test_new_sampling_numbers_do_not_recompile(model):
-    hot = lambda t: kvjax.generate(model, [[1, 2, 3]], max_new_tokens=4, how=Sampling(temperature=t, top_k=5))
+    hot = lambda t: model.generate([[1, 2, 3]], max_new_tokens=4, sampling=Sampling(temperature=t, top_k=5))
     hot(1.0)
     assert hot(0.3).timing.compile_s == 0
 
@@ -378,9 +381,9 @@ def test_only_allowed_tokens_are_drawn_and_all_of_them(how):
 
 
 def test_the_repetition_penalty_applies_to_greedy_decoding_and_to_the_prompt(model):
-    plain = kvjax.generate(model, [[1, 2, 3]], max_new_tokens=24).sequences[0].tokens
+    plain = model.generate([[1, 2, 3]], max_new_tokens=24).sequences[0].tokens
     how = Sampling(repetition_penalty=1e6)
-    out = kvjax.generate(model, [[1, 2, 3]], max_new_tokens=24, how=how).sequences[0].tokens
+    out = model.generate([[1, 2, 3]], max_new_tokens=24, sampling=how).sequences[0].tokens
     assert len(set(plain)) < len(plain)
     assert len(set(out) | {1, 2, 3}) == len(out) + 3
 
@@ -388,28 +391,28 @@ def test_the_repetition_penalty_applies_to_greedy_decoding_and_to_the_prompt(mod
 @pytest.mark.parametrize("prompts", ["one text", [1, 2], [["a"]], [], [[1.5]]])
 def test_prompts_of_the_wrong_kind_are_refused(model, prompts):
     with pytest.raises((kvjax.InputError, TypeCheckError), match="prompt"):  # or the type checker that tests turn on
-        kvjax.generate(model, prompts)
+        model.generate(prompts)
 
 
 @pytest.mark.parametrize("new", [2.5, True, 2**31])
 def test_a_number_of_new_tokens_that_is_none_is_refused(model, new):
     with pytest.raises((kvjax.InputError, TypeCheckError), match=r"whole number|max_new_tokens"):
-        kvjax.generate(model, [[1]], max_new_tokens=new)
+        model.generate([[1]], max_new_tokens=new)
 
 
 @pytest.mark.parametrize("how", [Sampling(temperature=1e-38), Sampling(temperature=1, top_p=1e-46)])
 def test_vanishing_temperature_and_top_p_are_greedy(model, how):
-    greedy = kvjax.generate(model, [[1, 2, 3]], max_new_tokens=4).sequences[0].tokens
-    assert kvjax.generate(model, [[1, 2, 3]], max_new_tokens=4, how=how).sequences[0].tokens == greedy
+    greedy = model.generate([[1, 2, 3]], max_new_tokens=4).sequences[0].tokens
+    assert model.generate([[1, 2, 3]], max_new_tokens=4, sampling=how).sequences[0].tokens == greedy
 
 
 def test_places_in_the_cache_stay_within_the_context_limit(model):
     limit = model.spec.max_position
     recipe = kvjax.methods.streaming_llm
-    out = kvjax.generate(model, [list(range(60))], recipe(budget=20), max_new_tokens=2 * limit)
+    out = model.generate([list(range(60))], recipe(budget=20), max_new_tokens=2 * limit)
     assert len(out.sequences[0].tokens) == 2 * limit
     with pytest.raises(kvjax.InputError, match="context limit"):
-        kvjax.generate(model, [list(range(60))], recipe(budget=2 * limit), max_new_tokens=2 * limit)
+        model.generate([list(range(60))], recipe(budget=2 * limit), max_new_tokens=2 * limit)
 
 
 def test_the_cache_is_there_once_while_decoding(model):
@@ -419,10 +422,10 @@ def test_the_cache_is_there_once_while_decoding(model):
     def look(sequence, token):
         alive.append(sum(x.nbytes for x in jax.live_arrays() if x.shape == pool.shape and not x.is_deleted()))
 
-    pool = jax.tree.leaves(kvjax.generate(model, prompt, max_new_tokens=20).cache[0][0].k)[0]
+    pool = jax.tree.leaves(model.generate(prompt, max_new_tokens=20).cache[0][0].k)[0]
     shape_bytes = pool.nbytes
     pool = np.empty(pool.shape, np.int8)
-    kvjax.generate(model, prompt, max_new_tokens=20, on_token=look)
+    model.generate(prompt, max_new_tokens=20, on_token=look)
     assert max(alive) == 2 * shape_bytes  # keys and values
 
 
@@ -430,12 +433,12 @@ def test_the_cache_is_there_once_while_decoding(model):
 def test_a_prompt_is_the_same_in_parts(model, chunk):
     """Also where a part would be less than a token of each, and where it does not divide them."""
     prompts, recipe = [list(range(90)), list(range(2, 60))], kvjax.methods.h2o(24)
-    whole = kvjax.generate(model, prompts, recipe, max_new_tokens=4, prefill_chunk=2**20)
-    parts = kvjax.generate(model, prompts, recipe, max_new_tokens=4, prefill_chunk=chunk)
+    whole = model.generate(prompts, recipe, max_new_tokens=4, prefill_chunk=2**20)
+    parts = model.generate(prompts, recipe, max_new_tokens=4, prefill_chunk=chunk)
     np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-4)
     assert [s.tokens for s in parts.sequences] == [s.tokens for s in whole.sequences]
     with pytest.raises(InputError, match="prefill-chunk 0"):
-        kvjax.generate(model, prompts, recipe, max_new_tokens=4, prefill_chunk=0)
+        model.generate(prompts, recipe, max_new_tokens=4, prefill_chunk=0)
 
 
 def test_equal_arguments_give_the_same_recipe():
@@ -447,18 +450,18 @@ def test_equal_arguments_give_the_same_recipe():
 
 def test_a_sequence_does_not_outgrow_the_frequencies_of_its_cached_keys(tmp_path):
     model = kvjax.load(golden.write_checkpoint("phi3_longrope", tmp_path))  # others beyond 32 tokens
-    run = lambda tokens, new, **kwargs: kvjax.generate(model, [[1] * tokens], max_new_tokens=new, **kwargs)
+    run = lambda tokens, new, **kwargs: model.generate([[1] * tokens], max_new_tokens=new, **kwargs)
     run(28, 5)
     run(33, 5)
     with pytest.raises(InputError, match=r"frequencies beyond 32 tokens.*of 28.*not 33"):
         run(28, 6)
     with pytest.raises(InputError, match="frequencies beyond 32"):
         run(28, 1, questions=[[1] * 5])
-    kvjax.log_likelihood(model, [[1] * 28], [[1] * 5], kvjax.methods.full())  # the last token is not read
+    model.log_likelihood([[1] * 28], [[1] * 5], kvjax.methods.full())  # the last token is not read
     with pytest.raises(InputError, match="frequencies beyond 32"):
-        kvjax.log_likelihood(model, [[1] * 28], [[1] * 6], kvjax.methods.full())
-    run(28, 6, recipe=kvjax.methods.streaming_llm(12))  # rotates keys when it reads them
-    generation.prefill(model, kvjax.methods.full(), [[1] * 28, [1] * 8], new=25)  # of which the first may read 5
+        model.log_likelihood([[1] * 28], [[1] * 6], kvjax.methods.full())
+    run(28, 6, method=kvjax.methods.streaming_llm(12))  # rotates keys when it reads them
+    read_prompts(model, kvjax.methods.full(), [[1] * 28, [1] * 8], new=25)  # of which the first may read 5
 
 
 def test_a_cache_is_not_made_for_a_loop_that_outgrows_the_frequencies_of_its_keys(tmp_path):
@@ -496,6 +499,6 @@ def test_sinks_by_place_are_seen_whatever_lies_between(name, tmp_path):
 
 
 def test_cached_positions_are_those_that_the_method_keeps(model):
-    out = kvjax.generate(model, [list(range(50))], kvjax.methods.streaming_llm(budget=12), max_new_tokens=6)
-    kept = generation.cached_positions(model, out)
+    out = model.generate([list(range(50))], kvjax.methods.streaming_llm(budget=12), max_new_tokens=6)
+    kept = cached_positions(model, out)
     assert {tuple(sorted(row[row >= 0])) for row in kept.reshape(-1, kept.shape[-1])} == {(0, 1, 2, 3, *range(47, 55))}

@@ -15,12 +15,13 @@ import pytest
 import scipy.special
 
 import kvjax
-from kvjax import demo, methods
-from kvjax.cache.policy import Recipe
-from kvjax.demo import lines
+from kvjax import methods
+from kvjax.checkpoint import shipped
 from kvjax.errors import InputError
 from kvjax.evaluation.harness_arguments import GenerationArguments, cut_at, read_generation_arguments
-from kvjax.sampling import Sampling
+from kvjax.generation.sampling import Sampling
+from kvjax.policies.base import Recipe
+from kvjax.tasks import lines
 from tests.matrix import reference
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -130,15 +131,15 @@ def of_documents(values: list) -> list[list]:
 
 
 def judged(recipe: Recipe) -> list[list[tuple[float, bool]]]:
-    """What `kvjax.log_likelihood` says of all choices, in one batch."""
+    """What `log_likelihood` says of all choices, in one batch."""
     contexts, continuations = [a for a, _ in pairs()], [b for _, b in pairs()]
-    judgements, _ = kvjax.log_likelihood(model(), contexts, continuations, recipe)
+    judgements, _ = model().log_likelihood(contexts, continuations, recipe)
     return of_documents([(float(j.logprobs.sum()), j.greedy) for j in judgements])
 
 
 def texts(prompts: list, recipe: Recipe) -> list[str]:
     """First lines of what `kvjax.generate` makes of prompts, in one batch."""
-    sequences = kvjax.generate(model(), prompts, recipe, max_new_tokens=5).sequences
+    sequences = model().generate(prompts, recipe, max_new_tokens=5).sequences
     assert any("\n" in str(sequence.text) for sequence in sequences)
     return [str(sequence.text).split("\n")[0] for sequence in sequences]
 
@@ -219,7 +220,7 @@ def request(kind: str, *arguments) -> list[Instance]:
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory) -> HarnessModel:
     """The demo model with a chat template."""
-    folder, source = tmp_path_factory.mktemp("chat"), Path(demo.directory())
+    folder, source = tmp_path_factory.mktemp("chat"), Path(shipped.directory())
     for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors"):
         (folder / name).symlink_to(source / name)
     config = json.loads((source / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
@@ -244,7 +245,7 @@ def test_an_empty_context_is_the_first_token(chat):
     expected, likeliest = forward(tokens, 1)
     assert (found, greedy) == (pytest.approx(expected, abs=1e-3), likeliest)
     (text,) = chat.generate_until(request("generate_until", "", {"max_gen_toks": 3}))
-    assert text == kvjax.generate(model(), [tokens[:1]], max_new_tokens=3).sequences[0].text
+    assert text == model().generate([tokens[:1]], max_new_tokens=3).sequences[0].text
 
 
 def test_repeats_of_a_sampled_request_differ_and_the_run_can_be_repeated_in_other_batches():

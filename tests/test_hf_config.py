@@ -9,10 +9,10 @@ import tokenizers
 from tokenizers.models import WordLevel
 
 from kvjax.errors import InputError
-from kvjax.generation import find_stop
+from kvjax.generation.model import find_stop
 from kvjax.models.hf_config import FAMILIES, parse_config, read_config, read_generation_config
+from kvjax.models.tokenizer import Tokenizer
 from kvjax.spec import RopeSpec
-from kvjax.tokenizer import Tokenizer
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.0, 4.0]}

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import abstract, command, generation, kept
 from kvjax.checkpoint import convert
+from kvjax.cli import command
+from kvjax.generation.generate import cached_positions
 from kvjax.inspect import main
-from kvjax.kept import Kept
+from kvjax.inspection import cache_map
+from kvjax.inspection.cache_map import Kept
+from kvjax.plan import dry_run
 from tests import golden
 
 PROG = "kvjax.inspect"
@@ -101,8 +104,8 @@ def test_a_second_tier_is_shown_apart(model, capsys, tmp_path):
         for head, mine, rest in zip(layer, one, other, strict=True):
             assert head == everything == sorted(mine + rest)
             assert len(mine) == len(everything) // 5
-    out = kvjax.generate(model, [TEXT * 2], kvjax.METHODS["mikv"](), max_new_tokens=3)
-    (positions,) = generation.cached_positions(model, out, tier=0)
+    out = model.generate([TEXT * 2], kvjax.METHODS["mikv"](), max_new_tokens=3)
+    (positions,) = cached_positions(model, out, tier=0)
     assert [[sorted(row[row >= 0].tolist()) for row in layer] for layer in positions] == dense
     said = run(capsys, *flags)
     assert "tokens kept dense" in said and "kept balanced int2" in said
@@ -115,8 +118,8 @@ def test_what_is_shown_is_what_the_cache_holds(method, model, capsys):
     flags += [] if method == "h2o" else ["--set", "window=4", "--set", "kernel=1"]
     shown = run_json(capsys, *flags)
     arguments = {} if method == "h2o" else {"window": 4, "kernel": 1}
-    out = kvjax.generate(model, [TEXT], kvjax.METHODS[method](budget="40%", **arguments), max_new_tokens=4)
-    (rows,) = generation.cached_positions(model, out)
+    out = model.generate([TEXT], kvjax.METHODS[method](budget="40%", **arguments), max_new_tokens=4)
+    (rows,) = cached_positions(model, out)
     want = [[sorted(p for p in row.tolist() if p >= 0) for row in layer] for layer in rows]
     assert shown["positions"] == want and len({str(row) for layer in want for row in layer}) > 1
     size = {"bytes": out.bytes._asdict(), "full_bytes": out.full_bytes}
@@ -128,7 +131,7 @@ def test_what_is_shown_is_what_the_cache_holds(method, model, capsys):
     head = run_json(capsys, *flags, "--head", 1)
     assert (head["layers"], head["positions"]) == ([0, 1, 2, 3, 4, 5], [[layer[1]] for layer in want])
 
-    mine = kept.read(model, out, model.tokenizer.encode(TEXT))
+    mine = cache_map.read(model, out, model.tokenizer.encode(TEXT))
     assert mine.budget.shape == mine.slots.shape == (6, 2)
     if method == "pyramidkv":  # of the prompt; the generated tokens that were read come on top
         read = len(mine.tokens) - mine.prompt
@@ -144,7 +147,7 @@ def test_without_a_prompt_the_demo_model_reads_its_list(capsys):
 @pytest.mark.parametrize("text", [TEXT, "clay: 475\n\n\n! clay:", " snow", "naïve 日本語 🙂‍↕️ x", "\t\x1b[31m"])
 def test_pieces_join_to_the_prompt(text, model):
     ids = model.tokenizer.encode(text)
-    pieces = kept.pieces(model.tokenizer, ids)
+    pieces = cache_map.pieces(model.tokenizer, ids)
     assert len(pieces) == len(ids)
     assert pieces[0] == "<|begin|>" and "".join(pieces[1:]) == model.tokenizer.decode(ids)
     if text == TEXT:
@@ -154,11 +157,11 @@ def test_pieces_join_to_the_prompt(text, model):
 def test_a_character_of_several_tokens_is_complete_with_the_last(model):
     """Or where a special token cuts it short."""
     (begin,), word = model.tokenizer.encode(""), model.tokenizer.encode("日", special=False)
-    assert kept.pieces(model.tokenizer, word) == ["", "", "日"]
-    cut = kept.pieces(model.tokenizer, [word[0], begin, *word, begin])
+    assert cache_map.pieces(model.tokenizer, word) == ["", "", "日"]
+    cut = cache_map.pieces(model.tokenizer, [word[0], begin, *word, begin])
     assert cut == ["\ufffd", "<|begin|>", "", "", "日", "<|begin|>"]
-    assert list(kept.marked(["", "", "日"], [3, 1, 2], width=80)) == ["日", ".."]  # the least of its levels
-    assert kept.pieces(None, [5, 7]) == ["5 ", "7 "]
+    assert list(cache_map.marked(["", "", "日"], [3, 1, 2], width=80)) == ["日", ".."]  # the least of its levels
+    assert cache_map.pieces(None, [5, 7]) == ["5 ", "7 "]
 
 
 def test_levels_count_rows():
@@ -166,19 +169,19 @@ def test_levels_count_rows():
     for position, rows in enumerate([0, 1, 2, 3, 4]):
         held.reshape(4, 5)[:rows, position] = True
     assert sample(held, 5).levels() == [0, 1, 2, 2, 3]
-    assert kept.only(sample(held, 5), 0, 1).levels() == [0, 0, 3, 3, 3]
+    assert cache_map.only(sample(held, 5), 0, 1).levels() == [0, 0, 3, 3, 3]
 
 
 def test_marks_stand_below_the_letters_that_they_mark():
-    lines = list(kept.marked(["ab", "", "\n", "日", "c", "\x1b"], [3, 1, 2, 1, 0, 2], width=80))
+    lines = list(cache_map.marked(["ab", "", "\n", "日", "c", "\x1b"], [3, 1, 2, 1, 0, 2], width=80))
     assert lines == ["ab↵", "##.", "日c\\x1b", ".. ++++"]
-    assert list(kept.marked(["abcdef"], [1], width=4)) == ["abcd", "....", "ef", ".."]
-    assert list(kept.marked(["ab", "cd"], [0, 0], width=80)) == ["abcd"]
+    assert list(cache_map.marked(["abcdef"], [1], width=4)) == ["abcd", "....", "ef", ".."]
+    assert list(cache_map.marked(["ab", "cd"], [0, 0], width=80)) == ["abcd"]
 
 
 def test_styles_and_marks_say_the_same():
     pieces, levels = list("abcdefgh"), [0, 1, 2, 3, 3, 2, 1, 0]
-    text, (line, marks) = kept.styled(pieces, levels), kept.marked(pieces, levels, width=80)
+    text, (line, marks) = cache_map.styled(pieces, levels), cache_map.marked(pieces, levels, width=80)
     styles = {i: str(span.style) for span in text.spans for i in range(span.start, span.end)}
     mark = {"bold underline": "#", "bold": "+", "": ".", "dim": " "}
     assert text.plain == line == "abcdefgh"
@@ -207,7 +210,7 @@ def test_a_terminal_gets_styles(capsys, monkeypatch):
 @needs_matplotlib
 def test_the_picture_shows_every_row_and_position():
     shown = random_sample()
-    axes = kept.picture(shown, "title").axes[0]
+    axes = cache_map.picture(shown, "title").axes[0]
     (image,) = axes.images
     np.testing.assert_array_equal(image.get_array(), shown.held.reshape(6, 50))
     assert image.get_extent() == [-0.5, 49.5, 5.5, -0.5]
@@ -217,16 +220,16 @@ def test_the_picture_shows_every_row_and_position():
     assert lines[2][0][0] == 39.5 and axes.texts[0].get_text() == "generated: 10"
     dark, light = image.cmap(1.0), image.cmap(0.0)
     assert sum(dark[:3]) < 1 < sum(light[:3])
-    assert not kept.picture(shown._replace(prompt=50), "").axes[0].texts
+    assert not cache_map.picture(shown._replace(prompt=50), "").axes[0].texts
 
 
 def test_bins_hold_the_kept_fraction():
     shown = random_sample(length=103)
-    image, size = kept.heat(shown, columns=10)
+    image, size = cache_map.heat(shown, columns=10)
     assert size == 11 and image.shape == (6, 10)
     for row, held in zip(image, shown.held.reshape(6, 103), strict=True):
         np.testing.assert_allclose(row, [held[i : i + 11].mean() for i in range(0, 103, 11)])
-    exact, size = kept.heat(shown, columns=103)
+    exact, size = cache_map.heat(shown, columns=103)
     assert size == 1 and (exact == shown.held.reshape(6, 103)).all()
 
 
@@ -254,7 +257,7 @@ def test_a_dry_run_plans_what_a_run_allocates(method, model, capsys):
 
 def test_a_dry_run_plans_batches(model, capsys):
     prompts, recipe = [[3] * 70] * 3, kvjax.methods.pyramidkv(budget="30%")
-    out = kvjax.generate(model, prompts, recipe, max_new_tokens=2)
+    out = model.generate(prompts, recipe, max_new_tokens=2)
     flags = ["--method", "pyramidkv", "--budget", "30%", "--context", 70, "--max-new-tokens", 2, "--batch", 3]
     planned = run_json(capsys, "--dry-run", *flags)
     assert planned["cache"]["bytes"]["total"] == out.bytes.total
@@ -369,10 +372,10 @@ def test_without_matplotlib_a_picture_is_refused_and_the_rest_works(monkeypatch,
 
 
 def test_a_cache_with_too_many_pages_is_refused():
-    model = abstract.abstract_model(None)
+    model = dry_run.abstract_model(None)
     model.decoder.spec = dataclasses.replace(model.spec, max_position=2**21)
     with pytest.raises(kvjax.InputError, match="pages"):
-        abstract.plan_cache(model, kvjax.methods.full(), context=2**20, new=1, batch=2**16)
+        dry_run.plan_cache(model, kvjax.methods.full(), context=2**20, new=1, batch=2**16)
 
 
 def test_the_program_itself_plans(tmp_path):

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import decode, layout, prefilling, sampling
-from kvjax.cache import budget as budgets
-from kvjax.cache import quantize, score
+from kvjax.cache import layout, quantize
 from kvjax.cache import tier as tiers_
-from kvjax.cache.policy import CachePolicy, Found, Recipe
-from kvjax.cache.retain import retain
 from kvjax.cache.store import KVStore, Store
 from kvjax.cache.tier import Slots
+from kvjax.generation import decode, prefill, sampling
+from kvjax.generation.allocate import init_cache
+from kvjax.policies import score
+from kvjax.policies.base import CachePolicy, Found, Recipe
+from kvjax.policies.budgets import budget as budgets
+from kvjax.policies.select import retain
 from kvjax.spec import Lengths
 from tests.oracle import Entry, Oracle, entries, random_model
 
@@ -42,13 +44,13 @@ def run(model, recipe: Recipe, seed: int = 0) -> Run:
     """Greedy generation for two prompts of different lengths through the jitted loop, in two chunks."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, model.spec.vocab_size, n).tolist() for n in PROMPTS]
-    lengths = Lengths(PROMPTS, NEW, prefilling.padded_length(max(PROMPTS)))
+    lengths = Lengths(PROMPTS, NEW, prefill.padded_length(max(PROMPTS)))
     padded = np.zeros((len(prompts), lengths.padded), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     length, stop = jnp.asarray(PROMPTS, jnp.int32), jnp.zeros((0,), jnp.int32)
-    cache = layout.init_cache(model, recipe, lengths)
-    logits, cache = prefilling.prefill(model, recipe, jnp.asarray(padded), length, cache)
+    cache = init_cache(model, recipe, lengths)
+    logits, cache = prefill.prefill(model, recipe, jnp.asarray(padded), length, cache)
     prefilled = jax.tree.map(jnp.copy, cache)
     chooser = sampling.chooser(sampling.Sampling(), len(prompts))
     state = decode.first_token(logits, cache, length, chooser, stop, None, mode="greedy")

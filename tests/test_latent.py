@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kvjax import METHODS, layout, methods
+from kvjax import METHODS, methods
+from kvjax.cache import layout
 from kvjax.cache import tier as tiers_
-from kvjax.errors import InputError
-from kvjax.kernels import say_once
+from kvjax.errors import InputError, say_once
+from kvjax.generation.allocate import init_cache
 from kvjax.models.decoder import Decoder, forward
 from kvjax.spec import LatentSpec, Lengths, RopeSpec
 from tests import oracle
@@ -193,7 +194,7 @@ def test_heads_that_share_a_latent_are_said_to_share_a_budget(method, capsys):
     recipe = methods.make(method, 12, PER_HEAD[method])
     say_once.cache_clear()
     for name in ("qwen3", "llama", "llama"):  # a latent for each head; for all, twice
-        layout.init_cache(pair(name)[0], recipe, Lengths((40,), 1, 64))
+        init_cache(pair(name)[0], recipe, Lengths((40,), 1, 64))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{method}: all heads of a layer share a latent") and "--lorc-groups 1" in line
 

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import abstract, layout, mesh, methods
+from kvjax import methods
+from kvjax.cache import layout
 from kvjax.cache import tier as tiers_
+from kvjax.parallel import mesh
+from kvjax.plan import dry_run
 from kvjax.spec import RopeSpec, readable
 from tests import matrix, oracle
 from tests.matrix import (
@@ -190,8 +193,8 @@ def test_bytes_are_those_of_the_arrays(model, method):
 def test_shares_are_those_of_a_cache_in_bfloat16(model, method):
     """Whatever a run computes in: beside numbers of 32 bits a store would look half as large."""
     recipe = recipe_of(method, BUDGET)
-    models = [abstract.without_weights(decoder(model).spec, dtype, None, "") for dtype in (jnp.float32, jnp.bfloat16)]
-    wide, half = (abstract.plan_cache(each, recipe, 40, 8, batch=2) for each in models)
+    models = [dry_run.without_weights(decoder(model).spec, dtype, None, "") for dtype in (jnp.float32, jnp.bfloat16)]
+    wide, half = (dry_run.plan_cache(each, recipe, 40, 8, batch=2) for each in models)
     assert wide.compared == half.compared == (half.bytes["total"], half.full_bytes)
     assert half.full_bytes < wide.full_bytes and half.bytes["total"] <= wide.bytes["total"]
 

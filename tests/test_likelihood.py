@@ -7,8 +7,9 @@ import scipy.special
 import scipy.stats
 
 import kvjax
-from kvjax import METHODS, generation, methods
+from kvjax import METHODS, methods
 from kvjax.errors import InputError
+from kvjax.generation.model import Model
 from tests import oracle
 from tests.matrix import (
     BATCH,
@@ -38,8 +39,8 @@ CASES = [
 every_case = pytest.mark.parametrize(("model", "method"), CASES)
 
 
-def wrapped(name: str) -> generation.Model:
-    return generation.Model(decoder(name), None, (), name)
+def wrapped(name: str) -> Model:
+    return Model(decoder(name), None, (), name)
 
 
 def by_hand(name: str, method: str) -> np.ndarray:
@@ -52,9 +53,7 @@ def by_hand(name: str, method: str) -> np.ndarray:
 
 @every_case
 def test_a_question_is_read_through_the_compressed_cache(model, method):
-    out = generation.generate(
-        wrapped(model), BATCH, recipe_of(method, BUDGET), questions=[*AFTER[:2], []], max_new_tokens=2
-    )
+    out = wrapped(model).generate(BATCH, recipe_of(method, BUDGET), questions=[*AFTER[:2], []], max_new_tokens=2)
     steps = by_hand(model, method)
     expected = np.stack([steps[5, 0], steps[3, 1], steps[0, 2]])
     assert_close(out.logits, expected, 0.02 if model.endswith("bf16") else 1e-4)
@@ -64,7 +63,7 @@ def test_a_question_is_read_through_the_compressed_cache(model, method):
 
 @every_case
 def test_log_likelihood_is_that_of_the_steps(model, method):
-    judged, _ = kvjax.log_likelihood(wrapped(model), BATCH, AFTER, recipe_of(method, BUDGET))
+    judged, _ = wrapped(model).log_likelihood(BATCH, AFTER, recipe_of(method, BUDGET))
     steps = scipy.special.log_softmax(by_hand(model, method).astype(np.float64), axis=-1)
     for i, (judgement, tokens) in enumerate(zip(judged, AFTER, strict=True)):
         expected = [steps[t, i, token] for t, token in enumerate(tokens)]
@@ -74,8 +73,8 @@ def test_log_likelihood_is_that_of_the_steps(model, method):
 @every_method
 def test_divergence_is_scipys(method):
     model = model_of(method)
-    reference = kvjax.references(wrapped(model), BATCH, AFTER)
-    values, _ = kvjax.divergence(wrapped(model), BATCH, AFTER, recipe_of(method, BUDGET), reference)
+    reference = wrapped(model).references(BATCH, AFTER)
+    values, _ = wrapped(model).divergence(BATCH, AFTER, recipe_of(method, BUDGET), reference=reference)
     ours, full = (scipy.special.softmax(by_hand(model, m).astype(np.float64), axis=-1) for m in (method, "full"))
     for i, tokens in enumerate(AFTER):
         expected = scipy.stats.entropy(full[1 : len(tokens) + 1, i], ours[1 : len(tokens) + 1, i], axis=-1)
@@ -83,7 +82,7 @@ def test_divergence_is_scipys(method):
 
 
 def test_the_full_caches_likelihood_is_the_forward_pass_without_cache():
-    judged, reading = kvjax.log_likelihood(wrapped("gqa"), BATCH, AFTER)
+    judged, reading = wrapped("gqa").log_likelihood(BATCH, AFTER)
     for judgement, prompt, tokens in zip(judged, BATCH, AFTER, strict=True):
         logits = scipy.special.log_softmax(reference(decoder("gqa"), prompt + tokens), axis=-1)
         expected = logits[np.arange(len(prompt) - 1, len(prompt) + len(tokens) - 1), tokens]
@@ -95,24 +94,24 @@ def test_the_full_caches_likelihood_is_the_forward_pass_without_cache():
 
 def test_greedy_says_whether_every_token_is_the_likeliest():
     model = wrapped("gqa")
-    greedy = [s.tokens for s in generation.generate(model, BATCH, max_new_tokens=4).sequences]
+    greedy = [s.tokens for s in model.generate(BATCH, max_new_tokens=4).sequences]
     other = [[*tokens[:3], (tokens[3] + 1) % 97] for tokens in greedy]
-    assert [j.greedy for j in kvjax.log_likelihood(model, BATCH, greedy)[0]] == [True] * 3
-    assert [j.greedy for j in kvjax.log_likelihood(model, BATCH, other)[0]] == [False] * 3
-    assert [j.greedy for j in kvjax.log_likelihood(model, BATCH, [t[:1] for t in greedy])[0]] == [True] * 3
+    assert [j.greedy for j in model.log_likelihood(BATCH, greedy)[0]] == [True] * 3
+    assert [j.greedy for j in model.log_likelihood(BATCH, other)[0]] == [False] * 3
+    assert [j.greedy for j in model.log_likelihood(BATCH, [t[:1] for t in greedy])[0]] == [True] * 3
 
 
 def test_the_full_cache_does_not_diverge_from_itself():
     model = wrapped("gqa")
-    reference = kvjax.references(model, BATCH, AFTER)
-    values, _ = kvjax.divergence(model, BATCH, AFTER, methods.full(), reference)
+    reference = model.references(BATCH, AFTER)
+    values, _ = model.divergence(BATCH, AFTER, methods.full(), reference=reference)
     assert np.abs(np.concatenate(values)).max() == 0
 
 
 def test_a_question_as_text_follows_without_special_tokens():
     model = kvjax.load(dtype=jnp.float32)
-    whole = kvjax.generate(model, ["acorn: 217 130\n! acorn:"], max_new_tokens=2)
-    split = kvjax.generate(model, ["acorn: 217 130\n"], questions=["! acorn:"], max_new_tokens=2)
+    whole = model.generate(["acorn: 217 130\n! acorn:"], max_new_tokens=2)
+    split = model.generate(["acorn: 217 130\n"], questions=["! acorn:"], max_new_tokens=2)
     assert split.sequences == whole.sequences
     assert split.full_bytes == whole.full_bytes
 
@@ -129,11 +128,11 @@ def test_a_question_as_text_follows_without_special_tokens():
 )
 def test_what_cannot_be_read(prompts, after, message):
     with pytest.raises(InputError, match=message):
-        kvjax.log_likelihood(wrapped("gqa"), prompts, after)
+        wrapped("gqa").log_likelihood(prompts, after)
 
 
 def test_a_question_counts_against_the_context_limit():
     with pytest.raises(
         InputError, match=r"prompt \(120 tokens\) and max-new-tokens \(9\) pass the context limit \(128\)"
     ):
-        generation.generate(wrapped("gqa"), [[1] * 100], questions=[[1] * 20], max_new_tokens=9)
+        wrapped("gqa").generate([[1] * 100], questions=[[1] * 20], max_new_tokens=9)

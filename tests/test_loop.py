@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kvjax
-from kvjax import METHODS, InputError, Model, Sampling, decode, layout, methods, sampling
-from kvjax.cache.policy import Recipe
+from kvjax import METHODS, InputError, Model, Sampling, methods
+from kvjax.cache import layout
+from kvjax.generation import decode, sampling
 from kvjax.models.decoder import Decoder
+from kvjax.policies.base import Recipe
 from tests import matrix, oracle
 from tests.matrix import (
     BATCH,
@@ -93,7 +94,7 @@ def test_the_loop_is_traced_once_and_stops_by_sequence(method):
 def test_a_fifth_of_the_prompt_is_a_fifth_of_the_bytes(method):
     network = oracle.random_model(1, dtype=jnp.bfloat16, num_layers=2, head_dim=32)
     model = Model(network, None, (), "random")
-    out = kvjax.generate(model, [text(1500, 0)], methods.make(method, "20%"), max_new_tokens=16)
+    out = model.generate([text(1500, 0)], methods.make(method, "20%"), max_new_tokens=16)
     budget = out.recipe.budget
     tables = 0 if budget is None or budget.most is None else out.bytes.tables  # wide where any row may be the longest
     assert out.bytes.total - out.bytes.statistics - tables <= 0.22 * out.full_bytes
@@ -106,7 +107,7 @@ def test_extreme_prompts(method):
     recipe, network = recipe_of(method, BUDGET), decoder(model_of(method))
     model, limit, new = Model(network, None, (), "random"), network.spec.max_position, 4
     longest = limit if recipe.positions is not None else limit - new
-    out = kvjax.generate(model, [[5], text(longest, 0)], recipe, max_new_tokens=new)
+    out = model.generate([[5], text(longest, 0)], recipe, max_new_tokens=new)
     assert [len(s.tokens) for s in out.sequences] == [new, new]
     assert all(0 <= token < network.spec.vocab_size for s in out.sequences for token in s.tokens)
     assert np.isfinite(out.logits).all()
@@ -119,4 +120,4 @@ def test_extreme_prompts(method):
             tokens.append(int(matrix.reference(network, tokens)[-1].argmax()))
         assert out.sequences[0].tokens == tokens[1:]
     with pytest.raises(InputError, match="context limit"):
-        kvjax.generate(model, [text(longest + 1, 0)], recipe, max_new_tokens=new)
+        model.generate([text(longest + 1, 0)], recipe, max_new_tokens=new)

@@ -23,15 +23,19 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 import kvjax.convert
 import kvjax.generate
-from kvjax import METHODS, command, generation, layout, methods
+from kvjax import METHODS, methods
+from kvjax.cache import layout
 from kvjax.cache import tier as tiers_
-from kvjax.cache.policy import Recipe
 from kvjax.cache.tier import Bytes
-from kvjax.checkpoint import calibration, hf, load_model, names, orbax
+from kvjax.checkpoint import hf, load_model, names, orbax
+from kvjax.checkpoint.lorc import calibration
+from kvjax.cli import command
+from kvjax.generation.allocate import init_cache
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config
+from kvjax.models.tokenizer import Tokenizer
+from kvjax.policies.base import Recipe
 from kvjax.spec import LatentSpec, Lengths, ModelSpec
-from kvjax.tokenizer import Tokenizer
 from tests import golden, oracle
 from tests.matrix import ARGUMENTS, BATCH, assert_close, quick, teacher, tiers_of
 
@@ -237,7 +241,7 @@ def test_full_rank_of_every_family_is_the_model_itself(name, tmp_path):
     source = golden.write_checkpoint(name, tmp_path / "source")
     whole, want = convert(source, tmp_path / "whole", "--lorc", "keep=100%"), golden.load(name)
     models = (kvjax.load(path, dtype=jnp.float32) for path in (source, whole))
-    replies = [generation.generate(model, [want.prompt.tolist()], max_new_tokens=24) for model in models]
+    replies = [model.generate([want.prompt.tolist()], max_new_tokens=24) for model in models]
     original, found = (reply.sequences[0].tokens for reply in replies)
     assert found == original and len(found) == 24
     assert found[:12] == want.greedy.tolist()
@@ -395,7 +399,7 @@ def test_int4_latents_of_a_real_width_with_their_scales():
     def stored(spec: ModelSpec, store: str) -> int:
         """Bytes of the arrays that hold keys and values."""
         model = nnx.eval_shape(lambda: Decoder(spec, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-        cache = jax.eval_shape(lambda: layout.init_cache(model, methods.full(store=store), Lengths((4096,), 64, 4096)))
+        cache = jax.eval_shape(lambda: init_cache(model, methods.full(store=store), Lengths((4096,), 64, 4096)))
         leaves = [leaf for tier in tiers_of(cache) for leaf in jax.tree.leaves((tier.k, tier.v))]
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 

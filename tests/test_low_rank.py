@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvjax.checkpoint import low_rank
-from kvjax.checkpoint import ranks as rules
-from kvjax.checkpoint.ranks import Request
+from kvjax.checkpoint.lorc.lorc import low_rank
+from kvjax.checkpoint.lorc.lorc import ranks as rules
+from kvjax.checkpoint.lorc.ranks import Request
 from kvjax.errors import InputError
 
 RULES = ("lorc", "uniform", "energy")

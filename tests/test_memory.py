@@ -10,7 +10,7 @@ import resource, sys
 import numpy as np
 import kvjax
 from flax import nnx
-from kvjax.generation import Model
+from kvjax.generation.generation import Model
 from kvjax.models.decoder import Decoder
 from kvjax.spec import ModelSpec
 
@@ -18,7 +18,7 @@ small = {"vocab_size": 1172, "embed_dim": 128, "num_layers": 4, "num_heads": 4, 
 spec = ModelSpec(**small, mlp_dim=352, max_position=32768)
 model = Model(Decoder(spec, rngs=nnx.Rngs(0)), None, (), "random")
 prompt = np.random.default_rng(0).integers(0, spec.vocab_size, 16384).tolist()
-out = kvjax.generate(model, [prompt], kvjax.methods.h2o("20%"), max_new_tokens=4)
+out = model.generate([prompt], kvjax.methods.h2o("20%"), max_new_tokens=4)
 assert out.slots == [[3276] * 4], out.slots
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """

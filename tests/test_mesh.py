@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import METHODS, InputError, demo, mesh
+from kvjax import METHODS, InputError
+from kvjax.checkpoint import shipped
+from kvjax.parallel import mesh
 from tests.matrix import slow
 
 CPU = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -184,7 +186,7 @@ def losses(out) -> list[float]:
 @pytest.mark.slow
 def test_two_processes_convert_and_retrofit(tmp_path, training):
     """The losses are those of one process, also when a process has died on the way; one process reads the model."""
-    finish(together("kvjax.convert", str(demo.directory()), str(tmp_path / "source"), "--dtype", "float32"))
+    finish(together("kvjax.convert", str(shipped.directory()), str(tmp_path / "source"), "--dtype", "float32"))
     alone = [*training, "--out", str(tmp_path / "alone")]
     subprocess.run([sys.executable, "-m", *alone], env=CPU, capture_output=True, check=True)
     assert len(losses(tmp_path / "alone")) == 8

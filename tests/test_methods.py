@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvjax import methods
-from kvjax.cache import budget as budgets
+from kvjax.policies.budgets import budget as budgets
 from tests import oracle
 from tests.oracle import Entry, LayerPrompt, Oracle, Rows, entries
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax.errors import InputError
-from kvjax.evaluation import metrics
-from kvjax.evaluation.gsm8k import score as gsm8k_score
-from kvjax.evaluation.longbench import score as longbench_score
-from kvjax.evaluation.task import Sample
+from kvjax.tasks import metrics
+from kvjax.tasks.gsm8k import score as gsm8k_score
+from kvjax.tasks.longbench import score as longbench_score
+from kvjax.tasks.task import Sample
 
 CLASSES = ("City", "Other location", "Location", "Other number", "Number", "Num", "N")
 OFFICIAL = {

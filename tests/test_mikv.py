@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import layout, methods
+from kvjax import methods
+from kvjax.cache import layout
 from kvjax.cache import tier as tiers_
 from tests import brute_mikv, oracle
 from tests.brute_mikv import KIVI, MiKV, Moment, Theirs

@@ -10,9 +10,13 @@ import pytest
 from huggingface_hub import constants
 
 import kvjax
-from kvjax import ahead, command, demo, layout, methods, prefilling
+from kvjax import methods
+from kvjax.checkpoint import shipped
+from kvjax.cli import command
+from kvjax.generation import prefill
+from kvjax.generation.allocate import init_cache
 from kvjax.models.named import HUB, NAMED, named
-from kvjax.plan import compiled, search
+from kvjax.plan import aot, compiled, search
 from kvjax.plan import estimate as estimates
 from kvjax.plan.__main__ import main
 from kvjax.plan.chips import CHIPS, find
@@ -52,7 +56,7 @@ def test_an_estimate_counts_the_arrays_of_a_real_model_and_cache(entry):
     method, arguments = methods.read_entry(entry)
     recipe = methods.make(method, None if method == "full" else "20%", arguments)
     made = Setting(model.spec, "float32", recipe, 300, 20, 3, "gpu")
-    cache = layout.init_cache(model.decoder, recipe, made.lengths)
+    cache = init_cache(model.decoder, recipe, made.lengths)
     parts = estimate(made)
     assert parts.cache == sum(x.nbytes for x in jax.tree.leaves(cache))
     assert parts.weights == sum(x.nbytes for x in jax.tree.leaves(model.decoder))
@@ -157,7 +161,7 @@ def test_a_prompt_in_parts_takes_less_memory():
     small = dict(num_layers=1, embed_dim=2048, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=256)
     made = made._replace(spec=dataclasses.replace(made.spec, **small))
     args, static = estimates.layer_arguments(made, estimates.abstract_cache(made), 0)
-    compile_layer = lambda chunk: prefilling._prefill_layer.lower(*args, **static, chunk=chunk).compile()
+    compile_layer = lambda chunk: prefill._prefill_layer.lower(*args, **static, chunk=chunk).compile()
     temp = lambda chunk: compile_layer(chunk).memory_analysis().temp_size_in_bytes
     assert temp(256) + args[1].size * args[1].dtype.itemsize < temp(8192)
 
@@ -178,7 +182,7 @@ def test_a_device_of_a_mesh_has_its_part():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(set(methods.METHODS) - set(methods.LEARNED)))
 def test_a_long_prompt_fits_on_eight_small_chips(method, capsys):
-    if reason := ahead.missing("v5e"):
+    if reason := aot.missing("v5e"):
         pytest.skip(reason)
     flags = ["--model", "llama-3-8b", "--context", 131072, "--chip", "v5e", "--mesh", "model=8", "--no-verify"]
     budget = [] if method == "full" else ["--budget", "20%"]
@@ -205,7 +209,7 @@ def test_a_plan_adds_up_and_its_largest_sizes_fit(capsys):
 
 def test_a_table_of_all_methods_and_a_picture(tmp_path, capsys):
     picture = tmp_path / "plan.png"
-    flags = ["--model", demo.directory(), "--chip", "T4", "--estimate", "--context", 500, "--budget", "20%"]
+    flags = ["--model", shipped.directory(), "--chip", "T4", "--estimate", "--context", 500, "--budget", "20%"]
     found = run_json(capsys, *flags, "--all-methods", "--store", "int4", "--out", picture)
     assert {plan["method"] for plan in found["plans"]} == set(methods.METHODS) - set(methods.LEARNED)
     assert set(found["left_out"]) == set(methods.LEARNED)
@@ -270,7 +274,7 @@ def test_chips_that_cannot_be_compiled_for_say_so():
 @pytest.mark.parametrize("method", ["full", "h2o", "dynamickv"])
 def test_a_compiled_plan_is_within_a_twentieth_of_its_estimate(chip, method, tmp_path, capsys):
     """Four layers as wide as Llama-3-8B's: all of a step is compiled, and part by part the estimate is near."""
-    if reason := ahead.missing(str(find(chip).target)):
+    if reason := aot.missing(str(find(chip).target)):
         pytest.skip(reason)
     config = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_key_value_heads": 8}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
@@ -285,10 +289,10 @@ def test_a_compiled_plan_is_within_a_twentieth_of_its_estimate(chip, method, tmp
 @pytest.mark.slow
 def test_a_program_that_does_not_fit_is_numbers():
     """16 GB for prompts that take 34: the compiler refuses, and says how many bytes it wanted."""
-    if reason := ahead.missing("v5e"):
+    if reason := aot.missing("v5e"):
         pytest.skip(reason)
     flags = ["--model", "llama-3-8b", "--chip", "v5e", "--context", "131072", "--batch", "4"]
-    (line,) = ahead.run("v5e", "kvjax.plan.compiled", *flags, "--program", "prefill of layer 0")
+    (line,) = aot.run("v5e", "kvjax.plan.compiled", *flags, "--program", "prefill of layer 0")
     assert line["refused"] and line["beside"] is not None
     args = parse(flags)
     guess = estimate(setting(args, NAMED["llama-3-8b"], find("v5e"), "full"))

@@ -15,17 +15,19 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import kvjax
-from kvjax import demo, layout, prefilling
-from kvjax.checkpoint import orbax
+from kvjax.checkpoint import orbax, shipped
 from kvjax.errors import InputError
 from kvjax.generate import main as generate
-from kvjax.models import rope, training
+from kvjax.generation import prefill
+from kvjax.generation.allocate import init_cache
+from kvjax.models import rope
 from kvjax.models.decoder import forward
 from kvjax.retrofit import __main__ as command
 from kvjax.retrofit import data, objective, train, weights
 from kvjax.retrofit.objective import Batch, Relax
 from kvjax.retrofit.schedule import Schedule
 from kvjax.spec import Gate, GateSpec, RopeSpec
+from kvjax.training import attention
 from pallas_kernels import segment_merge
 from tests.killing import CPU, kill
 from tests.matrix import CAPPED, slow
@@ -52,10 +54,10 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model's first two layers, which compile in a third of the time."""
     folder = tmp_path_factory.mktemp("shallow")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo.directory() / name, folder)
-    config = json.loads((demo.directory() / "config.json").read_text())
+        shutil.copy(shipped.directory() / name, folder)
+    config = json.loads((shipped.directory() / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    weights = load_file(demo.directory() / "model.safetensors")
+    weights = load_file(shipped.directory() / "model.safetensors")
     first = {name: x for name, x in weights.items() if not re.search(r"layers\.[2-5]\.", name)}
     save_file(first, folder / "model.safetensors")
     return folder
@@ -103,7 +105,7 @@ def test_gradients_are_those_of_finite_differences(gate: GateSpec) -> None:
         def value(q, k, v, logit, weight):
             seen = objective.see(gate, Gate(logit, weight), k, v, starts, relax)
             free = gate.window if gate.objective == "dms" else 0
-            return jnp.sum(heads * training.attention(turn(q), turn(seen.k), seen.v, bias=seen.bias, free=free))
+            return jnp.sum(heads * attention.attention(turn(q), turn(seen.k), seen.v, bias=seen.bias, free=free))
 
         grads = jax.jit(jax.grad(value, argnums=range(5)))(*numbers)
         for i, (x, grad) in enumerate(zip(numbers, grads, strict=True)):
@@ -144,8 +146,8 @@ def test_hard_decisions_are_those_of_the_cache(gate: GateSpec) -> None:
     x, merged = jax.jit(lambda model: objective.run(model, batch, None))(model)
     assert 0.1 < float(merged.mean()) < 0.9
     lengths, recipe = kvjax.Lengths((64, 64), 1, 64), kvjax.methods.make(gate.objective, None, {"capacity": "100%"})
-    logits, _ = prefilling.prefill(
-        model, recipe, jnp.asarray(ids, jnp.int32), jnp.asarray([64, 64]), layout.init_cache(model, recipe, lengths)
+    logits, _ = prefill.prefill(
+        model, recipe, jnp.asarray(ids, jnp.int32), jnp.asarray([64, 64]), init_cache(model, recipe, lengths)
     )
     np.testing.assert_allclose(logits, model.logits(x[:, -1]), rtol=1e-4, atol=1e-4)
 
@@ -323,7 +325,9 @@ def test_another_model_can_be_the_teacher(monkeypatch: pytest.MonkeyPatch) -> No
     options = command.options(command.parser().parse_args(flags))
     gated, other = random_model(8, gate=DMC), random_model(9)
     step = lambda model: train.Step(options, gated.spec, train.teacher(options, gated.spec, weights.of_model(model)))
-    monkeypatch.setattr(kvjax.generation, "load", lambda name, **_: kvjax.generation.Model(other, None, (), name))
+    monkeypatch.setattr(
+        kvjax.generation.generation, "load", lambda name, **_: kvjax.generation.model.Model(other, None, (), name)
+    )
     taken = {path: jnp.array(leaf) for path, leaf in weights.of_model(gated).items()}  # a step consumes them
     state, batch = train.State(taken, ()), data.Batch(*packed(np.random.default_rng(0), 1, 32))
     run = step(gated)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import command, runs
 from kvjax.errors import InputError
+from kvjax.files import output
+from kvjax.training import runs
 
 GIVEN = {"seed": 0}
 NOISE = np.random.default_rng(0).normal(size=1000)  # Orbax keeps what compresses well in another file
@@ -141,11 +142,11 @@ def test_a_full_disk_is_one_line(folder: Path) -> None:
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    command.write(tmp_path / "a.json", b"before")
+    output.write(tmp_path / "a.json", b"before")
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(InputError, match=r"cannot write .*a\.json: File too large"):
-            command.write(tmp_path / "a.json", b"0" * 2000)
+            output.write(tmp_path / "a.json", b"0" * 2000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "a.json").read_text() == "before" and os.listdir(tmp_path) == ["a.json"]

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import kernels, methods
+from kvjax import methods
+from kvjax.errors import say_once
 from kvjax.retrofit import objective
 from kvjax.spec import Gate, GateSpec
 from pallas_kernels.segment_merge import pool, tpu
@@ -111,7 +112,7 @@ def test_a_window_that_no_kernel_has_is_left_to_xla(capsys):
     x, merge, weight = vectors(40, 2, 8)
     gate, starts = Gate(10 * merge - 5, weight), jnp.zeros((1, 40), bool)
     see = lambda kernels: objective.see(GateSpec("dmc", 2.0, window=33), gate, x, x, starts, None, kernels)
-    kernels.say_once.cache_clear()
+    say_once.cache_clear()
     for got, want in zip(see("interpret"), see("xla"), strict=True):
         np.testing.assert_array_equal(got, want)
     said = capsys.readouterr().err

@@ -13,7 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import kvjax.convert
-from kvjax import command, demo, inspect, spectra
+from kvjax import inspect
+from kvjax.checkpoint import shipped
+from kvjax.cli import command
+from kvjax.inspection import lorc_report
 from kvjax.spec import LatentSpec, ModelSpec
 from tests import golden
 
@@ -37,7 +40,7 @@ def run_json(capsys, *argv) -> dict:
 @pytest.fixture(scope="module")
 def projections() -> list[list[np.ndarray]]:
     """The demo model's key and value projections [D K*H] of each layer."""
-    tensors = load_file(demo.directory() / "model.safetensors")
+    tensors = load_file(shipped.directory() / "model.safetensors")
     name = "model.layers.{}.self_attn.{}_proj.weight"
     return [[tensors[name.format(i, side)].astype(np.float64).T for side in "kv"] for i in range(LAYERS)]
 
@@ -46,7 +49,7 @@ def projections() -> list[list[np.ndarray]]:
 def converted(tmp_path_factory) -> Path:
     """The demo model with a latent per head, turned."""
     target = tmp_path_factory.mktemp("converted") / "narrow"
-    kvjax.convert.main([str(demo.directory()), str(target), *FLAGS])
+    kvjax.convert.main([str(shipped.directory()), str(target), *FLAGS])
     return target
 
 
@@ -101,10 +104,10 @@ def test_whitened_ranks_are_judged_by_what_the_projections_make_of_the_text(proj
 
 def test_small_singular_values_are_noise_and_zeros_lose_nothing():
     noise = np.array([[2.0, 1.0, 1e-9], [4.0, 4.0, 4.0]])
-    np.testing.assert_allclose(spectra.relative(noise), [[1, 0.5, 1e-6], [1, 1, 1]])
+    np.testing.assert_allclose(lorc_report.relative(noise), [[1, 0.5, 1e-6], [1, 1, 1]])
     zeros = np.zeros((1, 3))
-    assert (spectra.relative(zeros) == 1).all() and spectra.energy(zeros, 1) == 1.0
-    assert spectra.energy(np.array([[2.0, 1.0], [1.0, 1.0]]), 1) == pytest.approx(5 / 7)
+    assert (lorc_report.relative(zeros) == 1).all() and lorc_report.energy(zeros, 1) == 1.0
+    assert lorc_report.energy(np.array([[2.0, 1.0], [1.0, 1.0]]), 1) == pytest.approx(5 / 7)
 
 
 def test_a_kernel_of_less_rank_has_a_finite_condition_number(tmp_path, capsys):
@@ -125,9 +128,9 @@ def test_a_kernel_of_less_rank_has_a_finite_condition_number(tmp_path, capsys):
 def test_costs_by_hand():
     """2 latents of 3 heads of 4 channels, for 12 query heads; ranks 5 and 7."""
     dense = ModelSpec(8, 8, 1, 12, 6, 4, 8, 16)
-    assert spectra.cost(dense, 0) == (2 * (6 * 4 + 6 * 4), 2 * 12 * 4 + 2 * 12 * 4) == (96, 192)
+    assert lorc_report.cost(dense, 0) == (2 * (6 * 4 + 6 * 4), 2 * 12 * 4 + 2 * 12 * 4) == (96, 192)
     latents = dataclasses.replace(dense, latent=LatentSpec(3, ((5, 7),)))
-    size, flop = spectra.cost(latents, 0)
+    size, flop = lorc_report.cost(latents, 0)
     assert size == 2 * (2 * 5 + 2 * 7) == 48
     assert flop == 2 * (2 * 5 * 12) + 2 * (12 * 12) + 2 * (12 * 7) == 696
 
@@ -207,7 +210,7 @@ def test_the_table_says_what_json_says(converted, capsys):
 @pytest.mark.parametrize("what", ["source", "converted"])
 def test_the_picture_has_a_line_and_a_dot_for_each_layer(what, converted, capsys):
     report = run_json(capsys, *(FLAGS if what == "source" else [converted]))
-    keys, values, ranks, _ = spectra.picture(report).axes
+    keys, values, ranks, _ = lorc_report.picture(report).axes
     for side, axes in enumerate((keys, values)):
         assert axes.get_yscale() == "log" and keys.get_ylim() == axes.get_ylim()
         lines, dots = axes.lines[::2], axes.lines[1::2]

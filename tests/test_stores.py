@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kvjax import METHODS, InputError, decode, layout, methods
+from kvjax import METHODS, InputError, methods
 from kvjax.cache import tier as tiers_
 from kvjax.cache.quantize import named
+from kvjax.generation import decode
+from kvjax.generation.allocate import init_cache
 from kvjax.models.decoder import Decoder
+from kvjax.policies.layers import rotates_at_read
 from kvjax.spec import Lengths, ModelSpec
 from tests import oracle
 from tests.matrix import ARGUMENTS, BATCH, BUDGET, STEPS, assert_close, decoder, quick, teacher
@@ -123,7 +126,7 @@ def test_keys_are_rounded_before_rotation_only_if_that_spares_a_bias():
         (plain, methods.full(store="int4"), False),
         (latent, methods.full(), True),
     ):
-        assert layout.rotates_at_read(spec, recipe) == at_read
+        assert rotates_at_read(spec, recipe) == at_read
 
 
 def abstract(dtype, **heads: int) -> Decoder:
@@ -150,7 +153,7 @@ def test_a_cache_costs_what_the_paper_prints(high, low, printed):
     model = abstract(jnp.bfloat16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=128)
     spec = model.spec
     lengths = Lengths((10_000,), 16, 10_240)
-    tiers = jax.eval_shape(lambda: layout.init_cache(model, methods.mikv(store=high, low_store=low), lengths))[0]
+    tiers = jax.eval_shape(lambda: init_cache(model, methods.mikv(store=high, low_store=low), lengths))[0]
     codes = sum(x.size * x.dtype.itemsize for tier in tiers for x in jax.tree.leaves((tier.k, tier.v)))
     full = 2 * spec.num_layers * spec.head_dim * 2 * (10_000 + 16)
     assert share <= codes / full <= 1.05 * share  # and the slack of ladders and pages
@@ -178,7 +181,7 @@ def test_a_step_makes_no_dense_copy_of_a_row(name):
     method, *store = name.split()
     recipe = methods.make(method, None, {"store": store[0]} if store else {})
     model = abstract(jnp.float32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64)
-    cache = jax.eval_shape(lambda: layout.init_cache(model, recipe, Lengths((32_768,), 16, 32_768)))
+    cache = jax.eval_shape(lambda: init_cache(model, recipe, Lengths((32_768,), 16, 32_768)))
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
     step = jax.jit(decode.decode_step, static_argnames=("recipe",), donate_argnames=("cache",))
     memory = step.lower(model, recipe, cache, token, token).compile().memory_analysis()

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvjax import demo
-from kvjax.demo import data, vocabulary
-from kvjax.demo import lines as demo_lines
+from kvjax.checkpoint import shipped
+from kvjax.corpus import data
 from kvjax.errors import InputError
-from kvjax.evaluation import aggregation, needles, retrieval, synthetic, words
-from kvjax.evaluation.task import Form, Request, Sample, Task
-from kvjax.tokenizer import Tokenizer
+from kvjax.models.tokenizer import Tokenizer
+from kvjax.tasks import aggregation, needles, retrieval, synthetic, vocabulary, words
+from kvjax.tasks import lines as demo_lines
+from kvjax.tasks.task import Form, Request, Sample, Task
 
 FACTORIES: list[Callable[..., Task]] = [
     retrieval.lines, retrieval.needle, retrieval.passkey, retrieval.niah_single, retrieval.niah_multikey,
@@ -28,7 +28,7 @@ TASKS = [factory() for factory in FACTORIES] + [
     retrieval.lines(3), retrieval.niah_single("essay", "words", "uuids"), retrieval.niah_multikey("needle"),
     aggregation.variable_tracking(chains=3, hops=2), aggregation.common_words(3, example=False),
 ]  # fmt: skip
-TOKENIZER = Tokenizer.load(demo.directory())
+TOKENIZER = Tokenizer.load(shipped.directory())
 TEXT = Path(inspect.getfile(synthetic)).with_name("text.txt").read_text("utf-8")
 FORMS: list[Form] = ["short", "natural"]
 

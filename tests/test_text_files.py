@@ -2,9 +2,9 @@
 
 import pytest
 
-from kvjax import text_files
-from kvjax.command import run
+from kvjax.cli.command import run
 from kvjax.errors import LONGEST, InputError
+from kvjax.files import text
 
 NESTED = 100_000
 WRONG = {
@@ -22,7 +22,7 @@ WRONG = {
     "file.toml is nested too deeply: at most 100 levels are read": b".".join([b"a"] * 101) + b" = 1",
     "file.toml has an integer of too many digits": b"a = " + b"9" * 5000,
 }
-READ = {".json": text_files.read_json, ".toml": text_files.read_toml}
+READ = {".json": text.read_json, ".toml": text.read_toml}
 
 
 @pytest.mark.parametrize("message", WRONG)
@@ -43,12 +43,12 @@ def test_a_file_that_cannot_be_read(name, suffix, tmp_path):
 
 def test_what_honest_files_hold(tmp_path):
     (tmp_path / "a.json").write_text('{"deep": ' + "[" * 99 + "]" * 99 + ', "text": "\u00e9", "none": null}')
-    found = text_files.read_json(tmp_path / "a.json")
+    found = text.read_json(tmp_path / "a.json")
     assert (found["text"], found["none"]) == ("\u00e9", None)
-    assert text_files.parse_json(b"null", "line 1") is None
-    assert text_files.parse_json("[1, 2.5]", "line 1") == [1, 2.5]
+    assert text.parse_json(b"null", "line 1") is None
+    assert text.parse_json("[1, 2.5]", "line 1") == [1, 2.5]
     (tmp_path / "a.toml").write_text("[b]\nc = 1")
-    assert text_files.read_toml(tmp_path / "a.toml") == {"b": {"c": 1}}
+    assert text.read_toml(tmp_path / "a.toml") == {"b": {"c": 1}}
 
 
 def test_messages_are_printable_and_bounded(capsys):

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from kvjax.errors import InputError
-from kvjax.tokenizer import Tokenizer
+from kvjax.models.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "tool", "content": "be brief"}, {"role": "user", "content": "hi <you>"}]
 TEXTS = [
@@ -107,8 +107,10 @@ def test_a_tokenizer_that_panics_is_one_line_at_load(tmp_path):
         file.write_text(json.dumps(whole | broken))
         with pytest.raises(InputError, match=r"tokenizer\.json: is not a tokenizer \("):
             Tokenizer.load(tmp_path)
-    quiet = f"from pathlib import Path; from kvjax.tokenizer import Tokenizer; Tokenizer.load(Path({str(tmp_path)!r}))"
-    done = subprocess.run([sys.executable, "-c", quiet], capture_output=True, text=True)
+    code = (
+        f"import pathlib; from kvjax.models import tokenizer; tokenizer.Tokenizer.load(pathlib.Path({str(tmp_path)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "panicked" not in done.stderr and done.stderr.splitlines()[-1].startswith("kvjax.errors.InputError: ")
 
 

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kvjax
 from kvjax.checkpoint import hf
-from kvjax.generation import Model
+from kvjax.generation.model import Model
 from kvjax.models import rope
 from kvjax.models.decoder import forward
 from kvjax.models.hf_config import parse_config
@@ -197,6 +196,6 @@ def test_logits_agree(tmp_path, family, seed):
     assert dataclasses.asdict(model.spec)["family"] == family
     np.testing.assert_allclose(jax.jit(forward)(model, jnp.asarray(tokens)), expected, atol=1e-4, rtol=1e-4)
     assert expected.std() > 0.1
-    out = kvjax.generate(Model(model, None, (), family), tokens.tolist(), max_new_tokens=8)
+    out = Model(model, None, (), family).generate(tokens.tolist(), max_new_tokens=8)
     np.testing.assert_allclose(out.logits, expected[:, -1], atol=1e-4, rtol=1e-4)
     assert [sequence.tokens for sequence in out.sequences] == greedy

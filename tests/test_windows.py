@@ -8,9 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import abstract, attention, decode, generation, layout, methods, prefilling
-from kvjax.cache.policy import Recipe
+from kvjax import methods
+from kvjax.attention.prompt import prefill_attention
+from kvjax.attention.prompt_scores import window_sums
+from kvjax.cache import layout
 from kvjax.errors import InputError
+from kvjax.generation import decode, prefill
+from kvjax.generation.accounting import full_bytes
+from kvjax.plan import dry_run
+from kvjax.policies.base import Recipe
 from kvjax.spec import Lengths, ModelSpec, Prompt
 from tests import matrix, oracle
 from tests.test_methods import append, best, grouped
@@ -168,13 +174,13 @@ def transformers_bytes(spec: ModelSpec, tokens: int, itemsize: int) -> int:
 def test_a_gemma_cache_costs_what_it_must():
     """1,501 prompt tokens and 16 more, in float32."""
     spec = ModelSpec(**GEMMA)
-    shape = abstract.without_weights(spec, jnp.float32, None, "gemma")
+    shape = dry_run.without_weights(spec, jnp.float32, None, "gemma")
     theirs = transformers_bytes(spec, 1517, 4)
     assert round(theirs / 1e6, 1) == 25.0
-    assert theirs <= generation.full_bytes(shape, [1517]) <= 1.01 * theirs
+    assert theirs <= full_bytes(shape, [1517]) <= 1.01 * theirs
     total = lambda name, budget, **arguments: (
-        abstract.cache_size(
-            shape, methods.make(name, budget, arguments), Lengths((1501,), 16, prefilling.padded_length(1501))
+        dry_run.cache_size(
+            shape, methods.make(name, budget, arguments), Lengths((1501,), 16, prefill.padded_length(1501))
         ).bytes.total
     )
     assert total("full", None) <= 1.05 * theirs
@@ -194,9 +200,9 @@ def test_a_window_of_scores_is_as_long_as_the_prompt():
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     q, k = draw(1, 60, 4, 8), draw(1, 60, 2, 8)
     length = jnp.asarray([50], jnp.int32)
-    _, lse = attention.prefill_attention(q, k, k, length, scale=1.0)
+    _, lse = prefill_attention(q, k, k, length, scale=1.0)
     prompt = Prompt(q, k, k, k, k, lse, length, 0, 1, None, 1.0)
-    sums = lambda size: attention.window_sums(prompt, size)
+    sums = lambda size: window_sums(prompt, size)
     np.testing.assert_allclose(sums(1_000_000), sums(50), rtol=1e-5)
     largest = max(v.aval.size for eqn in jax.make_jaxpr(lambda: sums(1_000_000))().eqns for v in eqn.outvars)
     assert largest <= 4 * 60 * 60

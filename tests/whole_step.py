@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from kvjax import ahead
 from kvjax.methods import LEARNED, METHODS, default_budget
+from kvjax.plan import aot
 from kvjax.plan.chips import find
 
 LENGTHS = ("--context", "32768", "--new-tokens", "1024", "--batch", "4")
@@ -37,7 +37,7 @@ def compile_step(chip: str, method: str, kernels: str) -> tuple[Step, int]:
     assert target is not None
     flags += tuple(word for size in mesh for word in ("--mesh", size))
     chosen = ("--method", method, *BUDGETS[method], "--kernels", kernels, "--exact", "--program", "step")
-    (line,) = ahead.run(target, "kvjax.plan.compiled", *flags, *chosen)
+    (line,) = aot.run(target, "kvjax.plan.compiled", *flags, *chosen)
     return Step(chip, method, kernels, line["argument"], line["alias"], line["temp"]), line["there"]
 
 

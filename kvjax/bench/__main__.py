@@ -13,8 +13,8 @@ process: read the ratios.
 import argparse
 from pathlib import Path
 
-from kvjax import command
 from kvjax.bench import convert, decode, kernels, prefill, report, tune
+from kvjax.cli import command
 from kvjax.errors import InputError
 
 PROG = "kvjax.bench"

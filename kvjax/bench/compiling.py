@@ -6,10 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from kvjax import decode, layout, sampling
 from kvjax.bench.report import Column, Section
-from kvjax.cache.policy import Recipe
+from kvjax.generation import decode, sampling
+from kvjax.generation.allocate import init_cache
 from kvjax.models.decoder import Decoder
+from kvjax.policies.base import Recipe
 from kvjax.spec import Lengths, ModelSpec
 
 COLUMNS = (Column("trace (s)", "trace_s", "{:.1f}".format), Column("compile (s)", "compile_s", "{:.1f}".format))
@@ -24,7 +25,7 @@ def seconds(recipe: Recipe, layers: int) -> tuple[float, float]:
     model, lengths = Decoder(spec, rngs=nnx.Rngs(0)), Lengths((100,), 64, 128)
     chooser, stop = sampling.chooser(sampling.Sampling(), 1), jnp.zeros((0,), jnp.int32)
     length, logits = jnp.full((1,), 100, jnp.int32), jnp.zeros((1, spec.vocab_size))
-    cache = layout.init_cache(model, recipe, lengths)
+    cache = init_cache(model, recipe, lengths)
     state = decode.first_token(logits, cache, length, chooser, stop, None, mode="greedy")
     start = time.perf_counter()
     lowered = decode.decode_loop.lower(

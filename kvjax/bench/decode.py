@@ -18,17 +18,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import command, decode, generation, kernels, layout, prefilling, sampling
-from kvjax import mesh as meshes
+from kvjax.attention import dispatch
 from kvjax.bench import compiling, hugging_face, memory, models, report, turns
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
-from kvjax.cache import learned
-from kvjax.cache.policy import Recipe
+from kvjax.cache import layout
+from kvjax.cli import command
 from kvjax.errors import InputError
-from kvjax.generation import Model
+from kvjax.generation import decode, prefill, sampling
+from kvjax.generation.accounting import cache_bytes, kept_slots
+from kvjax.generation.allocate import init_cache
+from kvjax.generation.model import Model
 from kvjax.methods import LEARNED, label_of, make, read_entry, taken
 from kvjax.models.decoder import Decoder
+from kvjax.parallel import mesh as meshes
+from kvjax.policies import gate_capacity
+from kvjax.policies.base import Recipe
 from kvjax.spec import Lengths
 
 PROG = "kvjax.bench decode"
@@ -56,8 +61,8 @@ def contestant(model: Model, label: str, recipe: Recipe, batch: int, setting: Se
     logits, cache = _read(model, recipe, batch, setting)
     length, chooser = jnp.full((batch,), setting.context, jnp.int32), sampling.chooser(sampling.Sampling(), batch)
     stop = jnp.zeros((0,), jnp.int32)
-    size, kept = generation.cache_bytes(cache), np.mean(generation.kept_slots(model.spec, recipe, cache))
-    forced = learned.forced(cache)
+    size, kept = cache_bytes(cache), np.mean(kept_slots(model.spec, recipe, cache))
+    forced = gate_capacity.forced(cache)
     carried = [decode.first_token(logits, cache, length, chooser, stop, None, mode="greedy")]
     del logits, cache
 
@@ -84,11 +89,11 @@ def _read(model: Model, recipe: Recipe, batch: int, setting: Setting) -> tuple[j
     if setting.cheap:
         size = None if model.mesh is None else meshes.size_of(model.mesh)
         reader = models.random(models.narrow(model.spec), reader.dtype, "narrow", size).decoder
-    lengths = Lengths((setting.context,) * batch, setting.new, prefilling.padded_length(setting.context))
+    lengths = Lengths((setting.context,) * batch, setting.new, prefill.padded_length(setting.context))
     tokens = np.random.default_rng(0).integers(0, reader.spec.vocab_size, (batch, lengths.padded), np.int32)
     length = jnp.full((batch,), setting.context, jnp.int32)
-    cache = layout.init_cache(reader, recipe, lengths)
-    return prefilling.prefill(reader, recipe, jnp.asarray(tokens), length, cache)
+    cache = init_cache(reader, recipe, lengths)
+    return prefill.prefill(reader, recipe, jnp.asarray(tokens), length, cache)
 
 
 def weight_bytes(model: Decoder) -> int:
@@ -143,7 +148,7 @@ def chosen(args: argparse.Namespace) -> dict[str, Recipe]:
     """The methods by their labels."""
     recipes = {label_of(e): read_recipe(e, command.stores(args)) for e in args.methods.split(",")}
     for recipe in recipes.values():
-        kernels.check(recipe.kernels)
+        dispatch.check(recipe.kernels)
     return recipes
 
 

@@ -9,7 +9,7 @@ import jax
 
 from kvjax.bench.turns import Contestant
 from kvjax.errors import InputError
-from kvjax.generation import Model
+from kvjax.generation.model import Model
 
 NAME = "transformers"
 

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from kvjax import command
 from kvjax.bench import cases, models, report, rivals, turns
 from kvjax.bench.cases import KERNELS, Case, Kernel, Shape
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
+from kvjax.cli import command
 from kvjax.errors import InputError
 from kvjax.methods import KERNELS as IMPLEMENTATIONS
 from pallas_kernels.implementation import Implementation, resolve

@@ -4,11 +4,11 @@ import re
 
 import jax
 
-from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
-from kvjax.generation import Model
+from kvjax.generation.model import Model
 from kvjax.plan import estimate, search
 from kvjax.plan.settings import Setting
+from kvjax.policies.base import Recipe
 from kvjax.spec import ModelSpec
 
 USABLE = 0.95  # of the memory: programs and what takes bandwidth's measure need some

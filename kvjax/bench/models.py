@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from kvjax import generation
-from kvjax import mesh as meshes
 from kvjax.errors import InputError
-from kvjax.generation import Model
+from kvjax.generation import model as models
+from kvjax.generation.model import Model
 from kvjax.models.decoder import Decoder
 from kvjax.models.named import NAMED
+from kvjax.parallel import mesh as meshes
 from kvjax.spec import GateSpec, ModelSpec
 
 DEFAULT = "llama-88m"
@@ -46,7 +46,7 @@ def load(name: str, dtype: str | None, mesh: str | None = None) -> Model:
         size = None if mesh is None else meshes.parse(mesh)
         return random(SHAPES[name], jnp.dtype(dtype or default_dtype()), f"random {name}", size)
     try:
-        return generation.load(name, dtype=None if dtype is None else jnp.dtype(dtype), mesh=mesh)
+        return models.load(name, dtype=None if dtype is None else jnp.dtype(dtype), mesh=mesh)
     except InputError as error:
         raise InputError(f"{error}; random weights: {', '.join(SHAPES)}") from None
 

@@ -11,14 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import attention, command, layout, prefilling
+from kvjax.attention.prompt import prefill_attention
 from kvjax.bench import models, report, turns
 from kvjax.bench.decode import add_model_flags, check_contexts, chosen, contexts_of
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
-from kvjax.cache.policy import Recipe
-from kvjax.generation import Model
+from kvjax.cli import command
+from kvjax.generation import prefill
+from kvjax.generation.allocate import init_cache
+from kvjax.generation.model import Model
 from kvjax.methods import make
+from kvjax.policies.base import Recipe
 from kvjax.spec import Lengths
 
 ATTENTION = "attention alone"
@@ -32,15 +35,15 @@ def add_flags(p: argparse.ArgumentParser) -> None:
 
 def contestant(model: Model, label: str, recipe: Recipe, batch: int, context: int) -> Contestant:
     """Prefill of random tokens into a fresh cache, which is allocated before the clock starts."""
-    lengths = Lengths((context,) * batch, 1, prefilling.padded_length(context))
+    lengths = Lengths((context,) * batch, 1, prefill.padded_length(context))
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, model.spec.vocab_size, (batch, lengths.padded)), jnp.int32)
     length = jnp.full((batch,), context, jnp.int32)
 
     def turn() -> float:
-        cache = jax.block_until_ready(layout.init_cache(model.decoder, recipe, lengths))
+        cache = jax.block_until_ready(init_cache(model.decoder, recipe, lengths))
         start = time.perf_counter()
-        jax.block_until_ready(prefilling.prefill(model.decoder, recipe, tokens, length, cache))
+        jax.block_until_ready(prefill.prefill(model.decoder, recipe, tokens, length, cache))
         return time.perf_counter() - start
 
     return Contestant(label, turn, batch * context)
@@ -48,11 +51,11 @@ def contestant(model: Model, label: str, recipe: Recipe, batch: int, context: in
 
 def attention_alone(model: Model, batch: int, context: int) -> Contestant:
     """The attention of all layers over random queries, keys and values."""
-    spec, padded = model.spec, prefilling.padded_length(context)
+    spec, padded = model.spec, prefill.padded_length(context)
     draw = lambda i, n: jax.random.normal(jax.random.key(i), (batch, padded, n, spec.head_dim), model.decoder.dtype)
     args = (*(draw(i, n) for i, n in enumerate((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads))),)
     length = jnp.full((batch,), context, jnp.int32)
-    attend = {w: jax.jit(lambda *x, w=w: attention.prefill_attention(*x, window=w)) for w in {*spec.windows, None}}
+    attend = {w: jax.jit(lambda *x, w=w: prefill_attention(*x, window=w)) for w in {*spec.windows, None}}
 
     def work() -> None:
         out = [attend[spec.window(layer)](*args, length)[0][0, 0, 0, 0] for layer in range(spec.num_layers)]

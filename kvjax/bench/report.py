@@ -16,6 +16,7 @@ from rich.table import Table
 
 from kvjax.errors import InputError
 from kvjax.evaluation import manifest, pictures
+from kvjax.plotting import COLOURS
 
 OTHERS = ("torch", "transformers", "flashinfer-python", "orbax-checkpoint")  # packages whose versions are noted, too
 
@@ -156,9 +157,7 @@ def draw(report: Report) -> Any:
     for section, axes in zip(report.sections, panels, strict=True):
         rows = [row for row in section.rows if row.get(column.key) is not None]
         values = [row[column.key] for row in rows]
-        bars = axes.barh(
-            range(len(rows)), values, color=[pictures.COLOURS[i % len(pictures.COLOURS)] for i in range(len(rows))]
-        )
+        bars = axes.barh(range(len(rows)), values, color=[COLOURS[i % len(COLOURS)] for i in range(len(rows))])
         axes.bar_label(bars, [column.show(value) for value in values], padding=3, fontsize=8)
         axes.set_yticks(range(len(rows)), [pictures.plain(row["name"]) for row in rows], fontsize=8)
         axes.set_xlim(0, 1.2 * max(values, default=1) or 1)

@@ -105,7 +105,7 @@ DECODE = {
 
 def prompt_attention(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> Call:
     """Causal attention over prompts: cuDNN's on GPUs, else our own."""
-    from kvjax.attention import prefill_attention
+    from kvjax.attention.prompt import prefill_attention
 
     if jax.default_backend() == "gpu" and q.dtype != jnp.float32:
         run = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")

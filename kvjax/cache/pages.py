@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
+LARGEST = 2**29  # slots; twice as many still fit 32 bits
 SMALLEST_PAGE = 8
 LARGEST_PAGE = 128
 

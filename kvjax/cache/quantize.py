@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Float, UInt16
 
-from kvjax.cache.budget import LARGEST
+from kvjax.cache.pages import LARGEST
 from kvjax.cache.store import KVStore, Store, dense
 from kvjax.errors import InputError
 from kvjax.spec import PyTree

@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 
 from kvjax.checkpoint import hf, orbax
 from kvjax.checkpoint.identity import fingerprint
-from kvjax.mesh import Size
 from kvjax.models.decoder import Decoder
+from kvjax.parallel.mesh import Size
 
 
 def load_model(

@@ -9,7 +9,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from kvjax.checkpoint import hf, lorc, orbax
+from kvjax.checkpoint import hf, orbax
+from kvjax.checkpoint.lorc import lorc
 from kvjax.checkpoint.stage import check_absent
 from kvjax.errors import InputError
 from kvjax.models.hf_config import read_config

@@ -19,14 +19,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from kvjax import mesh
 from kvjax.checkpoint import names
-from kvjax.errors import InputError
-from kvjax.kernels import say_once
+from kvjax.errors import InputError, say_once
+from kvjax.files.text import read_json
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config
+from kvjax.parallel import mesh
 from kvjax.spec import ModelSpec
-from kvjax.text_files import read_json
 
 Part = dict[str, np.ndarray]  # parameter path -> array
 Progress = Callable[[int, int], None]  # (weights read, weights in all)

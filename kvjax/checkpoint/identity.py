@@ -6,7 +6,7 @@ from typing import Any
 
 from kvjax.checkpoint import digest, hf, orbax
 from kvjax.errors import InputError
-from kvjax.text_files import read_json
+from kvjax.files.text import read_json
 
 
 def fingerprint(directory: Path) -> str:

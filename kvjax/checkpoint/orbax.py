@@ -21,15 +21,15 @@ import numpy as np
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from kvjax import mesh
 from kvjax.checkpoint import digest, hf, noted, stored
 from kvjax.checkpoint.quiet import quiet
 from kvjax.checkpoint.stage import staged
 from kvjax.errors import InputError
+from kvjax.files.text import read_json
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config
+from kvjax.parallel import mesh
 from kvjax.spec import ModelSpec
-from kvjax.text_files import read_json
 
 FORMAT = 2
 ABOUT = "kvjax.json"

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import jax
 
-from kvjax import interrupts, mesh
+from kvjax import interrupts
 from kvjax.errors import InputError
+from kvjax.parallel import mesh
 
 
 @contextmanager

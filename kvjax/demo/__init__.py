@@ -9,19 +9,3 @@
 of them, `course` says when documents grow, `model` is the decoder as it is trained, `checkpoint` is what a run leaves
 on disk, `export` writes the Hugging Face checkpoint.
 """
-
-from pathlib import Path
-
-DMC = "demo-dmc"  # the demo model, retrofitted to four tokens per slot
-
-
-def directory() -> Path:
-    """Folder of the shipped checkpoint, in Hugging Face layout."""
-    return Path(__file__).parent
-
-
-def find(name: str | Path | None) -> str | Path:
-    """A checkpoint's name, or the folder of a shipped one: `demo` (None as well) or `demo-dmc`."""
-    if name is not None and Path(name).exists():
-        return name
-    return {None: directory(), "demo": directory(), DMC: directory() / "dmc"}.get(name, name)  # pyright: ignore

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvjax.demo import data
+from kvjax.corpus import data
 
 
 class Stage(NamedTuple):

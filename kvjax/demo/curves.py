@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvjax import runs
-from kvjax.demo import course, data
-from kvjax.evaluation.pictures import COLOURS, DASHES, save_figure
+from kvjax.corpus import data
+from kvjax.demo import course
+from kvjax.plotting import COLOURS, DASHES, save_figure
+from kvjax.training import runs
 
 if TYPE_CHECKING:
     import matplotlib.axes

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kvjax import command
-from kvjax.demo import data
+from kvjax.cli import command
+from kvjax.corpus import data
+from kvjax.files import output
 
 LENGTHS = (256, 512, 1024, 2048)
 
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=8_000_000, help="stop after so many (default: 8000000)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    command.check_writable(args.file)
+    output.check_writable(args.file)
     written = 0
     with args.file.open("w", encoding="utf-8") as file:
         for ids in documents(args.seed):

@@ -9,9 +9,10 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from kvjax.demo import tokens, vocabulary
+from kvjax.corpus import tokens
 from kvjax.models.decoder import Decoder, Linear
 from kvjax.spec import ModelSpec
+from kvjax.tasks import vocabulary
 
 
 def tensors(model: Decoder) -> dict[str, np.ndarray]:

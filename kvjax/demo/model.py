@@ -13,14 +13,14 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kvjax import checkpoint
-from kvjax.demo import data, tokens
-from kvjax.demo import vocabulary as v
-from kvjax.demo.lines import ANSWER
+from kvjax.corpus import data, tokens
 from kvjax.errors import InputError
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Linear
-from kvjax.models.training import Attend, attention
 from kvjax.spec import ModelSpec, RopeSpec
+from kvjax.tasks import vocabulary as v
+from kvjax.tasks.lines import ANSWER
+from kvjax.training.attention import Attend, attention
 
 CONTEXT = 4096
 RECOGNISABLE, TIED = 0.5, 0.1  # standard deviation of the token vectors: beside what layers add, and if they are tied

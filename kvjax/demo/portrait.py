@@ -16,14 +16,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvjax import command, generation
-from kvjax.demo import lines
+from kvjax.cli import command
 from kvjax.errors import InputError
 from kvjax.evaluation import runner
-from kvjax.evaluation.tasks import make_task
-from kvjax.generation import Model
+from kvjax.generation.model import Model, encode_prompt, load
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder
+from kvjax.tasks import lines
+from kvjax.tasks.registry import make_task
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -63,7 +63,7 @@ def heads(model: Model, size: int, documents: int = 4, seed: int = 0) -> Heads:
     found = []
     for index in range(documents):
         doc = lines.draw(lines.scoring_rng(seed, index), lines.fitting_lines(size, 16, ending=0), 16)
-        ids = jnp.asarray(generation.tokens(model, lines.text(doc)))
+        ids = jnp.asarray(encode_prompt(model, lines.text(doc)))
         probs = np.asarray(attention(model.decoder, ids))
         asked = 1 + lines.LINE * len(doc.keys) + lines.QUESTION * np.arange(len(doc.asked)) + 1  # the keys of questions
         query = np.concatenate([asked, asked + 1])  # they predict the answer's tokens,
@@ -81,7 +81,7 @@ def draw(model: Model, size: int, measured: Heads) -> "matplotlib.figure.Figure"
     from matplotlib.figure import Figure
 
     sample = make_task("needle").samples(runner.request(model, samples=1, lengths=(size,), form="short"))[0]
-    ids = jnp.asarray(generation.tokens(model, f"{sample.context}{sample.question}"))
+    ids = jnp.asarray(encode_prompt(model, f"{sample.context}{sample.question}"))
     probs = np.asarray(attention(model.decoder, ids))
     layers, count = probs.shape[:2]
     figure = Figure(figsize=(1.0 + 2.1 * count, 0.8 + 2.1 * layers), layout="constrained")
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not 128 <= args.size <= 4096:
         raise InputError(f"--size {args.size} is not between 128 and 4096 tokens")
-    model = generation.load(args.model, dtype=jnp.float32)
+    model = load(args.model, dtype=jnp.float32)
     measured = heads(model, args.size)
     print(table(measured))
     draw(model, args.size, measured).savefig(args.out, dpi=90)

@@ -13,11 +13,12 @@ import numpy as np
 import optax
 from flax import nnx
 
-from kvjax import command
 from kvjax.checkpoint import hf
-from kvjax.demo import data, model, tokens
-from kvjax.demo import vocabulary as v
+from kvjax.cli import command
+from kvjax.corpus import data, tokens
+from kvjax.demo import model
 from kvjax.models.decoder import Decoder
+from kvjax.tasks import vocabulary as v
 
 
 def unigram(train: np.ndarray) -> np.ndarray:

@@ -22,9 +22,11 @@ import optax
 from flax import nnx
 from jax import Array
 
-from kvjax import command, runs
-from kvjax.demo import corpus, course, data, export, model
+from kvjax.cli import command
+from kvjax.corpus import data, sources
+from kvjax.demo import course, export, model
 from kvjax.models.decoder import Decoder
+from kvjax.training import runs
 
 MAY_CHANGE = ("out", "minutes", "workers", "checkpoint_every")  # of a run that is continued
 PRESETS: dict[str, dict[str, Any]] = {
@@ -186,7 +188,7 @@ def train(args: argparse.Namespace) -> Decoder:
     step, start = Programs(make_step(graph, optimize, args), args), time.monotonic()
     writers = Writers(args)
     given = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
-    with runs.begin(args.out, given | {"corpus": corpus.fingerprint()}, args.checkpoint_every) as run:
+    with runs.begin(args.out, given | {"corpus": sources.fingerprint()}, args.checkpoint_every) as run:
         state = State(params, optimize.init(params), np.asarray(len(course.COURSE) - 1 if args.start else 0))
         state, done = runs.resume(run, state)
         lengths = [length for stage in course.COURSE for length in stage.lengths]

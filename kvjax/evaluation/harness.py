@@ -32,11 +32,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from kvjax import command, generation, likelihood
+from kvjax.cli import command
+from kvjax.cli.flags import DTYPES
 from kvjax.errors import InputError
 from kvjax.evaluation.harness_arguments import GenerationArguments, cut_at, read_generation_arguments, whole_number
-from kvjax.generate import DTYPES
-from kvjax.generation import Compared
+from kvjax.generation.model import load
+from kvjax.generation.results import Compared
 from kvjax.methods import default_budget, make
 
 PROG = "kvjax.evaluation.harness"
@@ -63,7 +64,7 @@ class HarnessModel(TemplateLM):
       arguments: the method's own arguments, such as `window=16`.
 
     Attributes:
-      cache_bytes, full_bytes: of the caches of all sequences so far, and of full ones, as in `generation.Compared`.
+      cache_bytes, full_bytes: of the caches of all sequences so far, and of full ones, as in `Compared`.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class HarnessModel(TemplateLM):
             raise InputError(f"dtype={dtype} is not one of {', '.join(DTYPES)}")
         self._recipe = make(method, budget, arguments)  # pyright: ignore[reportArgumentType]: a wrong budget raises
         self._settings = {"method": method, "budget": default_budget(method) if budget is None else budget} | arguments
-        self._model = generation.load(pretrained, dtype=None if dtype is None else DTYPES[dtype])
+        self._model = load(pretrained, dtype=None if dtype is None else DTYPES[dtype])
         if self._model.tokenizer is None:
             raise InputError(f"{self._model.name} has no tokenizer.json: its texts cannot be read")
         self._tokenizer = self._model.tokenizer
@@ -173,7 +174,7 @@ class HarnessModel(TemplateLM):
         for batch in self._batches([(len(a), len(b)) for a, b in pairs], "loglikelihood", disable_tqdm):
             filled = self._filled([pairs[i] for i in batch])
             contexts, continuations = [context for context, _ in filled], [rest for _, rest in filled]
-            judged, reading = likelihood.log_likelihood(self._model, contexts, continuations, self._recipe)
+            judged, reading = self._model.log_likelihood(contexts, continuations, self._recipe)
             self._count(reading.compared, len(batch))
             for i, judgement in zip(batch, judged, strict=False):
                 results[i] = float(judgement.logprobs.sum(dtype=np.float64)), judgement.greedy
@@ -207,9 +208,9 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _generate(self, prompts: list[list[int]], asked: GenerationArguments) -> list[str]:
-        how = asked.how._replace(seed=asked.how.seed + self._draws)
+        sampling = asked.sampling._replace(seed=asked.sampling.seed + self._draws)
         self._draws += len(prompts)
-        out = generation.generate(self._model, self._filled(prompts), self._recipe, max_new_tokens=asked.new, how=how)
+        out = self._model.generate(self._filled(prompts), self._recipe, max_new_tokens=asked.new, sampling=sampling)
         self._count(out.compared, len(prompts))
         return [cut_at(sequence.text or "", asked.until) for sequence in out.sequences[: len(prompts)]]
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kvjax.cache.budget import LARGEST
+from kvjax.cache.pages import LARGEST
 from kvjax.errors import InputError
-from kvjax.sampling import Sampling
+from kvjax.generation.sampling import Sampling
 
 NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one given counts
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -16,7 +16,7 @@ class GenerationArguments(NamedTuple):
 
     until: tuple[str, ...]  # stop strings
     new: int  # most tokens
-    how: Sampling
+    sampling: Sampling
 
 
 def read_generation_arguments(arguments: Mapping[str, Any], max_gen_toks: int) -> GenerationArguments:
@@ -44,10 +44,10 @@ def read_generation_arguments(arguments: Mapping[str, Any], max_gen_toks: int) -
         accepted = ", ".join(("until", NEW_TOKENS[0], "do_sample", *SAMPLING))
         raise InputError(f"generation_kwargs: kvjax has no {', '.join(left)}: it takes {accepted}")
     temperature = given.get("temperature", 1.0 if draw else 0.0)
-    how = Sampling(**given | {"temperature": 0.0 if draw is False else temperature})  # pyright: ignore[reportArgumentType]
-    how.check()
+    sampling = Sampling(**given | {"temperature": 0.0 if draw is False else temperature})  # pyright: ignore[reportArgumentType]
+    sampling.check()
     until = (until,) if isinstance(until, str) else tuple(until)
-    return GenerationArguments(until, whole_number("max_gen_toks", new), how)
+    return GenerationArguments(until, whole_number("max_gen_toks", new), sampling)
 
 
 def cut_at(text: str, until: Sequence[str]) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import jax
 
-from kvjax.command import write as write_file
 from kvjax.errors import InputError
 from kvjax.evaluation.results import read_run
+from kvjax.files.output import write as write_file
 
 NAME = "run.json"
 PACKAGES = ("kvjax", "jax", "jaxlib", "flax", "numpy", "tokenizers")

@@ -4,7 +4,6 @@ Methods differ in colour (Okabe and Ito's, for colour-blind readers), marker and
 grey and when there are many. matplotlib is imported when a picture is drawn.
 """
 
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,18 +12,16 @@ from urllib.parse import quote
 
 import numpy as np
 
-from kvjax import command
 from kvjax.errors import InputError
 from kvjax.evaluation.results import Line, Row, by_task, model_of
 from kvjax.methods import label_of
+from kvjax.plotting import COLOURS, DASHES, save_figure
 
 if TYPE_CHECKING:
     import matplotlib.axes
     import matplotlib.figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "<", "X", "P", ">", "h", "p")
-DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 FULL = {"color": "black", "marker": "*", "markersize": 13, "linestyle": "none", "markeredgecolor": "white"}
 PARTIAL = {"markerfacecolor": "white", "markeredgecolor": "auto", "linestyle": "none"}
 BARS = {"elinewidth": 1.0, "capsize": 2, "markeredgewidth": 0.7}
@@ -59,13 +56,6 @@ def save(rows: Sequence[Row], lines: Iterable[Line], run: dict[str, Any], direct
     for method, found in needles.items():
         figures[f"needle_{quote(method, safe='')}"] = needle(found, title(f"Needle in a haystack, {method}"))
     return [save_figure(figure, directory / f"{name}.png") for name, figure in figures.items()]
-
-
-def save_figure(figure: "matplotlib.figure.Figure", path: Path) -> Path:
-    """Write a figure as a PNG file."""
-    figure.savefig(picture := io.BytesIO(), format="png", dpi=150)
-    command.write(path, picture.getvalue())
-    return path
 
 
 def frontier(rows: Sequence[Row], title: str) -> "matplotlib.figure.Figure":

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvjax import command
 from kvjax.errors import InputError
 from kvjax.evaluation import pictures
 from kvjax.evaluation.results import Line, Row, aggregate, by_task, model_of, read, read_run
+from kvjax.files import output
 from kvjax.methods import label_of
 
 LABELS = {"score": "score", "perplexity": "perplexity", "kl": "KL [nats]"}
@@ -47,9 +47,9 @@ def write(directory: Path, console: Console, others: Sequence[Path] = ()) -> Non
     for item in (Text(header(run)), *tables(totals), *(Text(f"\n{note}") for note in notes(totals))):
         console.print(item)
     write_csv(rows, directory / "report.csv")
-    command.write(directory / "report.md", (text := markdown(totals, run)).encode())
+    output.write(directory / "report.md", (text := markdown(totals, run)).encode())
     links = [f"![{path.stem}]({quote(path.name)})" for path in pictures.save(totals, lines, run, directory)]
-    command.write(directory / "report.md", "\n".join([text, *links, ""]).encode())
+    output.write(directory / "report.md", "\n".join([text, *links, ""]).encode())
 
 
 def _other(directory: Path, run: dict[str, Any]) -> list[Line]:
@@ -139,4 +139,4 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
     """All rows with all digits; an empty budget is none."""
     writer = csv.writer(text := io.StringIO(), lineterminator="\n")
     writer.writerows([Row._fields, *rows])
-    command.write(path, text.getvalue().encode())
+    output.write(path, text.getvalue().encode())

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from kvjax import journal
 from kvjax.errors import InputError
-from kvjax.text_files import read_json
+from kvjax.files import journal
+from kvjax.files.text import read_json
 
 Line = dict[str, Any]  # of samples.jsonl: one sample under one method and budget
 Key = tuple[str, str, int, str, str | None]  # task, part, index, method, budget

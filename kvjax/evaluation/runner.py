@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvjax import generation, journal, likelihood
-from kvjax.cache.policy import Recipe
 from kvjax.errors import InputError
 from kvjax.evaluation.manifest import digest
 from kvjax.evaluation.results import Key, Line, check, key
-from kvjax.evaluation.task import Form, Request, Sample, Task
-from kvjax.generation import Compared, Model
+from kvjax.files import journal
+from kvjax.generation.accounting import full_slots
+from kvjax.generation.model import Model
+from kvjax.generation.results import Compared, Reading
+from kvjax.policies.base import Recipe
 from kvjax.spec import ModelSpec
+from kvjax.tasks.task import Form, Request, Sample, Task
+from kvjax.tasks.text import shipped_text
 
 SAMPLES = "samples.jsonl"
 Done = dict[Key, str | None]  # results that are there, and the digests of their samples
@@ -124,7 +127,7 @@ class Evaluation:
     ) -> list[dict[str, Any]]:
         assert callable(task.metric)
         new = max(sample.new for sample in samples)
-        out = generation.generate(self._model, prompts.ids, point.recipe, questions=prompts.after, max_new_tokens=new)
+        out = self._model.generate(prompts.ids, point.recipe, questions=prompts.after, max_new_tokens=new)
         decoded = sum(len(sequence.tokens) - 1 for sequence in out.sequences)
         timing = {"batch": batch.number, "decode_s": out.timing.decode_s, "decoded": decoded}
         lines = []
@@ -146,7 +149,7 @@ class Evaluation:
         return lines
 
     def _judge(self, point: Point, prompts: Prompts) -> list[dict[str, Any]]:
-        judged, reading = likelihood.log_likelihood(self._model, prompts.ids, prompts.after, point.recipe)
+        judged, reading = self._model.log_likelihood(prompts.ids, prompts.after, point.recipe)
         # The first token's distribution comes from prefill's exact attention: the same for every method.
         values = [-judgement.logprobs[1:] for judgement in judged]
         return _forced_lines(self._model.spec, "perplexity", values, prompts, reading, fed=-1)
@@ -154,8 +157,8 @@ class Evaluation:
     def _diverge(self, task: Task, point: Point, batch: Batch, prompts: Prompts) -> list[dict[str, Any]]:
         key = (task.name, batch.number)
         if key not in self._references:
-            self._references[key] = likelihood.references(self._reference, *prompts)
-        values, reading = likelihood.divergence(self._model, *prompts, point.recipe, self._references[key])
+            self._references[key] = self._reference.references(*prompts)
+        values, reading = self._model.divergence(*prompts, point.recipe, reference=self._references[key])
         return _forced_lines(self._model.spec, "kl", values, prompts, reading, fed=0)
 
 
@@ -184,7 +187,7 @@ def request(
     plain = lambda words: tokenizer.encode(words, special=False)
     # In a template texts may be split differently: one token more.
     whole = len(tokenizer.chat([{"role": "user", "content": "x"}])) + 1 if chat else len(tokenizer.encode("x"))
-    text = Path(__file__).with_name("text.txt").read_text("utf-8") if text is None else text
+    text = shipped_text() if text is None else text
     return Request(samples, seed, lengths, form, plain, whole - len(plain("x")), text, data)
 
 
@@ -222,7 +225,7 @@ def _head(task: Task, point: Point, sample: Sample) -> dict[str, Any]:
 
 
 def _forced_lines(
-    spec: ModelSpec, metric: str, values: list[np.ndarray], prompts: Prompts, reading: likelihood.Reading, fed: int
+    spec: ModelSpec, metric: str, values: list[np.ndarray], prompts: Prompts, reading: Reading, fed: int
 ) -> list[dict[str, Any]]:
     lines = []
     for value, context, after, slots in zip(values, *prompts, reading.slots, strict=True):
@@ -236,7 +239,7 @@ def _forced_lines(
 
 def _cost(spec: ModelSpec, size: Compared, batch: int, slots: Sequence[int | float], read: int) -> dict[str, float]:
     """What the cache of one sequence takes, and its slots beside those of a full one that has read as many tokens."""
-    kept = sum(slots) / sum(generation.full_slots(spec, read))
+    kept = sum(slots) / sum(full_slots(spec, read))
     return {"cache_bytes": size.cache / batch, "full_bytes": size.full / batch, "kept": kept}
 
 

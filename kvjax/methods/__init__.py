@@ -10,10 +10,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import get_args
 
-from kvjax.arguments import read_argument
-from kvjax.cache.policy import AMOUNTS, Recipe, Windowed
 from kvjax.errors import InputError
 from kvjax.methods.adakv import adakv
+from kvjax.methods.arguments import read_argument
 from kvjax.methods.d2o import d2o
 from kvjax.methods.dmc import dmc
 from kvjax.methods.dms import dms
@@ -26,6 +25,8 @@ from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.snapkv import snapkv
 from kvjax.methods.streaming_llm import streaming_llm
 from kvjax.methods.tova import tova
+from kvjax.policies.base import AMOUNTS, Recipe, Windowed
+from kvjax.policies.budgets.budget import Keep
 from kvjax.spec import ModelSpec
 from pallas_kernels.implementation import Implementation
 
@@ -45,7 +46,7 @@ METHODS: dict[str, Callable[..., Recipe]] = {
     "oracle": oracle,
 }
 
-COMMON = ("kernels", "windowed")  # arguments that every method has, see `kvjax.cache.policy.Recipe`
+COMMON = ("kernels", "windowed")  # arguments that every method has, see `kvjax.policies.base.Recipe`
 LEARNED = ("dmc", "dms")  # methods that need a model which was retrofitted for them
 
 KERNELS: dict[str, Implementation | None] = {key: key for key in get_args(Implementation)} | {"auto": None}
@@ -65,13 +66,14 @@ __all__ = [
     "mikv",
     "oracle",
     "pyramidkv",
+    "resolve",
     "snapkv",
     "streaming_llm",
     "tova",
 ]
 
 
-def make(name: str, budget: str | int | None = None, arguments: Mapping[str, object] | None = None) -> Recipe:
+def make(name: str, budget: Keep | None = None, arguments: Mapping[str, object] | None = None) -> Recipe:
     """A recipe from what a command line or a config file says.
 
     Args:
@@ -108,6 +110,31 @@ def make(name: str, budget: str | int | None = None, arguments: Mapping[str, obj
     recipe = METHODS[name](**given)
     other = recipe._replace(**common)
     return recipe if other == recipe else other  # the same one, for whoever compares identities
+
+
+def resolve(spec: ModelSpec, method: str | Recipe | None = None, budget: Keep | None = None) -> Recipe:
+    """The recipe of a method that is given by name or as a recipe.
+
+    Args:
+      spec: the model's.
+      method: a recipe, a name with arguments as in `read_entry`, or None: what the model is made for, see `of`.
+      budget: `512` or `"20%"`, beside a name; None = the method's default.
+
+    Raises:
+      InputError: no such method, or a budget beside a recipe, which has its own.
+
+    >>> import kvjax
+    >>> resolve(kvjax.load().spec, "h2o+store=int4", "10%").stores[0].name
+    'int4'
+    """
+    if isinstance(method, Recipe):
+        if budget is not None:
+            raise InputError(f"the recipe {method.name} has a budget of its own: give it to the recipe's factory")
+        return method
+    if method is not None and not isinstance(method, str):
+        raise InputError(f"method {method!r} is not a name or a recipe of kvjax.methods")
+    name, arguments = (of(spec), {}) if method is None else read_entry(method)
+    return make(name, budget, arguments)
 
 
 def accepted_arguments(name: str) -> list[str]:

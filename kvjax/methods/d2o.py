@@ -2,15 +2,15 @@
 
 from typing import Literal
 
-from kvjax.cache import score
-from kvjax.cache.allocation import LayerRule, from_variance
-from kvjax.cache.budget import Keep, while_decoding
-from kvjax.cache.fate import drop
-from kvjax.cache.fate import merge as merging
-from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.quantize import named
-from kvjax.cache.retain import retain
 from kvjax.errors import InputError
+from kvjax.policies import score
+from kvjax.policies.base import Recipe, cached
+from kvjax.policies.budgets.allocation import LayerRule, from_variance
+from kvjax.policies.budgets.budget import Keep, while_decoding
+from kvjax.policies.eviction import drop
+from kvjax.policies.eviction import merge as merging
+from kvjax.policies.select import retain
 
 
 @cached
@@ -36,7 +36,7 @@ def d2o(
       merge: weights of merged tokens: the paper's, or "scatter_mean", those of the released code; "off" = what is
         evicted is forgotten.
       layer_rule: what tells layers apart, the paper's statistic or that of the released code: see
-        `kvjax.cache.allocation.from_variance`.
+        `kvjax.policies.budgets.allocation.from_variance`.
       full_layers: layers that keep every token, generated ones too, such as "0,1,-1" in the released code; the other
         layers pay for their prompt. With sliding windows they are numbered among the layers that share a budget.
       decode_budget: slots per row while decoding, as a mean over rows; "" = the budget.
@@ -44,7 +44,7 @@ def d2o(
 
     Source: Wan et al., ICLR 2025 (arXiv 2406.13035); AIoT-MLSys-Lab/D2O.
     Differs: compresses at prefill; the sets are per key/value head, the thresholds per row and sequence; see
-      `kvjax.cache.allocation.from_variance` and `kvjax.cache.fate.merge`.
+      `kvjax.policies.budgets.allocation.from_variance` and `kvjax.policies.eviction.merge`.
     Cost: two more query-key passes over the prompt; all layers' keys and values wait for the last layer, so the peak at
       prefill is the full cache; per step a pass over the row's keys; 8 bytes per slot.
     """

@@ -1,10 +1,10 @@
 """DMC: the model merges a token with the ones before it where it has learned to."""
 
-from kvjax.cache import learned
-from kvjax.cache.accumulate import accumulate
-from kvjax.cache.budget import Keep
-from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.quantize import named
+from kvjax.policies import gate_capacity
+from kvjax.policies.base import Recipe, cached
+from kvjax.policies.budgets.budget import Keep
+from kvjax.policies.segment_merge import accumulate
 
 
 @cached
@@ -19,7 +19,7 @@ def dmc(*, capacity: Keep = "", store: str = "dense") -> Recipe:
       store: number format of slots that take no more tokens, a name of `kvjax.cache.quantize.named`.
 
     Source: Nawrot et al., ICML 2024 (arXiv 2403.09636); Megatron-LM, branch `dmc`.
-    Differs: see `kvjax.cache.accumulate.accumulate`; the borrowed coordinate is the released code's, the last one.
+    Differs: see `kvjax.policies.segment_merge.accumulate`; the borrowed coordinate is the released code's, the last.
     Cost: see `accumulate`.
     """
-    return Recipe("dmc", accumulate(named(store), learned.amount(capacity)))
+    return Recipe("dmc", accumulate(named(store), gate_capacity.amount(capacity)))

@@ -1,10 +1,10 @@
 """DMS: the model evicts a token some time after it was read where it has learned to."""
 
-from kvjax.cache import learned
-from kvjax.cache.budget import Keep
-from kvjax.cache.delay import delay
-from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.quantize import named
+from kvjax.policies import gate_capacity
+from kvjax.policies.base import Recipe, cached
+from kvjax.policies.budgets.budget import Keep
+from kvjax.policies.delayed_eviction import delay
 
 
 @cached
@@ -18,7 +18,7 @@ def dms(*, capacity: Keep = "", store: str = "dense") -> Recipe:
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: Lancucki et al., NeurIPS 2025 (arXiv 2506.05345); Model-Optimizer `experimental/dms`.
-    Differs: see `kvjax.cache.delay.delay`.
+    Differs: see `kvjax.policies.delayed_eviction.delay`.
     Cost: see `delay`.
     """
-    return Recipe("dms", delay(named(store), learned.amount(capacity)))
+    return Recipe("dms", delay(named(store), gate_capacity.amount(capacity)))

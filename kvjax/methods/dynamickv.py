@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-from kvjax.cache import score
-from kvjax.cache.allocation import from_scores
-from kvjax.cache.budget import Keep, while_decoding
-from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.quantize import named
-from kvjax.cache.retain import retain
+from kvjax.policies import score
+from kvjax.policies.base import Recipe, cached
+from kvjax.policies.budgets.allocation import from_scores
+from kvjax.policies.budgets.budget import Keep, while_decoding
+from kvjax.policies.select import retain
 
 
 @cached
@@ -30,12 +30,12 @@ def dynamickv(
     Args:
       budget: prompt tokens kept per row, averaged over layers, the window included.
       window, kernel, pooling: as in `snapkv`; "avg" for Llama-3, "max" for Mistral and Qwen2 in the released scripts.
-      r_max, every, regrow, floor, ada: as in `kvjax.cache.allocation.from_scores`.
+      r_max, every, regrow, floor, ada: as in `kvjax.policies.budgets.allocation.from_scores`.
       decode_budget: slots per row while decoding, as a mean over rows; "" = unbounded.
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: Zhou et al., EMNLP 2025 (arXiv 2412.14838); DreamMr/DynamicKV `methods/dynamic_v11.py`.
-    Differs: see `from_scores` and `kvjax.cache.score.window`.
+    Differs: see `from_scores` and `kvjax.policies.score.window`.
     Cost: `window` rows of attention at prefill; `every` layers hold up to `r_max` times their share until the update.
     """
     keep = from_scores(budget, r_max=r_max, every=every, regrow=regrow, floor=floor, ada=ada)

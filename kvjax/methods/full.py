@@ -2,13 +2,13 @@
 
 import functools
 
-from kvjax.cache import budget as budgets
-from kvjax.cache import score
-from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.quantize import named
-from kvjax.cache.residual import residual
-from kvjax.cache.retain import retain
-from kvjax.cache.rolling import rolling
+from kvjax.policies import score
+from kvjax.policies.base import Recipe, cached
+from kvjax.policies.budgets import budget as budgets
+from kvjax.policies.residual import residual
+from kvjax.policies.rolling import rolling
+from kvjax.policies.select import retain
 
 
 @cached

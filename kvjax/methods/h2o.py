@@ -1,11 +1,11 @@
 """H2O: heavy hitters and recent tokens."""
 
-from kvjax.cache import budget as budgets
-from kvjax.cache import score
-from kvjax.cache.budget import Keep
-from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.quantize import named
-from kvjax.cache.retain import retain
+from kvjax.policies import score
+from kvjax.policies.base import Recipe, cached
+from kvjax.policies.budgets import budget as budgets
+from kvjax.policies.budgets.budget import Keep
+from kvjax.policies.select import retain
 
 
 @cached
@@ -19,7 +19,7 @@ def h2o(budget: Keep = "20%", *, recent: float = 0.5, decode_budget: Keep = "", 
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: Zhang et al., NeurIPS 2023 (arXiv 2306.14048); `h2o_hf/utils_real_drop/modify_llama.py`.
-    Differs: see `kvjax.cache.score.accumulated`.
+    Differs: see `kvjax.policies.score.accumulated`.
     Cost: one more query-key pass over the prompt; 8 bytes per slot.
     """
     keep = budgets.while_decoding(budgets.uniform(budget), budget, decode_budget)

@@ -2,16 +2,16 @@
 
 from typing import Literal
 
-from kvjax.cache import budget as budgets
-from kvjax.cache import score
-from kvjax.cache.allocation import ADA_FLOOR, from_scores, per_head
-from kvjax.cache.budget import Keep
-from kvjax.cache.fate import demote
-from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.quantize import named
-from kvjax.cache.retain import retain
 from kvjax.cache.store import dense
 from kvjax.errors import InputError
+from kvjax.policies import score
+from kvjax.policies.base import Recipe, cached
+from kvjax.policies.budgets import budget as budgets
+from kvjax.policies.budgets.allocation import ADA_FLOOR, from_scores, per_head
+from kvjax.policies.budgets.budget import Keep
+from kvjax.policies.eviction import demote
+from kvjax.policies.select import retain
 
 
 @cached
@@ -44,7 +44,7 @@ def mikv(
     Source: Yang et al., 2024 (arXiv 2402.18096).
     Differs: one set of tokens per key/value head, its balance from the largest query of the group; with "window",
       "from_scores" and "per_head" keep DynamicKV's and Ada-KV's tokens and demote those that they evict.
-    Cost: see `kvjax.cache.fate.demote`; 8 bytes per important token and 4 per other one beside their codes.
+    Cost: see `kvjax.policies.eviction.demote`; 8 bytes per important token and 4 per other one beside their codes.
     """
     high, low = named(store), named(low_store)
     if low.is_dense:

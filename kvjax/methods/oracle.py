@@ -4,12 +4,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kvjax.cache import budget as budgets
-from kvjax.cache import score
-from kvjax.cache.budget import Keep
-from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.quantize import named
-from kvjax.cache.retain import retain
+from kvjax.policies import score
+from kvjax.policies.base import Recipe, cached
+from kvjax.policies.budgets import budget as budgets
+from kvjax.policies.budgets.budget import Keep
+from kvjax.policies.select import retain
 
 
 @cached

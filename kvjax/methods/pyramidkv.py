@@ -2,14 +2,15 @@
 
 from typing import Literal
 
-from kvjax.cache import budget as budgets
-from kvjax.cache import score
-from kvjax.cache.allocation import ADA_FLOOR, per_head
-from kvjax.cache.budget import Keep
-from kvjax.cache.policy import Recipe, cached
+from kvjax.cache.pages import LARGEST
 from kvjax.cache.quantize import named
-from kvjax.cache.retain import retain
 from kvjax.errors import InputError
+from kvjax.policies import score
+from kvjax.policies.base import Recipe, cached
+from kvjax.policies.budgets import budget as budgets
+from kvjax.policies.budgets.allocation import ADA_FLOOR, per_head
+from kvjax.policies.budgets.budget import Keep
+from kvjax.policies.select import retain
 
 
 @cached
@@ -35,11 +36,11 @@ def pyramidkv(
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: Cai et al., 2024 (arXiv 2406.02069); KVCache-Factory `pyramidkv/pyramidkv_utils.py` and `run_longbench.py`.
-    Differs: see `kvjax.cache.budget.pyramid` and `kvjax.cache.score.window`.
+    Differs: see `kvjax.cache.budget.pyramid` and `kvjax.policies.score.window`.
     Cost: `window` rows of attention at prefill.
     """
-    if not 1 <= beta <= budgets.LARGEST:
-        raise InputError(f"beta={beta} is not between 1 and {budgets.LARGEST}")
+    if not 1 <= beta <= LARGEST:
+        raise InputError(f"beta={beta} is not between 1 and {LARGEST}")
     keep = budgets.pyramid(budget, window=window, beta=beta)
     if ada:
         keep = per_head(keep, ADA_FLOOR)

@@ -2,13 +2,13 @@
 
 from typing import Literal
 
-from kvjax.cache import budget as budgets
-from kvjax.cache import score
-from kvjax.cache.allocation import ADA_FLOOR, per_head
-from kvjax.cache.budget import Keep
-from kvjax.cache.policy import Recipe, cached
 from kvjax.cache.quantize import named
-from kvjax.cache.retain import retain
+from kvjax.policies import score
+from kvjax.policies.base import Recipe, cached
+from kvjax.policies.budgets import budget as budgets
+from kvjax.policies.budgets.allocation import ADA_FLOOR, per_head
+from kvjax.policies.budgets.budget import Keep
+from kvjax.policies.select import retain
 
 
 @cached
@@ -34,7 +34,7 @@ def snapkv(
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: Li et al., NeurIPS 2024 (arXiv 2404.14469); `snapkv/monkeypatch/snapkv_utils.py`.
-    Differs: see `kvjax.cache.score.window`.
+    Differs: see `kvjax.policies.score.window`.
     Cost: `window` rows of attention at prefill.
     """
     keep = budgets.uniform(budget)

@@ -15,9 +15,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from kvjax.collectives import HEADS, MODEL, Axes, add, gather, look_up
 from kvjax.models import gate as gates
 from kvjax.models import rope
+from kvjax.parallel.collectives import HEADS, MODEL, Axes, add, gather, look_up
 from kvjax.spec import Activation, Gate, ModelSpec
 from pallas_kernels.decode_attention import Expand
 from pallas_kernels.rotation import Rotation
@@ -101,7 +101,7 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """The four projections of attention; attention itself is in `kvjax.attention`."""
+    """The four projections of attention; attention itself is in `kvjax.attention.attention`."""
 
     def __init__(self, spec: ModelSpec, index: int, dtype: DTypeLike, rngs: nnx.Rngs):
         n, h, d = spec.num_heads, spec.head_dim, spec.embed_dim

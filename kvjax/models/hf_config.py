@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvjax.errors import InputError
+from kvjax.files.text import read_json
 from kvjax.models.config_fields import flag, given, number, positive, refuse_unknown, whole
 from kvjax.models.rope_config import parse_ropes
 from kvjax.spec import ModelSpec, RopeSpec
-from kvjax.text_files import read_json
 
 # The fields of each family that are read, with the default of the family's own configuration class.
 _SIZES = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 2048}

@@ -8,10 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from kvjax import ahead, command, kept
+from kvjax.cli import command
 from kvjax.errors import InputError
+from kvjax.inspection import cache_map
 from kvjax.methods import LEARNED, METHODS
-from kvjax.plan import compiled, report, search
+from kvjax.plan import aot, compiled, report, search
 from kvjax.plan.chips import Chip, find
 from kvjax.plan.estimate import bound, estimate
 from kvjax.plan.search import MOST, UNIT, Largest
@@ -45,12 +46,12 @@ def main(argv: list[str] | None = None) -> None:
 def check(args: argparse.Namespace, chip: Chip) -> None:
     """Raise `InputError` for what cannot be planned, before anything is compiled."""
     if args.out is not None:
-        kept.check_picture(args.out)
+        cache_map.check_picture(args.out)
     if args.estimate:
         return
     if chip.target is None:
         raise InputError(f"nothing compiles for {chip.name} ahead of time: add --estimate")
-    if reason := ahead.missing(chip.target):
+    if reason := aot.missing(chip.target):
         raise InputError(f"{reason}, or add --estimate")
 
 

@@ -20,7 +20,7 @@ class Chip(NamedTuple):
     usable: int  # bytes that a program may have
     bandwidth: int  # bytes / s
     flops: int  # products and sums of 16-bit numbers / s
-    target: str | None  # what `kvjax.ahead` compiles for; None = it cannot
+    target: str | None  # what `kvjax.plan.aot` compiles for; None = it cannot
     note: str = ""
 
     @property

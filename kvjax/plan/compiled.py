@@ -20,12 +20,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from kvjax import ahead, command, decode, layout, mesh, prefilling, sampling
+from kvjax.cache import layout
+from kvjax.cli import command
+from kvjax.generation import decode, prefill, sampling
 from kvjax.models.decoder import Decoder
-from kvjax.plan import estimate
+from kvjax.parallel import mesh
+from kvjax.plan import aot, estimate
 from kvjax.plan.chips import Chip, find
 from kvjax.plan.estimate import Parts, abstract_cache, size
 from kvjax.plan.settings import Setting, find_model, method_of, parse, setting
+from kvjax.policies.layers import layer_recipe
 from kvjax.spec import ModelSpec, PyTree
 
 FEW = (2, 4)  # layers of a step that stand for all: what it takes beside weights and cache grows by the layer
@@ -65,20 +69,20 @@ def programs(setting: Setting, steps: Sequence[int]) -> Iterator[Program]:
     model, ints = setting.model.decoder, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     stream = jax.ShapeDtypeStruct((batch, setting.lengths.padded, spec.embed_dim), model.dtype)
     head = size(model.norm) + size(model.embedding if model.head is None else model.head)
-    yield Program("embed", prefilling._embed, (model, ints(*stream.shape[:2])), {}, size(model.embedding))
-    yield Program("last logits", prefilling._last_logits, (model, stream, ints(batch)), {}, head)
+    yield Program("embed", prefill._embed, (model, ints(*stream.shape[:2])), {}, size(model.embedding))
+    yield Program("last logits", prefill._last_logits, (model, stream, ints(batch)), {}, head)
     yield from _allocation(setting, cache)
     for index in _kinds(spec):
         waits = max(0, estimate.waiting(setting) - _found_bytes(setting, index))
         args, static = estimate.layer_arguments(setting, cache, index)
         there = size(args[0]) + size(args[2])
-        yield Program(f"prefill of layer {index}", prefilling._prefill_layer, args, static, there, waits)
+        yield Program(f"prefill of layer {index}", prefill._prefill_layer, args, static, there, waits)
     for layers in steps:
         yield _step(setting._replace(spec=_first(spec, layers)), layers)
 
 
 def _found_bytes(setting: Setting, index: int) -> int:
-    budget = layout.layer_recipe(setting.spec, setting.recipe, index).budget
+    budget = layer_recipe(setting.spec, setting.recipe, index).budget
     return 0 if budget is None or budget.allocate is None else size(estimate.found_in_a_layer(setting, index))
 
 
@@ -92,7 +96,7 @@ def _allocation(setting: Setting, cache: layout.Cache) -> Iterator[Program]:
     """What distributes slots over layers, and fills the rows with what has waited for them."""
     held, ints = estimate.waiting(setting), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     for group, tiers in zip(layout.layer_groups(setting.spec), cache, strict=True):
-        recipe = layout.layer_recipe(setting.spec, setting.recipe, group.index[0])
+        recipe = layer_recipe(setting.spec, setting.recipe, group.index[0])
         if recipe.budget is None or recipe.budget.allocate is None:
             continue
         found = estimate.found_in_a_layer(setting, group.index[0])
@@ -100,13 +104,13 @@ def _allocation(setting: Setting, cache: layout.Cache) -> Iterator[Program]:
         args = ([found.info] * n, ints(), ints(setting.batch), slots)
         split = mesh.ROWS, mesh.EVERYWHERE, mesh.SEQUENCES, mesh.LAYERS
         there = n * size(found.info)
-        yield Program("allocate", prefilling._run_allocate, args, {"recipe": recipe}, there, held, split=split)
+        yield Program("allocate", prefill._run_allocate, args, {"recipe": recipe}, there, held, split=split)
         args = tiers, slots, ints(setting.batch)
-        yield Program("trim", prefilling._trim, args, {"recipe": recipe}, size(tiers), held)
+        yield Program("trim", prefill._trim, args, {"recipe": recipe}, size(tiers), held)
         if recipe.policy.settle is not None:
             args = (tiers, found.waiting, ints(), ints(*slots.shape[1:]))
             there = size(tiers) + size(found.waiting)
-            yield Program("settle", prefilling._settle, args, {"recipe": recipe}, there, held)
+            yield Program("settle", prefill._settle, args, {"recipe": recipe}, there, held)
 
 
 def _first(spec: ModelSpec, layers: int) -> ModelSpec:
@@ -129,7 +133,7 @@ def _step(setting: Setting, layers: int) -> Program:
     return Program("step", decode.decode_loop, args, static, size(model) + size(cache), layers=layers)
 
 
-def compile_program(target: ahead.Target, program: Program, devices: AbstractMesh | None = None) -> dict[str, Any]:
+def compile_program(target: aot.Target, program: Program, devices: AbstractMesh | None = None) -> dict[str, Any]:
     """Bytes of a program as the compiler counts them; `beside` is what it takes beside weights and cache."""
     line: dict[str, Any] = {"program": program.name, "layers": program.layers, "there": program.there}
     start, args = time.perf_counter(), program.args
@@ -176,7 +180,7 @@ def measure(argv: Sequence[str], chip: Chip, planned: Setting, *, exact: bool, c
     """
     assert chip.target is not None
     guess = estimate.estimate(planned)  # first: it may raise what a user can mend
-    lines = ahead.run(chip.target, "kvjax.plan.compiled", *argv, *changes)
+    lines = aot.run(chip.target, "kvjax.plan.compiled", *argv, *changes)
     return add_up(lines, guess, planned.spec.num_layers, exact=exact)
 
 
@@ -207,7 +211,7 @@ def main() -> None:
     args = parse(sys.argv[2:])
     spec, _ = find_model(args.model, args.ignore_config)
     planned = setting(args, spec, find(args.chip), args.only or method_of(args, spec))
-    target = ahead.Target(sys.argv[1], planned.devices.data * planned.devices.model)
+    target = aot.Target(sys.argv[1], planned.devices.data * planned.devices.model)
     for program in programs(planned, steps_of(args, spec)):
         if args.program in (None, program.name):
             print(json.dumps(compile_program(target, program, planned.mesh)), flush=True)

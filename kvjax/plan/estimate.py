@@ -8,14 +8,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kvjax import layout, mesh, prefilling
-from kvjax.abstract import CacheSize, cache_size
-from kvjax.cache.policy import Found
+from kvjax.cache import layout, sharding
 from kvjax.cache.tier import Bytes
-from kvjax.collectives import DATA, HEADS
+from kvjax.generation import prefill
+from kvjax.generation.allocate import init_cache
 from kvjax.models.decoder import Layer
+from kvjax.parallel import mesh
+from kvjax.parallel.collectives import DATA, HEADS
 from kvjax.plan.chips import Chip
+from kvjax.plan.dry_run import CacheSize, cache_size
 from kvjax.plan.settings import Setting
+from kvjax.policies.base import Found
+from kvjax.policies.layers import layer_recipe
 from kvjax.spec import PyTree
 from pallas_kernels.blocks import divisor
 
@@ -126,7 +130,7 @@ def waiting(setting: Setting) -> int:
     spec, data, of_one = setting.spec, setting.devices.data, 0
     for window in {spec.window(i) for i in range(spec.num_layers)}:
         index = layout.layers_with(spec, window)
-        budget = layout.layer_recipe(spec, setting.recipe, index[0]).budget
+        budget = layer_recipe(spec, setting.recipe, index[0]).budget
         if budget is not None and budget.allocate is not None:
             found = found_in_a_layer(setting._replace(batch=data), index[0])  # sequences are apart
             of_one += min(budget.every or len(index), len(index)) * size(found.waiting) + len(index) * size(found.info)
@@ -138,7 +142,7 @@ def found_in_a_layer(setting: Setting, index: int) -> Found:
     """Shapes of what reading the prompts with one layer leaves."""
     args, static = layer_arguments(setting, abstract_cache(setting), index)
     with mesh.on(setting.mesh):
-        found = jax.eval_shape(functools.partial(prefilling._prefill_layer, **static), *args)[2]
+        found = jax.eval_shape(functools.partial(prefill._prefill_layer, **static), *args)[2]
     return mesh.placed(setting.mesh, mesh.ROWS, found)
 
 
@@ -151,7 +155,7 @@ def layer_arguments(setting: Setting, cache: layout.Cache, index: int) -> tuple[
     arrays = layer(setting, index), jax.ShapeDtypeStruct(stream, jnp.dtype(setting.dtype)), cache[group]
     static = {
         "spec": spec,
-        "recipe": layout.layer_recipe(spec, setting.recipe, index),
+        "recipe": layer_recipe(spec, setting.recipe, index),
         "peers": len(layout.layers_with(spec, spec.window(index))),
         "window": spec.window(index),
         "rotary": spec.rotary(index),
@@ -162,8 +166,8 @@ def layer_arguments(setting: Setting, cache: layout.Cache, index: int) -> tuple[
 @functools.lru_cache(maxsize=64)
 def abstract_cache(setting: Setting) -> layout.Cache:
     """The shapes of a cache."""
-    made = jax.eval_shape(functools.partial(layout.init_cache, setting.model.decoder, setting.recipe, setting.lengths))
-    return mesh.placed(setting.mesh, mesh.cache, made)
+    made = jax.eval_shape(functools.partial(init_cache, setting.model.decoder, setting.recipe, setting.lengths))
+    return mesh.placed(setting.mesh, sharding.cache, made)
 
 
 def prefill_temporaries(setting: Setting) -> int:
@@ -177,7 +181,7 @@ def prefill_temporaries(setting: Setting) -> int:
     setting = setting.share
     spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
     batch, padded, width = setting.batch, setting.lengths.padded, spec.embed_dim
-    n, part = batch * padded, batch * min(padded, max(1, prefilling.CHUNK // batch))  # at most: more never need less
+    n, part = batch * padded, batch * min(padded, max(1, prefill.CHUNK // batch))  # at most: more never need less
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     fed = itemsize * (n * queries + part * (3 * width + 2 * spec.mlp_dim))
     if setting.platform == "tpu":

@@ -11,18 +11,21 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from kvjax import command, mesh, methods, prefilling
-from kvjax.abstract import read_spec, without_weights
-from kvjax.cache.budget import LARGEST
-from kvjax.cache.policy import Recipe
-from kvjax.collectives import HEADS
+from kvjax import methods
+from kvjax.cache.pages import LARGEST
+from kvjax.cli import command
+from kvjax.cli.flags import DTYPES
 from kvjax.errors import InputError
-from kvjax.generate import DTYPES
-from kvjax.generation import Model
-from kvjax.mesh import Size
+from kvjax.generation import prefill
+from kvjax.generation.model import Model
 from kvjax.methods import METHODS, default_budget, make
 from kvjax.models.named import NAMED, named
+from kvjax.parallel import mesh
+from kvjax.parallel.collectives import HEADS
+from kvjax.parallel.mesh import Size
 from kvjax.plan.chips import CHIPS, Chip, Platform
+from kvjax.plan.dry_run import read_spec, without_weights
+from kvjax.policies.base import Recipe
 from kvjax.spec import Lengths, ModelSpec
 
 PROG = "kvjax.plan"
@@ -57,7 +60,7 @@ class Setting(NamedTuple):
     @property
     def lengths(self) -> Lengths:
         """What a cache is made for."""
-        padded = prefilling.padded_length(self.context)
+        padded = prefill.padded_length(self.context)
         return Lengths((self.context,) * self.batch, self.new, padded, self.devices.data, self.platform)
 
     @property

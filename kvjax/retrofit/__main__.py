@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from kvjax import command, kernels
+from kvjax.attention import dispatch
+from kvjax.cli import command
 from kvjax.errors import InputError
 from kvjax.methods import KERNELS
 from kvjax.retrofit import curves
@@ -119,7 +120,7 @@ def options(args: argparse.Namespace) -> Options:
         raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch}")
     if args.save_every % args.log_every:
         raise InputError(f"--save-every {args.save_every} is not a multiple of --log-every {args.log_every}")
-    kernels.check(KERNELS[args.kernels])
+    dispatch.check(KERNELS[args.kernels])
     dms = args.objective == "dms"
     gate = GateSpec(
         objective=args.objective,

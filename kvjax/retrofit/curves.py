@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from kvjax import runs
 from kvjax.checkpoint import orbax
 from kvjax.errors import InputError
-from kvjax.evaluation.pictures import COLOURS, save_figure
+from kvjax.plotting import COLOURS, save_figure
+from kvjax.training import runs
 
 DRAWN = ("tokens", "rate", "target", "text", "penalty")
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from kvjax.errors import InputError
-from kvjax.generation import Model
+from kvjax.files.text import parse_json
+from kvjax.generation.model import Model
 from kvjax.retrofit.objective import Batch
-from kvjax.text_files import parse_json
 
 
 class Stream(NamedTuple):

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kvjax.kernels import kernel_or_xla
+from kvjax.attention.dispatch import kernel_or_xla
 from kvjax.models import gate as gates
-from kvjax.models import rope, training
+from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer
 from kvjax.spec import Gate, GateSpec, ModelSpec, RopeSpec
+from kvjax.training import attention
 from pallas_kernels import segment_merge
 from pallas_kernels.implementation import Implementation
 
@@ -171,7 +172,7 @@ def _turn(spec: ModelSpec, rotary: RopeSpec, tokens: int) -> tuple[Float[Array, 
 
 def _attention(spec: ModelSpec, *args: Any, **kwargs: Any) -> Float[Array, "B T N H"]:
     """Attention with the model's scale and cap."""
-    return training.attention(*args, scale=spec.scale, cap=spec.score_cap, **kwargs)
+    return attention.attention(*args, scale=spec.scale, cap=spec.score_cap, **kwargs)
 
 
 def _plain(layer: Layer, x: Array, turn: tuple[Array, Array], spec: ModelSpec, window: int | None) -> Array:

@@ -19,16 +19,18 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
-from kvjax import demo, generation, mesh, runs
-from kvjax.checkpoint import fingerprint, hf, orbax
-from kvjax.collectives import DATA
+from kvjax.checkpoint import fingerprint, hf, orbax, shipped
 from kvjax.errors import InputError
+from kvjax.generation.model import load, load_from
+from kvjax.parallel import mesh
+from kvjax.parallel.collectives import DATA
 from kvjax.retrofit import data, objective, weights
 from kvjax.retrofit.data import Stream
 from kvjax.retrofit.objective import Batch, Losses, Relax
 from kvjax.retrofit.schedule import Schedule
 from kvjax.retrofit.weights import Params
 from kvjax.spec import GateSpec, ModelSpec
+from kvjax.training import runs
 from pallas_kernels.implementation import Implementation
 
 RUN = "run"  # folder of the run, in that of the checkpoint
@@ -236,7 +238,7 @@ def retrofit(options: Options, out: Path, show: Callable[[Progress, int], None] 
 
 def _prepare(options: Options) -> tuple[Options, Params, ModelSpec, Stream, Path]:
     """The options, with the rate that the model has; its weights and shape, the data, and where the model came from."""
-    model, src = generation.load_from(options.model, dtype=jnp.float32, ignore_config=options.ignore, mesh=options.mesh)
+    model, src = load_from(options.model, dtype=jnp.float32, ignore_config=options.ignore, mesh=options.mesh)
     spec, gate = model.spec, options.gate
     if spec.gate is not None:
         options = continued(options, spec.gate, model.name)
@@ -254,7 +256,7 @@ def _prepare(options: Options) -> tuple[Options, Params, ModelSpec, Stream, Path
 
 def _fingerprints(options: Options, src: Path) -> list[str]:
     """What tells the model, and a teacher that is another one, from others of their names."""
-    name = demo.find(options.teacher)
+    name = shipped.find(options.teacher)
     others = [] if options.teacher is None else [Path(name) if orbax.is_orbax(Path(name)) else hf.resolve(str(name))]
     return [fingerprint(path) for path in (src, *others)]
 
@@ -264,7 +266,7 @@ def teacher(options: Options, spec: ModelSpec, source: Params) -> tuple[ModelSpe
     if not options.distill:
         return None
     if options.teacher is not None:
-        model = generation.load(options.teacher, dtype=jnp.float32, ignore_config=options.ignore, mesh=options.mesh)
+        model = load(options.teacher, dtype=jnp.float32, ignore_config=options.ignore, mesh=options.mesh)
         if model.spec.vocab_size != spec.vocab_size:
             raise InputError(
                 f"--teacher {model.name} has {model.spec.vocab_size} tokens, the model {spec.vocab_size}: their"

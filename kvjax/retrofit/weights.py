@@ -10,10 +10,10 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from kvjax import mesh
 from kvjax.checkpoint import hf
 from kvjax.models import gate as gates
 from kvjax.models.decoder import Decoder
+from kvjax.parallel import mesh
 from kvjax.spec import GateSpec, ModelSpec
 
 Params = dict[str, Array]  # parameter path -> array

@@ -1,0 +1,96 @@
+"""Attention over the cache."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from kvjax.attention.dispatch import kernel_or_xla
+from kvjax.cache.store import KVStore
+from kvjax.cache.tier import Tier
+from pallas_kernels import decode_attention as kernel
+from pallas_kernels.decode_attention import Expand, Part, Partial, merge, probabilities
+from pallas_kernels.implementation import Implementation
+
+
+def spread(q: Float[Array, "B K G H"], heads: int) -> Float[Array, "B K G keys"]:
+    """Queries against the keys of `heads` heads beside each other: each in its own key head's place, among zeros.
+
+    Cost: `heads` times the products of the scores, which is little beside those that expand a latent to its keys.
+    """
+    if heads == 1:
+        return q
+    b, k, g, h = q.shape
+    own = q.reshape(b, k, heads, g // heads, 1, h) * jnp.eye(heads, dtype=q.dtype)[:, None, :, None]
+    return own.reshape(b, k, g, heads * h)
+
+
+class Read(NamedTuple):
+    """How attention reads a layer's tiers; the functions are those of `pallas_kernels.decode_attention`.
+
+    Attributes:
+      scale: of the products of queries and keys.
+      cap: of those.
+      after: of a sliding window.
+      place: of slots.
+      expand: of cached keys.
+      select: which slots are attended, from the attention weights over all of them; None = all.
+      kernels: which implementation; None = the platform's.
+    """
+
+    scale: float
+    cap: float | None = None
+    after: Int[Array, "B K"] | None = None
+    place: Callable[[Int[Array, "B K s"]], Int[Array, "B K s"]] | None = None
+    expand: Expand | None = None
+    select: Callable[[tuple[Float[Array, "B K G S"], ...]], tuple[Bool[Array, "B K S"], ...]] | None = None
+    kernels: Implementation | None = None
+
+
+def decode_attention(
+    q: Float[Array, "B K G H"],
+    tiers: Sequence[Tier],
+    stores: Sequence[KVStore],
+    read: Read,
+    *,
+    with_probabilities: bool,
+) -> tuple[Float[Array, "B K G W"], tuple[Float[Array, "B K G S"], ...]]:
+    """One query per row over all tiers, merged exactly.
+
+    Args:
+      q: rotated queries.
+      tiers: one layer's views.
+      stores: the number format of each.
+      read: how they are read.
+      with_probabilities: also return every slot's attention weight.
+    """
+
+    def attend(chosen: Sequence[Bool[Array, "B K S"] | None], logits: bool) -> Partial:
+        parts = [_part(q, *each) for each in zip(tiers, stores, chosen, strict=True)]
+        options = dict(scale=read.scale, cap=read.cap, after=read.after, place=read.place, expand=read.expand)
+        return _attend(parts, read.kernels, with_logits=logits, **options)
+
+    chosen = [None] * len(tiers)
+    if read.select is not None:
+        chosen = read.select(probabilities(attend(chosen, logits=True)))
+    whole = attend(chosen, with_probabilities)
+    return whole.o / whole.l[..., None], probabilities(whole) if with_probabilities else ()
+
+
+def _part(q: Float[Array, "B K G H"], tier: Tier, store: KVStore, slots: Bool[Array, "B K S"] | None) -> Part:
+    """A tier as the kernels read it."""
+    pos = None if isinstance(tier.pos, tuple) else tier.pos
+    query = store.query(q, tier.calib)
+    return Part(query, tier.k, tier.v, tier.table, tier.length, pos, store.key.decode, store.value.decode, slots)
+
+
+def _attend(parts: Sequence[Part], kernels: Implementation | None, **options: Any) -> Partial:
+    """All parts in one launch; where a kernel cannot read one of them, each by itself and that one on XLA."""
+    if len(parts) > 1:
+        try:
+            return kernel.decode_attention(parts, implementation=kernels, **options)
+        except NotImplementedError:
+            return merge([_attend([part], kernels, **options) for part in parts])
+    return kernel_or_xla("decode attention", kernel.decode_attention, kernels, parts, **options)

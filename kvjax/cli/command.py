@@ -1,0 +1,235 @@
+"""What the command lines share: one clear line for bad input, TOML configs, the persistent compilation cache."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kvjax import interrupts
+from kvjax.errors import InputError, one_line
+from kvjax.files.text import read_toml
+from kvjax.methods import KERNELS
+
+HEARTBEAT = 30  # seconds without a sign of life until a process counts as dead
+MOST_SEQUENCES = 2**16
+
+
+def run(prog: str, main: Callable[[], None]) -> None:
+    """Run a command; bad input is one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        fail(prog, str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(
+            f"{prog}: error: another process of the run has ended ({str(error).splitlines()[0]})", file=sys.__stderr__
+        )
+        os._exit(1)  # the others do not answer when this one says that it leaves
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a name too long for a file, a full disk
+        fail(prog, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except MemoryError as error:
+        fail(prog, f"there is not enough memory: {error}" if str(error) else "there is not enough memory")
+    except KeyboardInterrupt:  # where `kvjax.interrupts` does not listen
+        sys.exit(interrupts.STATUS)
+
+
+def fail(prog: str, message: str) -> None:
+    """Exit with code 2 and one line on stderr."""
+    print(f"{prog}: error: {one_line(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse `--flag=--`, which some releases of argparse read as an empty list."""
+        for arg in given(args):
+            if arg.startswith("--") and arg.endswith("=--"):
+                self.error(f"argument {arg.partition('=')[0]}: -- is no value")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Exit with code 2."""
+        fail(self.prog, f"{message} (see --help)")
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Flags, with the options of the `--config` file before them; `arguments` are the method's own, from both."""
+    args = parser.parse_args(argv)
+    settings, arguments = read_settings(args.set), {}
+    for key in flag_arguments(args).keys() & settings.keys():
+        raise InputError(f"{key} is given twice: as a flag and as --set {key}={settings[key]}")
+    if args.config is not None:
+        config = read_config(args.config)
+        arguments = config.pop("arguments", {})
+        flags = config_flags(args.config, config, parser, args)
+        args = parser.parse_args([*flags, *given(argv)])
+    args.arguments = arguments | flag_arguments(args) | settings
+    return args
+
+
+def given(argv: list[str] | None) -> list[str]:
+    """What the command line says."""
+    return sys.argv[1:] if argv is None else argv
+
+
+def flag_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that are arguments of a method."""
+    decoding = {} if args.decode_budget is None else {"decode_budget": args.decode_budget}
+    return decoding | stores(args)
+
+
+def add_store_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags for number formats, and for what reads them."""
+    names = "dense, int8, int4, int3, int2, fp8, kivi4, kivi2"
+    parser.add_argument("--store", metavar="NAME", help=f"number format of the cache: {names} (default: dense)")
+    parser.add_argument("--key-store", metavar="NAME", help="of keys (default: --store)")
+    parser.add_argument("--value-store", metavar="NAME", help="of values (default: --store)")
+    parser.add_argument("--low-store", metavar="NAME", help="of mikv's unimportant tokens (default: int2)")
+    add_kernels_flag(parser, "what reads the cache")
+
+
+def add_kernels_flag(parser: Any, what: str, default: str | None = None) -> None:
+    """The flag for kernels; `parser` may be a group of one."""
+    help_ = f"{what}; auto = the platform's kernel (default: xla)"
+    parser.add_argument("--kernels", choices=KERNELS, default=default, help=help_)
+
+
+def check_numbers(args: argparse.Namespace, **most: int) -> None:
+    """Raise `InputError` for a number that is not from 1 to the most of its flag; None is none."""
+    for name, largest in most.items():
+        number = getattr(args, name)
+        if number is not None and not 1 <= number <= largest:
+            raise InputError(f"--{name.replace('_', '-')} {number} is not a whole number from 1 to {largest}")
+
+
+def stores(args: argparse.Namespace) -> dict[str, str]:
+    """The flags for number formats and kernels as arguments of a method."""
+    found = {} if args.store is None else {"store": args.store}
+    if args.kernels is not None:
+        found["kernels"] = args.kernels
+    if args.key_store is not None or args.value_store is not None:
+        both = args.store or "dense"
+        if "/" in both or both.startswith("kivi"):
+            raise InputError(f"--store {both} says what keys and values are: leave --key-store and --value-store out")
+        found["store"] = f"{args.key_store or both}/{args.value_store or both}"
+    return found if args.low_store is None else found | {"low_store": args.low_store}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options of a TOML file."""
+    config = read_toml(path)
+    if not isinstance(config.get("arguments", {}), dict):
+        raise InputError(f"{path}: 'arguments' is a table: write [arguments] and one line per argument")
+    return config
+
+
+def config_flags(
+    path: Path, config: dict[str, Any], parser: argparse.ArgumentParser, given: argparse.Namespace
+) -> list[str]:
+    """A config's options as flags, to be put before the given ones, so that the parser checks them.
+
+    Args:
+      path: where they come from, for errors.
+      config: long flag names with underscores and their values.
+      parser: knows the flags.
+      given: what the command line says; a repeatable flag that is given replaces the config's.
+    """
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config", "set")}
+    flags: list[str] = []
+    for key, value in config.items():
+        if any("\0" in item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)):
+            raise InputError(f"{path}: {key} has a null character, which no name of a file and no text has")
+        if key not in actions:
+            raise InputError(f"{path}: unknown option {key!r}: choose from {', '.join(sorted(actions))}")
+        flag, kind = actions[key].option_strings[-1], type(actions[key]).__name__
+        if kind == "_StoreTrueAction":
+            if not isinstance(value, bool):
+                raise InputError(f"{path}: {key} = {value!r} is not true or false")
+            flags += [flag] * value
+        elif kind == "BooleanOptionalAction":
+            if not isinstance(value, bool):
+                raise InputError(f"{path}: {key} = {value!r} is not true or false")
+            flags.append(flag if (flag.startswith("--no-") != value) else actions[key].option_strings[0])
+        elif kind in ("_AppendAction", "_ExtendAction"):
+            items = str if actions[key].type is None else str | int | float
+            if not isinstance(value, list) or not all(isinstance(item, items) for item in value):
+                raise InputError(
+                    f"{path}: {key} = {value!r} is not a list of {'strings' if items is str else 'numbers'}"
+                )
+            flags += [] if getattr(given, key) else [f"{flag}={item}" for item in value]
+        elif isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise InputError(f"{path}: {key} = {value!r} is not a string or a number")
+        else:
+            flags.append(f"{flag}={value}")
+    return flags
+
+
+def read_settings(pairs: list[str]) -> dict[str, str]:
+    """`--set key=value` flags as a dict."""
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {pair!r} is not key=value")
+        settings[key] = value
+    return settings
+
+
+def add_mesh_flag(parser: Any) -> None:
+    """The flag for more devices than one."""
+    parser.add_argument(
+        "--mesh", metavar="data=2,model=4", help="split sequences over data, weights and heads over model devices"
+    )
+
+
+def add_distributed_flag(parser: Any) -> None:
+    """The flag for several processes."""
+    parser.add_argument(
+        "--distributed", nargs="?", const="", metavar="HOST:PORT,COUNT,INDEX",
+        help="one of several processes, each with devices of its own: where the first listens, how many they are,"
+        " which this is (default: what the cluster says)",
+    )  # fmt: skip
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Join the other processes, if there are any; only the first one prints."""
+    if args.distributed is None:
+        return
+    settings: dict[str, Any] = {}
+    if args.distributed:
+        found = re.fullmatch(r"(.+:\d{1,5}),(\d{1,6}),(\d{1,6})", args.distributed)
+        if found is None or not int(found[3]) < int(found[2]):
+            raise InputError(f"--distributed {args.distributed!r} is not HOST:PORT,COUNT,INDEX, INDEX from 0")
+        settings = dict(coordinator_address=found[1], num_processes=int(found[2]), process_id=int(found[3]))
+    try:
+        jax.distributed.initialize(**settings, heartbeat_timeout_seconds=HEARTBEAT)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--distributed: {str(error).splitlines()[0]}") from None
+    ours = os.devnull if jax.process_index() else os.dup(1)
+    os.dup2(2, 1)  # libraries announce their connections on standard output
+    sys.stdout = open(ours, "w")
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk, so that the second run starts at once.
+
+    They go to `$JAX_COMPILATION_CACHE_DIR`, or to `kvjax/` in the user's cache folder.
+    """
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if folder is None:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = str(Path(base) / "kvjax" / "compiled")
+        jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    interrupts.doubt(Path(folder))

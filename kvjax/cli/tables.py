@@ -1,0 +1,102 @@
+"""Tables and JSON about what was generated and what it cost."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Column, Table
+
+from kvjax.generation.model import Model
+from kvjax.generation.results import Generation
+from kvjax.methods import label_of
+from kvjax.policies.base import Recipe
+
+SHARE = "of the full cache (16 bits)"
+
+
+def describe(model: Model, out: Generation, budget: str | int | None) -> dict[str, Any]:
+    """Everything about a generation as plain data."""
+    return {
+        "method": out.recipe.name,
+        "stores": [store.name for store in out.recipe.stores],
+        "sequences": [sequence._asdict() for sequence in out.sequences],
+        "cache": {
+            "bytes": out.bytes._asdict(),
+            "full_bytes": out.full_bytes,
+            "share": out.compared.share,
+            "slots": out.slots,
+            "forced": out.forced,
+            "device_bytes": out.device_bytes,
+        },
+        "timing": out.timing._asdict(),
+        "model": model.name,
+        "stop": {"ids": list(model.stop), "source": model.stop_source or None},
+        "dtype": jnp.dtype(model.decoder.dtype).name,
+        "budget": int(budget) if isinstance(budget, str) and budget.isdecimal() else budget,
+    }
+
+
+def heading(recipe: Recipe, budget: str | int | None) -> str:
+    """A generation's name in a table: method, budget, and the stores that are not dense."""
+    stores = [store.name for store in recipe.stores]
+    parts = [label_of(recipe.name), budget, f"({'; '.join(stores)})" if set(stores) != {"dense"} else None]
+    return " ".join(str(part) for part in parts if part is not None)
+
+
+def summary(outs: Sequence[Generation], names: Sequence[str]) -> Table:
+    """One column per generation: tokens, bytes by part, times."""
+    table = Table("", *(Column(name, justify="right") for name in names))
+    count = lambda numbers: f"{sum(numbers):,}"
+    rows = {
+        "prompt tokens": [count(s.prompt_tokens for s in out.sequences) for out in outs],
+        "generated tokens": [count(len(s.tokens) for s in out.sequences) for out in outs],
+        "kept slots": [f"{kept_fraction(out):.1%}" for out in outs],
+        "cache bytes": [f"{out.bytes.total:,}" for out in outs],
+    }
+    if any(out.device_bytes != out.bytes.total for out in outs):
+        rows["  on each device"] = [f"{out.device_bytes:,}" for out in outs]
+    for part in ("payload", "scales", "statistics", "tables", "slack"):
+        rows[f"  {part}"] = [f"{getattr(out.bytes, part):,}" for out in outs]
+    rows |= {
+        "full cache bytes": [f"{out.full_bytes:,}" for out in outs],
+        SHARE: [f"{out.compared.share:.1%}" for out in outs],
+        "prefill (s)": [f"{out.timing.prefill_s:.2f}" for out in outs],
+        "decode (tokens/s)": [f"{out.timing.decode_tokens_per_s:.1f}" for out in outs],
+        "compilation (s)": [f"{out.timing.compile_s:.2f}" for out in outs],
+    }
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    lines = [line for out in outs if (line := shortage(out))]
+    table.caption = "\n".join(lines) or None
+    return table
+
+
+def shortage(out: Generation) -> str | None:
+    """What to say when a cache was too small for what the model wanted to keep."""
+    if not out.forced:
+        return None
+    filled = sum(int(jnp.sum(tier.length)) for tiers in out.cache for tier in tiers)
+    return (
+        f"{out.recipe.name}: {out.forced:,} of {out.forced + filled:,} slots that the model asked for were refused:"
+        " the cache was full; give --set capacity=..."
+    )
+
+
+def kept_fraction(out: Generation) -> float:
+    """Filled slots over the slots that a full cache would have filled."""
+    return sum(map(sum, out.slots)) / sum(map(sum, out.full_slots))
+
+
+def list_factories(console: Console, factories: Mapping[str, Callable], kind: str, what: str) -> None:
+    """A table of methods or tasks, their arguments with defaults, and where they come from."""
+    table = Table(show_lines=True)
+    for column in (kind, what, "arguments (--set)", "source"):
+        table.add_column(column)
+    for name, factory in factories.items():
+        doc = inspect.getdoc(factory) or ""
+        arguments = [f"{key}={parameter.default}" for key, parameter in inspect.signature(factory).parameters.items()]
+        source = next((line.removeprefix("Source: ") for line in doc.splitlines() if line.startswith("Source:")), "")
+        table.add_row(name, doc.splitlines()[0], "\n".join(arguments), source)
+    console.print(table)

@@ -1,0 +1,329 @@
+"""One decode step, given tokens, the decode loop: the compiled programs that read a cache, and use it up.
+
+They are written for one device and run on as many as the weights lie on; see `kvjax.parallel.mesh`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from kvjax.attention.decode import Read, decode_attention, spread
+from kvjax.cache import sharding
+from kvjax.cache import tier as tiers_
+from kvjax.cache.layout import Cache, Tiers, layer_groups, locate
+from kvjax.errors import InputError
+from kvjax.generation import sampling
+from kvjax.models import gate as gates
+from kvjax.models import rope
+from kvjax.models.decoder import Decoder, Layer
+from kvjax.parallel import mesh
+from kvjax.parallel.collectives import DATA, add, gather
+from kvjax.parallel.mesh import EVERYWHERE, SEQUENCES, STEPS
+from kvjax.policies.base import Recipe
+from kvjax.policies.layers import layer_recipe, rotates_at_read
+from kvjax.spec import ModelSpec, PyTree, RopeSpec, Token
+from pallas_kernels.rotation import Rotation
+
+ENDED, NOT_FINITE = -1, -2  # in place of a token: the sequence had stopped; its logits are not finite
+Measure = Callable[[Decoder, Float[Array, "B D"], PyTree], PyTree]
+
+
+def _decode_layer(
+    layer: Layer,
+    recipe: Recipe,
+    spec: ModelSpec,
+    index: int,
+    x: Float[Array, "B D"],
+    tiers: Tiers,
+    pos: Array,
+    active: Array,
+) -> tuple[Float[Array, "B D"], Tiers]:
+    """One layer for one token: insert, attend, observe."""
+    recipe = layer_recipe(spec, recipe, index)
+    policy, rotary, window = recipe.policy, spec.rotary(index), spec.window(index)
+    heads = spec.num_kv_heads // spec.num_rows
+    q, key, value, gate = layer.project(x)  # B N H, B K R
+    q, k = q.reshape(*key.shape[:2], -1, spec.head_dim), layer.keys(key)
+    here = pos[:, None, None]
+    at_read = rotates_at_read(spec, recipe)
+    own = rope.rotation(rotary, spec.head_dim, pos[:, None] + 1)
+    turn = tuple(angle[:, :, 0] for angle in own.angles(here))  # B 1 H/2
+    if not at_read:
+        key = rope.rotate(k, *turn)
+    token = Token(q, k, key, value, pos, active, window, gate, turn)
+    tiers = policy.insert(tiers, token)
+    length = functools.reduce(jnp.add, (tier.length for tier in tiers))
+
+    place = lambda at: at if recipe.positions is None else recipe.positions(at, pos, length)
+    query_place = place(jnp.broadcast_to(here, (*key.shape[:2], 1)))
+    rotation = (
+        own
+        if recipe.positions is None
+        else _in_cache(spec.head_dim, rotary, sum(tier.capacity for tier in tiers), length)
+    )
+    query = gates.silence(spec.gate, rope.rotate(q, *rotation.angles(query_place)), 1)
+    mean, probs = decode_attention(
+        spread(query, heads),
+        tiers,
+        recipe.stores,
+        Read(
+            scale=spec.scale,
+            cap=spec.score_cap,
+            after=None if window is None else jnp.broadcast_to(_before(query_place, window), key.shape[:2]),
+            place=None if recipe.positions is None else place,
+            expand=layer.expand(rotation) if at_read else None,
+            select=None if recipe.select is None else functools.partial(recipe.select, pos=pos),
+            kernels=recipe.kernels,
+        ),
+        with_probabilities=policy.observe is not None,
+    )
+    if policy.observe is not None:
+        tiers = policy.observe(tiers, token, probs)
+    out = layer.heads(mean.astype(x.dtype))
+    return layer.finish(x, out.reshape(x.shape[0], spec.num_heads, spec.head_dim)), tiers
+
+
+def _before(place: Int[Array, "B K one"], window: int) -> Int[Array, "B K"]:
+    """The last place that a query cannot read through a sliding window, -1 = that of slots that nobody reads yet."""
+    return jnp.maximum(place[..., 0] - window, -1)
+
+
+def _in_cache(head_dim: int, rotary: RopeSpec, capacity: int, length: Int[Array, "B K"]) -> Rotation:
+    """How queries and keys turn at places in the cache.
+
+    They are below its capacity: a table, which equal layers and all steps share, saves a sine and a cosine per number.
+    """
+    if rotary.follows_length:  # as long as the cache is
+        return rope.rotation(rotary, head_dim, length)
+    size = jnp.full((1, 1), capacity)
+    table = rope.angles(rotary, head_dim, jnp.arange(capacity), size[0, 0])
+    return rope.rotation(rotary, head_dim, size)._replace(table=table)
+
+
+def decode_step(
+    model: Decoder,
+    recipe: Recipe,
+    cache: Cache,
+    token: Int[Array, " B"],
+    pos: Int[Array, " B"],
+    active: Bool[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Logits after one more token of each sequence, and the cache with that token in it.
+
+    A pure function for those who write their own loop; call it inside `jit` and donate the cache.
+
+    Args:
+      model: the decoder.
+      recipe: the method.
+      cache: from `prefill` or an earlier step.
+      token: the token to read.
+      pos: its position.
+      active: False where a sequence has ended: its cache stays as it is; None = all active.
+
+    The cache has room for the `lengths.new` tokens that `init_cache` was told of; methods that append drop what comes
+    after them. A model whose rotary frequencies change with length (`longrope`) must not be taken across that length
+    either: keys that are cached after rotation keep the frequencies of their prompt, and logits would be wrong. The
+    position is data, so that nothing here can refuse it; `init_cache` refuses to make room for it.
+
+    >>> import jax, jax.numpy as jnp, kvjax
+    >>> model, recipe = kvjax.load().decoder, kvjax.methods.full()
+    >>> prompt, length = jnp.ones((1, 64), jnp.int32), jnp.asarray([3], jnp.int32)
+    >>> cache = kvjax.init_cache(model, recipe, kvjax.Lengths(prompt=(3,), new=2, padded=64))
+    >>> logits, cache = kvjax.prefill(model, recipe, prompt, length, cache)
+    >>> step = jax.jit(kvjax.decode_step, static_argnames="recipe", donate_argnames="cache")
+    >>> logits, cache = step(model, recipe, cache, logits.argmax(-1).astype(jnp.int32), length)
+    >>> int(cache[0][0].length[0, 0, 0])
+    4
+    """
+    active = jnp.ones(token.shape, bool) if active is None else active
+    if cache[0][0].num_free.shape[0] > 1 and mesh.of(model) is None and mesh.in_force() is None:
+        raise InputError("the cache lies on a mesh: run the step under jax.set_mesh(model.mesh)")
+    with mesh.on(mesh.of(model)):
+        return _step(model, cache, token, pos, active, recipe=recipe)
+
+
+@mesh.spread(
+    (mesh.weights, sharding.cache, SEQUENCES, SEQUENCES, SEQUENCES), lambda model, cache, *_: (SEQUENCES, cache)
+)
+def _step(
+    model: Decoder, cache: Cache, token: Int[Array, " B"], pos: Int[Array, " B"], active: Array, *, recipe: Recipe
+) -> tuple[Float[Array, "B V"], Cache]:
+    x, cache = _read_token(model, recipe, cache, token, pos, active)
+    return model.logits(x), cache
+
+
+def _read_token(
+    model: Decoder, recipe: Recipe, cache: Cache, token: Int[Array, " B"], pos: Int[Array, " B"], active: Array
+) -> tuple[Float[Array, "B D"], Cache]:
+    """The last layer's output for one more token of each sequence, and the cache with that token in it."""
+    spec, groups = model.spec, layer_groups(model.spec)
+    x = model.embed(token)
+    own = [layer_recipe(spec, recipe, group.index[0]) for group in groups]
+    filled = [part.policy.reserve(tiers, active) for part, tiers in zip(own, cache, strict=True)]
+    for index, layer in enumerate(model.layers):
+        group, place = locate(groups, index)
+        olds = tuple(tiers_.layer(t, place) for t in filled[group])
+        x, views = _decode_layer(layer, recipe, spec, index, x, olds, pos, active)
+        filled[group] = tuple(
+            tiers_.with_layer(t, place, old, new) for t, old, new in zip(filled[group], olds, views, strict=True)
+        )
+    return x, tuple(filled)
+
+
+@mesh.program(
+    (mesh.weights, sharding.cache, *(SEQUENCES,) * 4, STEPS),
+    lambda model, cache, *_: (SEQUENCES, cache, STEPS),
+    static=("recipe", "measure"),
+    donate=(1,),
+)
+def feed(
+    model: Decoder,
+    cache: Cache,
+    logits: Float[Array, "B V"],
+    tokens: Int[Array, "B Q"],
+    length: Int[Array, " B"],
+    count: Int[Array, " B"],
+    given: PyTree,
+    *,
+    recipe: Recipe,
+    measure: Measure | None = None,
+) -> tuple[Float[Array, "B V"], Cache, PyTree]:
+    """Read given tokens one after the other through the compressed cache: a question, a text to be scored.
+
+    Args:
+      model: the decoder.
+      cache: from `prefill` or an earlier call; consumed.
+      logits: after the token before the first one.
+      tokens: the tokens, padded on the right.
+      length: position of the first one.
+      count: how many are not padding; may be 0.
+      given: arrays `[Q ...]`, one entry for each step's `measure`.
+      recipe, measure: static; `(model, last layer's output [B D], entry of given) -> arrays` is collected every step.
+
+    Returns:
+      Logits after each sequence's last token, the cache, and what was measured, `[Q ...]`.
+    """
+
+    def step(carry: tuple[Cache, Array], inputs: tuple[Array, Array, PyTree]) -> tuple[tuple[Cache, Array], PyTree]:
+        (cache, last), (i, token, entry) = carry, inputs
+        x, cache = _read_token(model, recipe, cache, token, length + i, i < count)
+        measured = () if measure is None else measure(model, x, entry)
+        return (cache, jnp.where((i == count - 1)[:, None], x, last)), measured
+
+    last = jnp.zeros((tokens.shape[0], model.spec.embed_dim), model.dtype)
+    steps = (jnp.arange(tokens.shape[1]), tokens.T, given)
+    (cache, last), measured = jax.lax.scan(step, (cache, last), steps)
+    return jnp.where((count > 0)[:, None], model.logits(last), logits), cache, measured
+
+
+class State(NamedTuple):
+    """What the decode loop carries."""
+
+    cache: Cache
+    token: Int[Array, " B"]  # chosen and not yet read
+    pos: Int[Array, " B"]  # its position
+    done: Bool[Array, " B"]  # the sequence has produced a stop token
+    step: Int[Array, ""]  # tokens chosen so far
+    seen: Bool[Array, "B V"] | None  # for the repetition penalty
+
+
+def first_token(
+    logits: Float[Array, "B V"],
+    cache: Cache,
+    length: Int[Array, " B"],
+    chooser: sampling.Chooser,
+    stop: Int[Array, " E"],
+    seen: Bool[Array, "B V"] | None,
+    *,
+    mode: sampling.Mode,
+) -> State:
+    """The loop's state after prefill, with the first token chosen; `NOT_FINITE` as in `decode_loop`."""
+    # The cache stays outside: what goes through jit without donation is copied.
+    return State(cache, *_first_token(logits, length, chooser, stop, seen, mode=mode))
+
+
+@functools.partial(jax.jit, static_argnames=("mode",))
+def _first_token(logits, length, chooser, stop, seen, *, mode):
+    step = jnp.zeros((), jnp.int32)
+    token = sampling.choose(logits, chooser, step, mode=mode, seen=seen)
+    shown = jnp.where(_finite(logits), token, NOT_FINITE)
+    return shown, length, jnp.isin(token, stop), step + 1, _mark(seen, token)
+
+
+def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
+    return jnp.isfinite(logits).all(axis=-1)
+
+
+def _parts_of_state(state: State) -> State:
+    each = dict.fromkeys(("token", "pos", "done", "seen"), SEQUENCES)
+    return State(cache=sharding.cache(state.cache), step=EVERYWHERE, **each)  # pyright: ignore[reportArgumentType]
+
+
+def _parts_of_chooser(chooser: sampling.Chooser) -> sampling.Chooser:
+    each = dict.fromkeys(chooser._fields, EVERYWHERE)
+    return sampling.Chooser(**(each | {"key": SEQUENCES}))  # pyright: ignore[reportArgumentType]
+
+
+@mesh.program(
+    (mesh.weights, _parts_of_state, _parts_of_chooser, EVERYWHERE, EVERYWHERE),
+    lambda model, state, *_: (state, EVERYWHERE),
+    static=("recipe", "mode", "chunk"),
+    donate=(1,),
+)
+def decode_loop(
+    model: Decoder,
+    state: State,
+    chooser: sampling.Chooser,
+    stop: Int[Array, " E"],
+    limit: Int[Array, ""],
+    *,
+    recipe: Recipe,
+    mode: sampling.Mode,
+    chunk: int,
+) -> tuple[State, Int[Array, "B chunk"]]:
+    """Generate up to `chunk` tokens per sequence, fewer when `limit` tokens are chosen or all sequences have stopped.
+
+    Args:
+      model: the decoder.
+      state: from `first_token` or an earlier call; consumed.
+      chooser: sampling parameters.
+      stop: ids that end a sequence.
+      limit: stop when this many tokens have been chosen in all.
+      recipe, mode: static.
+      chunk: size of the result, static.
+
+    Returns:
+      The new state and the chosen tokens; `ENDED` where a sequence had stopped, `NOT_FINITE` where it stops because its
+      logits are not numbers to choose by.
+    """
+
+    running = lambda state: add(jnp.sum(~state.done, dtype=jnp.int32), DATA) > 0  # on any device
+
+    def body(carry: tuple[State, Array, Array, Array]) -> tuple[State, Array, Array, Array]:
+        state, out, i, _ = carry
+        logits, cache = decode_step(model, recipe, state.cache, state.token, state.pos, ~state.done)
+        token = sampling.choose(logits, chooser, state.step, mode=mode, seen=state.seen)
+        finite = _finite(logits)
+        out = out.at[:, i].set(jnp.where(state.done, ENDED, jnp.where(finite, token, NOT_FINITE)))
+        done = state.done | ~finite | jnp.isin(token, stop)
+        pos = state.pos + jnp.where(state.done, 0, 1)
+        token = jnp.where(state.done, state.token, token)
+        state = State(cache, token, pos, done, state.step + 1, _mark(state.seen, token))
+        return state, out, i + 1, running(state)
+
+    def more(carry: tuple[State, Array, Array, Array]) -> Array:
+        state, _, i, running = carry
+        return (i < chunk) & (state.step < limit) & running
+
+    out = jnp.full((state.token.shape[0], chunk), ENDED, jnp.int32)
+    state, out, *_ = jax.lax.while_loop(more, body, (state, out, jnp.zeros((), jnp.int32), running(state)))
+    return state, gather(out, 0, DATA)
+
+
+def _mark(seen: Bool[Array, "B V"] | None, token: Int[Array, " B"]) -> Bool[Array, "B V"] | None:
+    return None if seen is None else seen.at[jnp.arange(token.shape[0]), token].set(True)

@@ -1,0 +1,240 @@
+"""Text in, text out: the library's main function and what it reports."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from kvjax.attention import dispatch
+from kvjax.cache import layout, pages
+from kvjax.cache.layout import Cache
+from kvjax.cache.pages import LARGEST
+from kvjax.errors import InputError
+from kvjax.generation import decode, prefill
+from kvjax.generation import sampling as choosing
+from kvjax.generation.accounting import cache_bytes, compare, full_bytes, full_slots, kept_slots
+from kvjax.generation.allocate import allocate, check_turn, init_cache
+from kvjax.generation.model import Model, Texts, encode_continuation, encode_prompt, not_finite
+from kvjax.generation.results import Continuation, Generation, Timing
+from kvjax.generation.sampling import Sampling
+from kvjax.generation.timing import Stopwatch
+from kvjax.parallel import mesh as meshes
+from kvjax.parallel.collectives import DATA
+from kvjax.parallel.mesh import EVERYWHERE, SEQUENCES
+from kvjax.policies import gate_capacity
+from kvjax.policies.base import Recipe
+from kvjax.spec import Lengths, ModelSpec, PyTree
+
+CHUNK = 16  # tokens per call of the compiled loop: text appears in pieces of this many tokens
+
+
+def generate(
+    model: Model,
+    prompts: Texts,
+    recipe: Recipe,
+    *,
+    questions: Texts | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    on_token: Callable[[int, int], None] | None,
+    prefill_chunk: int,
+) -> Generation:
+    """`Model.generate` with everything said."""
+    for name, given in {"prompts": prompts, "questions": questions}.items():
+        if isinstance(given, str):
+            raise InputError(f"{name} is one text: give a list of {name}")
+    if not isinstance(sampling, Sampling):
+        raise InputError(f"sampling {sampling!r} is not a kvjax.Sampling")
+    ids = [encode_prompt(model, prompt) for prompt in prompts]
+    after = [[] for _ in ids] if questions is None else [encode_continuation(model, question) for question in questions]
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= LARGEST:
+        raise InputError(f"max-new-tokens {max_new_tokens} is not a whole number from 1 to {LARGEST}")
+    check_prompts(model.spec, ids, after)
+    for prompt, question in zip(ids, after, strict=True):
+        _check_new(model.spec, recipe, len(prompt), len(question), max_new_tokens)
+        check_turn(model.spec, recipe, len(prompt), len(prompt) + len(question) + max_new_tokens - 1)
+    sampling.check()
+    dispatch.check(recipe.kernels)
+    count, (ids, after) = len(ids), even(model, ids, after)
+    whole = [prompt + question for prompt, question in zip(ids, after, strict=True)]
+    with Stopwatch() as watch:
+        logits, cache = read_prompts(model, recipe, ids, max_new_tokens + max(map(len, after)), prefill_chunk)
+        answer, cache, _ = read_continuations(model, recipe, logits, cache, ids, after)
+        jax.block_until_ready((answer, cache))
+        prefill_s = watch.lap()
+        cache, chosen = _decode(model, recipe, whole, count, max_new_tokens, answer, cache, sampling, on_token)
+        decode_s = watch.lap()
+    whole = whole[:count]
+    lengths = [len(prompt) + max_new_tokens for prompt in whole]
+    decoded = sum(len(new) - 1 for new in chosen)  # the first token comes from prefill
+    return Generation(
+        sequences=[_sequence(model, prompt, new) for prompt, new in zip(whole, chosen, strict=True)],
+        bytes=cache_bytes(cache),
+        full_bytes=full_bytes(model, lengths),
+        compared=compare(model, cache, lengths),
+        slots=kept_slots(model.spec, recipe, cache)[:count],
+        full_slots=[full_slots(model.spec, len(p) + len(new) - 1) for p, new in zip(whole, chosen, strict=True)],
+        timing=Timing(prefill_s, decode_s, decoded / decode_s if decoded else 0.0, watch.compile_s),
+        logits=meshes.read(answer)[:count],
+        cache=cache,
+        recipe=recipe,
+        forced=gate_capacity.forced(cache),
+    )
+
+
+def cached_positions(model: Model, generation: Generation, tier: int | None = None) -> np.ndarray:
+    """Positions of the kept tokens, `[B L K S]`, -1 = empty; the slots of several tiers stand side by side.
+
+    Args:
+      model: what generated.
+      generation: whose cache it is.
+      tier: one tier only, an index into the recipe's `stores`.
+    """
+    layers: list[np.ndarray] = [np.zeros(0)] * model.spec.num_layers
+    for group, tiers in zip(layout.layer_groups(model.spec), generation.cache, strict=True):
+        for place, layer in enumerate(group.index):
+            chosen = tiers if tier is None else tiers[tier : tier + 1]
+            rows = [meshes.read(layout.positions(each, place)) for each in chosen]
+            rows = rows or [np.zeros((*meshes.read(tiers[0].length).shape[1:], 0), np.int32)]
+            layers[layer] = np.concatenate(rows, axis=-1)[: len(generation.sequences)]
+    widest = max(layer.shape[-1] for layer in layers)
+    padded = [np.pad(x, ((0, 0), (0, 0), (0, widest - x.shape[-1])), constant_values=-1) for x in layers]
+    return np.stack(padded, axis=1)
+
+
+def check_recipe(model: Model, recipe: Recipe) -> None:
+    """Raise `InputError` for a recipe that cannot keep this model's vectors, without allocating anything."""
+    dispatch.check(recipe.kernels)
+    each = meshes.shape_of(model.decoder)[DATA]
+    jax.eval_shape(lambda: init_cache(model.decoder, recipe, Lengths((1,) * each, 1, 64)))
+
+
+def check_prompts(spec: ModelSpec, ids: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> None:
+    """Raise `InputError` for prompts, and what follows them, that cannot be read."""
+    if not ids:
+        raise InputError("there is no prompt")
+    if len(after) != len(ids):
+        raise InputError(f"{len(after)} texts follow {len(ids)} prompts: give one for each")
+    for prompt, text in zip(ids, after, strict=True):
+        if not prompt:
+            raise InputError("the prompt is empty")
+        for i in (*prompt, *text):
+            if not 0 <= i < spec.vocab_size:
+                raise InputError(f"token id {i} is not in the vocabulary (0 to {spec.vocab_size - 1})")
+        if len(prompt) + len(text) > spec.max_position:
+            raise InputError(
+                f"the prompt has {len(prompt) + len(text)} tokens, the context limit is {spec.max_position}"
+            )
+
+
+def _check_new(spec: ModelSpec, recipe: Recipe, prompt: int, question: int, new: int) -> None:
+    """Raise `InputError` for more tokens than can be generated after a prompt and a question of these lengths."""
+    length = prompt + question
+    reach = length + new
+    if recipe.positions is not None and recipe.budget is not None:  # places in the cache, not positions
+        extra = 0 if recipe.budget.room is None else int(recipe.budget.room(prompt))
+        reach = min(reach, int(recipe.budget.slots(0, spec.num_layers, prompt)) + extra)
+    if reach > spec.max_position:
+        raise InputError(
+            f"prompt ({length} tokens) and max-new-tokens ({new}) pass the context limit"
+            f" ({spec.max_position}): ask for at most {spec.max_position - length} new tokens"
+        )
+
+
+def read_prompts(
+    model: Model, recipe: Recipe, ids: Sequence[Sequence[int]], new: int, chunk: int = prefill.CHUNK
+) -> tuple[jax.Array, Cache]:
+    """Logits after each prompt and a cache with room for `new` more tokens."""
+    lengths = Lengths(tuple(map(len, ids)), new, prefill.padded_length(max(map(len, ids))))
+    cache = allocate(model.decoder, recipe, lengths)
+    length = np.asarray(lengths.prompt, np.int32)
+    tokens, length = (meshes.place(model.mesh, SEQUENCES, x) for x in (_padded(ids, lengths.padded), length))
+    return prefill.prefill(model.decoder, recipe, tokens, length, cache, chunk)
+
+
+def read_continuations(
+    model: Model,
+    recipe: Recipe,
+    logits: jax.Array,
+    cache: Cache,
+    ids: Sequence[Sequence[int]],
+    after: Sequence[Sequence[int]],
+    given: PyTree = (),
+    measure: decode.Measure | None = None,
+) -> tuple[jax.Array, Cache, PyTree]:
+    """Read what follows the prompts through the cache that `prefill` made; see `decode.feed`."""
+    if measure is None and not any(after):
+        return logits, cache, ()
+    counted = ([len(x) for x in xs] for xs in (ids, after))
+    arrays = (_padded(after, fed_length(after)), *(np.asarray(numbers, np.int32) for numbers in counted))
+    tokens, length, count = (meshes.place(model.mesh, SEQUENCES, x) for x in arrays)
+    return decode.feed(model.decoder, cache, logits, tokens, length, count, given, recipe=recipe, measure=measure)
+
+
+def fed_length(after: Sequence[Sequence[int]]) -> int:
+    """Tokens that continuations are padded to."""
+    return pages.ladder(max(1, *map(len, after)), steps=8, smallest=8)
+
+
+def even(model: Model, *texts: list[list[int]]) -> tuple[list[list[int]], ...]:
+    """Lists of sequences with some of one token added, so that the devices have equally many."""
+    more = -len(texts[0]) % meshes.shape_of(model.decoder)[DATA]
+    return tuple(text + [[0]] * more for text in texts)
+
+
+def _padded(ids: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    tokens = np.zeros((len(ids), width), np.int32)
+    for row, sequence in zip(tokens, ids, strict=True):
+        row[: len(sequence)] = sequence
+    return tokens
+
+
+def _decode(
+    model: Model,
+    recipe: Recipe,
+    ids: list[list[int]],
+    count: int,
+    new: int,
+    logits: jax.Array,
+    cache: Cache,
+    sampling: Sampling,
+    on_token: Callable[[int, int], None] | None,
+) -> tuple[Cache, list[list[int]]]:
+    """Run the compiled loop in chunks until the first `count` sequences have stopped or are long enough."""
+    here = functools.partial(meshes.place, model.mesh)
+    chooser, stop = choosing.chooser(sampling, len(ids)), here(EVERYWHERE, np.asarray(model.stop, np.int32))
+    seen = None
+    if sampling.repetition_penalty != 1:
+        marks = np.zeros((len(ids), model.spec.vocab_size), bool)
+        for row, prompt in zip(marks, ids, strict=True):
+            row[prompt] = True
+        seen = here(SEQUENCES, marks)
+    length = here(SEQUENCES, np.asarray([len(prompt) for prompt in ids], np.int32))
+    limit = here(EVERYWHERE, np.asarray(new, np.int32))
+    state = decode.first_token(logits, cache, length, chooser, stop, seen, mode=sampling.mode)
+    tokens: list[list[int]] = [[] for _ in range(count)]
+
+    def collect(chunk: jax.Array) -> None:
+        for column in meshes.read(chunk)[:count].T:
+            for i, token in enumerate(column):
+                if token == decode.NOT_FINITE:
+                    raise not_finite(model, i)
+                if token != decode.ENDED:
+                    tokens[i].append(int(token))
+                    if on_token is not None:
+                        on_token(i, int(token))
+
+    collect(state.token[:, None])
+    # What has been read back tells when to stop: one transfer per chunk.
+    while any(len(chosen) < new and chosen[-1] not in model.stop for chosen in tokens):
+        state, chunk = decode.decode_loop(
+            model.decoder, state, chooser, stop, limit, recipe=recipe, mode=sampling.mode, chunk=CHUNK
+        )
+        collect(chunk)
+    return state.cache, tokens
+
+
+def _sequence(model: Model, prompt: list[int], new: list[int]) -> Continuation:
+    text = None if model.tokenizer is None else model.tokenizer.decode(new)
+    return Continuation(len(prompt), new, text, "stop" if new[-1] in model.stop else "length")

@@ -1,0 +1,237 @@
+"""A checkpoint as it is used: weights, tokenizer, the ids that end a text."""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from kvjax import checkpoint
+from kvjax.checkpoint import shipped
+from kvjax.errors import InputError
+from kvjax.generation.prefill import CHUNK
+from kvjax.generation.results import Generation, Judgement, Reading
+from kvjax.generation.sampling import Sampling
+from kvjax.methods import resolve
+from kvjax.models.decoder import Decoder
+from kvjax.models.hf_config import Stop, read_generation_config
+from kvjax.models.tokenizer import Tokenizer
+from kvjax.parallel import mesh as meshes
+from kvjax.policies.base import Recipe
+from kvjax.policies.budgets.budget import Keep
+from kvjax.spec import ModelSpec
+
+Texts = Sequence[str] | Sequence[Sequence[int]]  # or token ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded checkpoint: weights, tokenizer (None where there is none), ids that end a text, and who names them."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer | None
+    stop: tuple[int, ...]
+    name: str
+    stop_source: str = ""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Shape and mathematics of the decoder."""
+        return self.decoder.spec
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The devices that the weights are split over; None = one device."""
+        return meshes.of(self.decoder)
+
+    def generate(
+        self,
+        prompts: Texts,
+        method: str | Recipe | None = None,
+        budget: Keep | None = None,
+        *,
+        questions: Texts | None = None,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+        prefill_chunk: int = CHUNK,
+    ) -> Generation:
+        """Generate a continuation of each prompt with a compressed cache.
+
+        Args:
+          prompts: texts, or token ids.
+          method: a name, "snapkv" or with arguments "snapkv+window=16", or a recipe from `kvjax.methods`; None = the
+            full cache, or what a retrofitted model was made for.
+          budget: beside a name: slots per row, 512 or "20%" of the prompt; None = the method's default.
+          questions: what follows each prompt, texts or token ids, "" = nothing; read token by token after the prompt
+            has been compressed, so that the method cannot know what will be asked.
+          max_new_tokens: most tokens to generate for each prompt.
+          sampling: how tokens are chosen; None = greedy.
+          on_token: called as `(sequence, token)` as tokens appear.
+          prefill_chunk: tokens of a device's prompts that a layer reads at once, but for attention; fewer need less
+            memory.
+
+        Raises:
+          InputError: what is given cannot be used, in one line.
+
+        >>> import kvjax
+        >>> out = kvjax.load().generate([[1, 2, 3]], "h2o", 16, max_new_tokens=4)
+        >>> len(out.sequences[0].tokens) <= 4
+        True
+        """
+        from kvjax.generation.generate import generate
+
+        return generate(
+            self,
+            prompts,
+            resolve(self.spec, method, budget),
+            questions=questions,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or Sampling(),
+            on_token=on_token,
+            prefill_chunk=prefill_chunk,
+        )
+
+    def log_likelihood(
+        self,
+        prompts: Texts,
+        continuations: Texts,
+        method: str | Recipe | None = None,
+        budget: Keep | None = None,
+    ) -> tuple[list[Judgement], Reading]:
+        """Log-probability of each token of a continuation, and what reading it cost.
+
+        Args:
+          prompts: texts, or token ids.
+          continuations: one for each prompt; at least one token.
+          method, budget: as in `generate`.
+
+        >>> import kvjax
+        >>> judged, _ = kvjax.load().log_likelihood([[1, 2, 3]], [[4, 5]])
+        >>> judged[0].logprobs.shape
+        (2,)
+        """
+        from kvjax.generation.scoring import log_likelihood
+
+        return log_likelihood(self, prompts, continuations, resolve(self.spec, method, budget))
+
+    def references(self, prompts: Texts, continuations: Texts) -> np.ndarray:
+        """The last layer's outputs for a continuation's tokens with the full cache, `[Q B D]`: for `divergence`."""
+        from kvjax.generation.scoring import references
+
+        return references(self, prompts, continuations)
+
+    def divergence(
+        self,
+        prompts: Texts,
+        continuations: Texts,
+        method: str | Recipe | None = None,
+        budget: Keep | None = None,
+        *,
+        reference: np.ndarray | None = None,
+    ) -> tuple[list[np.ndarray], Reading]:
+        """KL divergence of the next-token distribution from the full cache's, after each token of a continuation.
+
+        Args:
+          prompts, continuations, method, budget: as in `log_likelihood`.
+          reference: from `references` for the same texts, of this model or of one with the same norm and head; None =
+            of this one.
+
+        Returns:
+          Per continuation `sum_v p(v) log(p(v) / q(v))` [nats], p with the reference and q with the method's, `[q]`;
+          and what reading it cost.
+        """
+        from kvjax.generation.scoring import divergence, references
+
+        reference = references(self, prompts, continuations) if reference is None else reference
+        return divergence(self, prompts, continuations, resolve(self.spec, method, budget), reference)
+
+
+def load(
+    name: str | Path | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    ignore_config: Sequence[str] = (),
+    mesh: str | None = None,
+) -> Model:
+    """Load a checkpoint.
+
+    Args:
+      name: a Hugging Face directory, an Orbax directory made by `kvjax.convert`, a hub id, or a shipped checkpoint:
+        `demo` (None as well) or `demo-dmc`.
+      dtype: of weights, activations and cache; None = float32 on CPU, bfloat16 elsewhere.
+      ignore_config: config fields that may be ignored although kvjax does not know them.
+      mesh: "data=2,model=4" takes 2 times 4 devices: sequences are split over 2, weights and key/value heads over 4.
+        What is computed with the model runs on them. None = one device.
+
+    >>> import kvjax
+    >>> model = kvjax.load()
+    >>> model.spec.num_kv_heads
+    2
+    """
+    return load_from(name, dtype=dtype, ignore_config=ignore_config, mesh=mesh)[0]
+
+
+def load_from(
+    name: str | Path | None,
+    *,
+    dtype: DTypeLike | None = None,
+    ignore_config: Sequence[str] = (),
+    mesh: str | None = None,
+) -> tuple[Model, Path]:
+    """Like `load`, and the directory that the checkpoint's files are in."""
+    size = None if mesh is None else meshes.parse(mesh)
+    decoder, directory = checkpoint.load_model(str(shipped.find(name)), dtype, ignore_config, size)
+    label = "demo" if name is None else str(name)
+    tokenizer = Tokenizer.load(directory)
+    stop = find_stop(directory, decoder.spec.vocab_size, tokenizer)
+    return Model(decoder, tokenizer, stop.ids, label, stop.source), directory
+
+
+def find_stop(directory: Path, vocab_size: int, tokenizer: Tokenizer | None) -> Stop:
+    """The ids that end a text: of generation_config.json, else of config.json, else of tokenizer_config.json."""
+    stop = read_generation_config(directory, vocab_size)
+    end = None if tokenizer is None else tokenizer.end
+    if stop.ids or end is None:
+        return stop
+    if end >= vocab_size:
+        raise InputError(
+            f"{directory / 'tokenizer_config.json'}: eos_token has the id {end}, which is not in the vocabulary of the "
+            f"model (0 to {vocab_size - 1}), and no other file names the end of a text: set eos_token_id in config.json"
+        )
+    return Stop((end,), "tokenizer_config.json")
+
+
+def encode_prompt(model: Model, prompt: str | Sequence[int]) -> list[int]:
+    """Token ids of a prompt, with what the tokenizer puts around a text."""
+    if not isinstance(prompt, str):
+        try:
+            return [operator.index(i) for i in prompt]
+        except TypeError:
+            raise InputError(f"prompt {prompt!r} is not a text or a list of token ids") from None
+    if model.tokenizer is None:
+        raise InputError(f"{model.name} has no tokenizer.json: give token ids instead (--prompt-tokens 1,2,3)")
+    if not prompt:
+        raise InputError("the prompt is empty")
+    return model.tokenizer.encode(prompt)
+
+
+def encode_continuation(model: Model, text: str | Sequence[int]) -> list[int]:
+    """Token ids of what follows a prompt."""
+    if isinstance(text, str) and not text:
+        return []
+    if isinstance(text, str) and model.tokenizer is not None:
+        return model.tokenizer.encode(text, special=False)
+    return encode_prompt(model, text)
+
+
+def not_finite(model: Model, i: int) -> InputError:
+    """What is said of a sequence that no token can be chosen for."""
+    return InputError(
+        f"{model.name}: the logits of sequence {i + 1} are not finite: its weights are damaged, or too large for"
+        f" {jnp.dtype(model.decoder.dtype).name}"
+    )

@@ -1,0 +1,316 @@
+"""Prefill: a batch of prompts through the model, each layer's keys and values compressed as soon as it has attended.
+
+Written for one device, and run on as many as the weights lie on; see `kvjax.parallel.mesh`.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from kvjax.attention.prompt import prefill_attention
+from kvjax.cache import pages, sharding
+from kvjax.cache import tier as tiers_
+from kvjax.cache.layout import Cache, Layers, Tiers, layer_groups, layers_with, locate
+from kvjax.cache.pages import LARGEST
+from kvjax.errors import InputError
+from kvjax.models import gate as gates
+from kvjax.models import rope
+from kvjax.models.decoder import Decoder, Layer
+from kvjax.parallel import mesh
+from kvjax.parallel.mesh import EVERYWHERE, LAYERS, ROWS, SEQUENCES
+from kvjax.policies.base import Found, Recipe
+from kvjax.policies.layers import layer_recipe, rotates_at_read
+from kvjax.spec import Gate, ModelSpec, Prompt, PyTree, RopeSpec, readable
+from pallas_kernels.blocks import divisor
+
+CHUNK = 4096  # tokens of a device's prompts that projections and the feed-forward network read at once
+
+
+def padded_length(longest: int) -> int:
+    """Tokens that a prompt is padded to: 8 rungs per power of two, so that a new length rarely recompiles."""
+    return pages.ladder(longest, steps=8, smallest=64)
+
+
+def prefill(
+    model: Decoder,
+    recipe: Recipe,
+    tokens: Int[Array, "B T"],
+    length: Int[Array, " B"],
+    cache: Cache,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Run the prompts and fill the cache. Consumes `cache`: its buffers are reused.
+
+    Layers run one after the other through one compiled function. Each layer's keys and values are compressed as soon as
+    its attention is done, so the peak is one layer's full keys and values.
+
+    Args:
+      model: the decoder.
+      recipe: the method.
+      tokens: prompts, padded on the right; T should come from `padded_length`.
+      length: tokens of each prompt, at least 1.
+      cache: an empty cache from `init_cache`.
+      chunk: tokens of a device's prompts together that projections and the feed-forward network read at once, at most,
+        but one of each at least: fewer need less memory.
+
+    Returns:
+      Logits after each prompt's last token, in float32, and the filled cache.
+
+    Raises:
+      InputError: a chunk below 1.
+
+    >>> import jax.numpy as jnp, kvjax
+    >>> model, recipe = kvjax.load().decoder, kvjax.methods.h2o(budget=8)
+    >>> prompt = jnp.zeros((1, kvjax.padded_length(20)), jnp.int32)  # 20 tokens and padding
+    >>> cache = kvjax.init_cache(model, recipe, kvjax.Lengths(prompt=(20,), new=4, padded=prompt.shape[1]))
+    >>> logits, cache = kvjax.prefill(model, recipe, prompt, jnp.asarray([20], jnp.int32), cache)
+    >>> logits.shape, cache[0][0].length.tolist()
+    ((1, 4096), [[[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]]])
+    """
+    if chunk < 1:
+        raise InputError(f"prefill-chunk {chunk} is not a number of tokens")
+    spec, groups = model.spec, layer_groups(model.spec)
+    x = _embed(model, tokens)
+    filled, allocations = list(cache), _allocations(spec, recipe, groups, length)
+    for index, layer in enumerate(model.layers):
+        group, place = locate(groups, index)
+        peers = layers_with(spec, spec.window(index))
+        x, filled[group], found = _prefill_layer(
+            layer,
+            x,
+            filled[group],
+            length,
+            jnp.asarray(peers.index(index), jnp.int32),
+            jnp.asarray(place, jnp.int32),
+            spec=spec,
+            recipe=layer_recipe(spec, recipe, index),
+            peers=len(peers),
+            window=spec.window(index),
+            rotary=spec.rotary(index),
+            chunk=chunk,
+        )
+        filled = allocations[spec.window(index)].after(filled, found)
+    for g, group in enumerate(groups):
+        own = layer_recipe(spec, recipe, group.index[0])
+        if own.policy.fit is not None:
+            filled[g] = _fit(filled[g], length, own)
+    return _last_logits(model, x, length), tuple(filled)
+
+
+def _allocations(
+    spec: ModelSpec, recipe: Recipe, groups: Sequence[Layers], length: Int[Array, " B"]
+) -> dict[int | None, "_Allocation"]:
+    """One for the layers of each sliding window, None for those without one."""
+    found = {}
+    for window in dict.fromkeys(group.window for group in groups):
+        index, own = layers_with(spec, window), [group for group in groups if group.window == window]
+        places = {group: g for g, group in enumerate(groups)}
+        part = layer_recipe(spec, recipe, index[0])
+        found[window] = _Allocation(
+            index, part, {places[group]: group for group in own}, readable(length, window), spec
+        )
+    return found
+
+
+class _Allocation:
+    """Distributes slots over layers while the layers of a prompt are run; over layers that share a pool of pages.
+
+    Args:
+      index: the layers that share a budget.
+      recipe: the method, as it is in these layers.
+      groups: the groups of the cache that they make.
+      length: tokens that a layer can read of each prompt.
+      spec: the model.
+    """
+
+    def __init__(self, index: Sequence[int], recipe: Recipe, groups: dict[int, Layers], length: Array, spec: ModelSpec):
+        self._index, self._recipe, self._groups, self._length = index, recipe, groups, length
+        self._infos: dict[int, PyTree] = {}
+        self._waiting: dict[int, PyTree] = {}
+        self._held = jnp.full((spec.num_layers, length.shape[0], spec.num_rows), LARGEST, jnp.int32)
+
+    def after(self, cache: list[Tiers], found: Found) -> list[Tiers]:
+        """The cache after one more layer: with the slots redistributed, when the budget wants that now."""
+        budget, done = self._recipe.budget, len(self._infos) + 1
+        if budget is None or budget.allocate is None:
+            return cache
+        newest = self._index[done - 1]
+        self._infos[newest] = found.info
+        self._waiting[newest] = found.waiting
+        if done < len(self._index) and (budget.every is None or done % budget.every):
+            return cache
+        unseen = jax.tree.map(jnp.zeros_like, found.info)  # with it, all updates are one program
+        for g, group in self._groups.items():
+            if not self._waiting.keys().isdisjoint(group.index):
+                infos = [self._infos.get(layer, unseen) for layer in group.index]
+                seen = jnp.asarray(sum(layer <= newest for layer in group.index), jnp.int32)
+                index = jnp.asarray(group.index, jnp.int32)
+                slots = _run_allocate(infos, seen, self._length, self._held[index], recipe=self._recipe)
+                self._held = self._held.at[index].set(slots)
+                cache[g] = _trim(cache[g], slots, self._length, recipe=self._recipe)
+        if self._recipe.policy.settle is not None:
+            for index, waiting in self._waiting.items():
+                group = next(g for g, group in self._groups.items() if index in group.index)
+                where = jnp.asarray(self._groups[group].index.index(index), jnp.int32)
+                cache[group] = _settle(cache[group], waiting, where, self._held[index], recipe=self._recipe)
+        self._waiting.clear()
+        return cache
+
+
+@functools.partial(jax.jit, static_argnames=("recipe",))
+def _run_allocate(
+    infos: list[PyTree], seen: Int[Array, ""], length: Int[Array, " B"], held: Int[Array, "L B K"], *, recipe: Recipe
+) -> Int[Array, "L B K"]:
+    assert recipe.budget is not None and recipe.budget.allocate is not None
+    return recipe.budget.allocate(infos, seen, length, held)
+
+
+@mesh.program((sharding.cache, LAYERS, SEQUENCES), lambda tiers, *_: tiers, static=("recipe",), donate=(0,))
+def _trim(tiers: Tiers, slots: Int[Array, "l B K"], length: Int[Array, " B"], *, recipe: Recipe) -> Tiers:
+    """Trim the first tier's rows to their slots; other tiers hold what the first one gave up."""
+    tier, *rest = tiers
+    assert recipe.budget is not None
+    beyond = 0 if recipe.budget.room is None else recipe.budget.room(length)[:, None]
+    budget = jnp.where(slots < LARGEST, slots + beyond, tier.budget)
+    return (tiers_.trim(tier._replace(budget=budget), slots), *rest)
+
+
+@mesh.program((sharding.cache, ROWS, EVERYWHERE, ROWS), lambda tiers, *_: tiers, static=("recipe",), donate=(0,))
+def _settle(tiers: Tiers, waiting: PyTree, place: Int[Array, ""], slots: Int[Array, "B K"], *, recipe: Recipe) -> Tiers:
+    """Fill a layer's rows with what has waited for their slots."""
+    assert recipe.policy.settle is not None
+    olds = tuple(tiers_.layer(t, place) for t in tiers)
+    views = recipe.policy.settle(olds, waiting, slots, recipe.kernels)
+    return tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
+
+
+def _fit(tiers: Tiers, length: Int[Array, " B"], recipe: Recipe) -> Tiers:
+    """Leave pools the pages that they will need."""
+    assert recipe.policy.fit is not None
+    tiers, sizes = recipe.policy.fit(tiers, length)
+    return tuple(
+        _resize(t, size=n) if n * t.num_free.shape[0] < t.free.shape[0] else t
+        for t, n in zip(tiers, sizes, strict=True)
+    )
+
+
+_resize = mesh.program((sharding.cache,), lambda tier: tier, static=("size",))(tiers_.resize)
+
+
+@mesh.program((mesh.weights, SEQUENCES), lambda *_: SEQUENCES)
+def _embed(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    return model.embed(tokens)
+
+
+@mesh.program((mesh.weights, SEQUENCES, SEQUENCES), lambda *_: SEQUENCES)
+def _last_logits(model: Decoder, x: Float[Array, "B T D"], length: Int[Array, " B"]) -> Float[Array, "B V"]:
+    return model.logits(jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0])
+
+
+@mesh.program(
+    (mesh.weights, SEQUENCES, sharding.cache, SEQUENCES, EVERYWHERE, EVERYWHERE),
+    lambda layer, x, tiers, *_: (SEQUENCES, tiers, ROWS),
+    static=("spec", "recipe", "peers", "window", "rotary", "chunk"),
+    donate=(1, 2),
+)
+def _prefill_layer(
+    layer: Layer,
+    x: Float[Array, "B T D"],
+    tiers: Tiers,
+    length: Int[Array, " B"],
+    index: Int[Array, ""],
+    place: Int[Array, ""],
+    *,
+    spec: ModelSpec,
+    recipe: Recipe,
+    peers: int,
+    window: int | None,
+    rotary: RopeSpec,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "B T D"], Tiers, Found]:
+    """One layer over the whole prompt: exact attention, then compression into the layer's rows."""
+    pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    cos, sin = rope.angles(rotary, spec.head_dim, pos, length)  # B T H/2
+    q, key, value, gate = _project(layer, x, cos, sin, spec, chunk)
+    k, v = layer.keys(key), layer.values(value)
+    olds = tuple(tiers_.layer(t, place) for t in tiers)
+    until, revised = None, ()
+    if recipe.policy.revise is not None and isinstance(gate, Gate):
+        k, v, until, revised = recipe.policy.revise(olds, k, v, gate, length, window, recipe.kernels)
+        key, value = k, v
+    k = rope.rotate(k, cos[:, :, None], sin[:, :, None])
+    options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "until": until, "kernels": recipe.kernels}
+    heads, lse = prefill_attention(q, k, v, length, **options)
+    key = key if rotates_at_read(spec, recipe) else k
+    prompt = Prompt(
+        *(q, k, v, key, value, lse, length, index, peers, window, spec.scale, spec.score_cap),
+        kernels=recipe.kernels,
+        gate=gate,
+        revised=revised,
+    )
+    views, found = recipe.policy.prefill(olds, prompt)
+    tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
+    return _finish(layer, x, heads, chunk), tiers, found
+
+
+def _project(
+    layer: Layer,
+    x: Float[Array, "B T D"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    spec: ModelSpec,
+    chunk: int,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K R"], Float[Array, "B T K W"], Gate | tuple]:
+    """What `Layer.project` makes of prompts, queries rotated, some tokens at a time.
+
+    It is written heads first, as attention reads it on XLA and on TPUs, which would keep another copy in that order.
+    """
+
+    def read(x: Array, cos: Array, sin: Array) -> tuple[PyTree, ...]:
+        q, *rest = layer.project(x)
+        q = rope.rotate(q, cos[:, :, None], sin[:, :, None])
+        return gates.silence(spec.gate, q, spec.num_kv_heads), *rest
+
+    n = at_once(x.shape[0], x.shape[1], chunk)
+    if n == x.shape[1]:
+        return read(x, cos, sin)
+
+    def add_part(i: Array, whole: PyTree) -> PyTree:
+        part = read(*(jax.lax.dynamic_slice_in_dim(y, i * n, n, axis=1) for y in (x, cos, sin)))
+        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, -2), i * n, axis=-2)
+        return jax.tree.map(put, whole, part)
+
+    shapes = jax.eval_shape(lambda: jax.tree.map(lambda y: jnp.moveaxis(y, 1, -2), read(x, cos, sin)))
+    whole = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
+    whole = jax.lax.fori_loop(0, x.shape[1] // n, add_part, whole)
+    return jax.tree.map(lambda y: jnp.moveaxis(y, -2, 1), whole)
+
+
+def _finish(
+    layer: Layer, x: Float[Array, "B T D"], heads: Float[Array, "B T N H"], chunk: int
+) -> Float[Array, "B T D"]:
+    """`Layer.finish` of prompts, some tokens at a time: the new residual stream is written over the old one."""
+    n = at_once(x.shape[0], x.shape[1], chunk)
+    if n == x.shape[1]:
+        return layer.finish(x, heads)
+    heads = jnp.moveaxis(heads, 1, 2)
+
+    def finish_part(i: Array, stream: Array) -> Array:
+        part = lambda y, axis: jax.lax.dynamic_slice_in_dim(y, i * n, n, axis)
+        new = layer.finish(part(stream, 1), jnp.moveaxis(part(heads, 2), 2, 1))
+        return jax.lax.dynamic_update_slice_in_dim(stream, new, i * n, 1)
+
+    return jax.lax.fori_loop(0, x.shape[1] // n, finish_part, x)
+
+
+def at_once(batch: int, tokens: int, chunk: int) -> int:
+    """Tokens of each of a batch's prompts that are read at once: a divisor of them, so that all parts are equal.
+
+    >>> at_once(4, 32768, 4096)
+    1024
+    """
+    return divisor(tokens, max(1, chunk // batch))

@@ -1,0 +1,141 @@
+"""The theory: what a cache policy is, and what a recipe is. `retain` is the policy that most methods are.
+
+    init     allocate tiers for a batch                         once, on the host
+    prefill  keep the best of a prompt, one layer at a time
+    insert   give one new token a slot; runs before attention
+    observe  learn from attention, evict; runs after attention  (None: kernels need not return probabilities)
+
+All but `init` are pure functions of one layer's view of the tiers. They run inside `jit`; nothing that depends on a
+prompt becomes a shape. Before the layers of a step, `reserve` takes pages for all of them at once. A method is a
+factory that returns a `Recipe`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
+
+from kvjax.cache import tier as tiers_
+from kvjax.cache.layout import Layers, Tiers
+from kvjax.cache.store import KVStore
+from kvjax.policies.budgets.budget import Budget, parse_keep
+from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, PyTree, Token
+from pallas_kernels.implementation import Implementation
+
+AMOUNTS = ("budget", "decode_budget", "capacity")  # arguments of factories: 512 or "20%"
+Positions = Callable[[Int[Array, "B K S"], Int[Array, " B"], Int[Array, "B K"]], Int[Array, "B K S"]]
+Select = Callable[..., tuple[Bool[Array, "B K S"], ...]]
+Windowed = Literal["compressed", "whole"]
+
+
+class Found(NamedTuple):
+    """What `CachePolicy.prefill` says of a layer beside its tiers; every leaf leads with [B K]."""
+
+    info: PyTree = ()  # for `Budget.allocate`; kept until the last layer
+    waiting: PyTree = ()  # for `CachePolicy.settle`; kept until the layer's slots are allocated
+
+
+class Revised(NamedTuple):
+    """What the queries of a prompt see in place of its tokens' keys and values."""
+
+    k: Float[Array, "B T K H"]  # before rotation
+    v: Float[Array, "B T K H"]
+    until: Int[Array, "B K T"]  # the last position whose query sees them
+    rest: PyTree = ()  # for `CachePolicy.prefill`, as `Prompt.revised`
+
+
+def append_room(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
+    """Room for one more slot in every row of every active sequence."""
+    return tuple(tiers_.reserve(t, jnp.where(active[:, None], t.length + 1, 0), 1) for t in tiers)
+
+
+class CachePolicy(NamedTuple):
+    """Pure functions over a layer's tiers, and one over all layers.
+
+    Attributes:
+      stores: number format of each tier.
+      init: `(spec, layers, lengths, dtype) -> tiers` with the `L` axis; on the host.
+      prefill: `(tiers, prompt) -> (tiers, Found)`.
+      insert: `(tiers, token) -> tiers`.
+      observe: `(tiers, token, probabilities) -> tiers`, one `[B K G S]` per tier, 0 where empty; or None.
+      reserve: `(tiers with the L axis, active [B]) -> tiers`, takes pages for what the step may append to each row.
+      fit: `(tiers with the L axis, length [B]) -> (tiers, pages)`, on the host after the last layer: pages that each
+        tier's pool needs from now on; None = it stays as it is.
+      revise: `(tiers, k, v, gate [B T K], length [B], window, kernels) -> Revised`, keys before rotation; before the
+        attention of a prompt; None = queries see the tokens as they are.
+      settle: `(tiers, waiting, slots [B K], kernels) -> tiers` fills a layer's rows with what `prefill` let wait until
+        the slots were allocated; None = `prefill` has filled them, and they are trimmed.
+      budget: slots per row; its `allocate` redistributes them after the prompt; None = the policy has no budget.
+      windowed: `window -> policy` of layers with such a sliding window; None = this one.
+
+    In a layer with a sliding window a row never holds more tokens than the window (but for KIVI's codes: whole runs),
+    and lengths that a budget is given are those of what the next token can read (`kvjax.spec.readable`).
+    """
+
+    stores: tuple[KVStore, ...]
+    init: Callable[[ModelSpec, Layers, Lengths, DTypeLike], Tiers]
+    prefill: Callable[[Tiers, Prompt], tuple[Tiers, Found]]
+    insert: Callable[[Tiers, Token], Tiers]
+    observe: Callable[[Tiers, Token, tuple[Float[Array, "B K G S"], ...]], Tiers] | None = None
+    reserve: Callable[[Tiers, Bool[Array, " B"]], Tiers] = append_room
+    settle: Callable[[Tiers, PyTree, Int[Array, "B K"], Implementation | None], Tiers] | None = None
+    fit: Callable[[Tiers, Int[Array, " B"]], tuple[Tiers, tuple[int, ...]]] | None = None
+    revise: Callable[[Tiers, Array, Array, Gate, Array, int | None, Implementation | None], Revised] | None = None
+    budget: Budget | None = None
+    windowed: "Callable[[int], CachePolicy] | None" = None
+
+
+class Recipe(NamedTuple):
+    """A method: what generation needs to know about a cache. Made by the factories in `kvjax.methods`.
+
+    Attributes:
+      name: the method's name.
+      policy: its functions.
+      rotate: cached keys are rotated when written, or when read; latents are always when read.
+      positions: with `rotate="read"`: `(pos, now, length) -> pos`, where a slot stands; None = at its own position.
+      select: `(attention weights of each tier [B K G S], pos [B]) -> slots of each tier [B K S]`, those that a step
+        attends to; None = all. It frees nothing.
+      kernels: which implementation of `pallas_kernels` fills and reads the cache; None = the platform's.
+      windowed: what becomes of layers with a sliding window: "compressed" gives them a budget of what they can read,
+        "whole" keeps their windows. See `kvjax.policies.layers.layer_recipe`.
+    """
+
+    name: str
+    policy: CachePolicy
+    rotate: Literal["write", "read"] = "write"
+    positions: Positions | None = None
+    select: Select | None = None
+    kernels: Implementation | None = "xla"
+    windowed: Windowed = "compressed"
+
+    @property
+    def stores(self) -> tuple[KVStore, ...]:
+        """Number format of each tier."""
+        return self.policy.stores
+
+    @property
+    def budget(self) -> Budget | None:
+        """Slots per row; None = the policy has no budget."""
+        return self.policy.budget
+
+
+def cached(factory: Callable[..., Recipe]) -> Callable[..., Recipe]:
+    """A factory whose equal arguments give the same recipe, hence the same compiled programs."""
+    # Typed: 1 token and 100% are equal numbers.
+    remembered, signature = functools.lru_cache(None, typed=True)(factory), inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def make(*args: object, **kwargs: object) -> Recipe:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        for name in AMOUNTS:
+            if given.arguments.get(name, "") != "":
+                given.arguments[name] = parse_keep(given.arguments[name], name)
+        return remembered(**given.arguments)
+
+    return make

@@ -1,0 +1,137 @@
+"""The policy of models that evict a token some time after it was read.
+
+The gate of a token speaks about the token before it. One that is to be evicted stays for a window of `w` more tokens;
+then the token that is read takes its slot. `calib` says of the newest `w + 1` tokens, by position:
+
+    slot      where the token is
+    evict     whether the gate said so
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Int
+
+from kvjax.cache import tier as tiers_
+from kvjax.cache.layout import Layers, Tiers
+from kvjax.cache.pages import LARGEST
+from kvjax.cache.store import KVStore
+from kvjax.cache.tier import Slots
+from kvjax.policies import gate_capacity
+from kvjax.policies.base import CachePolicy, Found, Revised
+from kvjax.policies.gate_capacity import Capacity
+from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, Token, readable
+from pallas_kernels.implementation import Implementation
+
+
+class Evictions(NamedTuple):
+    """What becomes of a layer's prompt."""
+
+    evict: Bool[Array, "B T K"]  # sooner or later; at tokens of the prompt only
+    forced: Int[Array, "B K"]
+
+
+def delay(store: KVStore, capacity: Capacity) -> CachePolicy:
+    """Evict the tokens that the gate names, `window` tokens after the gate has spoken.
+
+    Args:
+      store: number format of the slots.
+      capacity: slots for which there is room, as in `gate_capacity.rooms`. When there is none, the token that would
+        leave the window and stay is evicted.
+
+    Source: DMS (arXiv 2506.05345); Model-Optimizer `experimental/dms/dms/cache_paged.py`.
+    Differs: eviction for want of room (the released cache is as large as it needs to be); `window` may be 0.
+    Cost: 5 bytes per row and token of the window.
+    """
+    gate_capacity.check_store("dms", store)
+
+    def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
+        gate = gate_capacity.gate_of(spec, "dms")
+        shape = (len(layers.index), len(lengths.prompt), spec.num_rows, gate.window + 1)
+        waiting = {"slot": jnp.zeros(shape, jnp.int32), "evict": jnp.zeros(shape, bool)}
+        return (
+            gate_capacity.init(
+                spec, layers, lengths, dtype, gate=gate, capacity=capacity, least=gate.window + 1, store=store,
+                calib=waiting,
+            ),
+        )  # fmt: skip
+
+    def revise(
+        tiers: Tiers,
+        k: Array,
+        v: Array,
+        gate: Gate,
+        length: Int[Array, " B"],
+        window: int | None,
+        kernels: Implementation | None,
+    ) -> Revised:
+        ((tier,), pos), end = (tiers, jnp.arange(k.shape[1])[:, None]), length[:, None, None]
+        size = tier.calib["slot"].shape[-1]
+        said = jnp.pad(gate.logit[:, 1:], ((0, 0), (0, 1), (0, 0)))  # about each token
+        evict = (said > 0) & (pos < end - 1)
+        asks = ~evict & (pos < end - size)  # to stay when it has left the window
+        taken = jnp.broadcast_to(jnp.minimum(readable(length, window), size)[:, None], tier.length.shape)
+        forced = gate_capacity.refuse(tier, said, asks, taken, length, window)
+        evict |= forced
+        until = jnp.where(evict, pos + size - 1, LARGEST)
+        return Revised(k, v, jnp.moveaxis(until, 1, 2), Evictions(evict, forced.sum(axis=1, dtype=jnp.int32)))
+
+    def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:
+        (tier,), (evict, forced) = tiers, prompt.revised
+        evict, size, end = jnp.moveaxis(evict, 1, 2), tier.calib["slot"].shape[-1], prompt.length[:, None, None]
+        k, v = (jnp.moveaxis(x, 2, 1) for x in (prompt.key, prompt.value))
+        pos = jnp.arange(k.shape[2])
+        kept = prompt.alive()[:, None] & (~evict | (pos >= end - size))
+        slot, filled = jnp.cumsum(kept, axis=-1) - 1, kept.sum(axis=-1, dtype=jnp.int32)
+        # The newest token of each place of the window.
+        at = end - end % size + jnp.arange(size)
+        at = jnp.broadcast_to(jnp.maximum(at - jnp.where(at >= end, size, 0), 0), (*filled.shape, size))
+        waiting = {name: jnp.take_along_axis(x, at, axis=-1) for name, x in (("slot", slot), ("evict", evict))}
+        found = gate_capacity.found(tier, filled)
+        tier = tier._replace(budget=filled, calib=tier.calib | waiting | {"forced": forced})
+        tier = tiers_.reserve(tier, filled, k.shape[2])
+        k, v, pos = tiers_.marked(kept, k, v)
+        return (tiers_.fill(tier, Slots(*store.encode(k, v, ()), pos), filled),), found
+
+    def insert(tiers: Tiers, token: Token) -> Tiers:
+        (tier,), gate = tiers, token.gate
+        assert isinstance(gate, Gate)
+        slots, evict, size = tier.calib["slot"], tier.calib["evict"], tier.calib["slot"].shape[-1]
+        active = jnp.broadcast_to(token.active[:, None], tier.length.shape)
+        pos, place = token.pos[:, None, None], jnp.arange(size)
+        here = place == pos % size  # where the token that leaves the window is noted, and then the new one
+        evict = jnp.where(place == (pos - 1) % size, (gate.logit > 0)[..., None], evict)
+        leaves = token.pos[:, None] >= size
+        goes, full, free = leaves & jnp.any(evict & here, axis=-1), tier.length >= tier.budget, tier.length
+        if token.window is not None:  # a token that nobody can read again gives its slot
+            gone, place = tiers_.expired(tier, token.pos, token.window)
+            goes, full, free = goes & (size < token.window), full & ~gone, jnp.where(gone, place, free)
+        forced = leaves & ~goes & full
+        slot = jnp.where(goes | forced, jnp.sum(jnp.where(here, slots, 0), axis=-1), free)
+        tier = tier._replace(
+            calib=tier.calib
+            | {
+                "slot": jnp.where(active[..., None] & here, slot[..., None], slots),
+                "evict": jnp.where(active[..., None], evict & ~here, tier.calib["evict"]),
+                "forced": jnp.where(forced & active, tier.calib["forced"] + 1, tier.calib["forced"]),
+            }
+        )
+        k, v = store.encode(token.key[:, :, None], token.value[:, :, None], ())
+        where = active[..., None]
+        new = Slots(k, v, jnp.broadcast_to(pos, where.shape))
+        return (tiers_.put(tier, slot[..., None], new, where),)
+
+    fit = functools.partial(gate_capacity.fit, capacity=capacity)
+    return CachePolicy(
+        (store,),
+        init,
+        prefill,
+        insert,
+        reserve=gate_capacity.grant,
+        fit=fit,
+        revise=revise,
+        budget=gate_capacity.budget(),
+    )

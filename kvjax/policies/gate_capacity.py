@@ -1,0 +1,243 @@
+"""Slots that the model itself asks for, token by token: the room for them, and what happens when it is used up.
+
+A gate says of each token whether it takes a slot. How many will is known in the mean only, from the rate that the model
+was trained for, and rows differ widely. So all rows of a sequence share one room, whatever its batch mates do. Once it
+is used up, tokens that ask for a slot are refused one: they are forced to do what the policy does with those that do
+not ask. With fewer slots left than rows, the lowest layers are offered them.
+
+A layer's `tier.budget` is, until its prompt has been read, the slots that its rows may fill together; afterwards, per
+row, those that it may fill in the next step. In `calib` of the first tier:
+
+    room      slots that the rows of the sequence may fill, all layers together
+    floor     of these, what every layer of the prompt may fill at least
+    new       tokens that may follow the prompt and be read together
+    forced    tokens of a row that asked for a slot in vain
+"""
+
+import functools
+from fractions import Fraction
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
+
+from kvjax.cache import pages, sharding
+from kvjax.cache import tier as tiers_
+from kvjax.cache.layout import Layers, Tiers
+from kvjax.cache.pages import LARGEST
+from kvjax.cache.store import KVStore
+from kvjax.cache.tier import Tier
+from kvjax.errors import InputError
+from kvjax.parallel import mesh
+from kvjax.parallel.collectives import HEADS
+from kvjax.policies.base import Found
+from kvjax.policies.budgets.apportion import choose_best
+from kvjax.policies.budgets.budget import Budget, Keep, parse_keep, share
+from kvjax.spec import GateSpec, Lengths, ModelSpec, readable
+
+LADDER = (32, 8)  # of the pool: what a rung adds is no room for any sequence
+PROMPT = 2  # times the slots that the trained rate needs, while a prompt is read
+LATER = 1.5  # times the slots that new tokens need at the prompt's own rate
+
+Capacity = int | Fraction | None
+
+
+def gate_of(spec: ModelSpec, method: Literal["dmc", "dms"]) -> GateSpec:
+    """The gate of a model that was retrofitted for this method."""
+    if spec.gate is None:
+        raise InputError(f"{method} needs a checkpoint made by python -m kvjax.retrofit: this model has no gate")
+    if spec.gate.objective != method:
+        raise InputError(
+            f"{method} needs a checkpoint made by python -m kvjax.retrofit: this model's gate is for"
+            f" {spec.gate.objective}"
+        )
+    return spec.gate
+
+
+def amount(capacity: Keep) -> Capacity:
+    """A method's argument: tokens, a share, or "" where the model's own rate decides."""
+    return None if capacity == "" else parse_keep(capacity, "capacity")
+
+
+def check_store(method: Literal["dmc", "dms"], store: KVStore) -> None:
+    """Raise `InputError` for a store that needs to see runs of tokens, or all of a prompt."""
+    if store.key.run > 1:
+        raise InputError(
+            f"{method}: kivi quantises keys that follow each other: it needs a method that keeps all tokens"
+        )
+    if store.balanced:
+        raise InputError(f"{method}: the balance of a store is made from all keys of a prompt: it must not be balanced")
+
+
+def rooms(
+    gate: GateSpec, capacity: Capacity, lengths: Lengths, rows: int, least: int, window: int | None = None
+) -> Int[np.ndarray, " B"]:
+    """Slots for the rows of each sequence together.
+
+    Args:
+      gate: the trained rate.
+      capacity: slots per row, or a fraction of all tokens; None = `PROMPT` times what the rate needs.
+      lengths: of the prompts, and how many tokens follow.
+      rows: of a sequence, over all layers.
+      least: slots that a row cannot do without, where it has so many tokens.
+      window: sliding window of the layers [tokens].
+    """
+    total = np.asarray(lengths.prompt, np.int64) + lengths.new
+    total = total if window is None else np.minimum(total, window)
+    if capacity is None:
+        # A token that will be evicted waits for it.
+        wanted = np.ceil(rows * (PROMPT * total / gate.rate + (least - 1) * (1 - 1 / gate.rate)))
+    else:
+        wanted = share(rows * total, capacity) if isinstance(capacity, Fraction) else total * 0 + rows * capacity
+    return np.clip(wanted, rows * np.minimum(least, total), np.minimum(rows * total, LARGEST - 1)).astype(np.int64)
+
+
+def init(
+    spec: ModelSpec,
+    layers: Layers,
+    lengths: Lengths,
+    dtype: DTypeLike,
+    *,
+    gate: GateSpec,
+    capacity: Capacity,
+    least: int,
+    store: KVStore,
+    elsewhere: int = 0,
+    calib: dict[str, Array],
+) -> Tier:
+    """An empty tier for rows that share their sequence's room.
+
+    Args:
+      spec, layers, lengths, dtype: as in `CachePolicy.init`.
+      gate, capacity, least: as in `rooms`.
+      store: number format of the slots.
+      elsewhere: slots of each row that are counted but lie in another tier.
+      calib: the policy's own state, every leaf `[L B K ...]`.
+
+    The pool is for the prompt; `fit` makes it smaller. A sequence's prompt leaves the new tokens half of the slots that
+    would be theirs if all tokens had as many; a layer leaves every later one half of an even share.
+    """
+    shape = (len(layers.index), len(lengths.prompt), spec.num_rows)
+    prompt, rows = readable(np.asarray(lengths.prompt, np.int64), layers.window), shape[0] * shape[2]
+    new = np.minimum(np.asarray(lengths.prompt) + lengths.new, layers.window or LARGEST) - prompt
+    room = rooms(gate, capacity, lengths, rows, least, layers.window)
+    needed = np.minimum(least, prompt)
+    first = np.maximum(room - room * new // (2 * (prompt + new)), rows * needed)
+    floor = np.maximum(first // (2 * shape[0]), shape[2] * needed)
+    budget = np.repeat(floor[None], shape[0], axis=0)
+    budget[0] = first - (shape[0] - 1) * floor
+    row = np.minimum(-(-room // rows), np.ceil((prompt + new) / gate.rate)).max()
+    page = pages.page_size(pages.ladder(int(row), *LADDER), lengths.platform)
+    # Each row may have a page that holds nothing yet, taken for a token that was merged after all.
+    slots = lengths.most(room + rows * (page - elsewhere))
+    spread = lambda x: jnp.asarray(np.broadcast_to(x[..., None], shape), jnp.int32)
+    shared = {"room": spread(room), "floor": spread(floor), "forced": jnp.zeros(shape, jnp.int32)}
+    shared["new"] = jnp.full(shape, min(lengths.new, layers.window or LARGEST), jnp.int32)
+    return tiers_.init(
+        layers=shape[0],
+        batch=shape[1],
+        heads=shape[2],
+        row=min(pages.ladder(int((prompt + new).max()), *LADDER), layers.window or LARGEST),
+        page=page,
+        slots=pages.ladder(slots, *LADDER),
+        widths=layers.widths,
+        store=store,
+        dtype=dtype,
+        calib=shared | calib,
+    )._replace(budget=spread(budget))
+
+
+def refuse(
+    tier: Tier,
+    logit: Float[Array, "B T K"],
+    asks: Bool[Array, "B T K"],
+    taken: Int[Array, "B K"],
+    length: Int[Array, " B"],
+    window: int | None,
+) -> Bool[Array, "B T K"]:
+    """Which tokens of a layer's prompt are refused a slot for want of room: those that ask for it least.
+
+    Args:
+      tier: the layer's view.
+      logit: of the gate, at most 0 where a token asks for a slot; the larger the less.
+      asks: which tokens do.
+      taken: slots of each row that are not up for choice.
+      length: tokens of each prompt.
+      window: sliding window of the layer; what has left it takes no slot, and is refused none.
+
+    Ties go to the first head, in a head to the first token.
+    """
+    if window is not None:
+        asks &= (jnp.arange(asks.shape[1]) >= (length - readable(length, window))[:, None])[..., None]
+    scores = jnp.moveaxis(jnp.where(asks, jnp.abs(logit), -1.0), 2, 0)
+    granted = choose_best(scores, tier.budget[:, 0] - taken.sum(axis=-1))
+    return asks & ~jnp.moveaxis(granted, 0, 2)
+
+
+def found(tier: Tier, filled: Int[Array, "B K"]) -> Found:
+    """What a layer's prompt leaves to the next layer, when its rows have filled so many slots."""
+    left = tier.budget[:, :1] - filled.sum(axis=-1, keepdims=True)
+    return Found(jnp.broadcast_to(left + tier.calib["floor"], filled.shape))
+
+
+def hand_on(
+    infos: list[Int[Array, "B K"]], seen: Int[Array, ""], length: Int[Array, " B"], held: Int[Array, "L B K"]
+) -> Int[Array, "L B K"]:
+    """What the next layer of a prompt may fill; layers that have been read keep what they have."""
+    following = jnp.stack(infos)[seen - 1]
+    return jnp.where((jnp.arange(len(infos)) >= seen)[:, None, None], following, LARGEST)
+
+
+def fit(tiers: Tiers, length: Int[Array, " B"], *, capacity: Capacity) -> tuple[Tiers, tuple[int, ...]]:
+    """The room that sequences need once their prompts have been read, and the pages for it; see `CachePolicy.fit`.
+
+    Args:
+      tiers: of all layers; where there is a second one, it holds one slot per row.
+      length: tokens of each prompt.
+      capacity: None = new tokens may need `LATER` times as many slots as the prompt's; else all that is left of it.
+    """
+    tier, *rest = tiers
+    layers, batch, heads = tier.length.shape
+    devices = mesh.shape_of(tier)[HEADS]
+    own, tokens = heads // devices, np.minimum(mesh.read(length).astype(np.int64), tier.capacity)[:, None]
+    rows = layers * own
+    used = np.sum([mesh.read(each.length).astype(np.int64) for each in tiers], axis=0)
+    used = used.reshape(layers, batch, devices, own).sum(axis=(0, 3))
+    new, room = (mesh.read(tier.calib[name]).astype(np.int64)[0, :, ::own] for name in ("new", "room"))
+    more = np.minimum(rows * new, room - used)
+    if capacity is None:
+        more = np.minimum(more, np.ceil(LATER * new * used / tokens).astype(np.int64) + rows)
+    room = used + more
+    slots = sharding.fullest(tier, (room + rows * (tier.page - len(rest)))[None])
+    spread = np.broadcast_to(np.repeat(room, own, axis=1), tier.length.shape).astype(np.int32)
+    size = -(-pages.ladder(slots, *LADDER) // tier.page)
+    calib = tier.calib | {"room": mesh.place(mesh.of(tier), mesh.LAYERS, spread)}
+    return (tier._replace(calib=calib), *rest), (size, *(t.free.shape[0] // t.num_free.shape[0] for t in rest))
+
+
+def budget() -> Budget:
+    """Slots that only the model knows, at most all; a prompt's layers share them one after the other."""
+    everything = lambda layer, num_layers, length: jnp.asarray(length, jnp.int32)
+    return Budget(everything, allocate=hand_on, every=1)
+
+
+def grant(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
+    """One more slot for each row of the first tier, in the order of layers and heads while there is room."""
+    tier, *rest = tiers
+    used = functools.reduce(jnp.add, (each.length for each in tiers)).sum(axis=(0, 2))
+    layers, _, heads = tier.length.shape
+    turn = jnp.arange(layers)[:, None, None] * heads + jnp.arange(heads)
+    free = (tier.calib["room"][0, :, 0] - used)[:, None]
+    granted = active[:, None] & (turn < free) & (tier.length < tier.capacity)
+    most = jnp.where(granted, tier.length + 1, tier.length)
+    tier = tier._replace(budget=jnp.where(active[:, None], most, tier.budget))
+    return (tiers_.reserve(tier, jnp.where(granted, most, 0), 1), *rest)
+
+
+def forced(cache: tuple[Tiers, ...]) -> int:
+    """Tokens that asked for a slot in vain, over all rows of a cache; 0 where no model asks."""
+    calibs = [tier.calib for tiers in cache for tier in tiers if isinstance(tier.calib, dict)]
+    return sum(int(jnp.sum(calib["forced"])) for calib in calibs if "forced" in calib)
