@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from kvjax.errors import InputError
+from kvjax.models import chat_template
 from kvjax.models.chat_template import Template
 
 PARTS = """{% for m in messages -%}

@@ -325,9 +325,7 @@ def test_another_model_can_be_the_teacher(monkeypatch: pytest.MonkeyPatch) -> No
     options = command.options(command.parser().parse_args(flags))
     gated, other = random_model(8, gate=DMC), random_model(9)
     step = lambda model: train.Step(options, gated.spec, train.teacher(options, gated.spec, weights.of_model(model)))
-    monkeypatch.setattr(
-        kvjax.generation.generation, "load", lambda name, **_: kvjax.generation.model.Model(other, None, (), name)
-    )
+    monkeypatch.setattr(train, "load", lambda name, **_: kvjax.Model(other, None, (), name))
     taken = {path: jnp.array(leaf) for path, leaf in weights.of_model(gated).items()}  # a step consumes them
     state, batch = train.State(taken, ()), data.Batch(*packed(np.random.default_rng(0), 1, 32))
     run = step(gated)

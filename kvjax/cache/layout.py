@@ -46,6 +46,24 @@ def layers_with(spec: ModelSpec, window: int | None) -> tuple[int, ...]:
     return tuple(i for i in range(spec.num_layers) if spec.window(i) == window)
 
 
+@functools.lru_cache(maxsize=256)
+def layer_runs(spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
+    """The layers in order, those that follow each other in one group together.
+
+    >>> from kvjax.models.named import named
+    >>> [len(run) for run in layer_runs(named("gemma-2-2b"))] == [1] * 26  # every other one has a window
+    True
+    """
+    runs: list[list[int]] = []
+    groups = layer_groups(spec)
+    for layer in range(spec.num_layers):
+        if runs and locate(groups, runs[-1][0])[0] == locate(groups, layer)[0]:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return tuple(map(tuple, runs))
+
+
 def locate(groups: Sequence[Layers], layer: int) -> tuple[int, int]:
     """Group of a layer, and its index there."""
     return next((g, group.index.index(layer)) for g, group in enumerate(groups) if layer in group.index)

@@ -15,12 +15,12 @@ from jaxtyping import Bool, Float, Int
 from kvjax.attention.decode import Read, decode_attention, spread
 from kvjax.cache import sharding
 from kvjax.cache import tier as tiers_
-from kvjax.cache.layout import Cache, Tiers, layer_groups, locate
+from kvjax.cache.layout import Cache, Tiers, layer_groups, layer_runs, locate
 from kvjax.errors import InputError
 from kvjax.generation import sampling
 from kvjax.models import gate as gates
 from kvjax.models import rope
-from kvjax.models.decoder import Decoder, Layer
+from kvjax.models.decoder import Decoder, Layer, one_of
 from kvjax.parallel import mesh
 from kvjax.parallel.collectives import DATA, add, gather
 from kvjax.parallel.mesh import EVERYWHERE, SEQUENCES, STEPS
@@ -105,6 +105,14 @@ def _in_cache(head_dim: int, rotary: RopeSpec, capacity: int, length: Int[Array,
     return rope.rotation(rotary, head_dim, size)._replace(table=table)
 
 
+def _loops_over_layers(spec: ModelSpec) -> bool:
+    """Whether equal layers are a loop, so that however many there are, one is compiled.
+
+    On CPUs. A GPU's host would wait for the index of every layer; TPUs fetch the next layer's weights meanwhile.
+    """
+    return mesh.platform() == "cpu" and mesh.in_force() is None and spec.latent is None
+
+
 def decode_step(
     model: Decoder,
     recipe: Recipe,
@@ -165,13 +173,25 @@ def _read_token(
     x = model.embed(token)
     own = [layer_recipe(spec, recipe, group.index[0]) for group in groups]
     filled = [part.policy.reserve(tiers, active) for part, tiers in zip(own, cache, strict=True)]
-    for index, layer in enumerate(model.layers):
-        group, place = locate(groups, index)
-        olds = tuple(tiers_.layer(t, place) for t in filled[group])
-        x, views = _decode_layer(layer, recipe, spec, index, x, olds, pos, active)
-        filled[group] = tuple(
-            tiers_.with_layer(t, place, old, new) for t, old, new in zip(filled[group], olds, views, strict=True)
-        )
+    for run in layer_runs(spec):
+        group, first = locate(groups, run[0])
+
+        def read(
+            layer: Layer, place: Array | int, carry: tuple[Array, Tiers], index: int = run[0]
+        ) -> tuple[Array, Tiers]:
+            x, tiers = carry
+            olds = tuple(tiers_.layer(t, place) for t in tiers)
+            x, views = _decode_layer(layer, recipe, spec, index, x, olds, pos, active)
+            return x, tuple(tiers_.with_layer(t, place, *each) for t, *each in zip(tiers, olds, views, strict=True))
+
+        carry, layers = (x, filled[group]), [model.layers[index] for index in run]
+        if len(run) > 1 and _loops_over_layers(spec):
+            body = lambda i, carry, layers=layers, first=first: read(one_of(layers, i), first + i, carry)
+            carry = jax.lax.fori_loop(0, len(run), body, carry)
+        else:
+            for place, layer in enumerate(layers, first):
+                carry = read(layer, place, carry)
+        x, filled[group] = carry
     return x, tuple(filled)
 
 

@@ -6,7 +6,7 @@ is slower on CPU.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +222,29 @@ class Layer(nnx.Module):
         """What the feed-forward network adds."""
         fed = self.mlp((self.attention_norm if self.mlp_norm is None else self.mlp_norm)(x))
         return fed if self.mlp_post_norm is None else self.mlp_post_norm(fed)
+
+
+class _Choice:
+    """A matrix of one of several layers: `x @ it` is the product with the one that an index names; none is copied."""
+
+    def __init__(self, options: Sequence[Float[Array, "inner outer"]], index: Int[Array, ""]):
+        self.options, self.index = options, index
+
+    def __getitem__(self, key: object) -> "_Choice":
+        return self
+
+    def __rmatmul__(self, x: Float[Array, "*b inner"]) -> Float[Array, "*b outer"]:
+        return jax.lax.switch(self.index, [functools.partial(jnp.matmul, b=option) for option in self.options], x)
+
+
+def one_of(layers: Sequence[Layer], index: Int[Array, ""]) -> Layer:
+    """The layer that an index names among equal ones, for a loop over them: its body is compiled once for all.
+
+    Matrices stay where they are, vectors are taken from a stack of all. Layers must not be low-rank.
+    """
+    leaves, structures = zip(*(jax.tree.flatten(layer) for layer in layers), strict=True)
+    pick = lambda options: jnp.stack(options)[index] if options[0].ndim == 1 else _Choice(options, index)
+    return jax.tree.unflatten(structures[0], [pick(options) for options in zip(*leaves, strict=True)])
 
 
 class Decoder(nnx.Module):

@@ -143,6 +143,12 @@ def count(tree: PyTree) -> int:
     return math.prod(shape_of(tree).values())
 
 
+def platform() -> str:
+    """What runs the program that is being traced: "cpu", "gpu" or "tpu"."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
+
+
 def in_force() -> AbstractMesh | None:
     """The mesh that programs are run on, if it is one of ours."""
     mesh = jax.sharding.get_abstract_mesh()
