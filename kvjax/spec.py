@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from pallas_kernels.implementation import Implementation
 
 PyTree = Any
+NEW_TOKENS = 256  # a step of the room for new tokens, where shapes are made for a total length
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 Norm = Literal["rms", "rms+1", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -160,6 +161,24 @@ class Lengths(NamedTuple):
     padded: int  # tokens of a prompt after padding
     parts: int = 1  # devices that the sequences are split over; each has a pool of its own
     platform: str | None = None  # what runs it, "tpu" for example; None = JAX's default
+    total: int | None = None  # tokens that any sequence may have, with new ones: shapes are made for that alone
+
+    def longest(self) -> "Lengths":
+        """The batch with as many tokens as there may be."""
+        return self._replace(prompt=tuple(int(n) for n in self.whole() - self.new))
+
+    def whole(self) -> Shaped[np.ndarray, " B"]:
+        """Tokens that each sequence may have, prompt and new ones: what shapes are made for."""
+        return np.max([prompt + new for prompt, new in self.extremes()], axis=0)
+
+    def extremes(self) -> list[tuple[np.ndarray, int]]:
+        """Lengths of prompts, and new tokens after each, between which a cache has room for all that there may be."""
+        prompt = np.asarray(self.prompt)
+        if self.total is None:
+            return [(prompt, self.new)]
+        new = min(-(-self.new // NEW_TOKENS) * NEW_TOKENS, self.total - 1)
+        longest = [(np.full_like(prompt, self.total - n), n) for n in (1, new)]
+        return [*longest, (prompt, min(new, self.total - int(prompt.max())))]
 
     def most(self, needed: Shaped[np.ndarray, "*l B"]) -> int:
         """The sum over what sequences need, in the part that needs most."""

@@ -130,17 +130,17 @@ VOTES = score.window(4, 3, "max")
 HEAVY = score.accumulated(0.25, 4)
 MERGE = eviction.merge(0.7, "paper")
 COMPOSED = {
-    "dynamickv's budgets, h2o's eviction": (score.accumulated(0.5), from_scores(12, every=0), eviction.drop),
-    "ada budgets, h2o's eviction": (score.accumulated(0.5), per_head(budgets.uniform(12), 0.2), eviction.drop),
-    "d2o's merge under dynamickv's budgets": (HEAVY, from_scores(12, every=0), MERGE),
-    "d2o's merge under ada budgets": (HEAVY, per_head(budgets.uniform(12), 0.2), MERGE),
-    "d2o's budgets, tova's choice": (score.last_row(), from_variance(12, least=5, rule="paper"), eviction.drop),
+    "dynamickv's budgets, h2o's eviction": (score.accumulated(0.5), from_scores(every=0), eviction.drop),
+    "ada budgets, h2o's eviction": (score.accumulated(0.5), per_head(budgets.uniform(), 0.2), eviction.drop),
+    "d2o's merge under dynamickv's budgets": (HEAVY, from_scores(every=0), MERGE),
+    "d2o's merge under ada budgets": (HEAVY, per_head(budgets.uniform(), 0.2), MERGE),
+    "d2o's budgets, tova's choice": (score.last_row(), from_variance(least=5, rule="paper"), eviction.drop),
     "dynamickv's budgets per head, tova's choice": (
         score.last_row(),
-        from_scores(12, every=2, ada=True),
+        from_scores(every=2, ada=True),
         eviction.drop,
     ),
-    "merging h2o": (score.accumulated(0.5, 4), budgets.uniform(12), eviction.merge(0.7, "scatter_mean")),
+    "merging h2o": (score.accumulated(0.5, 4), budgets.uniform(), eviction.merge(0.7, "scatter_mean")),
 }
 
 
@@ -148,7 +148,7 @@ COMPOSED = {
 def test_scores_budgets_and_fates_compose(name):
     """Rows share no more than they were given, and every row has the pages that it needs."""
     votes, keep, end = COMPOSED[name]
-    recipe = Recipe(name, retain(votes, keep, evict="after", fate=end))
+    recipe = Recipe(name, retain(votes, keep, evict="after", fate=end), amounts=budgets.amounts(12))
     model = Model(model_of("gqa"), None, (), "random")
     out = model.generate([text(60, 0), text(41, 0)], recipe, max_new_tokens=10)
     assert all(np.mean(slots) == 12 for slots in out.slots)
@@ -160,7 +160,7 @@ def test_scores_budgets_and_fates_compose(name):
 
 def test_merging_needs_one_decision():
     with pytest.raises(InputError, match="give the budget every=0"):
-        retain(HEAVY, from_scores(12, every=2), evict="after", fate=MERGE)
+        retain(HEAVY, from_scores(every=2), evict="after", fate=MERGE)
 
 
 def uneven_model() -> Model:
@@ -210,7 +210,7 @@ def test_dynamickv_holds_few_layers_beside_the_pool(monkeypatch):
     monkeypatch.setattr(prefill._Allocation, "after", watched)
     recipe = methods.dynamickv(budget=20, r_max=3.0, every=2, **SMALL["dynamickv"])
     out = Model(model_of("deep"), None, (), "random").generate([text(100, 0)], recipe, max_new_tokens=2)
-    assert waiting == [[60], [60, 60]] * 3
+    assert waiting == [[64], [64, 64]] * 3  # 60 and two new tokens, on the ladder
     (tier,) = out.cache[0]
     rows = 6 * 2  # layers x heads
     assert tier.free.shape[0] * tier.page <= rows * (20 + 2 + tier.page)
@@ -235,18 +235,21 @@ def test_counts_stay_exact_beyond_the_square_root_of_32_bits():
     """Half of 131,072 tokens in each of four layers: the counts of a plain sort."""
     rng, tokens = np.random.default_rng(0), 131072
     stats = [rng.random((1, 1, tokens)).astype(np.float32) ** power for power in (1, 2, 3, 9)]
-    budget = from_scores("50%", every=0)
-    held = jax.numpy.full((4, 1, 1), LARGEST)
-    rows = budget.allocate([*map(jax.numpy.asarray, stats)], jax.numpy.asarray(4), jax.numpy.asarray([tokens]), held)
+    budget = from_scores(every=0)
+    held, half = jax.numpy.full((4, 1, 1), LARGEST), jax.numpy.asarray([tokens // 2])
+    rows = budget.allocate(
+        [*map(jax.numpy.asarray, stats)], jax.numpy.asarray(4), jax.numpy.asarray([tokens]), held, half
+    )
     best_of_all = np.argsort(-np.concatenate([s.ravel() for s in stats]), kind="stable")[: 2 * tokens]
     assert np.asarray(rows)[:, 0, 0].tolist() == np.bincount(best_of_all // tokens, minlength=4).tolist()
 
 
 def test_shares_of_a_million_tokens_add_up():
-    budget = from_variance(20000, least=5, rule="paper")
+    budget = from_variance(least=5, rule="paper")
     infos = [jax.numpy.asarray([[x]], jax.numpy.float32) for x in np.linspace(0, 1, 8)]
     held = jax.numpy.full((8, 1, 1), LARGEST)
-    rows = budget.allocate(infos, jax.numpy.asarray(8), jax.numpy.asarray([1 << 20]), held)
+    slots = jax.numpy.asarray([20000])
+    rows = budget.allocate(infos, jax.numpy.asarray(8), jax.numpy.asarray([1 << 20]), held, slots)
     assert int(rows.sum()) == 8 * 20000 and len(set(np.asarray(rows).ravel().tolist())) == 8
 
 

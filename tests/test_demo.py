@@ -111,9 +111,9 @@ def test_a_cache_without_the_line_does_not_answer(model: kvjax.Model) -> None:
 
 def test_without_half_of_its_cache_the_shipped_model_forgets(model: kvjax.Model) -> None:
     """At least 30 points on lines: what is kept of the prompt is drawn by lot."""
-    keep = budgets.uniform("50%")
+    keep, amounts = budgets.uniform(), budgets.amounts("50%")
     lot = score.recency(0)._replace(prompt=lambda prompt: jax.random.uniform(jax.random.key(0), scores_of(prompt)))
-    forgetful = Recipe("lot", retain(lot, keep, evict="before"))
+    forgetful = Recipe("lot", retain(lot, keep, evict="before"), amounts=amounts)
     assert exact(model, length=1024, samples=32, recipe=forgetful) <= exact(model, length=1024, samples=32) - 0.3
 
 

@@ -262,7 +262,7 @@ def test_a_dry_run_plans_batches(model, capsys):
     planned = run_json(capsys, "--dry-run", *flags)
     assert planned["cache"]["bytes"]["total"] == out.bytes.total
     assert planned["cache"]["full_bytes"] == out.full_bytes
-    assert planned["slots"] == [int(recipe.budget.slots(i, 6, 70)) for i in range(6)]
+    assert planned["slots"] == [recipe.slots(i, 6, 70) for i in range(6)]
 
 
 def test_a_dry_run_says_what_is_in_force(capsys):

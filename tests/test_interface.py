@@ -121,7 +121,7 @@ def one(token) -> tuple[jax.Array, Slots]:
 
 
 def test_a_recipe_cannot_contradict_its_policy():
-    keep, store = budgets.uniform("50%"), quantize.named("int4")
+    keep, store = budgets.uniform(), quantize.named("int4")
     recipe = Recipe("own", retain(score.accumulated(0.5), keep, store=store, evict="after"))
     assert recipe.budget is keep and recipe.stores == (store,)
     assert not {"budget", "stores"} & set(Recipe._fields)
@@ -130,21 +130,21 @@ def test_a_recipe_cannot_contradict_its_policy():
 def test_budgets_per_layer_are_decided_after_the_prompt_inside_jit(model):
     """D2O and DynamicKV: a fixed sum is split over layers by what the prompt's attention looked like."""
     counted, spec = Counted(), model.spec
-    base = retain(score.window(4, 3, "avg"), budgets.uniform(24), evict="never")
+    base = retain(score.window(4, 3, "avg"), budgets.uniform(), evict="never")
 
     def prefill(tiers, prompt):
         tiers, _ = base.prefill(tiers, prompt)
         real = jnp.arange(prompt.lse.shape[-1]) < prompt.length[:, None, None]
         return tiers, Found(jnp.std(prompt.lse, axis=(1, 2), where=real))
 
-    def allocate(infos, seen, length, held):
+    def allocate(infos, seen, length, held, given):
         share = jax.nn.softmax(jnp.stack(infos), axis=0)  # L B
         slots = jnp.clip((share * 10 * len(infos)).astype(jnp.int32), 4, 24)
         return jnp.broadcast_to(slots[..., None], (*slots.shape, spec.num_kv_heads))
 
-    budget = budgets.Budget(slots=budgets.uniform(24).slots, allocate=allocate)
+    budget = budgets.Budget(slots=budgets.uniform().slots, allocate=allocate)
     policy = base._replace(prefill=prefill, insert=counted(base.insert), budget=budget)
-    recipe = Recipe("budgets", policy)
+    recipe = Recipe("budgets", policy, amounts=budgets.amounts(24))
     splits = set()
     for seed in range(3):
         got = run(model, recipe, seed)
@@ -165,7 +165,7 @@ def test_budgets_per_layer_are_decided_after_the_prompt_inside_jit(model):
                 for k in range(spec.num_kv_heads):
                     check_row(tier, layer, b, k, oracle.rows[layer][k])
     assert len(splits) > 1
-    assert counted.calls == spec.num_layers
+    assert counted.calls == 1  # equal layers are a loop on CPUs
 
 
 def _window_choice(prompt, n: int) -> list[list[Entry]]:
@@ -191,7 +191,7 @@ def test_rows_of_one_layer_grow_at_different_rates(model):
     """DMC: each head decides at each step whether to append or to accumulate into its last slot."""
     counted, spec = Counted(), model.spec
 
-    def init(spec, layers, lengths, dtype):
+    def init(spec, layers, lengths, dtype, amounts):
         row = max(lengths.prompt) + lengths.new
         return (uniform_tier(spec, layers, lengths, dtype, row=row, codec=KVStore()),)
 
@@ -219,7 +219,7 @@ def test_rows_of_one_layer_grow_at_different_rates(model):
     assert len(np.unique(grown)) > 3 and grown.max() < NEW  # rows differ, within a layer too
     assert any(len(np.unique(grown[layer, b])) > 1 for layer in range(spec.num_layers) for b in range(2))
     _compare(model, got, mirror, lambda oracle, layer, b, k: check_row(tier, layer, b, k, oracle.rows[layer][k]))
-    assert counted.calls == spec.num_layers
+    assert counted.calls == 1  # equal layers are a loop on CPUs
 
 
 def _everything(layer, prompt) -> list[list[Entry]]:
@@ -244,7 +244,7 @@ def test_a_victim_is_merged_into_another_slot_before_it_is_overwritten(model):
     """D2O: the oldest token is averaged into its most similar slot, then its own slot takes the new token."""
     counted, spec, keep = Counted(), model.spec, 24
 
-    def init(spec, layers, lengths, dtype):
+    def init(spec, layers, lengths, dtype, amounts):
         return (uniform_tier(spec, layers, lengths, dtype, row=keep, codec=KVStore()),)
 
     def prefill(tiers, prompt):
@@ -287,7 +287,7 @@ def test_a_victim_is_merged_into_another_slot_before_it_is_overwritten(model):
     assert (np.asarray(tier.length) == keep).all()
     check = lambda oracle, layer, b, k: check_row(tier, layer, b, k, oracle.rows[layer][k])
     _compare(model, got, mirror, check, select=newest)
-    assert counted.calls == spec.num_layers
+    assert counted.calls == 1  # equal layers are a loop on CPUs
 
 
 def test_a_second_tier_receives_what_the_first_gives_up(model):
@@ -301,7 +301,7 @@ def test_a_second_tier_receives_what_the_first_gives_up(model):
     )
     low = KVStore(rounding, rounding)
 
-    def init(spec, layers, lengths, dtype):
+    def init(spec, layers, lengths, dtype, amounts):
         row = max(lengths.prompt) + lengths.new
         high = uniform_tier(spec, layers, lengths, dtype, row=keep + 1, codec=KVStore(), scores=True)
         return high, uniform_tier(spec, layers, lengths, dtype, row=row, codec=low)
@@ -367,7 +367,7 @@ def test_a_second_tier_receives_what_the_first_gives_up(model):
         check_row(second, layer, b, k, [e for e in row if np.isinf(e.stat)], lambda x: x.astype(jnp.float32))
 
     _compare(model, got, _append, check, select=select, observe=learn)
-    assert counted.calls == spec.num_layers
+    assert counted.calls == 1  # equal layers are a loop on CPUs
 
 
 def _rotate(spec, x: np.ndarray, pos: int) -> np.ndarray:

@@ -241,7 +241,7 @@ def test_method_follows_its_paper(define, group, layers, budget, arguments):
 def test_pyramid_schedule(layers, window, beta):
     lengths = np.arange(1, 400)
     for keep in (1, 7, 8, 9, 12, 40, 64, 129, "10%", "50%", "100%"):
-        slots = budgets.pyramid(keep, window=window, beta=beta).slots
+        slots = functools.partial(budgets.pyramid(window=window, beta=beta).slots, budgets.parse_keep(keep))
         for layer in sorted({0, 1, layers // 2, layers - 1} & set(range(layers))):
             cap = lambda n: pyramid_cap(n, tokens(keep, n), layer, layers, window=window, beta=beta)  # noqa: B023
             kept = np.minimum(np.asarray(slots(layer, layers, lengths)), lengths)

@@ -152,7 +152,7 @@ def test_slots_are_used_again_without_a_trace(name):
     no_window = lambda x: x._replace(window=None)
     endless = plain._replace(
         windowed=None,
-        init=lambda spec, layers, lengths, dtype: plain.init(spec, no_window(layers), lengths, dtype),
+        init=lambda spec, layers, *rest: plain.init(spec, no_window(layers), *rest),
         prefill=lambda tiers, prompt: plain.prefill(tiers, no_window(prompt)),
         insert=lambda tiers, token: plain.insert(tiers, no_window(token)),
     )

@@ -146,6 +146,7 @@ def kivi(bits: int, group: int = 32, residual: int = 128) -> KVStore:
     return KVStore(per_channel(bits, group), rtn(bits, group), residual=residual)
 
 
+@functools.cache
 def named(text: str) -> KVStore:
     """A store by its name, or two as `keys/values`.
 

@@ -65,8 +65,9 @@ def allocate(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
 
 
 def _init(spec: ModelSpec, recipe: Recipe, lengths: Lengths, dtype: DTypeLike) -> Cache:
-    init = lambda group: layer_recipe(spec, recipe, group.index[0]).policy.init(spec, group, lengths, dtype)
-    return tuple(init(group) for group in layer_groups(spec))
+    groups = layer_groups(spec)
+    policies = [layer_recipe(spec, recipe, group.index[0]).policy for group in groups]
+    return tuple(p.init(spec, g, lengths, dtype, recipe.amounts) for p, g in zip(policies, groups, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

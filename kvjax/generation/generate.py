@@ -24,6 +24,7 @@ from kvjax.parallel.collectives import DATA
 from kvjax.parallel.mesh import EVERYWHERE, SEQUENCES
 from kvjax.policies import gate_capacity
 from kvjax.policies.base import Recipe
+from kvjax.policies.budgets.budget import tokens_of
 from kvjax.spec import Lengths, ModelSpec, PyTree
 
 CHUNK = 16  # tokens per call of the compiled loop: text appears in pieces of this many tokens
@@ -133,8 +134,8 @@ def _check_new(spec: ModelSpec, recipe: Recipe, prompt: int, question: int, new:
     length = prompt + question
     reach = length + new
     if recipe.positions is not None and recipe.budget is not None:  # places in the cache, not positions
-        extra = 0 if recipe.budget.room is None else int(recipe.budget.room(prompt))
-        reach = min(reach, int(recipe.budget.slots(0, spec.num_layers, prompt)) + extra)
+        keep = recipe.amounts.decoding or recipe.amounts.keep
+        reach = reach if keep is None else min(reach, int(tokens_of(keep, prompt)))
     if reach > spec.max_position:
         raise InputError(
             f"prompt ({length} tokens) and max-new-tokens ({new}) pass the context limit"
@@ -169,7 +170,9 @@ def read_continuations(
     counted = ([len(x) for x in xs] for xs in (ids, after))
     arrays = (_padded(after, fed_length(after)), *(np.asarray(numbers, np.int32) for numbers in counted))
     tokens, length, count = (meshes.place(model.mesh, SEQUENCES, x) for x in arrays)
-    return decode.feed(model.decoder, cache, logits, tokens, length, count, given, recipe=recipe, measure=measure)
+    return decode.feed(
+        model.decoder, cache, logits, tokens, length, count, given, recipe=recipe.structure, measure=measure
+    )
 
 
 def fed_length(after: Sequence[Sequence[int]]) -> int:
@@ -229,7 +232,7 @@ def _decode(
     # What has been read back tells when to stop: one transfer per chunk.
     while any(len(chosen) < new and chosen[-1] not in model.stop for chosen in tokens):
         state, chunk = decode.decode_loop(
-            model.decoder, state, chooser, stop, limit, recipe=recipe, mode=sampling.mode, chunk=CHUNK
+            model.decoder, state, chooser, stop, limit, recipe=recipe.structure, mode=sampling.mode, chunk=CHUNK
         )
         collect(chunk)
     return state.cache, tokens

@@ -16,6 +16,7 @@ from kvjax.cache import pages, sharding
 from kvjax.cache import tier as tiers_
 from kvjax.cache.layout import Cache, Layers, Tiers, layer_groups, layers_with, locate
 from kvjax.cache.pages import LARGEST
+from kvjax.cache.tier import Tier
 from kvjax.errors import InputError
 from kvjax.models import gate as gates
 from kvjax.models import rope
@@ -75,7 +76,7 @@ def prefill(
         raise InputError(f"prefill-chunk {chunk} is not a number of tokens")
     spec, groups = model.spec, layer_groups(model.spec)
     x = _embed(model, tokens)
-    filled, allocations = list(cache), _allocations(spec, recipe, groups, length)
+    filled, allocations = list(cache), _allocations(spec, recipe.structure, groups, length, cache)
     for index, layer in enumerate(model.layers):
         group, place = locate(groups, index)
         peers = layers_with(spec, spec.window(index))
@@ -87,7 +88,7 @@ def prefill(
             jnp.asarray(peers.index(index), jnp.int32),
             jnp.asarray(place, jnp.int32),
             spec=spec,
-            recipe=layer_recipe(spec, recipe, index),
+            recipe=layer_recipe(spec, recipe, index).structure,
             peers=len(peers),
             window=spec.window(index),
             rotary=spec.rotary(index),
@@ -102,7 +103,7 @@ def prefill(
 
 
 def _allocations(
-    spec: ModelSpec, recipe: Recipe, groups: Sequence[Layers], length: Int[Array, " B"]
+    spec: ModelSpec, recipe: Recipe, groups: Sequence[Layers], length: Int[Array, " B"], cache: Cache
 ) -> dict[int | None, "_Allocation"]:
     """One for the layers of each sliding window, None for those without one."""
     found = {}
@@ -111,7 +112,7 @@ def _allocations(
         places = {group: g for g, group in enumerate(groups)}
         part = layer_recipe(spec, recipe, index[0])
         found[window] = _Allocation(
-            index, part, {places[group]: group for group in own}, readable(length, window), spec
+            index, part, {places[group]: group for group in own}, readable(length, window), cache[places[own[0]]][0]
         )
     return found
 
@@ -124,14 +125,15 @@ class _Allocation:
       recipe: the method, as it is in these layers.
       groups: the groups of the cache that they make.
       length: tokens that a layer can read of each prompt.
-      spec: the model.
+      tier: the first one of these layers, which says how many slots each has as a mean.
     """
 
-    def __init__(self, index: Sequence[int], recipe: Recipe, groups: dict[int, Layers], length: Array, spec: ModelSpec):
+    def __init__(self, index: Sequence[int], recipe: Recipe, groups: dict[int, Layers], length: Array, tier: Tier):
         self._index, self._recipe, self._groups, self._length = index, recipe, groups, length
+        self._slots, rows = tier.budget[0, :, 0], tier.length.shape[1:]
         self._infos: dict[int, PyTree] = {}
         self._waiting: dict[int, PyTree] = {}
-        self._held = jnp.full((spec.num_layers, length.shape[0], spec.num_rows), LARGEST, jnp.int32)
+        self._held = jnp.full((1 + max(index), *rows), LARGEST, jnp.int32)
 
     def after(self, cache: list[Tiers], found: Found) -> list[Tiers]:
         """The cache after one more layer: with the slots redistributed, when the budget wants that now."""
@@ -149,9 +151,9 @@ class _Allocation:
                 infos = [self._infos.get(layer, unseen) for layer in group.index]
                 seen = jnp.asarray(sum(layer <= newest for layer in group.index), jnp.int32)
                 index = jnp.asarray(group.index, jnp.int32)
-                slots = _run_allocate(infos, seen, self._length, self._held[index], recipe=self._recipe)
+                slots = _run_allocate(infos, seen, self._length, self._held[index], self._slots, recipe=self._recipe)
                 self._held = self._held.at[index].set(slots)
-                cache[g] = _trim(cache[g], slots, self._length, recipe=self._recipe)
+                cache[g] = _trim(cache[g], slots)
         if self._recipe.policy.settle is not None:
             for index, waiting in self._waiting.items():
                 group = next(g for g, group in self._groups.items() if index in group.index)
@@ -163,18 +165,23 @@ class _Allocation:
 
 @functools.partial(jax.jit, static_argnames=("recipe",))
 def _run_allocate(
-    infos: list[PyTree], seen: Int[Array, ""], length: Int[Array, " B"], held: Int[Array, "L B K"], *, recipe: Recipe
+    infos: list[PyTree],
+    seen: Int[Array, ""],
+    length: Int[Array, " B"],
+    held: Int[Array, "L B K"],
+    slots: Int[Array, " B"],
+    *,
+    recipe: Recipe,
 ) -> Int[Array, "L B K"]:
     assert recipe.budget is not None and recipe.budget.allocate is not None
-    return recipe.budget.allocate(infos, seen, length, held)
+    return recipe.budget.allocate(infos, seen, length, held, slots)
 
 
-@mesh.program((sharding.cache, LAYERS, SEQUENCES), lambda tiers, *_: tiers, static=("recipe",), donate=(0,))
-def _trim(tiers: Tiers, slots: Int[Array, "l B K"], length: Int[Array, " B"], *, recipe: Recipe) -> Tiers:
+@mesh.program((sharding.cache, LAYERS), lambda tiers, *_: tiers, donate=(0,))
+def _trim(tiers: Tiers, slots: Int[Array, "l B K"]) -> Tiers:
     """Trim the first tier's rows to their slots; other tiers hold what the first one gave up."""
     tier, *rest = tiers
-    assert recipe.budget is not None
-    beyond = 0 if recipe.budget.room is None else recipe.budget.room(length)[:, None]
+    beyond = tier.calib.get("beyond", 0) if isinstance(tier.calib, dict) else 0
     budget = jnp.where(slots < LARGEST, slots + beyond, tier.budget)
     return (tiers_.trim(tier._replace(budget=budget), slots), *rest)
 
@@ -191,7 +198,7 @@ def _settle(tiers: Tiers, waiting: PyTree, place: Int[Array, ""], slots: Int[Arr
 def _fit(tiers: Tiers, length: Int[Array, " B"], recipe: Recipe) -> Tiers:
     """Leave pools the pages that they will need."""
     assert recipe.policy.fit is not None
-    tiers, sizes = recipe.policy.fit(tiers, length)
+    tiers, sizes = recipe.policy.fit(tiers, length, recipe.amounts)
     return tuple(
         _resize(t, size=n) if n * t.num_free.shape[0] < t.free.shape[0] else t
         for t, n in zip(tiers, sizes, strict=True)

@@ -35,8 +35,8 @@ def adakv(
     Differs: see `kvjax.policies.budgets.allocation.per_head` and `kvjax.policies.score.window`.
     Cost: `window` rows of attention at prefill.
     """
-    keep = per_head(budgets.uniform(budget), floor)
-    keep = budgets.while_decoding(keep, budget, decode_budget)
-    votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
-    stored = named(store)
-    return Recipe("adakv", retain(votes, keep, store=stored, evict="never"))
+    keep = per_head(budgets.uniform(), floor)
+    given = budgets.amounts(budget, decode_budget)
+    votes = score.window(window, kernel, pooling, decoding=given.bounded)
+    policy = retain(votes, keep, store=named(store), evict="never", bounded=given.bounded)
+    return Recipe("adakv", policy, amounts=given)

@@ -7,7 +7,7 @@ from kvjax.errors import InputError
 from kvjax.policies import score
 from kvjax.policies.base import Recipe, cached
 from kvjax.policies.budgets.allocation import LayerRule, from_variance
-from kvjax.policies.budgets.budget import Keep, while_decoding
+from kvjax.policies.budgets.budget import Keep, amounts
 from kvjax.policies.eviction import drop
 from kvjax.policies.eviction import merge as merging
 from kvjax.policies.select import retain
@@ -52,8 +52,8 @@ def d2o(
         full = tuple(int(part) for part in full_layers.split(",") if part.strip())
     except ValueError:
         raise InputError(f"full_layers={full_layers!r} is not a list of layers such as 0,1,-1") from None
-    keep = from_variance(budget, least=sinks + 1, rule=layer_rule, full_layers=full)
-    keep = while_decoding(keep, budget, decode_budget)
-    stored = named(store)
+    keep = from_variance(least=sinks + 1, rule=layer_rule, full_layers=full)
+    given, votes = amounts(budget, decode_budget), score.accumulated(1 - important, sinks)
     fate = drop if merge == "off" else merging(beta, merge)
-    return Recipe("d2o", retain(score.accumulated(1 - important, sinks), keep, store=stored, evict="after", fate=fate))
+    policy = retain(votes, keep, store=named(store), evict="after", fate=fate, bounded=given.bounded)
+    return Recipe("d2o", policy, amounts=given)

@@ -22,4 +22,4 @@ def dmc(*, capacity: Keep = "", store: str = "dense") -> Recipe:
     Differs: see `kvjax.policies.segment_merge.accumulate`; the borrowed coordinate is the released code's, the last.
     Cost: see `accumulate`.
     """
-    return Recipe("dmc", accumulate(named(store), gate_capacity.amount(capacity)))
+    return Recipe("dmc", accumulate(named(store)), amounts=gate_capacity.amounts(capacity))

@@ -21,4 +21,4 @@ def dms(*, capacity: Keep = "", store: str = "dense") -> Recipe:
     Differs: see `kvjax.policies.delayed_eviction.delay`.
     Cost: see `delay`.
     """
-    return Recipe("dms", delay(named(store), gate_capacity.amount(capacity)))
+    return Recipe("dms", delay(named(store)), amounts=gate_capacity.amounts(capacity))

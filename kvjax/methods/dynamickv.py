@@ -6,7 +6,7 @@ from kvjax.cache.quantize import named
 from kvjax.policies import score
 from kvjax.policies.base import Recipe, cached
 from kvjax.policies.budgets.allocation import from_scores
-from kvjax.policies.budgets.budget import Keep, while_decoding
+from kvjax.policies.budgets.budget import Keep, amounts
 from kvjax.policies.select import retain
 
 
@@ -38,8 +38,8 @@ def dynamickv(
     Differs: see `from_scores` and `kvjax.policies.score.window`.
     Cost: `window` rows of attention at prefill; `every` layers hold up to `r_max` times their share until the update.
     """
-    keep = from_scores(budget, r_max=r_max, every=every, regrow=regrow, floor=floor, ada=ada)
-    keep = while_decoding(keep, budget, decode_budget)
-    votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
-    stored = named(store)
-    return Recipe("dynamickv", retain(votes, keep, store=stored, evict="never"))
+    keep = from_scores(r_max=r_max, every=every, regrow=regrow, floor=floor, ada=ada)
+    given = amounts(budget, decode_budget)
+    votes = score.window(window, kernel, pooling, decoding=given.bounded)
+    policy = retain(votes, keep, store=named(store), evict="never", bounded=given.bounded)
+    return Recipe("dynamickv", policy, amounts=given)

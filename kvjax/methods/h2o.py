@@ -22,6 +22,8 @@ def h2o(budget: Keep = "20%", *, recent: float = 0.5, decode_budget: Keep = "", 
     Differs: see `kvjax.policies.score.accumulated`.
     Cost: one more query-key pass over the prompt; 8 bytes per slot.
     """
-    keep = budgets.while_decoding(budgets.uniform(budget), budget, decode_budget)
-    stored = named(store)
-    return Recipe("h2o", retain(score.accumulated(recent), keep, store=stored, evict="after"))
+    given = budgets.amounts(budget, decode_budget)
+    policy = retain(
+        score.accumulated(recent), budgets.uniform(), store=named(store), evict="after", bounded=given.bounded
+    )
+    return Recipe("h2o", policy, amounts=given)

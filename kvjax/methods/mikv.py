@@ -57,13 +57,14 @@ def mikv(
         raise InputError("mikv: allocate='from_scores' compares layers by window scores: set importance='window'")
     high, low = (s._replace(balanced=balance and s.key != dense()) for s in (high, low))
     keep = {
-        "uniform": lambda: budgets.uniform(budget, growing=True),
-        "from_scores": lambda: from_scores(budget, every=0),
-        "per_head": lambda: per_head(budgets.uniform(budget), ADA_FLOOR),
+        "uniform": lambda: budgets.uniform(growing=True),
+        "from_scores": lambda: from_scores(every=0),
+        "per_head": lambda: per_head(budgets.uniform(), ADA_FLOOR),
     }[allocate]()
     votes = (
         score.accumulated(recent)
         if importance == "accumulated"
         else score.window(window, kernel, pooling, decoding=True)
     )
-    return Recipe("mikv", retain(votes, keep, store=high, evict="after", fate=demote(low)))
+    policy = retain(votes, keep, store=high, evict="after", fate=demote(low))
+    return Recipe("mikv", policy, amounts=budgets.amounts(budget))

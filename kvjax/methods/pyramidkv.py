@@ -41,10 +41,9 @@ def pyramidkv(
     """
     if not 1 <= beta <= LARGEST:
         raise InputError(f"beta={beta} is not between 1 and {LARGEST}")
-    keep = budgets.pyramid(budget, window=window, beta=beta)
-    if ada:
-        keep = per_head(keep, ADA_FLOOR)
-    keep = budgets.while_decoding(keep, budget, decode_budget)
-    votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
-    stored = named(store)
-    return Recipe("pyramidkv", retain(votes, keep, store=stored, evict="never"))
+    keep = budgets.pyramid(window=window, beta=beta)
+    keep = per_head(keep, ADA_FLOOR) if ada else keep
+    given = budgets.amounts(budget, decode_budget)
+    votes = score.window(window, kernel, pooling, decoding=given.bounded)
+    policy = retain(votes, keep, store=named(store), evict="never", bounded=given.bounded)
+    return Recipe("pyramidkv", policy, amounts=given)

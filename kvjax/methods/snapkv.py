@@ -37,10 +37,8 @@ def snapkv(
     Differs: see `kvjax.policies.score.window`.
     Cost: `window` rows of attention at prefill.
     """
-    keep = budgets.uniform(budget)
-    if ada:
-        keep = per_head(keep, ADA_FLOOR)
-    keep = budgets.while_decoding(keep, budget, decode_budget)
-    votes = score.window(window, kernel, pooling, decoding=keep.room is not None)
-    stored = named(store)
-    return Recipe("snapkv", retain(votes, keep, store=stored, evict="never"))
+    keep = per_head(budgets.uniform(), ADA_FLOOR) if ada else budgets.uniform()
+    given = budgets.amounts(budget, decode_budget)
+    votes = score.window(window, kernel, pooling, decoding=given.bounded)
+    policy = retain(votes, keep, store=named(store), evict="never", bounded=given.bounded)
+    return Recipe("snapkv", policy, amounts=given)

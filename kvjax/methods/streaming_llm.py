@@ -1,5 +1,6 @@
 """StreamingLLM: attention sinks and a rolling window."""
 
+import functools
 from typing import Literal
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Int
 from kvjax.cache.quantize import named
 from kvjax.errors import InputError
 from kvjax.policies import score
-from kvjax.policies.base import Recipe, cached
+from kvjax.policies.base import Positions, Recipe, cached
 from kvjax.policies.budgets import budget as budgets
 from kvjax.policies.budgets.budget import Keep
 from kvjax.policies.select import retain
@@ -44,13 +45,23 @@ def streaming_llm(
     if positions not in ("cache", "absolute"):
         raise InputError(f"streaming_llm: positions={positions!r} is not 'cache' or 'absolute'")
 
+    given = budgets.amounts(budget, decode_budget)
+    by_place = positions == "cache"
+    policy = retain(
+        score.recency(sinks), budgets.uniform(), store=named(store), evict="before", by_place=by_place,
+        bounded=given.bounded,
+    )  # fmt: skip
+    if not by_place:
+        return Recipe("streaming_llm", policy, amounts=given)
+    return Recipe("streaming_llm", policy, rotate="read", positions=_places(sinks), amounts=given)
+
+
+@functools.cache
+def _places(sinks: int) -> Positions:
+    """Where a slot stands among those of its row, the sinks first."""
+
     def place(pos: Int[Array, "B K s"], now: Int[Array, " B"], length: Int[Array, "B K"]) -> Int[Array, "B K s"]:
         newest = length[..., None] - 1 - (now[:, None, None] - pos)
         return jnp.where(pos < sinks, jnp.minimum(pos, jnp.maximum(length[..., None] - 1, 0)), newest)
 
-    keep = budgets.while_decoding(budgets.uniform(budget), budget, decode_budget)
-    stored = named(store)
-    policy = retain(score.recency(sinks), keep, store=stored, evict="before", by_place=positions == "cache")
-    if positions == "absolute":
-        return Recipe("streaming_llm", policy)
-    return Recipe("streaming_llm", policy, rotate="read", positions=place)
+    return place

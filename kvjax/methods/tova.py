@@ -21,6 +21,6 @@ def tova(budget: Keep = "20%", *, decode_budget: Keep = "", store: str = "dense"
     Differs: nothing known.
     Cost: 8 bytes per slot.
     """
-    keep = budgets.while_decoding(budgets.uniform(budget), budget, decode_budget)
-    stored = named(store)
-    return Recipe("tova", retain(score.last_row(), keep, store=stored, evict="after"))
+    given = budgets.amounts(budget, decode_budget)
+    policy = retain(score.last_row(), budgets.uniform(), store=named(store), evict="after", bounded=given.bounded)
+    return Recipe("tova", policy, amounts=given)

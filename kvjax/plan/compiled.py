@@ -101,12 +101,11 @@ def _allocation(setting: Setting, cache: layout.Cache) -> Iterator[Program]:
             continue
         found = estimate.found_in_a_layer(setting, group.index[0])
         slots, n = ints(len(group.index), setting.batch, setting.spec.num_rows), len(group.index)
-        args = ([found.info] * n, ints(), ints(setting.batch), slots)
-        split = mesh.ROWS, mesh.EVERYWHERE, mesh.SEQUENCES, mesh.LAYERS
+        args = ([found.info] * n, ints(), ints(setting.batch), slots, ints(setting.batch))
+        split = mesh.ROWS, mesh.EVERYWHERE, mesh.SEQUENCES, mesh.LAYERS, mesh.SEQUENCES
         there = n * size(found.info)
         yield Program("allocate", prefill._run_allocate, args, {"recipe": recipe}, there, held, split=split)
-        args = tiers, slots, ints(setting.batch)
-        yield Program("trim", prefill._trim, args, {"recipe": recipe}, size(tiers), held)
+        yield Program("trim", prefill._trim, (tiers, slots), {}, size(tiers), held)
         if recipe.policy.settle is not None:
             args = (tiers, found.waiting, ints(), ints(*slots.shape[1:]))
             there = size(tiers) + size(found.waiting)

@@ -135,8 +135,7 @@ def _slots(spec: ModelSpec, recipe: Recipe, layer: int, context: int) -> int:
     """Slots of a layer's row for a prompt."""
     window, own = spec.window(layer), layer_recipe(spec, recipe, layer)
     peers = layout.layers_with(spec, window)
-    assert own.budget is not None
-    slots = int(own.budget.slots(peers.index(layer), len(peers), readable(context, window)))
+    slots = own.slots(peers.index(layer), len(peers), readable(context, window))
     return slots if window is None else min(slots, window)
 
 

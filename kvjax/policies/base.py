@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from kvjax.cache import tier as tiers_
 from kvjax.cache.layout import Layers, Tiers
 from kvjax.cache.store import KVStore
-from kvjax.policies.budgets.budget import Budget, parse_keep
+from kvjax.policies.budgets.budget import Amounts, Budget, parse_keep
 from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, PyTree, Token
 from pallas_kernels.implementation import Implementation
 
@@ -59,18 +59,18 @@ class CachePolicy(NamedTuple):
 
     Attributes:
       stores: number format of each tier.
-      init: `(spec, layers, lengths, dtype) -> tiers` with the `L` axis; on the host.
+      init: `(spec, layers, lengths, dtype, amounts) -> tiers` with the `L` axis; on the host.
       prefill: `(tiers, prompt) -> (tiers, Found)`.
       insert: `(tiers, token) -> tiers`.
       observe: `(tiers, token, probabilities) -> tiers`, one `[B K G S]` per tier, 0 where empty; or None.
       reserve: `(tiers with the L axis, active [B]) -> tiers`, takes pages for what the step may append to each row.
-      fit: `(tiers with the L axis, length [B]) -> (tiers, pages)`, on the host after the last layer: pages that each
-        tier's pool needs from now on; None = it stays as it is.
+      fit: `(tiers with the L axis, length [B], amounts) -> (tiers, pages)`, on the host after the last layer: pages
+        that each tier's pool needs from now on; None = it stays as it is.
       revise: `(tiers, k, v, gate [B T K], length [B], window, kernels) -> Revised`, keys before rotation; before the
         attention of a prompt; None = queries see the tokens as they are.
       settle: `(tiers, waiting, slots [B K], kernels) -> tiers` fills a layer's rows with what `prefill` let wait until
         the slots were allocated; None = `prefill` has filled them, and they are trimmed.
-      budget: slots per row; its `allocate` redistributes them after the prompt; None = the policy has no budget.
+      budget: how slots follow from an amount; its `allocate` redistributes them after the prompt; None = it has none.
       windowed: `window -> policy` of layers with such a sliding window; None = this one.
 
     In a layer with a sliding window a row never holds more tokens than the window (but for KIVI's codes: whole runs),
@@ -78,13 +78,13 @@ class CachePolicy(NamedTuple):
     """
 
     stores: tuple[KVStore, ...]
-    init: Callable[[ModelSpec, Layers, Lengths, DTypeLike], Tiers]
+    init: Callable[[ModelSpec, Layers, Lengths, DTypeLike, Amounts], Tiers]
     prefill: Callable[[Tiers, Prompt], tuple[Tiers, Found]]
     insert: Callable[[Tiers, Token], Tiers]
     observe: Callable[[Tiers, Token, tuple[Float[Array, "B K G S"], ...]], Tiers] | None = None
     reserve: Callable[[Tiers, Bool[Array, " B"]], Tiers] = append_room
     settle: Callable[[Tiers, PyTree, Int[Array, "B K"], Implementation | None], Tiers] | None = None
-    fit: Callable[[Tiers, Int[Array, " B"]], tuple[Tiers, tuple[int, ...]]] | None = None
+    fit: Callable[[Tiers, Int[Array, " B"], Amounts], tuple[Tiers, tuple[int, ...]]] | None = None
     revise: Callable[[Tiers, Array, Array, Gate, Array, int | None, Implementation | None], Revised] | None = None
     budget: Budget | None = None
     windowed: "Callable[[int], CachePolicy] | None" = None
@@ -101,6 +101,7 @@ class Recipe(NamedTuple):
       select: `(attention weights of each tier [B K G S], pos [B]) -> slots of each tier [B K S]`, those that a step
         attends to; None = all. It frees nothing.
       kernels: which implementation of `pallas_kernels` fills and reads the cache; None = the platform's.
+      amounts: how much it may keep: data, which programs are not compiled for, see `structure`.
       windowed: what becomes of layers with a sliding window: "compressed" gives them a budget of what they can read,
         "whole" keeps their windows. See `kvjax.policies.layers.layer_recipe`.
     """
@@ -112,6 +113,17 @@ class Recipe(NamedTuple):
     select: Select | None = None
     kernels: Implementation | None = "xla"
     windowed: Windowed = "compressed"
+    amounts: Amounts = Amounts()
+
+    @property
+    def structure(self) -> "Recipe":
+        """The recipe without its amounts: what programs are compiled for."""
+        return self._replace(amounts=Amounts())
+
+    def slots(self, layer: int, num_layers: int, length: int) -> int:
+        """Slots of a row for a prompt of this length, of the layer with this place among those that share a budget."""
+        assert self.budget is not None
+        return int(self.budget.slots(self.amounts.keep or 0, layer, num_layers, length))
 
     @property
     def stores(self) -> tuple[KVStore, ...]:

@@ -22,7 +22,7 @@ from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots
 from kvjax.policies import gate_capacity
 from kvjax.policies.base import CachePolicy, Found, Revised
-from kvjax.policies.gate_capacity import Capacity
+from kvjax.policies.budgets.budget import Amounts
 from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, Token, readable
 from pallas_kernels.implementation import Implementation
 
@@ -34,13 +34,15 @@ class Evictions(NamedTuple):
     forced: Int[Array, "B K"]
 
 
-def delay(store: KVStore, capacity: Capacity) -> CachePolicy:
+@functools.cache
+def delay(store: KVStore) -> CachePolicy:
     """Evict the tokens that the gate names, `window` tokens after the gate has spoken.
 
     Args:
       store: number format of the slots.
-      capacity: slots for which there is room, as in `gate_capacity.rooms`. When there is none, the token that would
-        leave the window and stay is evicted.
+
+    `Amounts.keep` is the capacity, slots for which there is room, as in `gate_capacity.rooms`. When there is none, the
+    token that would leave the window and stay is evicted.
 
     Source: DMS (arXiv 2506.05345); Model-Optimizer `experimental/dms/dms/cache_paged.py`.
     Differs: eviction for want of room (the released cache is as large as it needs to be); `window` may be 0.
@@ -48,13 +50,13 @@ def delay(store: KVStore, capacity: Capacity) -> CachePolicy:
     """
     gate_capacity.check_store("dms", store)
 
-    def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
+    def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike, amounts: Amounts) -> Tiers:
         gate = gate_capacity.gate_of(spec, "dms")
         shape = (len(layers.index), len(lengths.prompt), spec.num_rows, gate.window + 1)
         waiting = {"slot": jnp.zeros(shape, jnp.int32), "evict": jnp.zeros(shape, bool)}
         return (
             gate_capacity.init(
-                spec, layers, lengths, dtype, gate=gate, capacity=capacity, least=gate.window + 1, store=store,
+                spec, layers, lengths, dtype, gate=gate, amounts=amounts, least=gate.window + 1, store=store,
                 calib=waiting,
             ),
         )  # fmt: skip
@@ -124,14 +126,13 @@ def delay(store: KVStore, capacity: Capacity) -> CachePolicy:
         new = Slots(k, v, jnp.broadcast_to(pos, where.shape))
         return (tiers_.put(tier, slot[..., None], new, where),)
 
-    fit = functools.partial(gate_capacity.fit, capacity=capacity)
     return CachePolicy(
         (store,),
         init,
         prefill,
         insert,
         reserve=gate_capacity.grant,
-        fit=fit,
+        fit=gate_capacity.fit,
         revise=revise,
         budget=gate_capacity.budget(),
     )

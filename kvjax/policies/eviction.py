@@ -61,6 +61,7 @@ drop = Fate()
 """What leaves is forgotten. Cost: nothing."""
 
 
+@functools.cache
 def demote(low: KVStore) -> Fate:
     """A victim moves to a second tier in fewer bits; it is never lost and never returns.
 
@@ -93,6 +94,7 @@ def demote(low: KVStore) -> Fate:
     return Fate(step, prompt, low=low)
 
 
+@functools.cache
 def merge(beta: float, weights: Literal["paper", "scatter_mean"]) -> Fate:
     """A victim is merged into the kept token with the most similar key if it is similar enough, else dropped.
 

@@ -35,7 +35,7 @@ from kvjax.parallel import mesh
 from kvjax.parallel.collectives import HEADS
 from kvjax.policies.base import Found
 from kvjax.policies.budgets.apportion import choose_best
-from kvjax.policies.budgets.budget import Budget, Keep, parse_keep, share
+from kvjax.policies.budgets.budget import Amounts, Budget, Keep, everything, parse_keep, share
 from kvjax.spec import GateSpec, Lengths, ModelSpec, readable
 
 LADDER = (32, 8)  # of the pool: what a rung adds is no room for any sequence
@@ -57,9 +57,9 @@ def gate_of(spec: ModelSpec, method: Literal["dmc", "dms"]) -> GateSpec:
     return spec.gate
 
 
-def amount(capacity: Keep) -> Capacity:
+def amounts(capacity: Keep) -> Amounts:
     """A method's argument: tokens, a share, or "" where the model's own rate decides."""
-    return None if capacity == "" else parse_keep(capacity, "capacity")
+    return Amounts() if capacity == "" else Amounts(parse_keep(capacity, "capacity"))
 
 
 def check_store(method: Literal["dmc", "dms"], store: KVStore) -> None:
@@ -102,7 +102,7 @@ def init(
     dtype: DTypeLike,
     *,
     gate: GateSpec,
-    capacity: Capacity,
+    amounts: Amounts,
     least: int,
     store: KVStore,
     elsewhere: int = 0,
@@ -112,7 +112,8 @@ def init(
 
     Args:
       spec, layers, lengths, dtype: as in `CachePolicy.init`.
-      gate, capacity, least: as in `rooms`.
+      gate, least: as in `rooms`.
+      amounts: `keep` is the capacity.
       store: number format of the slots.
       elsewhere: slots of each row that are counted but lie in another tier.
       calib: the policy's own state, every leaf `[L B K ...]`.
@@ -123,16 +124,21 @@ def init(
     shape = (len(layers.index), len(lengths.prompt), spec.num_rows)
     prompt, rows = readable(np.asarray(lengths.prompt, np.int64), layers.window), shape[0] * shape[2]
     new = np.minimum(np.asarray(lengths.prompt) + lengths.new, layers.window or LARGEST) - prompt
-    room = rooms(gate, capacity, lengths, rows, least, layers.window)
+    room = rooms(gate, amounts.keep, lengths, rows, least, layers.window)
+    # What shapes are made for.
+    total = np.minimum(lengths.whole(), layers.window or LARGEST)
+    longest = (
+        room if lengths.total is None else rooms(gate, amounts.keep, lengths.longest(), rows, least, layers.window)
+    )
     needed = np.minimum(least, prompt)
     first = np.maximum(room - room * new // (2 * (prompt + new)), rows * needed)
     floor = np.maximum(first // (2 * shape[0]), shape[2] * needed)
     budget = np.repeat(floor[None], shape[0], axis=0)
     budget[0] = first - (shape[0] - 1) * floor
-    row = np.minimum(-(-room // rows), np.ceil((prompt + new) / gate.rate)).max()
+    row = np.minimum(-(-longest // rows), np.ceil(total / gate.rate)).max()
     page = pages.page_size(pages.ladder(int(row), *LADDER), lengths.platform)
     # Each row may have a page that holds nothing yet, taken for a token that was merged after all.
-    slots = lengths.most(room + rows * (page - elsewhere))
+    slots = lengths.most(longest + rows * (page - elsewhere))
     spread = lambda x: jnp.asarray(np.broadcast_to(x[..., None], shape), jnp.int32)
     shared = {"room": spread(room), "floor": spread(floor), "forced": jnp.zeros(shape, jnp.int32)}
     shared["new"] = jnp.full(shape, min(lengths.new, layers.window or LARGEST), jnp.int32)
@@ -140,7 +146,7 @@ def init(
         layers=shape[0],
         batch=shape[1],
         heads=shape[2],
-        row=min(pages.ladder(int((prompt + new).max()), *LADDER), layers.window or LARGEST),
+        row=min(pages.ladder(int(total.max()), *LADDER), layers.window or LARGEST),
         page=page,
         slots=pages.ladder(slots, *LADDER),
         widths=layers.widths,
@@ -184,20 +190,25 @@ def found(tier: Tier, filled: Int[Array, "B K"]) -> Found:
 
 
 def hand_on(
-    infos: list[Int[Array, "B K"]], seen: Int[Array, ""], length: Int[Array, " B"], held: Int[Array, "L B K"]
+    infos: list[Int[Array, "B K"]],
+    seen: Int[Array, ""],
+    length: Int[Array, " B"],
+    held: Int[Array, "L B K"],
+    slots: Int[Array, " B"],
 ) -> Int[Array, "L B K"]:
     """What the next layer of a prompt may fill; layers that have been read keep what they have."""
     following = jnp.stack(infos)[seen - 1]
     return jnp.where((jnp.arange(len(infos)) >= seen)[:, None, None], following, LARGEST)
 
 
-def fit(tiers: Tiers, length: Int[Array, " B"], *, capacity: Capacity) -> tuple[Tiers, tuple[int, ...]]:
+def fit(tiers: Tiers, length: Int[Array, " B"], amounts: Amounts) -> tuple[Tiers, tuple[int, ...]]:
     """The room that sequences need once their prompts have been read, and the pages for it; see `CachePolicy.fit`.
 
     Args:
       tiers: of all layers; where there is a second one, it holds one slot per row.
       length: tokens of each prompt.
-      capacity: None = new tokens may need `LATER` times as many slots as the prompt's; else all that is left of it.
+      amounts: with a capacity all that is left of it; without, new tokens may need `LATER` times as many slots as the
+        prompt's.
     """
     tier, *rest = tiers
     layers, batch, heads = tier.length.shape
@@ -208,7 +219,7 @@ def fit(tiers: Tiers, length: Int[Array, " B"], *, capacity: Capacity) -> tuple[
     used = used.reshape(layers, batch, devices, own).sum(axis=(0, 3))
     new, room = (mesh.read(tier.calib[name]).astype(np.int64)[0, :, ::own] for name in ("new", "room"))
     more = np.minimum(rows * new, room - used)
-    if capacity is None:
+    if amounts.keep is None:
         more = np.minimum(more, np.ceil(LATER * new * used / tokens).astype(np.int64) + rows)
     room = used + more
     slots = sharding.fullest(tier, (room + rows * (tier.page - len(rest)))[None])
@@ -218,10 +229,10 @@ def fit(tiers: Tiers, length: Int[Array, " B"], *, capacity: Capacity) -> tuple[
     return (tier._replace(calib=calib), *rest), (size, *(t.free.shape[0] // t.num_free.shape[0] for t in rest))
 
 
+@functools.cache
 def budget() -> Budget:
     """Slots that only the model knows, at most all; a prompt's layers share them one after the other."""
-    everything = lambda layer, num_layers, length: jnp.asarray(length, jnp.int32)
-    return Budget(everything, allocate=hand_on, every=1)
+    return Budget(everything().slots, allocate=hand_on, every=1)
 
 
 def grant(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:

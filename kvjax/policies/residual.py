@@ -25,12 +25,13 @@ from kvjax.cache.layout import Layers, Tiers
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots, Tier
 from kvjax.policies.base import CachePolicy, Found
-from kvjax.policies.budgets.budget import everything
+from kvjax.policies.budgets.budget import Amounts, everything
 from kvjax.spec import Lengths, ModelSpec, Prompt, Token
 
 LADDER = (8, 64)  # as of the full cache
 
 
+@functools.cache
 def residual(store: KVStore) -> CachePolicy:
     """Keep all tokens, the newest `store.residual` (R) as they are.
 
@@ -44,9 +45,9 @@ def residual(store: KVStore) -> CachePolicy:
     size, group = store.residual, store.key.run
     ring_size = size + 1
 
-    def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
+    def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike, amounts: Amounts) -> Tiers:
         shape = {"layers": len(layers.index), "batch": len(lengths.prompt), "heads": spec.num_rows}
-        rows = np.asarray(lengths.prompt) + lengths.new
+        rows = lengths.whole()
         coded = rows if layers.window is None else np.minimum(rows, -(-(layers.window - 1) // size) * size)
         row = pages.ladder(int(coded.max()), *LADDER)
         row = row if layers.window is None else min(row, -(-(layers.window - 1) // size) * size)

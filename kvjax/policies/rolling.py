@@ -12,7 +12,7 @@ from kvjax.cache.layout import Layers, Tiers
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots
 from kvjax.policies.base import CachePolicy, Found
-from kvjax.policies.budgets.budget import everything
+from kvjax.policies.budgets.budget import Amounts, everything
 from kvjax.policies.residual import residual
 from kvjax.spec import Lengths, ModelSpec, Prompt, Token
 
@@ -34,11 +34,11 @@ def rolling(store: KVStore, window: int) -> CachePolicy:
         return residual(store)
     store = KVStore() if store.residual else store._replace(balanced=False)
 
-    def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
+    def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike, amounts: Amounts) -> Tiers:
         sized = functools.partial(
             tiers_.init, layers=len(layers.index), batch=len(lengths.prompt), heads=spec.num_rows, widths=layers.widths
         )
-        rows = np.minimum(np.asarray(lengths.prompt) + lengths.new, window)
+        rows = np.minimum(lengths.whole(), window)
         row = min(pages.ladder(int(rows.max()), *everything().ladder), window)
         page = pages.page_size(row, lengths.platform)
         held = lambda rows: len(layers.index) * spec.num_rows * lengths.most(-(-rows // page)) * page

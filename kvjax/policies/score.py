@@ -1,5 +1,6 @@
 """Scores: which tokens matter. Larger means keep."""
 
+import functools
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal, NamedTuple
@@ -33,11 +34,13 @@ class Score(NamedTuple):
     observe: Callable[[Float[Array, "B K S"], Float[Array, "B K G S"]], Float[Array, "B K S"]] | None = None
 
 
+@functools.cache
 def arrival() -> Score:
     """All tokens matter, in the order in which they came."""
     return Score(prompt=None, protect=lambda pos, now, budget: pos >= 0)
 
 
+@functools.cache
 def recency(sinks: int) -> Score:
     """The newest tokens matter, and the first `sinks`.
 
@@ -55,6 +58,7 @@ def recency(sinks: int) -> Score:
     return Score(prompt, lambda pos, now, budget: pos < jnp.minimum(min(sinks, LARGEST), budget - 1))
 
 
+@functools.cache
 def accumulated(recent: float, sinks: int = 0) -> Score:
     """Attention that a token received from all queries so far.
 
@@ -84,6 +88,7 @@ def accumulated(recent: float, sinks: int = 0) -> Score:
     )
 
 
+@functools.cache
 def last_row() -> Score:
     """Attention of the newest query, averaged over all heads of the layer: every head keeps the same tokens.
 
@@ -101,6 +106,7 @@ def last_row() -> Score:
     return Score(prompt, lambda pos, now, budget: jnp.zeros_like(pos, bool), observe)
 
 
+@functools.cache
 def window(size: int, kernel: int, pooling: Literal["avg", "max"], *, decoding: bool = False) -> Score:
     """Attention from the last `size` prompt tokens, smoothed over `kernel` neighbours; the window itself is kept.
 

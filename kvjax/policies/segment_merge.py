@@ -29,7 +29,7 @@ from kvjax.cache.tier import Slots, Tier
 from kvjax.models import rope
 from kvjax.policies import gate_capacity
 from kvjax.policies.base import CachePolicy, Found, Revised
-from kvjax.policies.gate_capacity import Capacity
+from kvjax.policies.budgets.budget import Amounts
 from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, Token
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.segment_merge import pool
@@ -43,12 +43,15 @@ class Segments(NamedTuple):
     state: dict[str, Array]  # of the open segment, as in `calib`
 
 
-def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
+@functools.cache
+def accumulate(store: KVStore) -> CachePolicy:
     """Merge a token into the open segment of its row, or begin a new one, as the gate says.
 
     Args:
       store: number format of the slots of closed segments.
-      capacity: slots for which there is room, as in `gate_capacity.rooms`; tokens that get none are merged.
+
+    `Amounts.keep` is the capacity, slots for which there is room, as in `gate_capacity.rooms`; tokens that get none are
+    merged.
 
     Source: DMC (arXiv 2403.09636), Algorithm 1; Megatron-LM, branch `dmc`, `megatron/contrib/dmc/`.
     Differs: a prompt is read at once; a window is summed from its tokens, where the released code adds and subtracts;
@@ -59,7 +62,7 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
     gate_capacity.check_store("dmc", store)
     apart = not store.is_dense  # the open segment has a tier of its own
 
-    def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
+    def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike, amounts: Amounts) -> Tiers:
         gate = gate_capacity.gate_of(spec, "dmc")
         shape, width = (len(layers.index), len(lengths.prompt), spec.num_rows), sum(layers.widths) + 1
         name, places = ("ring", (gate.window, width)) if gate.window else ("sums", (width,))
@@ -67,7 +70,7 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
         if layers.window is not None:
             state["open"] = jnp.zeros(shape, jnp.int32)
         closed = gate_capacity.init(
-            spec, layers, lengths, dtype, gate=gate, capacity=capacity, least=1, store=store, elsewhere=int(apart),
+            spec, layers, lengths, dtype, gate=gate, amounts=amounts, least=1, store=store, elsewhere=int(apart),
             calib=state,
         )  # fmt: skip
         if not apart:
@@ -152,7 +155,6 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
         tier = tiers_.put(tier, free[..., None], codes, where & ~merge[..., None])
         return tier, tiers_.put(open_, jnp.zeros_like(pos), new, where)
 
-    fit = functools.partial(gate_capacity.fit, capacity=capacity)
     stores = (store, KVStore()) if apart else (store,)
     return CachePolicy(
         stores,
@@ -160,7 +162,7 @@ def accumulate(store: KVStore, capacity: Capacity) -> CachePolicy:
         prefill,
         insert,
         reserve=gate_capacity.grant,
-        fit=fit,
+        fit=gate_capacity.fit,
         revise=revise,
         budget=gate_capacity.budget(),
     )

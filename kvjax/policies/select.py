@@ -1,12 +1,13 @@
 """The policy of every method that selects tokens: keep those with the best scores."""
 
 import functools
+from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from kvjax.attention.dispatch import kernel_or_xla
@@ -20,7 +21,7 @@ from kvjax.errors import InputError
 from kvjax.parallel import collectives, mesh
 from kvjax.parallel.collectives import HEADS
 from kvjax.policies.base import CachePolicy, Found, append_room
-from kvjax.policies.budgets.budget import Budget
+from kvjax.policies.budgets.budget import Amounts, Budget, check, room, times, tokens_of
 from kvjax.policies.eviction import Fate, Losers, drop
 from kvjax.policies.rolling import rolling
 from kvjax.policies.score import Score
@@ -47,6 +48,39 @@ class Candidates(NamedTuple):
         return jnp.sum(self.pos >= 0, axis=-1, dtype=jnp.int32)
 
 
+class Selection(NamedTuple):
+    """What `retain` was given: which tokens are kept, how many, in which format, and what becomes of the others."""
+
+    score: Score
+    budget: Budget
+    store: KVStore
+    evict: Literal["never", "before", "after"]
+    fate: Fate
+    by_place: bool
+    bounded: bool
+
+    @property
+    def stores(self) -> tuple[KVStore, ...]:
+        """Number format of each tier."""
+        return (self.store,) if self.fate.low is None else (self.store, self.fate.low)
+
+    @property
+    def spare(self) -> int:
+        """Slots of a row beside its budget: for the token that is seen before another is evicted."""
+        return int(self.evict == "after")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is selected: slots follow the order of arrival."""
+        return self.score.prompt is None
+
+    @property
+    def apart(self) -> bool:
+        """Whether heads that compete for slots have pools of their own, on devices of their own."""
+        return self.budget.by_head and collectives.count(HEADS) > 1
+
+
+@functools.cache
 def retain(
     score: Score,
     budget: Budget,
@@ -55,6 +89,7 @@ def retain(
     evict: Literal["never", "before", "after"],
     fate: Fate = drop,
     by_place: bool = False,
+    bounded: bool = False,
 ) -> CachePolicy:
     """Keep the tokens with the best scores.
 
@@ -66,205 +101,240 @@ def retain(
         has seen the new one, or `never` (generated tokens are appended).
       fate: what happens to tokens that are not kept.
       by_place: a sliding window counts places in the row, not positions: no token leaves it.
+      bounded: `Amounts.decoding` is given: tokens are evicted while decoding too, `evict="never"` means `after`.
 
-    With a budget that has `room`, tokens are evicted while decoding too: `evict="never"` then means `after`. Where the
-    budget grows with the sequence, so do the rows.
-
-    With a budget that is allocated after several layers, a layer's best candidates wait: as many as a row may ever be
-    given, all of them where the fate needs what is not kept.
+    Where the budget grows with the sequence, so do the rows. With a budget that is allocated after several layers, a
+    layer's best candidates wait: as many as a row may ever be given, all of them where the fate needs what is not kept.
 
     Cost: at prefill one top-k over T scores per row; per step 8 bytes per slot when a statistic is kept.
     """
-    if store.key.run > 1:
-        raise InputError("kivi quantises keys that follow each other: it needs a method that keeps all tokens (full)")
-    if fate.prompt is not None and budget.every is not None:
-        raise InputError("merging and demoting need one decision after the last layer: give the budget every=0")
-    if evict == "before" and fate.step is not None:
-        raise InputError("a token that leaves before attention is forgotten: merge or demote after it")
-    if fate.prompt is not None and score.prompt is None:
-        raise InputError("a score that selects nothing leaves nothing to merge or demote")
-    if fate.prompt is not None and fate.low is None and store.balanced:
-        raise InputError("keys are merged as they are: the store must not be balanced")
-    stores = (store,) if fate.low is None else (store, fate.low)
-    if budget.room is not None and evict == "never":
-        evict = "after"
-    if evict == "after" and score.observe is None:
-        raise InputError("this score does not learn from attention: it cannot evict while decoding")
-    beyond, spare = budget.room or jnp.zeros_like, int(evict == "after")
-    keeps_all = score.prompt is None
-    apart = lambda: budget.by_head and collectives.count(HEADS) > 1  # heads that compete have pools of their own
-
-    def room(slots: ArrayLike, length: ArrayLike, new: int, full: ArrayLike) -> np.ndarray:
-        """Slots that rows may fill: with generated tokens, or with the one that is seen before another is evicted."""
-        append, replace = np.minimum(slots, length) + new, np.minimum(np.add(slots, spare), np.add(length, new))
-        return np.where(np.logical_or(full, evict == "never"), append, replace)
-
-    def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike) -> Tiers:
-        window, heads, prompt = layers.window, spec.num_rows, np.asarray(lengths.prompt)
-        within = lambda slots: slots if window is None else np.asarray(np.minimum(slots, window))
-        some, which = np.unique(prompt, return_inverse=True)  # no new programs for every batch size
-        seen, padded = readable(some, window), readable(lengths.padded, window)
-        every_head = heads * collectives.count(HEADS)
-        with collectives.on_the_host():  # so that `eval_shape` can plan a cache without allocating it
-            for length in seen.tolist():
-                budget.check(layers.peers, length)
-            extra = np.asarray(beyond(seen))[which]
-            given = np.stack([np.asarray(budget.slots(i, layers.peers, seen))[which] for i in layers.places])  # L B
-            grown = 0 if budget.grow is None else np.asarray(budget.grow(readable(some + lengths.new, window)))[which]
-            most = None if budget.most is None else np.asarray(budget.most(layers.peers, every_head, padded))
-        full = np.isin(layers.places, budget.full(layers.peers))[:, None]
-        rows = within(room(np.maximum(given + extra, grown), readable(prompt, window), lengths.new, full))
-        page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder), lengths.platform)
-        # Only the width of the tables depends on the longest row: no new shape for every prompt length.
-        longest = rows if most is None else within(room(most + extra.max(), padded, lengths.new, full.any()))
-        row = int(within(pages.ladder(int(longest.max()), *budget.ladder)))
-
-        def pool(rows: np.ndarray, page: int, longest: np.ndarray | int) -> int:
-            """Slots for all rows; rows that share theirs may each have a page that holds one slot only."""
-            needed = -(-rows // page) * page if most is None else rows + page - 1
-            if apart():  # until `fit`, for whichever heads are given most
-                needed = np.minimum(rows * (every_head // heads), longest) + page - 1
-            return pages.ladder(heads * lengths.most(needed) // page * page, *budget.ladder)
-
-        shape = (len(layers.index), len(prompt), heads)
-        later = {"new": jnp.full(shape, lengths.new, jnp.int32)} if apart() else {}
-        balance = lambda store: {"balance": jnp.ones((*shape, layers.widths[0]))} if store.balanced else {}
-        sized = functools.partial(
-            tiers_.init, layers=shape[0], batch=shape[1], heads=heads, widths=layers.widths, dtype=dtype
-        )
-        tier = sized(
-            row=row,
-            page=page,
-            slots=pool(rows, page, longest),
-            store=store,
-            positions=not keeps_all,
-            scores=score.observe is not None,
-            calib=fate.init(shape) | balance(store) | later,
-        )
-        if fate.low is None:
-            return (tier,)
-        # Of a row, as a mean over layers and heads; where rows share, one may be given nothing that others want.
-        total = within(prompt + lengths.new)
-        spare_low = int(window is not None)  # for the victim that takes the place of one that leaves
-        left = np.maximum(total - np.maximum(given, grown), 1) + spare_low
-        page = pages.page_size(pages.ladder(int(left.max()), *budget.ladder), lengths.platform)
-        row = pages.ladder(int((left if most is None else total).max()), *budget.ladder)
-        return tier, sized(row=row, page=page, slots=pool(left, page, row), store=fate.low, calib=balance(fate.low))
-
-    def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:
-        if any(store.balanced for store in stores):
-            balance = channel_balance(prompt)
-            tiers = tuple(
-                tier._replace(calib=tier.calib | {"balance": balance}) if store.balanced else tier
-                for tier, store in zip(tiers, stores, strict=True)
-            )
-        length = readable(prompt.length, prompt.window)
-        slots = budget.slots(prompt.layer, prompt.num_layers, length)
-        slots = slots if prompt.window is None else jnp.minimum(slots, prompt.window)
-        if score.prompt is None:
-            return (_fill_in_order(tiers[0], prompt, slots, store),), Found()
-        found = _candidates(prompt, score.prompt(prompt))
-        if prompt.window is not None:
-            found = (
-                found._replace(seen=readable(found.length, prompt.window))
-                if by_place
-                else _newest(found, prompt.window)
-            )
-        stat = found.stat
-        open_ = _open(score, found, slots)
-        if budget.allocate is None:
-            rows = jnp.broadcast_to(slots[:, None], stat.shape[:2])
-            if budget.split is not None:
-                rows = budget.split(open_, slots, length)
-            return settle(tiers, found, rows, prompt.kernels), Found()
-        info = open_ if budget.measure is None else budget.measure(prompt, open_)
-        if fate.prompt is None and budget.most is not None:
-            every_head = stat.shape[1] * collectives.count(HEADS)
-            with collectives.on_the_host():
-                width = int(budget.most(prompt.num_layers, every_head, np.asarray(stat.shape[-1])))
-            most = budget.most(prompt.num_layers, every_head, length)
-            found = _shortlist(score, found, most, width, prompt.kernels)
-        return tiers, Found(info, found)
-
-    def settle(tiers: Tiers, found: Candidates, rows: Int[Array, "B K"], kernels: Implementation | None) -> Tiers:
-        (tier, *_) = tiers
-        n = min(found.pos.shape[-1], tier.capacity)
-        filled = jnp.minimum(rows, found.count)
-        best = _best(score, found, rows, filled, n, kernels)
-        kept = Slots(best.k, best.v, best.pos, best.stat)
-        if fate.prompt is not None:
-            losers = Losers(found.k, found.v, found.pos, best.index, filled, found.count)
-            kept, tiers = fate.prompt(losers, kept, tiers, stores)
-        (tier, *rest) = tiers
-        k, v = store.encode(kept.k, kept.v, tier.calib)
-        kept = kept._replace(k=k, v=v)
-        tier = tiers_.reserve(tier._replace(budget=rows + beyond(found.seen)), filled, n)
-        return (tiers_.fill(tier, kept, filled), *rest)
-
-    def reserve(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
-        (tier, *rest) = tiers
-        room = tier.length + 1 if evict != "before" else jnp.minimum(tier.length + 1, tier.budget)
-        return (tiers_.reserve(tier, jnp.where(active[:, None], room, 0), 1), *append_room(tuple(rest), active))
-
-    def fit(tiers: Tiers, length: Int[Array, " B"]) -> tuple[Tiers, tuple[int, ...]]:
-        """Pools for the device whose heads were given most."""
-        if "new" not in tiers[0].calib:  # one device has the heads, and their slots add up
-            return tiers, tuple(tier.free.shape[0] for tier in tiers)
-        new, sizes = mesh.read(tiers[0].calib["new"]), []
-        for i, tier in enumerate(tiers):
-            longest = np.minimum(mesh.read(tier.length) + new, tier.capacity)
-            if i == 0 and evict != "never" and budget.grow is None:
-                longest = np.minimum(longest, mesh.read(tier.budget) + spare)
-            slots = sharding.fullest(tier, -(-longest // tier.page)) * tier.page
-            sizes.append(pages.ladder(slots, *budget.ladder) // tier.page)
-        return tiers, tuple(sizes)
-
-    def insert(tiers: Tiers, token: Token) -> Tiers:
-        (tier, *rest) = tiers
-        active = jnp.broadcast_to(token.active[:, None], tier.length.shape)
-        slot = tier.length
-        if evict == "before":
-            most = tier.budget if token.window is None else jnp.minimum(tier.budget, token.window)
-            full = active & (tier.length >= most)
-            victim = _worst(score, tier, token.pos)
-            slot = jnp.where(full, victim, slot)
-        if token.window is not None and evict != "after" and not by_place:
-            gone, place = tiers_.expired(tier, token.pos, token.window)
-            slot = jnp.where(gone, place, slot)
-        k, v = store.encode(token.key[:, :, None], token.value[:, :, None], tier.calib)
-        pos = jnp.broadcast_to(token.pos[:, None, None], (*slot.shape, 1))
-        slots = Slots(k, v, pos, jnp.zeros(pos.shape, jnp.float32))
-        return (tiers_.put(tier, slot[..., None], slots, active[..., None]), *rest)
-
-    def observe(tiers: Tiers, token: Token, probs: tuple[Array, ...]) -> Tiers:
-        assert score.observe is not None
-        (tier, *rest) = tiers
-        active, stat = token.active[:, None], tiers_.scores(tier)
-        tier = tiers_.with_scores(tier, jnp.where(active[..., None], score.observe(stat, probs[0]), stat))
-        if budget.grow is not None:
-            grown = jnp.maximum(tier.budget, budget.grow(readable(token.pos + 1, token.window))[:, None])
-            tier = tier._replace(budget=jnp.where(active, grown, tier.budget))
-        over = active & (tier.length > tier.budget)
-        victim = _worst(score, tier, token.pos + 1)
-        removed = over
-        if token.window is not None and not by_place:  # one that nobody can read again leaves first, and is forgotten
-            gone, slot = tiers_.expired(tier, token.pos + 1, token.window)
-            victim, removed, over = jnp.where(gone, slot, victim), over | (active & gone), over & ~gone
-        tier, lost = tiers_.remove(tier, victim, removed)
-        return (tier, *rest) if fate.step is None else fate.step((tier, *rest), lost, over, stores, token)
-
+    how = Selection(score, budget, store, "after" if bounded and evict == "never" else evict, fate, by_place, bounded)
+    _check(how)
+    part = lambda function: functools.partial(function, how)
     return CachePolicy(
-        stores,
-        init,
-        prefill,
-        insert,
-        observe if score.observe is not None else None,
-        reserve,
-        settle if budget.allocate is not None else None,
-        fit if budget.by_head else None,
+        how.stores,
+        part(_init),
+        part(_prefill),
+        part(_insert),
+        None if score.observe is None else part(_observe),
+        part(_reserve),
+        None if budget.allocate is None else part(_settle),
+        part(_fit) if budget.by_head else None,
         budget=budget,
-        windowed=functools.partial(rolling, store) if keeps_all else None,
+        windowed=functools.partial(rolling, store) if how.keeps_all else None,
     )
+
+
+def _check(how: Selection) -> None:
+    """Raise `InputError` for choices that contradict each other."""
+    if how.store.key.run > 1:
+        raise InputError("kivi quantises keys that follow each other: it needs a method that keeps all tokens (full)")
+    if how.fate.prompt is not None and how.budget.every is not None:
+        raise InputError("merging and demoting need one decision after the last layer: give the budget every=0")
+    if how.evict == "before" and how.fate.step is not None:
+        raise InputError("a token that leaves before attention is forgotten: merge or demote after it")
+    if how.fate.prompt is not None and how.keeps_all:
+        raise InputError("a score that selects nothing leaves nothing to merge or demote")
+    if how.fate.prompt is not None and how.fate.low is None and how.store.balanced:
+        raise InputError("keys are merged as they are: the store must not be balanced")
+    if how.evict == "after" and how.score.observe is None:
+        raise InputError("this score does not learn from attention: it cannot evict while decoding")
+
+
+class Sizes(NamedTuple):
+    """Slots of a batch's rows in a group of layers `[l B]`; numpy, on the host."""
+
+    given: Int[np.ndarray, "l B"]  # to the prompts
+    most: Int[np.ndarray, "l B"]  # that rows may fill, with new tokens
+    left: Int[np.ndarray, "l B"]  # tokens beside those that were given slots, as a mean over rows
+
+
+def sizes(how: Selection, layers: Layers, amounts: Amounts, prompt: Int[np.ndarray, " B"], new: int) -> Sizes:
+    """Slots for prompts of these lengths and `new` tokens after each."""
+    seen, after = readable(prompt, layers.window), readable(prompt + new, layers.window)
+    keep = amounts.keep or 0
+    given = np.stack([how.budget.slots(keep, i, layers.peers, seen) for i in layers.places])
+    slots = np.maximum(given, tokens_of(keep, after)) if how.budget.grows else given
+    most = _filled(how, layers, slots + room(amounts, seen), seen, new, _full(how, layers)[:, None])
+    total = within(layers, prompt + new)
+    # One more for the victim that takes the place of a token that leaves a window.
+    return Sizes(given, most, np.maximum(total - slots, 1) + (layers.window is not None))
+
+
+def within(layers: Layers, slots: Int[np.ndarray, "*b"]) -> Int[np.ndarray, "*b"]:
+    """Slots, no more than a sliding window reads."""
+    return slots if layers.window is None else np.asarray(np.minimum(slots, layers.window))
+
+
+def _full(how: Selection, layers: Layers) -> Bool[np.ndarray, " l"]:
+    """Layers whose rows keep every token."""
+    return np.isin(layers.places, how.budget.full(layers.peers))
+
+
+def _filled(
+    how: Selection, layers: Layers, slots: np.ndarray, length: np.ndarray | int, new: int, full: np.ndarray | bool
+) -> np.ndarray:
+    """Slots that rows may fill: with generated tokens, or with the one that is seen before another is evicted."""
+    append, replace = np.minimum(slots, length) + new, np.minimum(slots + how.spare, np.add(length, new))
+    return within(layers, np.where(np.logical_or(full, how.evict == "never"), append, replace))
+
+
+def _init(
+    how: Selection, spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike, amounts: Amounts
+) -> Tiers:
+    budget, heads, prompt = how.budget, spec.num_rows, np.asarray(lengths.prompt)
+    every_head = heads * collectives.count(HEADS)
+    for length in np.unique(readable(prompt, layers.window)).tolist():
+        check(budget, amounts, layers.peers, length)
+    found = [sizes(how, layers, amounts, *each) for each in lengths.extremes()]
+    rows, left = (np.max([each[i] for each in found], axis=0) for i in (1, 2))
+    page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder), lengths.platform)
+    longest = rows  # only the width of the tables depends on it: no new shape for every prompt length
+    if budget.most is not None:
+        padded, new = readable(lengths.padded, layers.window), max(new for _, new in lengths.extremes())
+        most = np.asarray(budget.most(amounts.keep, layers.peers, every_head, padded) + room(amounts, padded))
+        longest = np.asarray(_filled(how, layers, most, padded, new, bool(_full(how, layers).any())))
+    row = int(within(layers, np.asarray(pages.ladder(int(longest.max()), *budget.ladder))))
+
+    def pool(rows: np.ndarray, page: int, longest: np.ndarray | int) -> int:
+        """Slots for all rows; rows that share theirs may each have a page that holds one slot only."""
+        needed = -(-rows // page) * page if budget.most is None else rows + page - 1
+        if how.apart:  # until `fit`, for whichever heads are given most
+            needed = np.minimum(rows * (every_head // heads), longest) + page - 1
+        return pages.ladder(heads * lengths.most(needed) // page * page, *budget.ladder)
+
+    shape = (len(layers.index), len(prompt), heads)
+    spread = lambda x: jnp.asarray(np.broadcast_to(np.asarray(x, np.int32), shape))
+    state = {"new": spread(lengths.new)} if how.apart else {}
+    if how.bounded:  # slots of a row beyond those of its prompt, while decoding
+        state["beyond"] = spread(room(amounts, readable(prompt, layers.window))[:, None])
+    if budget.grows:
+        of = amounts.keep if isinstance(amounts.keep, Fraction) else Fraction(0)
+        state["share"] = jnp.asarray(np.broadcast_to(np.asarray(of.as_integer_ratio(), np.int32), (*shape, 2)))
+    balance = lambda store: {"balance": jnp.ones((*shape, layers.widths[0]))} if store.balanced else {}
+    sized = functools.partial(
+        tiers_.init, layers=shape[0], batch=shape[1], heads=heads, widths=layers.widths, dtype=dtype
+    )
+    tier = sized(
+        row=row,
+        page=page,
+        slots=pool(rows, page, longest),
+        store=how.store,
+        positions=not how.keeps_all,
+        scores=how.score.observe is not None,
+        calib=how.fate.init(shape) | balance(how.store) | state,
+    )
+    tier = tier._replace(budget=spread(sizes(how, layers, amounts, prompt, lengths.new).given[..., None]))
+    if how.fate.low is None:
+        return (tier,)
+    # Of a row, as a mean over layers and heads; where rows share, one may be given nothing that others want.
+    page = pages.page_size(pages.ladder(int(left.max()), *budget.ladder), lengths.platform)
+    total = max(int(within(layers, prompt + new).max()) for prompt, new in lengths.extremes())
+    row = pages.ladder(int(left.max()) if budget.most is None else total, *budget.ladder)
+    low = sized(row=row, page=page, slots=pool(left, page, row), store=how.fate.low, calib=balance(how.fate.low))
+    return tier, low
+
+
+def _prefill(how: Selection, tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:
+    score, budget = how.score, how.budget
+    if any(store.balanced for store in how.stores):
+        balance = channel_balance(prompt)
+        tiers = tuple(
+            tier._replace(calib=tier.calib | {"balance": balance}) if store.balanced else tier
+            for tier, store in zip(tiers, how.stores, strict=True)
+        )
+    slots = tiers[0].budget[:, 0]
+    slots = slots if prompt.window is None else jnp.minimum(slots, prompt.window)
+    if score.prompt is None:
+        return (_fill_in_order(tiers[0], prompt, slots, how.store),), Found()
+    found = _candidates(prompt, score.prompt(prompt))
+    if prompt.window is not None:
+        seen = readable(found.length, prompt.window)
+        found = found._replace(seen=seen) if how.by_place else _newest(found, prompt.window)
+    open_ = _open(score, found, slots)
+    if budget.allocate is None:
+        rows = jnp.broadcast_to(slots[:, None], found.length.shape)
+        if budget.split is not None:
+            rows = budget.split(open_, slots, readable(prompt.length, prompt.window))
+        return _settle(how, tiers, found, rows, prompt.kernels), Found()
+    info = open_ if budget.measure is None else budget.measure(prompt, open_)
+    if how.fate.prompt is None and budget.most is not None:
+        found = _shortlist(score, found, tiers[0].capacity, prompt.kernels)
+    return tiers, Found(info, found)
+
+
+def _settle(
+    how: Selection, tiers: Tiers, found: Candidates, rows: Int[Array, "B K"], kernels: Implementation | None
+) -> Tiers:
+    (tier, *_) = tiers
+    n = min(found.pos.shape[-1], tier.capacity)
+    filled = jnp.minimum(rows, found.count)
+    best = _best(how.score, found, rows, filled, n, kernels)
+    kept = Slots(best.k, best.v, best.pos, best.stat)
+    if how.fate.prompt is not None:
+        losers = Losers(found.k, found.v, found.pos, best.index, filled, found.count)
+        kept, tiers = how.fate.prompt(losers, kept, tiers, how.stores)
+    (tier, *rest) = tiers
+    k, v = how.store.encode(kept.k, kept.v, tier.calib)
+    kept = kept._replace(k=k, v=v)
+    budget = rows + tier.calib["beyond"] if how.bounded else rows
+    tier = tiers_.reserve(tier._replace(budget=budget), filled, n)
+    return (tiers_.fill(tier, kept, filled), *rest)
+
+
+def _reserve(how: Selection, tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
+    (tier, *rest) = tiers
+    slots = tier.length + 1 if how.evict != "before" else jnp.minimum(tier.length + 1, tier.budget)
+    return (tiers_.reserve(tier, jnp.where(active[:, None], slots, 0), 1), *append_room(tuple(rest), active))
+
+
+def _fit(how: Selection, tiers: Tiers, length: Int[Array, " B"], amounts: Amounts) -> tuple[Tiers, tuple[int, ...]]:
+    """Pools for the device whose heads were given most."""
+    if "new" not in tiers[0].calib:  # one device has the heads, and their slots add up
+        return tiers, tuple(tier.free.shape[0] for tier in tiers)
+    new, pools = mesh.read(tiers[0].calib["new"]), []
+    for i, tier in enumerate(tiers):
+        longest = np.minimum(mesh.read(tier.length) + new, tier.capacity)
+        if i == 0 and how.evict != "never" and not how.budget.grows:
+            longest = np.minimum(longest, mesh.read(tier.budget) + how.spare)
+        slots = sharding.fullest(tier, -(-longest // tier.page)) * tier.page
+        pools.append(pages.ladder(slots, *how.budget.ladder) // tier.page)
+    return tiers, tuple(pools)
+
+
+def _insert(how: Selection, tiers: Tiers, token: Token) -> Tiers:
+    (tier, *rest) = tiers
+    active = jnp.broadcast_to(token.active[:, None], tier.length.shape)
+    slot = tier.length
+    if how.evict == "before":
+        most = tier.budget if token.window is None else jnp.minimum(tier.budget, token.window)
+        slot = jnp.where(active & (tier.length >= most), _worst(how.score, tier, token.pos), slot)
+    if token.window is not None and how.evict != "after" and not how.by_place:
+        gone, place = tiers_.expired(tier, token.pos, token.window)
+        slot = jnp.where(gone, place, slot)
+    k, v = how.store.encode(token.key[:, :, None], token.value[:, :, None], tier.calib)
+    pos = jnp.broadcast_to(token.pos[:, None, None], (*slot.shape, 1))
+    slots = Slots(k, v, pos, jnp.zeros(pos.shape, jnp.float32))
+    return (tiers_.put(tier, slot[..., None], slots, active[..., None]), *rest)
+
+
+def _observe(how: Selection, tiers: Tiers, token: Token, probs: tuple[Array, ...]) -> Tiers:
+    assert how.score.observe is not None
+    (tier, *rest) = tiers
+    active, stat = token.active[:, None], tiers_.scores(tier)
+    tier = tiers_.with_scores(tier, jnp.where(active[..., None], how.score.observe(stat, probs[0]), stat))
+    if how.budget.grows:
+        of, seen = tier.calib["share"], readable(token.pos + 1, token.window)[:, None]
+        grown = jnp.maximum(tier.budget, times(seen, of[..., 0], of[..., 1]))
+        tier = tier._replace(budget=jnp.where(active, grown, tier.budget))
+    over = active & (tier.length > tier.budget)
+    victim = _worst(how.score, tier, token.pos + 1)
+    removed = over
+    if token.window is not None and not how.by_place:  # one that nobody can read again leaves first, and is forgotten
+        gone, slot = tiers_.expired(tier, token.pos + 1, token.window)
+        victim, removed, over = jnp.where(gone, slot, victim), over | (active & gone), over & ~gone
+    tier, lost = tiers_.remove(tier, victim, removed)
+    return (tier, *rest) if how.fate.step is None else how.fate.step((tier, *rest), lost, over, how.stores, token)
 
 
 def _fill_in_order(tier: Tier, prompt: Prompt, slots: Int[Array, " B"], store: KVStore) -> Tier:
@@ -301,12 +371,10 @@ def _newest(found: Candidates, window: int) -> Candidates:
     return found._replace(k=take(found.k), v=take(found.v), pos=pos, stat=take(found.stat), seen=count)
 
 
-def _shortlist(
-    score: Score, found: Candidates, most: Int[Array, " B"], width: int, kernels: Implementation | None
-) -> Candidates:
-    """The candidates that rows of up to `most` slots can keep, at most `width` of them."""
-    most = jnp.broadcast_to(most[:, None], found.length.shape)
-    best = _best(score, found, most, found.count, min(width, found.stat.shape[2]), kernels)
+def _shortlist(score: Score, found: Candidates, most: int, kernels: Implementation | None) -> Candidates:
+    """The candidates that rows of up to `most` slots can keep."""
+    slots = jnp.minimum(most, found.length)
+    best = _best(score, found, slots, found.count, min(most, found.stat.shape[2]), kernels)
     return found._replace(k=best.k, v=best.v, pos=best.pos, stat=best.stat)
 
 

@@ -1,10 +1,12 @@
 """Budgets that are decided after a prompt has been read: over the heads of a layer, over all layers."""
 
+import functools
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
@@ -13,13 +15,14 @@ from kvjax.cache.pages import LARGEST
 from kvjax.errors import InputError
 from kvjax.parallel import collectives
 from kvjax.policies.budgets.apportion import count_best, hand_out
-from kvjax.policies.budgets.budget import Budget, Keep, parse_keep, share, tokens_of
+from kvjax.policies.budgets.budget import Budget, share, tokens_of
 from kvjax.spec import Prompt
 
 ADA_FLOOR = 0.2  # the released code's safeguard
 LayerRule = Literal["paper", "released"]
 
 
+@functools.cache
 def per_head(budget: Budget, floor: float) -> Budget:
     """A layer's slots go to the heads with the largest scores.
 
@@ -46,15 +49,16 @@ def per_head(budget: Budget, floor: float) -> Budget:
         rows = collectives.own(rows, axis=1)
         return _or_all(rows, slots[:, None], length[:, None])
 
-    def most(num_layers: int, num_heads: int, length) -> Int[Array, "*b"]:
-        slots = jnp.max(jnp.stack([budget.slots(i, num_layers, length) for i in range(num_layers)]), axis=0)
-        return jnp.maximum(jnp.minimum(_times(slots, Fraction(num_heads)), length), slots)
+    def most(keep: int | Fraction, num_layers: int, num_heads: int, length) -> Any:
+        slots = np.max([budget.slots(keep, i, num_layers, length) for i in range(num_layers)], axis=0)
+        return np.maximum(np.minimum(_times(slots, Fraction(num_heads)), length), slots)
 
     return budget._replace(split=split, most=most, by_head=True)
 
 
+@functools.cache
 def from_scores(
-    keep: Keep, *, r_max: float = 10.0, every: int = 4, regrow: bool = True, floor: float = 0.0, ada: bool = False
+    *, r_max: float = 10.0, every: int = 4, regrow: bool = True, floor: float = 0.0, ada: bool = False
 ) -> Budget:
     """Slots go to the layers with the largest scores.
 
@@ -63,7 +67,6 @@ def from_scores(
     layers seen so far, so that at most `every` layers hold more than their share.
 
     Args:
-      keep: slots per row, as a mean over layers.
       r_max: a layer may get so many times the mean [besides protected tokens].
       every: layers between updates; 0 = one decision, after the last layer.
       regrow: slots that a layer cannot take (it has given up the tokens, or has no more) go to other layers; False =
@@ -76,19 +79,21 @@ def from_scores(
       code keeps window tokens twice); what rounding leaves is handed out.
     Cost: 31 counting passes over the scores of the layers seen, at every update; their scores in float32 until then.
     """
-    amount, most_of = parse_keep(keep), _fraction("r_max", r_max, 1000)
-    least_of = _fraction("floor", floor)
+    most_of, least_of = _fraction("r_max", r_max, 1000), _fraction("floor", floor)
     if r_max < 1:
         raise InputError(f"r_max={r_max} is less than 1: the layers could not hold the budget")
     if not 0 <= every <= LARGEST:
         raise InputError(f"every={every} is not a number of layers")
 
     def allocate(
-        stats: list[Float[Array, "B K T"]], seen: Array, length: Int[Array, " B"], held: Int[Array, "L B K"]
+        stats: list[Float[Array, "B K T"]],
+        seen: Array,
+        length: Int[Array, " B"],
+        held: Int[Array, "L B K"],
+        slots: Int[Array, " B"],
     ) -> Int[Array, "L B K"]:
         stat = jnp.stack(stats)
         layers, _, heads, _ = stat.shape
-        slots = tokens_of(amount, length)
         base, available = _room(stat[0, :, 0], slots, length)
         protected = jnp.minimum(slots, length - available)
         known = jnp.repeat(jnp.arange(layers) < seen, heads)[:, None]
@@ -113,12 +118,12 @@ def from_scores(
             return jnp.moveaxis(got.reshape(layers, heads, -1), 1, 2)
         return jnp.broadcast_to(got[..., None], (*got.shape, heads))
 
-    def most(num_layers: int, num_heads: int, length) -> Int[Array, "*b"]:
-        length = jnp.asarray(length, jnp.int32)
-        return jnp.minimum(jnp.maximum(tokens_of(amount, length), _times(tokens_of(amount, length), most_of)), length)
+    def most(keep: int | Fraction, num_layers: int, num_heads: int, length) -> Any:
+        slots = tokens_of(keep, length)
+        return np.minimum(np.maximum(slots, _times(slots, most_of)), length)
 
     return Budget(
-        slots=lambda layer, num_layers, length: tokens_of(amount, length),
+        slots=lambda keep, layer, num_layers, length: tokens_of(keep, length),
         allocate=allocate,
         every=every or None,
         most=most,
@@ -126,7 +131,8 @@ def from_scores(
     )
 
 
-def from_variance(keep: Keep, *, least: int, rule: LayerRule, full_layers: tuple[int, ...] = ()) -> Budget:
+@functools.cache
+def from_variance(*, least: int, rule: LayerRule, full_layers: tuple[int, ...] = ()) -> Budget:
     """Layers whose attention is spread out get more slots than those in which it is concentrated.
 
     Slots are shared in proportion to the softmax of a statistic with its sign reversed. With `sums` the attention that
@@ -137,7 +143,6 @@ def from_variance(keep: Keep, *, least: int, rule: LayerRule, full_layers: tuple
                    and averaged over heads: it tells how heads differ, and not how concentrated a layer is
 
     Args:
-      keep: slots per row, as a mean over all layers.
       least: slots that every row gets, or a hundredth of the prompt, or the mean budget if that is less.
       rule: which statistic.
       full_layers: layers that keep every token, generated ones too; -1 is the last one. The other layers pay for their
@@ -149,7 +154,6 @@ def from_variance(keep: Keep, *, least: int, rule: LayerRule, full_layers: tuple
       without handing out the rest, and truncates twice).
     Cost: one more query-key pass over the prompt; all layers wait for the last one.
     """
-    amount = parse_keep(keep)
     if rule not in RULES:
         raise InputError(f"layer_rule={rule!r} is not 'paper' or 'released'")
     statistic = RULES[rule]
@@ -159,39 +163,39 @@ def from_variance(keep: Keep, *, least: int, rule: LayerRule, full_layers: tuple
             raise InputError(f"full_layers: there is no layer {wrong[0]} in a model of {num_layers} layers")
         return sorted({i % num_layers for i in full_layers})
 
-    def mean(length):
-        return jnp.minimum(tokens_of(amount, length), length)
+    def bottom(slots, length):
+        """What every row gets, where each layer has so many slots as a mean."""
+        array = jnp if isinstance(length, jax.Array) else np
+        return array.minimum(array.maximum((length + 99) // 100, max(least, 2)), array.minimum(slots, length))
 
-    def bottom(length):
-        return jnp.minimum(jnp.maximum((length + 99) // 100, max(least, 2)), mean(length))
-
-    def slots(layer, num_layers: int, length) -> Int[Array, "*b"]:
-        return tokens_of(amount, length)
-
-    def most(num_layers: int, num_heads: int, length) -> Int[Array, "*b"]:
-        slots = tokens_of(amount, length)
+    def most(keep: int | Fraction, num_layers: int, num_heads: int, length) -> Any:
+        slots = tokens_of(keep, length)
         if full_layers:
-            return jnp.maximum(length, slots)
+            return np.maximum(length, slots)
         # Shares come from statistics between 0 and 1: none is more than e times another.
-        return jnp.maximum(jnp.minimum(length, 3 * jnp.minimum(slots, length) + bottom(length)), slots)
+        return np.maximum(np.minimum(length, 3 * np.minimum(slots, length) + bottom(slots, length)), slots)
 
-    def check(num_layers: int, length: int) -> None:
-        full = len(places(num_layers))
-        total = num_layers * int(mean(length))
-        need = full * length + (num_layers - full) * int(bottom(length))
+    def check(keep: int | Fraction, num_layers: int, length: int) -> None:
+        full, slots = len(places(num_layers)), int(tokens_of(keep, length))
+        total, low = num_layers * min(slots, length), int(bottom(slots, length))
+        need = full * length + (num_layers - full) * low
         if total < need:
             raise InputError(
                 f"a budget of {total // num_layers} slots in each of {num_layers} layers is too small for a prompt of"
-                f" {length} tokens: {full} full layers and {int(bottom(length))} slots in each other layer need a"
+                f" {length} tokens: {full} full layers and {low} slots in each other layer need a"
                 f" budget of {-(-need // num_layers)}"
             )
 
     def allocate(
-        infos: list[Float[Array, "B K"]], seen: Array, length: Int[Array, " B"], held: Int[Array, "L B K"]
+        infos: list[Float[Array, "B K"]],
+        seen: Array,
+        length: Int[Array, " B"],
+        held: Int[Array, "L B K"],
+        slots: Int[Array, " B"],
     ) -> Int[Array, "L B K"]:
         layers, info = len(infos), jnp.stack(infos)[..., 0]  # of a layer, not of a head
         full = jnp.zeros((layers, 1), bool).at[jnp.asarray(places(layers), jnp.int32)].set(True)
-        rest = mean(length) * layers - length * full.sum()
+        rest = jnp.minimum(slots, length) * layers - length * full.sum()
         if rule == "paper":
             low, high = (f(info, axis=0, where=~full, initial=x) for f, x in ((jnp.min, jnp.inf), (jnp.max, 0.0)))
             info = (info - low) / (high - low + 1e-6)
@@ -200,8 +204,8 @@ def from_variance(keep: Keep, *, least: int, rule: LayerRule, full_layers: tuple
             2**30 // jnp.maximum(rest, length + 1), 1, 4096
         )  # fractions of a slot decide who gets what is left
         wanted = jnp.floor(shares * (rest * unit).astype(jnp.float32)).astype(jnp.int32)
-        low, high = (jnp.where(full, 0, bound(length)) for bound in (bottom, lambda n: n))
-        rows = _or_all(hand_out(wanted, unit, rest, low, high), tokens_of(amount, length), length)
+        low, high = (jnp.where(full, 0, bound) for bound in (bottom(slots, length), length))
+        rows = _or_all(hand_out(wanted, unit, rest, low, high), slots, length)
         return jnp.broadcast_to(jnp.where(full, LARGEST, rows)[..., None], held.shape)
 
     def measure(prompt: Prompt, stat: Array) -> Float[Array, "B K"]:
@@ -209,7 +213,7 @@ def from_variance(keep: Keep, *, least: int, rule: LayerRule, full_layers: tuple
         return jnp.broadcast_to(found[:, None], stat.shape[:2])
 
     return Budget(
-        slots=slots,
+        slots=lambda keep, layer, num_layers, length: tokens_of(keep, length),
         allocate=allocate,
         measure=measure,
         most=most,
@@ -259,7 +263,8 @@ def _or_all(rows: Int[Array, "*b"], slots: Int[Array, "*#b"], length: Int[Array,
     return jnp.where(slots < length, rows, slots)
 
 
-def _times(n: Int[Array, "*b"], of: Fraction) -> Int[Array, "*b"]:
-    """`n * of` rounded down, at most `LARGEST`."""
+def _times(n, of: Fraction):
+    """`n * of` rounded down, at most `LARGEST`; on the host's and the device's arrays."""
+    array = jnp if isinstance(n, jax.Array) else np
     most = min(LARGEST * of.denominator // max(of.numerator, 1), LARGEST)
-    return jnp.where(n >= most, LARGEST, share(jnp.minimum(n, most), of))
+    return array.where(n >= most, LARGEST, share(array.minimum(n, most), of))

@@ -5,9 +5,11 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Int
 
@@ -18,45 +20,54 @@ from kvjax.spec import Prompt, PyTree
 Keep = SupportsIndex | str | Fraction  # 512 [tokens], "20%" of the prompt, or that as a fraction
 
 
+class Amounts(NamedTuple):
+    """How much a method may keep: data, no part of what its programs are compiled for."""
+
+    keep: int | Fraction | None = None  # of a prompt, per row; None = the method has no budget, or the model decides
+    decoding: int | Fraction | None = None  # while decoding; None = no bound, or that of the prompt
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is an amount of its own while decoding."""
+        return self.decoding is not None
+
+
 class Budget(NamedTuple):
-    """How many slots a row may keep.
+    """How the slots that a row may keep follow from an amount; hashable, without the amount.
 
     Attributes:
-      slots: `(layer, num_layers, prompt length) -> slots` of a row; on ints and arrays. Where rows differ, their mean:
-        the sum over layers and heads is what the pool is made for.
+      slots: `(keep, layer, num_layers, prompt length) -> slots` of a row; on ints and arrays. Where rows differ, their
+        mean: the sum over layers and heads is what the pool is made for.
       split: `(statistic [B K T], slots [B], length [B]) -> [B K]` distributes a layer's slots over its heads; None =
         evenly.
-      allocate: `(infos, seen, length [B], held [L B K]) -> [L B K]` distributes the slots of layers that share a pool,
-        from what `prefill` returned for the `seen` first of them (zeros for the others); rows hold at most `held` by
-        now. None = `slots` is final.
+      allocate: `(infos, seen, length [B], held [L B K], slots [B]) -> [L B K]` distributes the slots of layers that
+        share a pool, `slots` each as a mean, from what `prefill` returned for the `seen` first of them (zeros for the
+        others); rows hold at most `held` by now. None = `slots` is final.
       measure: `(prompt, statistic [B K T]) -> info [B K ...]` for `allocate`; None = the statistic.
       every: call `allocate` after every so many layers, to bound the peak; None = once, after the last layer.
-      room: `prompt length -> slots` that each row may fill while decoding beyond what it was given, before tokens are
-        evicted; None = appended tokens are not counted, rows that evict may fill what they were given.
-      grow: `tokens seen -> slots` of a row while decoding, where that is more than it was given; None = it stays.
-      most: `(num_layers, K, prompt length) -> slots` that any row may be given; None = `slots`. On ints and arrays.
+      grows: while decoding a row may fill the amount's share of all tokens so far, where that is more.
+      most: `(keep, num_layers, K, prompt length) -> slots` that any row may be given; None = `slots`.
       by_head: the heads of a layer may be given different numbers of slots.
       whole: `allocate` needs all layers of a model in one pool, as those of equal cached widths are.
       full: `num_layers -> layers` whose rows keep every token, generated ones too; `allocate` gives them `LARGEST`.
-      check: `(num_layers, prompt length)` raises `InputError` for a prompt that the budget cannot serve; on the host.
+      check: `(keep, num_layers, prompt length)` raises `InputError` for a prompt that the budget cannot serve.
       ladder: rungs per power of two and smallest step of the cache's shapes (see `pages.ladder`).
 
-    A statistic that is handed to `split`, `allocate` and `measure` is -1 where a token is not to be chosen: protected
-    tokens and padding.
+    Functions of `keep` run on the host, where a cache is allocated; all others run inside `jit`. A statistic that is
+    handed to `split`, `allocate` and `measure` is -1 where a token is not to be chosen: protected tokens and padding.
     """
 
-    slots: Callable[..., Int[Array, "*b"]]
+    slots: Callable[..., Int[np.ndarray, "*b"]]
     split: Callable[[Array, Array, Array], Int[Array, "B K"]] | None = None
-    allocate: Callable[[list[PyTree], Array, Int[Array, " B"], Int[Array, "L B K"]], Int[Array, "L B K"]] | None = None
+    allocate: Callable[..., Int[Array, "L B K"]] | None = None
     measure: Callable[[Prompt, Array], PyTree] | None = None
     every: int | None = None
-    room: Callable[..., Int[Array, "*b"]] | None = None
-    grow: Callable[..., Int[Array, "*b"]] | None = None
-    most: Callable[..., Int[Array, "*b"]] | None = None
+    grows: bool = False
+    most: Callable[..., Int[np.ndarray, "*b"]] | None = None
     by_head: bool = False
     whole: bool = False
     full: Callable[[int], Sequence[int]] = lambda num_layers: ()
-    check: Callable[[int, int], None] = lambda num_layers, length: None
+    check: Callable[[int | Fraction, int, int], None] = lambda keep, num_layers, length: None
     ladder: tuple[int, int] = (32, 8)
 
 
@@ -101,15 +112,16 @@ def _show(keep: int | Fraction) -> str:
     return f"{keep} tokens" if isinstance(keep, int) else f"{float(keep * 100):g}%"
 
 
-def tokens_of(keep: int | Fraction, length):
+def tokens_of(keep: int | Fraction, length: Any) -> Any:
     """A budget in tokens: itself, or the fraction of a prompt, rounded down, at least 1.
 
     >>> int(tokens_of(Fraction(1, 5), 1024))
     204
     """
+    array = jnp if isinstance(length, jax.Array) else np
     if isinstance(keep, int):
-        return jnp.full(jnp.shape(length), keep, jnp.int32)
-    return jnp.maximum(share(jnp.asarray(length, jnp.int32), keep), 1)
+        return array.full(array.shape(length), keep, np.int32)
+    return array.maximum(share(array.asarray(length, np.int32), keep), 1)
 
 
 def share(n, of: Fraction):
@@ -118,46 +130,64 @@ def share(n, of: Fraction):
     >>> share(300_000, Fraction(9_999, 10_000))
     299970
     """
-    return n // of.denominator * of.numerator + n % of.denominator * of.numerator // of.denominator
+    return times(n, of.numerator, of.denominator)
 
 
-def while_decoding(budget: Budget, keep: Keep, decoding: Keep) -> Budget:
-    """A budget that also bounds what a row holds during decoding.
+def times(n, numerator, denominator):
+    """`n * numerator / denominator` as `share` has it, of integers that may be arrays."""
+    return n // denominator * numerator + n % denominator * numerator // denominator
+
+
+def amounts(keep: Keep, decoding: Keep = "") -> Amounts:
+    """What a factory's `budget` and `decode_budget` say.
 
     Args:
-      budget: of the prompt.
-      keep: what it was made from.
+      keep: of the prompt.
       decoding: slots per row while decoding, as a mean over rows, at least `keep`; "" = no bound.
     """
+    first = parse_keep(keep)
     if decoding == "":
-        return budget
-    first, later = parse_keep(keep), parse_keep(decoding)
-    less = InputError(f"decode_budget {_show(later)} is less than the budget {_show(first)}: give at least as much")
+        return Amounts(first)
+    later = parse_keep(decoding, "decode_budget")
     if isinstance(first, int) == isinstance(later, int) and later < first:
-        raise less
-    room = lambda length: tokens_of(later, length) - tokens_of(first, length)
-
-    def check(num_layers: int, length: int) -> None:
-        budget.check(num_layers, length)
-        if int(room(length)) < 0:
-            raise less
-
-    return budget._replace(room=room, check=check)
+        raise _less(first, later)
+    return Amounts(first, later)
 
 
+def room(given: Amounts, length):
+    """Slots that each row may fill while decoding beyond what its prompt was given; on ints and arrays."""
+    if given.keep is None or given.decoding is None:
+        return tokens_of(0, length)
+    return tokens_of(given.decoding, length) - tokens_of(given.keep, length)
+
+
+def check(budget: Budget, given: Amounts, num_layers: int, length: int) -> None:
+    """Raise `InputError` for a prompt that these amounts cannot serve."""
+    if given.keep is None:
+        return
+    budget.check(given.keep, num_layers, length)
+    if given.decoding is not None and int(room(given, length)) < 0:
+        raise _less(given.keep, given.decoding)
+
+
+def _less(first: int | Fraction, later: int | Fraction) -> InputError:
+    return InputError(f"decode_budget {_show(later)} is less than the budget {_show(first)}: give at least as much")
+
+
+@functools.cache
 def everything() -> Budget:
     """As many slots as there are tokens."""
-    return Budget(slots=lambda layer, num_layers, length: jnp.asarray(length, jnp.int32), ladder=(8, 64))
+    return Budget(slots=lambda keep, layer, num_layers, length: np.asarray(length, np.int32), ladder=(8, 64))
 
 
-def uniform(keep: Keep, *, growing: bool = False) -> Budget:
+@functools.cache
+def uniform(*, growing: bool = False) -> Budget:
     """The same number of slots in every layer and head; `growing`: a share is one of all tokens so far."""
-    amount = parse_keep(keep)
-    slots = lambda layer, num_layers, length: tokens_of(amount, length)
-    return Budget(slots, grow=functools.partial(tokens_of, amount) if growing else None)
+    return Budget(lambda keep, layer, num_layers, length: tokens_of(keep, length), grows=growing)
 
 
-def pyramid(keep: Keep, *, window: int, beta: int = 20) -> Budget:
+@functools.cache
+def pyramid(*, window: int, beta: int = 20) -> Budget:
     """Slots fall linearly with depth: lower layers spread their attention, higher layers concentrate it.
 
     With `b = keep - window` slots besides the observation window, the last layer gets `b // beta` and the first
@@ -168,18 +198,17 @@ def pyramid(keep: Keep, *, window: int, beta: int = 20) -> Budget:
     Differs: when the window alone fills the budget the schedule is uniform (the released code fails).
     Cost: nothing.
     """
-    amount = parse_keep(keep)
 
-    def slots(layer, num_layers: int, length) -> Int[Array, "*b"]:
-        length = jnp.asarray(length, jnp.int32)
-        cap = tokens_of(amount, length)
+    def slots(keep: int | Fraction, layer: int, num_layers: int, length) -> Any:
+        length = np.asarray(length, np.int32)
+        cap = tokens_of(keep, length)
         b = cap - window
         low = b // beta
         high = 2 * b - low
         rest = length - window
-        low, high = jnp.where(high >= rest, 2 * b - rest, low), jnp.minimum(high, rest)
+        low, high = np.where(high >= rest, 2 * b - rest, low), np.minimum(high, rest)
         step = (high - low) // max(num_layers - 1, 1)
         scheduled = high - layer * step + window
-        return jnp.where((b <= 0) | (length < 2 * b) | (num_layers == 1), cap, scheduled)
+        return np.where((b <= 0) | (length < 2 * b) | (num_layers == 1), cap, scheduled)
 
     return Budget(slots)
