@@ -310,9 +310,10 @@ def compile_loops(target: Target, width: int, methods: list[str]) -> None:
             cache = jax.eval_shape(init)
             chooser = jax.eval_shape(lambda: sampling.chooser(sampling.Sampling(), 2))
             of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
-            state = decode.State(cache, of(jnp.int32, 2), of(jnp.int32, 2), of(jnp.bool, 2), of(jnp.int32), None)
+            seen = of(jnp.bool, 2, spec.vocab_size)
+            state = decode.State(cache, of(jnp.int32, 2), of(jnp.int32, 2), of(jnp.bool, 2), of(jnp.int32), seen)
             args = model, state, chooser, of(jnp.int32, 1), of(jnp.int32)
-            compiled = target.compile(decode.decode_loop, *args, recipe=recipe, mode="greedy", chunk=16)
+            compiled = target.compile(decode.decode_loop, *args, recipe=recipe, chunk=16)
             memory = compiled.memory_analysis()
             pool = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
             line = {"method": entry, "kernels": kernels, "pool": pool, "aliased": memory.alias_size_in_bytes}

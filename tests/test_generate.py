@@ -373,11 +373,11 @@ def allowed(logits: np.ndarray, how: Sampling, seen: set[int]) -> set[int]:
 def test_only_allowed_tokens_are_drawn_and_all_of_them(how):
     rng = np.random.default_rng(0)
     logits, seen = rng.normal(size=30).astype(np.float32) * 2, {0, 5, 7}
-    marks = jnp.zeros((1, 30), bool).at[0, jnp.asarray(sorted(seen))].set(True) if how.repetition_penalty != 1 else None
+    marks = jnp.zeros((1, 30), bool).at[0, jnp.asarray(sorted(seen))].set(True)
     chooser = sampling.chooser(how, 1)
-    draw = jax.jit(lambda step: sampling.choose(jnp.asarray(logits)[None], chooser, step, mode=how.mode, seen=marks)[0])
+    draw = jax.jit(lambda step: sampling.choose(jnp.asarray(logits)[None], chooser, step, marks)[0])
     drawn = {int(draw(jnp.asarray(step))) for step in range(3000)}
-    assert drawn == allowed(logits, how, seen if marks is not None else set())
+    assert drawn == allowed(logits, how, seen)
 
 
 def test_the_repetition_penalty_applies_to_greedy_decoding_and_to_the_prompt(model):

@@ -53,11 +53,11 @@ def run(model, recipe: Recipe, seed: int = 0) -> Run:
     logits, cache = prefill.prefill(model, recipe, jnp.asarray(padded), length, cache)
     prefilled = jax.tree.map(jnp.copy, cache)
     chooser = sampling.chooser(sampling.Sampling(), len(prompts))
-    state = decode.first_token(logits, cache, length, chooser, stop, None, mode="greedy")
+    state = decode.first_token(logits, cache, length, chooser, stop, jnp.zeros(logits.shape, bool))
     tokens = [np.asarray(state.token)[:, None]]
     for _ in range(2):
         limit = jnp.asarray(NEW, jnp.int32)
-        state, out = decode.decode_loop(model, state, chooser, stop, limit, recipe=recipe, mode="greedy", chunk=16)
+        state, out = decode.decode_loop(model, state, chooser, stop, limit, recipe=recipe, chunk=16)
         tokens.append(np.asarray(out))
     chosen = np.concatenate(tokens, axis=1)
     return Run(prompts, chosen[:, :NEW], prefilled, state.cache)
@@ -242,7 +242,7 @@ def _compare(model, got: Run, insert, check, select=_everything, **how) -> None:
 
 def test_a_victim_is_merged_into_another_slot_before_it_is_overwritten(model):
     """D2O: the oldest token is averaged into its most similar slot, then its own slot takes the new token."""
-    counted, spec, keep = Counted(), model.spec, 24
+    counted, keep = Counted(), 24
 
     def init(spec, layers, lengths, dtype, amounts):
         return (uniform_tier(spec, layers, lengths, dtype, row=keep, codec=KVStore()),)
@@ -292,7 +292,7 @@ def test_a_victim_is_merged_into_another_slot_before_it_is_overwritten(model):
 
 def test_a_second_tier_receives_what_the_first_gives_up(model):
     """MiKV: when the exact tier is full, the token with the least attention moves to the bfloat16 tier."""
-    counted, spec, keep = Counted(), model.spec, 24
+    counted, keep = Counted(), 24
     rounding = Store(
         init=lambda pages, page, width, dtype: jnp.zeros((pages, page, width), jnp.bfloat16),
         encode=lambda x: x.astype(jnp.bfloat16),

@@ -57,13 +57,11 @@ def loop(model: Decoder, recipe: Recipe, prompts, stop: int) -> tuple[np.ndarray
     limit = jnp.asarray(1 + CHUNK * CHUNKS, jnp.int32)
     logits, cache = oracle.start(model, recipe, prompts, 1 + CHUNK * CHUNKS)
     length = jnp.asarray([len(p) for p in prompts], jnp.int32)
-    state = decode.first_token(logits, cache, length, chooser, stops, None, mode="greedy")
+    state = decode.first_token(logits, cache, length, chooser, stops, jnp.zeros(logits.shape, bool))
     before, tokens = describe(state), [state.token[:, None] + 0]
     for _ in range(CHUNKS):
         with jax.transfer_guard("disallow"):
-            state, chunk = decode.decode_loop(
-                model, state, chooser, stops, limit, recipe=recipe, mode="greedy", chunk=CHUNK
-            )
+            state, chunk = decode.decode_loop(model, state, chooser, stops, limit, recipe=recipe, chunk=CHUNK)
         assert describe(state) == before
         tokens.append(chunk)
     return np.concatenate(tokens, axis=1), jax.device_get(state.cache)

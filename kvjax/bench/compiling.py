@@ -26,11 +26,9 @@ def seconds(recipe: Recipe, layers: int) -> tuple[float, float]:
     chooser, stop = sampling.chooser(sampling.Sampling(), 1), jnp.zeros((0,), jnp.int32)
     length, logits = jnp.full((1,), 100, jnp.int32), jnp.zeros((1, spec.vocab_size))
     cache = init_cache(model, recipe, lengths)
-    state = decode.first_token(logits, cache, length, chooser, stop, None, mode="greedy")
+    state = decode.first_token(logits, cache, length, chooser, stop, jnp.zeros(logits.shape, bool))
     start = time.perf_counter()
-    lowered = decode.decode_loop.lower(
-        model, state, chooser, stop, jnp.asarray(64, jnp.int32), recipe=recipe, mode="greedy", chunk=16
-    )
+    lowered = decode.decode_loop.lower(model, state, chooser, stop, jnp.asarray(64, jnp.int32), recipe=recipe, chunk=16)
     traced = time.perf_counter()
     lowered.compile()
     return traced - start, time.perf_counter() - traced

@@ -63,14 +63,14 @@ def contestant(model: Model, label: str, recipe: Recipe, batch: int, setting: Se
     stop = jnp.zeros((0,), jnp.int32)
     size, kept = cache_bytes(cache), np.mean(kept_slots(model.spec, recipe, cache))
     forced = gate_capacity.forced(cache)
-    carried = [decode.first_token(logits, cache, length, chooser, stop, None, mode="greedy")]
+    carried = [decode.first_token(logits, cache, length, chooser, stop, jnp.zeros(logits.shape, bool))]
     del logits, cache
 
     def turn() -> float:
         start = time.perf_counter()
         limit = carried[0].step + setting.steps
         carried[0], out = decode.decode_loop(
-            model.decoder, carried[0], chooser, stop, limit, recipe=recipe, mode="greedy", chunk=setting.steps
+            model.decoder, carried[0], chooser, stop, limit, recipe=recipe, chunk=setting.steps
         )
         jax.block_until_ready(out)
         return time.perf_counter() - start

@@ -226,18 +226,23 @@ def feed(
       recipe, measure: static; `(model, last layer's output [B D], entry of given) -> arrays` is collected every step.
 
     Returns:
-      Logits after each sequence's last token, the cache, and what was measured, `[Q ...]`.
+      Logits after each sequence's last token, the cache, and what was measured, `[Q ...]`, zeros where nobody read.
     """
 
-    def step(carry: tuple[Cache, Array], inputs: tuple[Array, Array, PyTree]) -> tuple[tuple[Cache, Array], PyTree]:
-        (cache, last), (i, token, entry) = carry, inputs
-        x, cache = _read_token(model, recipe, cache, token, length + i, i < count)
-        measured = () if measure is None else measure(model, x, entry)
-        return (cache, jnp.where((i == count - 1)[:, None], x, last)), measured
+    measured_by = (lambda *args: ()) if measure is None else measure
+
+    def step(i: Array, carry: tuple[Cache, Array, PyTree]) -> tuple[Cache, Array, PyTree]:
+        cache, last, measured = carry
+        x, cache = _read_token(model, recipe, cache, tokens[:, i], length + i, i < count)
+        found = measured_by(model, x, jax.tree.map(lambda entries: entries[i], given))
+        measured = jax.tree.map(lambda all_, one: all_.at[i].set(one), measured, found)
+        return cache, jnp.where((i == count - 1)[:, None], x, last), measured
 
     last = jnp.zeros((tokens.shape[0], model.spec.embed_dim), model.dtype)
-    steps = (jnp.arange(tokens.shape[1]), tokens.T, given)
-    (cache, last), measured = jax.lax.scan(step, (cache, last), steps)
+    found = jax.eval_shape(measured_by, model, last, jax.tree.map(lambda entries: entries[0], given))
+    measured = jax.tree.map(lambda x: jnp.zeros((tokens.shape[1], *x.shape), x.dtype), found)
+    steps = jnp.max(gather(count, 0, DATA))  # on all devices: they read together
+    cache, last, measured = jax.lax.fori_loop(0, steps, step, (cache, last, measured))
     return jnp.where((count > 0)[:, None], model.logits(last), logits), cache, measured
 
 
@@ -249,7 +254,7 @@ class State(NamedTuple):
     pos: Int[Array, " B"]  # its position
     done: Bool[Array, " B"]  # the sequence has produced a stop token
     step: Int[Array, ""]  # tokens chosen so far
-    seen: Bool[Array, "B V"] | None  # for the repetition penalty
+    seen: Bool[Array, "B V"]  # in the prompt or chosen: for the repetition penalty
 
 
 def first_token(
@@ -258,19 +263,17 @@ def first_token(
     length: Int[Array, " B"],
     chooser: sampling.Chooser,
     stop: Int[Array, " E"],
-    seen: Bool[Array, "B V"] | None,
-    *,
-    mode: sampling.Mode,
+    seen: Bool[Array, "B V"],
 ) -> State:
     """The loop's state after prefill, with the first token chosen; `NOT_FINITE` as in `decode_loop`."""
     # The cache stays outside: what goes through jit without donation is copied.
-    return State(cache, *_first_token(logits, length, chooser, stop, seen, mode=mode))
+    return State(cache, *_first_token(logits, length, chooser, stop, seen))
 
 
-@functools.partial(jax.jit, static_argnames=("mode",))
-def _first_token(logits, length, chooser, stop, seen, *, mode):
+@jax.jit
+def _first_token(logits, length, chooser, stop, seen):
     step = jnp.zeros((), jnp.int32)
-    token = sampling.choose(logits, chooser, step, mode=mode, seen=seen)
+    token = sampling.choose(logits, chooser, step, seen)
     shown = jnp.where(_finite(logits), token, NOT_FINITE)
     return shown, length, jnp.isin(token, stop), step + 1, _mark(seen, token)
 
@@ -292,7 +295,7 @@ def _parts_of_chooser(chooser: sampling.Chooser) -> sampling.Chooser:
 @mesh.program(
     (mesh.weights, _parts_of_state, _parts_of_chooser, EVERYWHERE, EVERYWHERE),
     lambda model, state, *_: (state, EVERYWHERE),
-    static=("recipe", "mode", "chunk"),
+    static=("recipe", "chunk"),
     donate=(1,),
 )
 def decode_loop(
@@ -303,7 +306,6 @@ def decode_loop(
     limit: Int[Array, ""],
     *,
     recipe: Recipe,
-    mode: sampling.Mode,
     chunk: int,
 ) -> tuple[State, Int[Array, "B chunk"]]:
     """Generate up to `chunk` tokens per sequence, fewer when `limit` tokens are chosen or all sequences have stopped.
@@ -314,7 +316,7 @@ def decode_loop(
       chooser: sampling parameters.
       stop: ids that end a sequence.
       limit: stop when this many tokens have been chosen in all.
-      recipe, mode: static.
+      recipe: static.
       chunk: size of the result, static.
 
     Returns:
@@ -327,7 +329,7 @@ def decode_loop(
     def body(carry: tuple[State, Array, Array, Array]) -> tuple[State, Array, Array, Array]:
         state, out, i, _ = carry
         logits, cache = decode_step(model, recipe, state.cache, state.token, state.pos, ~state.done)
-        token = sampling.choose(logits, chooser, state.step, mode=mode, seen=state.seen)
+        token = sampling.choose(logits, chooser, state.step, state.seen)
         finite = _finite(logits)
         out = out.at[:, i].set(jnp.where(state.done, ENDED, jnp.where(finite, token, NOT_FINITE)))
         done = state.done | ~finite | jnp.isin(token, stop)
@@ -345,5 +347,5 @@ def decode_loop(
     return state, gather(out, 0, DATA)
 
 
-def _mark(seen: Bool[Array, "B V"] | None, token: Int[Array, " B"]) -> Bool[Array, "B V"] | None:
-    return None if seen is None else seen.at[jnp.arange(token.shape[0]), token].set(True)
+def _mark(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
+    return seen.at[jnp.arange(token.shape[0]), token].set(True)

@@ -1,5 +1,6 @@
 """Text in, text out: the library's main function and what it reports."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -27,6 +28,7 @@ from kvjax.policies.base import Recipe
 from kvjax.policies.budgets.budget import tokens_of
 from kvjax.spec import Lengths, ModelSpec, PyTree
 
+STOPS = 8  # a step of the number of ids that end a text
 CHUNK = 16  # tokens per call of the compiled loop: text appears in pieces of this many tokens
 
 
@@ -40,6 +42,7 @@ def generate(
     sampling: Sampling,
     on_token: Callable[[int, int], None] | None,
     prefill_chunk: int,
+    max_length: int | None,
 ) -> Generation:
     """`Model.generate` with everything said."""
     for name, given in {"prompts": prompts, "questions": questions}.items():
@@ -51,6 +54,8 @@ def generate(
     after = [[] for _ in ids] if questions is None else [encode_continuation(model, question) for question in questions]
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= LARGEST:
         raise InputError(f"max-new-tokens {max_new_tokens} is not a whole number from 1 to {LARGEST}")
+    if max_length is not None:
+        check_total(model.spec, max_length, ids, after, max_new_tokens)
     check_prompts(model.spec, ids, after)
     for prompt, question in zip(ids, after, strict=True):
         _check_new(model.spec, recipe, len(prompt), len(question), max_new_tokens)
@@ -60,7 +65,8 @@ def generate(
     count, (ids, after) = len(ids), even(model, ids, after)
     whole = [prompt + question for prompt, question in zip(ids, after, strict=True)]
     with Stopwatch() as watch:
-        logits, cache = read_prompts(model, recipe, ids, max_new_tokens + max(map(len, after)), prefill_chunk)
+        new = max_new_tokens + max(map(len, after))
+        logits, cache = read_prompts(model, recipe, ids, new, prefill_chunk, max_length)
         answer, cache, _ = read_continuations(model, recipe, logits, cache, ids, after)
         jax.block_until_ready((answer, cache))
         prefill_s = watch.lap()
@@ -82,6 +88,21 @@ def generate(
         recipe=recipe,
         forced=gate_capacity.forced(cache),
     )
+
+
+def warm_up(model: Model, recipe: Recipe, max_length: int, new: int, batch: int, questions: bool) -> float:
+    """`Model.warm_up` with everything said: a prompt of one token, of which two are generated."""
+    check_total(model.spec, max_length, [], [], new)
+    dispatch.check(recipe.kernels)
+    endless, ids = dataclasses.replace(model, stop=()), [[0]] * batch
+    ids, after = even(model, ids, [[0]] * batch if questions else [[]] * batch)
+    with Stopwatch() as watch:
+        logits, cache = read_prompts(model, recipe, ids, min(new, max_length - 2), max_length=max_length)
+        logits, cache, _ = read_continuations(model, recipe, logits, cache, ids, after)
+        cache, _ = _decode(endless, recipe, ids, batch, 2, logits, cache, Sampling(), None)
+        gate_capacity.forced(cache)
+        watch.lap()
+    return watch.compile_s
 
 
 def cached_positions(model: Model, generation: Generation, tier: int | None = None) -> np.ndarray:
@@ -129,6 +150,29 @@ def check_prompts(spec: ModelSpec, ids: Sequence[Sequence[int]], after: Sequence
             )
 
 
+def check_total(
+    spec: ModelSpec, max_length: int, ids: Sequence[Sequence[int]], after: Sequence[Sequence[int]], new: int
+) -> None:
+    """Raise `InputError` for a total length that cannot be, or that a sequence may pass."""
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or not 2 <= max_length <= spec.max_position:
+        raise InputError(
+            f"max-length {max_length} is not a whole number from 2 to the context limit {spec.max_position}"
+        )
+    longest = max((len(prompt) + len(text) for prompt, text in zip(ids, after, strict=False)), default=0)
+    if longest + new > max_length:
+        raise InputError(
+            f"prompt ({longest} tokens) and max-new-tokens ({new}) pass max-length ({max_length}): give"
+            f" at least {longest + new}"
+        )
+
+
+def _stops(model: Model) -> np.ndarray:
+    """Ids that end a text; -1, which no token has, fills up to equal shapes."""
+    found = np.full(STOPS * max(1, -(-len(model.stop) // STOPS)), -1, np.int32)
+    found[: len(model.stop)] = model.stop
+    return found
+
+
 def _check_new(spec: ModelSpec, recipe: Recipe, prompt: int, question: int, new: int) -> None:
     """Raise `InputError` for more tokens than can be generated after a prompt and a question of these lengths."""
     length = prompt + question
@@ -144,14 +188,20 @@ def _check_new(spec: ModelSpec, recipe: Recipe, prompt: int, question: int, new:
 
 
 def read_prompts(
-    model: Model, recipe: Recipe, ids: Sequence[Sequence[int]], new: int, chunk: int = prefill.CHUNK
+    model: Model,
+    recipe: Recipe,
+    ids: Sequence[Sequence[int]],
+    new: int,
+    chunk: int = prefill.CHUNK,
+    max_length: int | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Logits after each prompt and a cache with room for `new` more tokens."""
-    lengths = Lengths(tuple(map(len, ids)), new, prefill.padded_length(max(map(len, ids))))
+    """Logits after each prompt and a cache with room for `new` more tokens; its shapes for `max_length`, if given."""
+    padded = prefill.padded_length(max(map(len, ids)) if max_length is None else max_length)
+    lengths = Lengths(tuple(map(len, ids)), new, padded, total=max_length)
     cache = allocate(model.decoder, recipe, lengths)
     length = np.asarray(lengths.prompt, np.int32)
     tokens, length = (meshes.place(model.mesh, SEQUENCES, x) for x in (_padded(ids, lengths.padded), length))
-    return prefill.prefill(model.decoder, recipe, tokens, length, cache, chunk)
+    return prefill.prefill(model.decoder, recipe, tokens, length, cache, chunk, fit=max_length is None)
 
 
 def read_continuations(
@@ -177,7 +227,7 @@ def read_continuations(
 
 def fed_length(after: Sequence[Sequence[int]]) -> int:
     """Tokens that continuations are padded to."""
-    return pages.ladder(max(1, *map(len, after)), steps=8, smallest=8)
+    return pages.ladder(max(1, *map(len, after)), steps=1, smallest=64)
 
 
 def even(model: Model, *texts: list[list[int]]) -> tuple[list[list[int]], ...]:
@@ -206,16 +256,14 @@ def _decode(
 ) -> tuple[Cache, list[list[int]]]:
     """Run the compiled loop in chunks until the first `count` sequences have stopped or are long enough."""
     here = functools.partial(meshes.place, model.mesh)
-    chooser, stop = choosing.chooser(sampling, len(ids)), here(EVERYWHERE, np.asarray(model.stop, np.int32))
-    seen = None
-    if sampling.repetition_penalty != 1:
-        marks = np.zeros((len(ids), model.spec.vocab_size), bool)
-        for row, prompt in zip(marks, ids, strict=True):
-            row[prompt] = True
-        seen = here(SEQUENCES, marks)
+    chooser, stop = choosing.chooser(sampling, len(ids)), here(EVERYWHERE, _stops(model))
+    marks = np.zeros((len(ids), model.spec.vocab_size), bool)
+    for row, prompt in zip(marks, ids, strict=True):
+        row[prompt] = True
+    seen = here(SEQUENCES, marks)
     length = here(SEQUENCES, np.asarray([len(prompt) for prompt in ids], np.int32))
     limit = here(EVERYWHERE, np.asarray(new, np.int32))
-    state = decode.first_token(logits, cache, length, chooser, stop, seen, mode=sampling.mode)
+    state = decode.first_token(logits, cache, length, chooser, stop, seen)
     tokens: list[list[int]] = [[] for _ in range(count)]
 
     def collect(chunk: jax.Array) -> None:
@@ -232,7 +280,7 @@ def _decode(
     # What has been read back tells when to stop: one transfer per chunk.
     while any(len(chosen) < new and chosen[-1] not in model.stop for chosen in tokens):
         state, chunk = decode.decode_loop(
-            model.decoder, state, chooser, stop, limit, recipe=recipe.structure, mode=sampling.mode, chunk=CHUNK
+            model.decoder, state, chooser, stop, limit, recipe=recipe.structure, chunk=CHUNK
         )
         collect(chunk)
     return state.cache, tokens

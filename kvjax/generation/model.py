@@ -59,6 +59,7 @@ class Model:
         sampling: Sampling | None = None,
         on_token: Callable[[int, int], None] | None = None,
         prefill_chunk: int = CHUNK,
+        max_length: int | None = None,
     ) -> Generation:
         """Generate a continuation of each prompt with a compressed cache.
 
@@ -74,6 +75,9 @@ class Model:
           on_token: called as `(sequence, token)` as tokens appear.
           prefill_chunk: tokens of a device's prompts that a layer reads at once, but for attention; fewer need less
             memory.
+          max_length: most tokens of any sequence, new ones included. The cache then has the size that this needs,
+            whatever the prompts have, and what was compiled for it once serves all prompts, new tokens and ways of
+            sampling, and budgets near each other: see `warm_up`. None = a cache of the size that these prompts need.
 
         Raises:
           InputError: what is given cannot be used, in one line.
@@ -94,7 +98,39 @@ class Model:
             sampling=sampling or Sampling(),
             on_token=on_token,
             prefill_chunk=prefill_chunk,
+            max_length=max_length,
         )
+
+    def warm_up(
+        self,
+        method: str | Recipe | None = None,
+        budget: Keep | None = None,
+        *,
+        max_length: int,
+        max_new_tokens: int = 64,
+        batch: int = 1,
+        questions: bool = False,
+    ) -> float:
+        """Compile what `generate` runs with this `max_length`, so that it compiles nothing later on.
+
+        Args:
+          method, budget, max_length: as in `generate`. Budgets whose caches have the same size share their programs:
+            sizes have four steps for each factor of two.
+          max_new_tokens: up to 256 more are the same; see `kvjax.spec.NEW_TOKENS`.
+          batch: prompts at a time.
+          questions: what reads questions, too.
+
+        Returns:
+          Seconds that were spent on compiling.
+
+        >>> import kvjax
+        >>> kvjax.load().warm_up("snapkv", "20%", max_length=256) > 0
+        True
+        """
+        from kvjax.generation.generate import warm_up
+
+        recipe = resolve(self.spec, method, budget)
+        return warm_up(self, recipe, max_length, max_new_tokens, batch, questions)
 
     def log_likelihood(
         self,

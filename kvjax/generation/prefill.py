@@ -28,12 +28,21 @@ from kvjax.policies.layers import layer_recipe, rotates_at_read
 from kvjax.spec import Gate, ModelSpec, Prompt, PyTree, RopeSpec, readable
 from pallas_kernels.blocks import divisor
 
+RUNGS = (64, 256, 1024, 4096)
+LEAST = 256  # tokens that are read at once rather than in parts
 CHUNK = 4096  # tokens of a device's prompts that projections and the feed-forward network read at once
 
 
 def padded_length(longest: int) -> int:
-    """Tokens that a prompt is padded to: 8 rungs per power of two, so that a new length rarely recompiles."""
-    return pages.ladder(longest, steps=8, smallest=64)
+    """Tokens that a prompt is padded to: few lengths, so that a new one rarely compiles anything.
+
+    Four times as many at each rung up to 4096, from there on twice as many. Layers read no more blocks of tokens than
+    the longest prompt has: a rung costs memory.
+
+    >>> [padded_length(n) for n in (1, 65, 1000, 1025, 5000)]
+    [64, 256, 1024, 4096, 8192]
+    """
+    return next((rung for rung in RUNGS if longest <= rung), pages.ladder(longest, steps=1, smallest=RUNGS[-1]))
 
 
 def prefill(
@@ -43,6 +52,8 @@ def prefill(
     length: Int[Array, " B"],
     cache: Cache,
     chunk: int = CHUNK,
+    *,
+    fit: bool = True,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Run the prompts and fill the cache. Consumes `cache`: its buffers are reused.
 
@@ -57,6 +68,7 @@ def prefill(
       cache: an empty cache from `init_cache`.
       chunk: tokens of a device's prompts together that projections and the feed-forward network read at once, at most,
         but one of each at least: fewer need less memory.
+      fit: pools that were made for what a prompt may need shrink to what it needed; without, shapes stay.
 
     Returns:
       Logits after each prompt's last token, in float32, and the filled cache.
@@ -97,7 +109,7 @@ def prefill(
         filled = allocations[spec.window(index)].after(filled, found)
     for g, group in enumerate(groups):
         own = layer_recipe(spec, recipe, group.index[0])
-        if own.policy.fit is not None:
+        if fit and own.policy.fit is not None:
             filled[g] = _fit(filled[g], length, own)
     return _last_logits(model, x, length), tuple(filled)
 
@@ -242,7 +254,8 @@ def _prefill_layer(
     """One layer over the whole prompt: exact attention, then compression into the layer's rows."""
     pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     cos, sin = rope.angles(rotary, spec.head_dim, pos, length)  # B T H/2
-    q, key, value, gate = _project(layer, x, cos, sin, spec, chunk)
+    longest = jnp.max(length)
+    q, key, value, gate = _project(layer, x, cos, sin, longest, spec, chunk)
     k, v = layer.keys(key), layer.values(value)
     olds = tuple(tiers_.layer(t, place) for t in tiers)
     until, revised = None, ()
@@ -261,7 +274,7 @@ def _prefill_layer(
     )
     views, found = recipe.policy.prefill(olds, prompt)
     tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
-    return _finish(layer, x, heads, chunk), tiers, found
+    return _finish(layer, x, heads, longest, chunk), tiers, found
 
 
 def _project(
@@ -269,6 +282,7 @@ def _project(
     x: Float[Array, "B T D"],
     cos: Float[Array, "B T half"],
     sin: Float[Array, "B T half"],
+    longest: Int[Array, ""],
     spec: ModelSpec,
     chunk: int,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K R"], Float[Array, "B T K W"], Gate | tuple]:
@@ -293,12 +307,12 @@ def _project(
 
     shapes = jax.eval_shape(lambda: jax.tree.map(lambda y: jnp.moveaxis(y, 1, -2), read(x, cos, sin)))
     whole = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
-    whole = jax.lax.fori_loop(0, x.shape[1] // n, add_part, whole)
+    whole = jax.lax.fori_loop(0, (longest + n - 1) // n, add_part, whole)
     return jax.tree.map(lambda y: jnp.moveaxis(y, -2, 1), whole)
 
 
 def _finish(
-    layer: Layer, x: Float[Array, "B T D"], heads: Float[Array, "B T N H"], chunk: int
+    layer: Layer, x: Float[Array, "B T D"], heads: Float[Array, "B T N H"], longest: Int[Array, ""], chunk: int
 ) -> Float[Array, "B T D"]:
     """`Layer.finish` of prompts, some tokens at a time: the new residual stream is written over the old one."""
     n = at_once(x.shape[0], x.shape[1], chunk)
@@ -311,13 +325,15 @@ def _finish(
         new = layer.finish(part(stream, 1), jnp.moveaxis(part(heads, 2), 2, 1))
         return jax.lax.dynamic_update_slice_in_dim(stream, new, i * n, 1)
 
-    return jax.lax.fori_loop(0, x.shape[1] // n, finish_part, x)
+    return jax.lax.fori_loop(0, (longest + n - 1) // n, finish_part, x)
 
 
 def at_once(batch: int, tokens: int, chunk: int) -> int:
     """Tokens of each of a batch's prompts that are read at once: a divisor of them, so that all parts are equal.
 
-    >>> at_once(4, 32768, 4096)
-    1024
+    No more than an eighth where that is many: what is behind the longest prompt is not read.
+
+    >>> at_once(4, 32768, 4096), at_once(1, 4096, 4096), at_once(1, 256, 4096)
+    (1024, 512, 256)
     """
-    return divisor(tokens, max(1, chunk // batch))
+    return divisor(tokens, max(1, min(chunk // batch, max(tokens // 8, LEAST))))

@@ -1,7 +1,7 @@
 """Choosing the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,8 @@ from jaxtyping import Bool, Float, Int
 
 from kvjax.errors import InputError
 
-Mode = Literal["greedy", "sample", "filter"]  # what is compiled: filters sort the vocabulary
-
-
+Mode = Literal["greedy", "sample", "filter"]  # what runs: filters sort the vocabulary
+MODES: tuple[Mode, ...] = get_args(Mode)
 MOST_PENALTY = 1e6  # beyond it no rank changes any more, and logits leave float32
 
 
@@ -71,6 +70,7 @@ class Chooser(NamedTuple):
     top_p: Float[Array, ""]
     min_p: Float[Array, ""]
     repetition_penalty: Float[Array, ""]
+    mode: Int[Array, ""]  # index into `MODES`
     key: Array  # one key per sequence, [B]
 
 
@@ -85,6 +85,7 @@ def chooser(sampling: Sampling, batch: int) -> Chooser:
         number(sampling.top_p),
         number(sampling.min_p),
         number(sampling.repetition_penalty),
+        jnp.asarray(MODES.index(sampling.mode), jnp.int32),
         jax.vmap(jax.random.key)(seeds),
     )
 
@@ -93,9 +94,7 @@ def choose(
     logits: Float[Array, "B V"],
     chooser: Chooser,
     step: Int[Array, ""],
-    *,
-    mode: Mode,
-    seen: Bool[Array, "B V"] | None = None,
+    seen: Bool[Array, "B V"],
 ) -> Int[Array, " B"]:
     """The next token of each sequence.
 
@@ -105,20 +104,22 @@ def choose(
       logits: next-token logits.
       chooser: parameters and keys.
       step: index of the token to be chosen, folded into the keys.
-      mode: "greedy" takes the most likely token (after the repetition penalty), ties go to the lowest id; "sample"
-        draws; "filter" draws among those that top-k, top-p and min-p leave.
-      seen: tokens that the repetition penalty applies to; None = off.
+      seen: tokens that the repetition penalty applies to.
+
+    "greedy" takes the most likely token (after the repetition penalty), ties go to the lowest id; "sample" draws;
+    "filter" draws among those that top-k, top-p and min-p leave. The mode is data: one program has all three.
     """
-    if seen is not None:
-        penalty = chooser.repetition_penalty
-        logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-    if mode == "greedy":
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(chooser.key, step)
-    logits = logits / chooser.temperature
-    if mode == "filter":
-        logits = _filter(logits, chooser)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    penalty = chooser.repetition_penalty
+    logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+    def draw(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(chooser.key, step)
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+    greedy = lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32)
+    sample = lambda x: draw(x / chooser.temperature)
+    filtered = lambda x: draw(_filter(x / chooser.temperature, chooser))
+    return jax.lax.switch(chooser.mode, [greedy, sample, filtered], logits)
 
 
 def _filter(logits: Float[Array, "B V"], chooser: Chooser) -> Float[Array, "B V"]:

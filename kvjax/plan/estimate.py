@@ -181,7 +181,7 @@ def prefill_temporaries(setting: Setting) -> int:
     setting = setting.share
     spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
     batch, padded, width = setting.batch, setting.lengths.padded, spec.embed_dim
-    n, part = batch * padded, batch * min(padded, max(1, prefill.CHUNK // batch))  # at most: more never need less
+    n, part = batch * padded, batch * prefill.at_once(batch, padded, prefill.CHUNK)
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     fed = itemsize * (n * queries + part * (3 * width + 2 * spec.mlp_dim))
     if setting.platform == "tpu":

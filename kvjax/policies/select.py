@@ -30,6 +30,7 @@ from pallas_kernels.implementation import Implementation
 from pallas_kernels.topk_retain import Kept, topk_retain
 
 DENSE = KVStore()
+NEAR = (4, 16)  # rungs of amounts that share their shapes, where these are made for a total length
 
 
 class Candidates(NamedTuple):
@@ -179,6 +180,16 @@ def _filled(
     return within(layers, np.where(np.logical_or(full, how.evict == "never"), append, replace))
 
 
+def near(amounts: Amounts, total: int | None) -> tuple[Amounts, Amounts]:
+    """The least and the largest of the amounts that have the same shapes as these, for sequences of a total length."""
+    if total is None or amounts.keep is None:
+        return amounts, amounts
+    rung = lambda keep: min(pages.ladder(int(tokens_of(keep, total)), *NEAR), total)
+    (steps, smallest), most = NEAR, rung(amounts.keep)
+    more = Amounts(most, None if amounts.decoding is None else rung(amounts.decoding))
+    return Amounts(max(most - max(most // steps, smallest), 1)), more
+
+
 def _init(
     how: Selection, spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike, amounts: Amounts
 ) -> Tiers:
@@ -186,13 +197,14 @@ def _init(
     every_head = heads * collectives.count(HEADS)
     for length in np.unique(readable(prompt, layers.window)).tolist():
         check(budget, amounts, layers.peers, length)
-    found = [sizes(how, layers, amounts, *each) for each in lengths.extremes()]
-    rows, left = (np.max([each[i] for each in found], axis=0) for i in (1, 2))
+    less, more = near(amounts, lengths.total)
+    found = [sizes(how, layers, more, *each) for each in lengths.extremes()]
+    rows = np.max([each.most for each in found], axis=0)
     page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder), lengths.platform)
     longest = rows  # only the width of the tables depends on it: no new shape for every prompt length
     if budget.most is not None:
         padded, new = readable(lengths.padded, layers.window), max(new for _, new in lengths.extremes())
-        most = np.asarray(budget.most(amounts.keep, layers.peers, every_head, padded) + room(amounts, padded))
+        most = np.asarray(budget.most(more.keep, layers.peers, every_head, padded) + room(more, padded))
         longest = np.asarray(_filled(how, layers, most, padded, new, bool(_full(how, layers).any())))
     row = int(within(layers, np.asarray(pages.ladder(int(longest.max()), *budget.ladder))))
 
@@ -228,6 +240,7 @@ def _init(
     if how.fate.low is None:
         return (tier,)
     # Of a row, as a mean over layers and heads; where rows share, one may be given nothing that others want.
+    left = np.max([sizes(how, layers, less, *each).left for each in lengths.extremes()], axis=0)
     page = pages.page_size(pages.ladder(int(left.max()), *budget.ladder), lengths.platform)
     total = max(int(within(layers, prompt + new).max()) for prompt, new in lengths.extremes())
     row = pages.ladder(int(left.max()) if budget.most is None else total, *budget.ladder)

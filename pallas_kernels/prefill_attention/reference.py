@@ -26,7 +26,8 @@ def attention(
 
     Args:
       q, k, v: rotated queries and keys, values.
-      length: tokens of each prompt; padded keys are never attended, padded queries give finite garbage.
+      length: tokens of each prompt; padded keys are never attended, padded queries give finite garbage, zeros in blocks
+        where no prompt has any.
       scale: factor on the logits; None = H ** -0.5.
       cap: bounds them, see `soft_cap`; None = it does not.
       window: sliding window [tokens].
@@ -75,5 +76,5 @@ def attention(
         return put(done[0], o.reshape(b, n, block, h)), put(done[1], lse.reshape(b, n, block))
 
     nothing = jnp.zeros(q.shape, v.dtype), jnp.zeros((b, n, t), jnp.float32)
-    o, lse = jax.lax.fori_loop(0, t // block, row, nothing)
+    o, lse = jax.lax.fori_loop(0, (jnp.max(length) + block - 1) // block, row, nothing)
     return jnp.moveaxis(o, 2, 1), lse
