@@ -15,6 +15,8 @@ from kvjax.cache import layout
 from kvjax.errors import InputError
 from kvjax.generation import decode, prefill
 from kvjax.generation.accounting import full_bytes
+from kvjax.generation.generate import cached_positions
+from kvjax.generation.model import Model
 from kvjax.plan import dry_run
 from kvjax.policies.base import Recipe
 from kvjax.spec import Lengths, ModelSpec, Prompt
@@ -163,6 +165,17 @@ def test_slots_are_used_again_without_a_trace(name):
     matrix.assert_close(got, expected, 1e-5)
     slots = lambda cache: sum(tier.free.shape[0] * tier.page for tier in matrix.tiers_of(cache))
     assert slots(cache) < slots(longer)
+
+
+def test_codes_of_tokens_that_the_ring_still_has_do_not_count():
+    decoder, recipe = model(WINDOW, None), methods.full(store="kivi2:8:8")
+    out = Model(decoder, None, (), "").generate([matrix.text(40, 1), [1, 2, 3, 4, 5]], recipe, max_new_tokens=6)
+    rows = cached_positions(Model(decoder, None, (), ""), out)
+    held = [[[len(set(row) - {-1}) for row in heads] for heads in layers] for layers in rows.tolist()]
+    assert np.asarray(held).mean(-1).tolist() == out.slots == [[21, 45], [10, 10]]
+    tiers = matrix.tiers_of(out.cache)
+    slot = [sum(x.nbytes for x in jax.tree.leaves((t.k, t.v))) / (t.free.shape[0] * t.page) for t in tiers]
+    assert out.bytes.payload < sum(map(sum, out.slots)) * decoder.spec.num_kv_heads * max(slot)
 
 
 def transformers_bytes(spec: ModelSpec, tokens: int, itemsize: int) -> int:

@@ -11,7 +11,7 @@ from kvjax.cache import sharding
 from kvjax.cache import tier as tiers_
 from kvjax.cache.tier import Tier
 from kvjax.parallel import mesh
-from kvjax.parallel.mesh import EVERYWHERE, ROWS
+from kvjax.parallel.mesh import EVERYWHERE, LAYERS, ROWS
 from kvjax.spec import ModelSpec
 
 Tiers = tuple[Tier, ...]  # one per number format
@@ -73,3 +73,9 @@ def locate(groups: Sequence[Layers], layer: int) -> tuple[int, int]:
 def positions(tier: Tier, place: Int[Array, ""] | int) -> Int[Array, "B K S"]:
     """Position of every slot of one of the tier's layers, -1 where it is empty."""
     return tiers_.positions(tiers_.layer(tier, place))
+
+
+@mesh.program((sharding.cache,), lambda *_: LAYERS)
+def held(tier: Tier) -> Int[Array, "L B K"]:
+    """`tier.held` on the mesh that a cache lies on."""
+    return tiers_.held(tier)

@@ -279,6 +279,16 @@ def positions(tier: Tier) -> Int[Array, "B K S"]:
     return jnp.where(slot < tier.length[..., None], pos, -1)
 
 
+def held(tier: Tier) -> Int[Array, "*L B K"]:
+    """Filled slots of each row but for those at position -1, whose tokens are read from another tier."""
+    if isinstance(tier.pos, tuple):
+        return tier.length
+    count = lambda table, length: jnp.sum(positions(tier._replace(table=table, length=length)) >= 0, -1, jnp.int32)
+    if tier.table.ndim == 3:
+        return count(tier.table, tier.length)
+    return jax.lax.map(lambda rows: count(*rows), (tier.table, tier.length))
+
+
 def scores(tier: Tier) -> Float[Array, "B K S"]:
     """The statistic of every slot of a layer's view; empty slots hold anything."""
     if isinstance(tier.score, tuple):
@@ -316,7 +326,7 @@ def nbytes(tier: Tier, length: np.ndarray | None = None, itemsize: int | None = 
 
     Args:
       tier: whose arrays are counted.
-      length: filled slots, on the host; None = they are read back.
+      length: filled slots, on the host, without those that are not `held`; None = all that are filled, read back.
       itemsize: count numbers that no store encodes as this many bytes each; None = as many as they have.
     """
     length = np.asarray(tier.length) if length is None else length

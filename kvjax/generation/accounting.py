@@ -7,7 +7,7 @@ import numpy as np
 
 from kvjax.cache import layout
 from kvjax.cache import tier as tiers_
-from kvjax.cache.layout import Cache
+from kvjax.cache.layout import Cache, Tiers
 from kvjax.cache.tier import Bytes
 from kvjax.generation.model import Model
 from kvjax.generation.results import Compared
@@ -22,7 +22,9 @@ HALF = 2  # bytes of a number that shares of the full cache count with, whatever
 def cache_bytes(cache: Cache, itemsize: int | None = None) -> Bytes:
     """Bytes of a cache by part, on all devices together, as allocated; `itemsize` as in `tier.nbytes`."""
     copies = meshes.shape_of(cache)[COPIES]
-    parts = [tiers_.nbytes(tier, meshes.read(tier.length), itemsize) for tiers in cache for tier in tiers]
+    parts = [
+        tiers_.nbytes(tier, held, itemsize) for tiers in cache for tier, held in zip(tiers, _held(tiers), strict=True)
+    ]
     return Bytes(*(copies * sum(column) for column in zip(*parts, strict=True)))
 
 
@@ -47,11 +49,19 @@ def compare(model: Model, cache: Cache, lengths: Sequence[int]) -> Compared:
     return Compared(cache_bytes(cache, HALF).total, full)
 
 
+def _held(tiers: Tiers) -> list[np.ndarray]:
+    """Slots of each tier that hold what is read from it, `[L B K]`; only several tiers may hold a token twice."""
+    filled = [meshes.read(tier.length) for tier in tiers]
+    if len(tiers) == 1 or not any(map(np.any, filled)):
+        return filled
+    return [meshes.read(layout.held(tier)) for tier in tiers]
+
+
 def kept_slots(spec: ModelSpec, recipe: Recipe, cache: Cache) -> list[list[int | float]]:
     """Kept slots `[B][L]`, averaged over heads; whole numbers where the heads agree."""
     layers: list[np.ndarray] = [np.zeros(0)] * spec.num_layers
     for group, tiers in zip(layout.layer_groups(spec), cache, strict=True):
-        kept = np.sum([meshes.read(tier.length) for tier in tiers], axis=0).mean(axis=-1)  # l B
+        kept = np.sum(_held(tiers), axis=0).mean(axis=-1)  # l B
         for place, layer in enumerate(group.index):
             layers[layer] = kept[place]
     return [[int(x) if x == int(x) else float(x) for x in row] for row in np.stack(layers, axis=1)]
