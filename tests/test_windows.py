@@ -94,6 +94,33 @@ def test_merging_spares_tokens_that_can_be_read():
     readable(positions, 0, 6)
 
 
+def test_a_share_of_the_oracle_is_of_the_window():
+    """Half of a window of 12 are 6 tokens, however many slots its pages have."""
+    decoder, prompt = model(WINDOW), matrix.text(40, 1)
+    got, _, cache = oracle.run(decoder, methods.oracle(budget="50%"), [prompt, [1, 2, 3]], teacher()[:2])
+    assert cache[0][0].capacity != WINDOW
+    reference = oracle.Oracle(decoder)
+
+    def insert(layer: int, rows: oracle.Rows, new: list, q: np.ndarray) -> None:
+        for row, entry in zip(rows, new, strict=True):
+            row[:] = [e for e in row if e.pos > entry.pos - WINDOW] + [entry]
+
+    def attend(layer: int, rows: oracle.Rows, q: np.ndarray, pos: int) -> tuple[np.ndarray, None]:
+        heads = []
+        for row, group in zip(rows, reference.rotate(q, pos).reshape(2, 2, -1), strict=True):
+            logits = reference.logits(group @ np.stack([e.key for e in row]).T)
+            chosen = best(oracle.softmax(logits).mean(0), min(WINDOW, pos + 1) // 2)
+            heads.append(oracle.softmax(logits[:, chosen]) @ np.stack([row[i].value for i in chosen]))
+        return np.concatenate(heads), None
+
+    for b, text in enumerate((prompt, [1, 2, 3])):
+        whole = lambda layer, seen, n=len(text): [oracle.entries(seen, k, range(n)) for k in range(2)]
+        expected = [reference.prefill(text, whole)]
+        for step, token in enumerate(teacher()[b]):
+            expected.append(reference.decode(int(token), len(text) + step, insert, None, attend))
+        matrix.assert_close(got[:, b], np.stack(expected), 1e-5)
+
+
 @pytest.mark.parametrize("windowed", ["whole", pytest.param("compressed", marks=pytest.mark.slow)])
 def test_h2o_follows_its_definition(windowed):
     """Against loops over float64 numbers."""

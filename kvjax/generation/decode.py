@@ -26,7 +26,7 @@ from kvjax.parallel.collectives import DATA, add, gather
 from kvjax.parallel.mesh import EVERYWHERE, SEQUENCES, STEPS
 from kvjax.policies.base import Recipe
 from kvjax.policies.layers import layer_recipe, rotates_at_read
-from kvjax.spec import ModelSpec, PyTree, RopeSpec, Token
+from kvjax.spec import ModelSpec, PyTree, RopeSpec, Token, readable
 from pallas_kernels.rotation import Rotation
 
 ENDED, NOT_FINITE = -1, -2  # in place of a token: the sequence had stopped; its logits are not finite
@@ -77,7 +77,7 @@ def _decode_layer(
             after=None if window is None else jnp.broadcast_to(_before(query_place, window), key.shape[:2]),
             place=None if recipe.positions is None else place,
             expand=layer.expand(rotation) if at_read else None,
-            select=None if recipe.select is None else functools.partial(recipe.select, pos=pos),
+            select=None if recipe.select is None else functools.partial(recipe.select, seen=readable(pos, window) + 1),
             kernels=recipe.kernels,
         ),
         with_probabilities=policy.observe is not None,

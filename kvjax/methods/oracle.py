@@ -17,7 +17,7 @@ def oracle(budget: Keep = "20%", *, store: str = "dense") -> Recipe:
     """Keep every token, but let each step attend only to those that full attention weighs most: it frees nothing.
 
     Args:
-      budget: tokens that a step attends to in each row; a share is one of all tokens so far.
+      budget: tokens that a step attends to in each row; a share is one of all tokens so far, of a sliding window's in layers that have one.
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: the upper bound of MiKV (arXiv 2402.18096).
@@ -26,10 +26,9 @@ def oracle(budget: Keep = "20%", *, store: str = "dense") -> Recipe:
     """
     amount, keep, stored = budgets.parse_keep(budget), budgets.everything(), named(store)
 
-    def select(probs: tuple[Float[Array, "B K G S"], ...], pos: Int[Array, " B"]) -> tuple[Bool[Array, "B K S"], ...]:
+    def select(probs: tuple[Float[Array, "B K G S"], ...], seen: Int[Array, " B"]) -> tuple[Bool[Array, "B K S"], ...]:
         weight = probs[0].mean(axis=2)
         order = jnp.argsort(-weight, axis=-1)
-        seen = jnp.minimum(pos + 1, weight.shape[-1])  # a row of a sliding window has no more, up to a page
         chosen = jnp.arange(weight.shape[-1]) < budgets.tokens_of(amount, seen)[:, None, None]
         slots = jnp.broadcast_to(chosen, weight.shape)
         return (jnp.put_along_axis(jnp.zeros(weight.shape, bool), order, slots, axis=-1, inplace=False),)

@@ -98,8 +98,8 @@ class Recipe(NamedTuple):
       policy: its functions.
       rotate: cached keys are rotated when written, or when read; latents are always when read.
       positions: with `rotate="read"`: `(pos, now, length) -> pos`, where a slot stands; None = at its own position.
-      select: `(attention weights of each tier [B K G S], pos [B]) -> slots of each tier [B K S]`, those that a step
-        attends to; None = all. It frees nothing.
+      select: `(attention weights of each tier [B K G S], seen [B]) -> slots of each tier [B K S]`, those that a step
+        attends to of the `seen` tokens that it can read, itself included; None = all. It frees nothing.
       kernels: which implementation of `pallas_kernels` fills and reads the cache; None = the platform's.
       amounts: how much it may keep: data, which programs are not compiled for, see `structure`.
       windowed: what becomes of layers with a sliding window: "compressed" gives them a budget of what they can read,
