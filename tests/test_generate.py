@@ -23,7 +23,7 @@ from kvjax.generate import main
 from kvjax.generation import sampling
 from kvjax.generation.generate import cached_positions, read_prompts
 from kvjax.generation.model import Model
-from kvjax.generation.sampling import Sampling
+from kvjax.generation.sampling import Sampling, chooser
 from kvjax.models.hf_config import parse_config
 from tests import golden
 from tests.matrix import quick
@@ -298,9 +298,18 @@ def test_a_sequence_draws_in_a_batch_what_it_draws_alone_with_its_own_seed(model
         s.tokens
         for s in model.generate(prompts, max_new_tokens=12, sampling=Sampling(temperature=2.0, seed=seed)).sequences
     ]
-    batch = draw(prompts, 2**32 - 2)  # seeds are taken modulo 2^32
-    assert batch == [draw([prompt], seed)[0] for prompt, seed in zip(prompts, (-2, -1, 0), strict=True)]
+    batch = draw(prompts, 2**32 - 2)
+    assert batch == [draw([prompt], 2**32 - 2 + i)[0] for i, prompt in enumerate(prompts)]
     assert batch[0] != batch[1]
+
+
+def test_every_bit_of_a_seed_counts():
+    draw = lambda seed: jax.random.bits(chooser(Sampling(seed=seed), 2).key[1], (), np.uint32).item()
+    seeds = (0, 7, 2**32 - 2, 2**32 - 1, 2**32, 2**32 + 7, 2**62, 2**63 - 1, -(2**63), -1, -2)
+    drawn = {seed: draw(seed) for seed in seeds}
+    assert len(set(drawn.values())) == len(seeds)
+    for seed in (0, 7, 2**32 - 2):
+        assert drawn[seed] == jax.random.bits(jax.random.key(np.uint32(seed + 1)), (), np.uint32).item()
 
 
 def damaged(model, change) -> Model:

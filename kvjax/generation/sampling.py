@@ -26,7 +26,8 @@ class Sampling(NamedTuple):
       min_p: sample among tokens at least this share as likely as the most likely one.
       repetition_penalty: divides the logits of tokens seen before (multiplies them if negative); 1 = off
         (arXiv 1909.05858).
-      seed: same seed, same text. Sequence `i` of a batch has the seed `seed + i`: it draws what it would draw alone.
+      seed: same seed, same text; 64 bits. Sequence `i` of a batch has the seed `seed + i`: it draws what it would draw
+        alone.
     """
 
     temperature: float = 0.0
@@ -77,8 +78,8 @@ class Chooser(NamedTuple):
 def chooser(sampling: Sampling, batch: int) -> Chooser:
     """The arrays of a `Sampling` for a batch; sequence `i` draws from the stream of the seed `seed + i`."""
     number = lambda x: jnp.asarray(x, jnp.float32)
-    # Seeds are taken modulo 2^32, the width of an unsigned integer without x64.
-    seeds = np.asarray([(sampling.seed + i) % 2**32 for i in range(batch)], np.uint32)
+    seeds = [(int(sampling.seed) + i) % 2**64 for i in range(batch)]
+    words = np.asarray([divmod(seed, 2**32) for seed in seeds], np.uint32)  # `jax.random.key` drops the high one
     return Chooser(
         number(sampling.temperature),
         jnp.asarray(min(sampling.top_k, 2**31 - 1), jnp.int32),
@@ -86,7 +87,7 @@ def chooser(sampling: Sampling, batch: int) -> Chooser:
         number(sampling.min_p),
         number(sampling.repetition_penalty),
         jnp.asarray(MODES.index(sampling.mode), jnp.int32),
-        jax.vmap(jax.random.key)(seeds),
+        jax.random.wrap_key_data(words, impl="threefry2x32"),
     )
 
 
