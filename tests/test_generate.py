@@ -17,7 +17,7 @@ from jaxtyping import TypeCheckError
 import kvjax
 from kvjax.checkpoint.convert import convert
 from kvjax.cli import command
-from kvjax.errors import InputError
+from kvjax.errors import InputError, say_once
 from kvjax.files import output
 from kvjax.generate import main
 from kvjax.generation import sampling
@@ -349,6 +349,18 @@ def test_logits_that_are_not_finite_are_refused(model):
     later.log_likelihood(prompts, [[4, 5], [5, free[0]]])  # the last token is not read
     with pytest.raises(InputError, match="sequence 1 are not finite"):
         whole.divergence(prompts, judged, recipe, reference=reference)
+
+
+def test_filters_that_cannot_act_are_named(model, capsys):
+    say_once.cache_clear()
+    run = lambda **given: model.generate([[1, 2, 3]], max_new_tokens=1, sampling=Sampling(**given))
+    for silent in ({}, {"seed": 3}, {"repetition_penalty": 1.5}, {"temperature": 1.0, "top_k": 5, "min_p": 0.1}):
+        run(**silent)
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        run(top_k=5000000, top_p=0.9, seed=3)
+    said = "top-k 5000000, top-p 0.9: without effect, for at temperature 0 decoding is greedy\n"
+    assert capsys.readouterr().err == said
 
 
 def test_new_sampling_numbers_do_not_recompile(model):

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kvjax.errors import InputError
+from kvjax.errors import InputError, say_once
 
 Mode = Literal["greedy", "sample", "filter"]  # what runs: filters sort the vocabulary
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -45,7 +45,7 @@ class Sampling(NamedTuple):
         return "filter" if self.top_k or self.top_p < 1 or self.min_p else "sample"
 
     def check(self) -> None:
-        """Raise `InputError` for values that make no sense."""
+        """Raise `InputError` for values that make no sense, and say once which have nothing to act on."""
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise InputError(f"temperature {self.temperature} is not a number >= 0 (0 is greedy)")
         if self.top_k < 0:
@@ -61,6 +61,11 @@ class Sampling(NamedTuple):
             )
         if not -(2**63) <= self.seed < 2**63:
             raise InputError(f"seed {self.seed} does not fit 64 bits")
+        filters = {"top-k": self.top_k, "top-p": self.top_p, "min-p": self.min_p}
+        off = {"top-k": 0, "top-p": 1, "min-p": 0}
+        idle = [f"{name} {value}" for name, value in filters.items() if value != off[name]]
+        if self.mode == "greedy" and idle:
+            say_once(f"{', '.join(idle)}: without effect, for at temperature {self.temperature:g} decoding is greedy")
 
 
 class Chooser(NamedTuple):
