@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvjax.checkpoint import fingerprint
 from kvjax.cli import command
 from kvjax.cli.flags import DTYPES, add_method_flags
-from kvjax.cli.tables import list_factories
+from kvjax.cli.tables import list_factories, to_stdout
 from kvjax.errors import InputError
 from kvjax.evaluation import manifest, report, runner
 from kvjax.evaluation.runner import Evaluation, Point
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] == ["report"]:
         _report(argv[1:])
         return
-    args, console = parser().parse_args(argv), Console()
+    args, console = parser().parse_args(argv), to_stdout()
     if args.list_tasks:
         list_factories(console, TASKS, "task", "what it asks")
         return
@@ -275,7 +275,7 @@ def _report(argv: list[str]) -> None:
     p.add_argument("directory", type=Path, metavar="DIR", help="the --out of a run, where the report goes")
     p.add_argument("others", type=Path, nargs="*", metavar="OTHER", help="runs of the same samples with other models")
     args = p.parse_args(argv)
-    report.write(args.directory, Console(), args.others)
+    report.write(args.directory, to_stdout(), args.others)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from kvjax.checkpoint import orbax
 from kvjax.cli import command, showcase
 from kvjax.cli.flags import DTYPES, add_shared_flags, encode, read_ids, read_texts
-from kvjax.cli.tables import describe, heading, list_factories, summary
+from kvjax.cli.tables import describe, heading, list_factories, summary, to_stdout
 from kvjax.errors import InputError
 from kvjax.files import output
 from kvjax.generation import prefill
@@ -56,7 +55,7 @@ def parser() -> command.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    args, console = command.parse(parser(), argv), Console()
+    args, console = command.parse(parser(), argv), to_stdout()
     if args.list_methods:
         list_factories(console, METHODS, "method", "what it keeps")
         console.print("Every method but dmc and dms takes windowed=whole, too: it keeps sliding windows as they are.")

@@ -7,6 +7,7 @@ and values cost and lose.
 import argparse
 import io
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.text import Text
 from kvjax.cache.pages import LARGEST
 from kvjax.cli import command, showcase
 from kvjax.cli.flags import DTYPES, add_shared_flags, encode, read_ids, read_texts
-from kvjax.cli.tables import SHARE
+from kvjax.cli.tables import SHARE, to_stdout
 from kvjax.errors import InputError
 from kvjax.files import output
 from kvjax.generation.generate import check_prompts
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] == ["lorc"]:
         lorc_report.main(argv[1:])
         return
-    args, console = parse(argv), Console()
+    args, console = parse(argv), to_stdout()
     recipe = make(args.method, args.budget, args.arguments)
     _check(args)
     texts, ids = read_texts(args), [read_ids(text) for text in args.prompt_tokens or ()]
@@ -230,7 +231,7 @@ def _print_text(console: Console, pieces: list[str], levels: list[int]) -> None:
     if _has_styles(console):
         console.print(cache_map.styled(pieces, levels))
     else:
-        print(*cache_map.marked(pieces, levels, console.width), sep="\n")
+        print(*cache_map.marked(pieces, levels, shutil.get_terminal_size().columns), sep="\n")
 
 
 def _slots(shown: Kept) -> Table:

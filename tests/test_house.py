@@ -35,6 +35,12 @@ def test_packages_import_each_other_in_one_direction() -> None:
     assert order.index("spec") < order.index("cache") < order.index("policies") < order.index("generation")
 
 
+def test_standard_output_has_one_console() -> None:
+    """`cli.tables.to_stdout`, so that no command cuts a table off in a pipe."""
+    made = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if "Console()" in path.read_text("utf-8")}
+    assert not made
+
+
 def test_kernels_import_nothing_of_the_library() -> None:
     folder = ROOT.parent / "pallas_kernels"
     assert not [path for path in folder.rglob("*.py") if imported(path)]

@@ -219,6 +219,13 @@ def test_a_table_of_all_methods_and_a_picture(tmp_path, capsys):
     assert any("bfloat16" in note for note in found["notes"])
 
 
+def test_a_table_in_a_pipe_is_whole(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    main([*LLAMA, "--all-methods", "--budget", "20%"])
+    out = capsys.readouterr().out
+    assert "…" not in out and "oracle (frees nothing)" in out and "largest context" in out
+
+
 def test_a_hub_id_is_looked_up_in_the_cache_then_among_known_shapes(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     spec, source = find_model("meta-llama/Llama-3.1-8B-Instruct")

@@ -114,7 +114,8 @@ def test_a_share_of_the_oracle_is_of_the_window():
         return np.concatenate(heads), None
 
     for b, text in enumerate((prompt, [1, 2, 3])):
-        whole = lambda layer, seen, n=len(text): [oracle.entries(seen, k, range(n)) for k in range(2)]
+        rows = [range(len(text))] * 2
+        whole = lambda layer, seen, rows=rows: [oracle.entries(seen, k, row) for k, row in enumerate(rows)]
         expected = [reference.prefill(text, whole)]
         for step, token in enumerate(teacher()[b]):
             expected.append(reference.decode(int(token), len(text) + step, insert, None, attend))

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
+from kvjax.cli.tables import to_stdout
 from kvjax.errors import InputError
 from kvjax.evaluation import manifest, pictures
 from kvjax.plotting import COLOURS
@@ -104,7 +104,7 @@ def tell(report: Report, *, as_json: bool, out: Path | None) -> None:
     if as_json:
         print(json.dumps(report.plain()))
     else:
-        console = Console()
+        console = to_stdout()
         for section in report.sections:
             console.print(table(report, section))
     if out is not None:

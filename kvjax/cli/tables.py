@@ -1,6 +1,7 @@
 """Tables and JSON about what was generated and what it cost."""
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,12 @@ from kvjax.methods import label_of
 from kvjax.policies.base import Recipe
 
 SHARE = "of the full cache (16 bits)"
+WIDE = 10_000  # characters: wider than any table
+
+
+def to_stdout() -> Console:
+    """The console of standard output; where that is no terminal, no line is broken and no cell cut off."""
+    return Console(width=None if sys.stdout.isatty() else WIDE)
 
 
 def describe(model: Model, out: Generation, budget: str | int | None) -> dict[str, Any]:
@@ -93,7 +100,7 @@ def list_factories(console: Console, factories: Mapping[str, Callable], kind: st
     """A table of methods or tasks, their arguments with defaults, and where they come from."""
     table = Table(show_lines=True)
     for column in (kind, what, "arguments (--set)", "source"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for name, factory in factories.items():
         doc = inspect.getdoc(factory) or ""
         arguments = [f"{key}={parameter.default}" for key, parameter in inspect.signature(factory).parameters.items()]

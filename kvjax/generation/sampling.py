@@ -5,7 +5,6 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
@@ -84,7 +83,7 @@ def chooser(sampling: Sampling, batch: int) -> Chooser:
     """The arrays of a `Sampling` for a batch; sequence `i` draws from the stream of the seed `seed + i`."""
     number = lambda x: jnp.asarray(x, jnp.float32)
     seeds = [(int(sampling.seed) + i) % 2**64 for i in range(batch)]
-    words = np.asarray([divmod(seed, 2**32) for seed in seeds], np.uint32)  # `jax.random.key` drops the high one
+    words = jnp.asarray([divmod(seed, 2**32) for seed in seeds], jnp.uint32)  # `jax.random.key` drops the high one
     return Chooser(
         number(sampling.temperature),
         jnp.asarray(min(sampling.top_k, 2**31 - 1), jnp.int32),

@@ -16,6 +16,7 @@ from rich.text import Text
 from kvjax.checkpoint import hf, orbax, shipped
 from kvjax.checkpoint.lorc import lorc, low_rank, ranks
 from kvjax.cli import command
+from kvjax.cli.tables import to_stdout
 from kvjax.convert import add_lorc_flags, lorc_options
 from kvjax.errors import InputError
 from kvjax.inspection import cache_map
@@ -211,7 +212,7 @@ def parser() -> command.Parser:
 
 def main(argv: list[str]) -> None:
     """Run the command line."""
-    args, console = parser().parse_args(argv), Console()
+    args, console = parser().parse_args(argv), to_stdout()
     if args.out is not None:
         cache_map.check_picture(args.out)
     report = describe(args.checkpoint or "demo", _measured(args))

@@ -17,7 +17,8 @@ def oracle(budget: Keep = "20%", *, store: str = "dense") -> Recipe:
     """Keep every token, but let each step attend only to those that full attention weighs most: it frees nothing.
 
     Args:
-      budget: tokens that a step attends to in each row; a share is one of all tokens so far, of a sliding window's in layers that have one.
+      budget: tokens that a step attends to in each row; a share is one of all tokens so far, in a layer with a sliding
+        window of those in it.
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: the upper bound of MiKV (arXiv 2402.18096).

@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from kvjax.cli import command
+from kvjax.cli.tables import to_stdout
 from kvjax.errors import InputError
 from kvjax.inspection import cache_map
 from kvjax.methods import LEARNED, METHODS
@@ -25,7 +24,7 @@ FLAGS = {"batch": "--batch", "context": "--context"}
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     argv = command.given(argv)
-    args, console = parse(argv), Console()
+    args, console = parse(argv), to_stdout()
     chip = find(args.chip)
     check(args, chip)
     spec, source = find_model(args.model, args.ignore_config)
