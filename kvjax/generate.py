@@ -15,7 +15,7 @@ import numpy as np
 from kvjax.checkpoint import orbax
 from kvjax.cli import command, showcase
 from kvjax.cli.flags import DTYPES, add_shared_flags, encode, read_ids, read_texts
-from kvjax.cli.tables import describe, heading, list_factories, summary, to_stdout
+from kvjax.cli.tables import describe, dtype_of, heading, list_factories, summary, to_stdout
 from kvjax.errors import InputError
 from kvjax.files import output
 from kvjax.generation import prefill
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         print(json.dumps(describe(model, out, budget)), flush=True)
     else:
-        console.print(summary([out], [heading(recipe, budget)]))
+        console.print(summary([out], [heading(recipe, budget)], dtype_of(model)))
     if args.dump_cache is not None:
         _dump(args.dump_cache, model, out)
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
@@ -22,7 +21,7 @@ from rich.text import Text
 from kvjax.cache.pages import LARGEST
 from kvjax.cli import command, showcase
 from kvjax.cli.flags import DTYPES, add_shared_flags, encode, read_ids, read_texts
-from kvjax.cli.tables import SHARE, to_stdout
+from kvjax.cli.tables import SHARE, dtype_of, sizes, to_stdout
 from kvjax.errors import InputError
 from kvjax.files import output
 from kvjax.generation.generate import check_prompts
@@ -145,7 +144,7 @@ def describe(args: argparse.Namespace, model: Model, out: Generation, shown: Kep
             for name, held in zip(shown.stores, (shown.held, shown.low), strict=False)
         ],
         "slots": shown.slots.tolist(),
-        "cache": {"bytes": out.bytes._asdict(), "full_bytes": out.full_bytes, "share": out.compared.share},
+        "cache": sizes(out.bytes._asdict(), out.full_bytes, out.compared),
     }
 
 
@@ -167,9 +166,9 @@ def dry_run(args: argparse.Namespace, recipe: Recipe, texts: list[str], ids: lis
         "context": context,
         "max_new_tokens": args.max_new_tokens,
         "batch": batch,
-        **{name: getattr(planned, name) for name in ("decided", "stores", "fold", "rotate")},
+        **{name: getattr(planned, name) for name in ("decided", "stores", "fold", "rotate", "notes")},
         "slots": planned.budget,
-        "cache": {"bytes": planned.bytes, "full_bytes": planned.full_bytes, "share": planned.compared.share},
+        "cache": sizes(planned.bytes, planned.full_bytes, planned.compared),
     }
 
 
@@ -179,7 +178,7 @@ def _named(args: argparse.Namespace, model: Model) -> dict[str, Any]:
         "method": args.method,
         "budget": int(budget) if isinstance(budget, str) and budget.isdecimal() else budget,
         "model": model.name,
-        "dtype": jnp.dtype(model.decoder.dtype).name,
+        "dtype": dtype_of(model),
     }
 
 
@@ -203,7 +202,7 @@ def _kept(shown: Kept) -> str:
 def _draw(path: Path, shown: Kept, report: Mapping[str, Any]) -> None:
     """Write the heat map."""
     total, share = report["cache"]["bytes"]["total"], report["cache"]["share"]
-    title = f"{_title(report)}: {_kept(shown)}, {total:,} bytes, {share:.1%} {SHARE}"
+    title = f"{_title(report)}: {_kept(shown)}, {total:,} bytes in {report['dtype']}, {share:.1%} {SHARE}"
     picture = io.BytesIO()
     cache_map.picture(shown, title).savefig(picture, format="png")
     output.write(path, picture.getvalue())
@@ -220,7 +219,7 @@ def _print_kept(console: Console, model: Model, shown: Kept, report: Mapping[str
         _print_text(console, pieces[shown.prompt :], levels[shown.prompt :])
     print()
     console.print(_slots(shown))
-    console.print(_bytes(report["cache"]))
+    console.print(_bytes(report))
 
 
 def _has_styles(console: Console) -> bool:
@@ -250,10 +249,11 @@ def _slots(shown: Kept) -> Table:
     return table
 
 
-def _bytes(cache: Mapping[str, Any]) -> Table:
+def _bytes(report: Mapping[str, Any]) -> Table:
     """Bytes by part, and what a full cache needs."""
+    cache = report["cache"]
     *parts, (_, total) = cache["bytes"].items()
-    table = Table("cache", Column("bytes", justify="right"))
+    table = Table("cache", Column(f"bytes ({report['dtype']})", justify="right"))
     for name, size in parts:
         table.add_row("payload and slack" if name == "codes" else name, f"{size:,}")
     table.add_section()
@@ -280,7 +280,9 @@ def _print_plan(console: Console, report: Mapping[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, Text(value))
     console.print(table)
-    console.print(_bytes(report["cache"]))
+    console.print(_bytes(report))
+    for note in report["notes"]:
+        console.print(note, highlight=False, markup=False)
 
 
 def _by_layer(slots: list[int]) -> str:

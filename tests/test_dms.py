@@ -66,7 +66,7 @@ def test_a_generation_says_what_was_forced():
     assert tables.describe(model, small, None)["cache"]["forced"] == small.forced
     assert tables.shortage(full) is None
     console = Console(record=True, width=200, file=io.StringIO())
-    console.print(tables.summary([full, small], ["a", "b"]))
+    console.print(tables.summary([full, small], ["a", "b"], "float32"))
     said = " ".join(console.export_text().split())  # however its lines are cut
     assert f"dms: {small.forced:,} of" in said and "--set capacity=" in said
 

@@ -99,6 +99,9 @@ def test_json_says_what_was_run(directory, capsys):
     assert [s["prompt_tokens"] for s in out["sequences"]] == [40, 20]
     assert set(out["sequences"][0]) == {"prompt_tokens", "tokens", "text", "finish_reason"}
     assert out["cache"]["slots"] == [[10] * len(out["cache"]["slots"][0]), [5] * len(out["cache"]["slots"][1])]
+    half = out["cache"]["compared"]
+    assert half["full"] == out["cache"]["full_bytes"] // 2  # of float32
+    assert out["cache"]["share"] == half["share"] == half["cache"] / half["full"]
     size = out["cache"]["bytes"]
     assert size["total"] == sum(value for key, value in size.items() if key != "total")
     assert set(out["timing"]) == {"prefill_s", "decode_s", "decode_tokens_per_s", "compile_s"}

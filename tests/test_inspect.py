@@ -1,6 +1,5 @@
 """The inspection of a cache: what it shows is what the cache holds, what it plans is what a run allocates."""
 
-import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -111,6 +110,10 @@ def test_a_second_tier_is_shown_apart(model, capsys, tmp_path):
     assert "tokens kept dense" in said and "kept balanced int2" in said
 
 
+def in_half(out: kvjax.Generation) -> dict[str, float]:
+    return {"cache": out.compared.cache, "full": out.compared.full, "share": out.compared.cache / out.compared.full}
+
+
 @pytest.mark.parametrize("method", ["h2o", "pyramidkv"])
 def test_what_is_shown_is_what_the_cache_holds(method, model, capsys):
     """Against `cached_positions`, row by row, with and without `--layer` and `--head`."""
@@ -123,7 +126,7 @@ def test_what_is_shown_is_what_the_cache_holds(method, model, capsys):
     want = [[sorted(p for p in row.tolist() if p >= 0) for row in layer] for layer in rows]
     assert shown["positions"] == want and len({str(row) for layer in want for row in layer}) > 1
     size = {"bytes": out.bytes._asdict(), "full_bytes": out.full_bytes}
-    assert shown["cache"] == size | {"share": out.compared.share}
+    assert shown["cache"] == size | {"share": out.compared.share, "compared": in_half(out)}
     assert np.mean(shown["slots"], axis=1).tolist() == out.slots[0]
 
     one = run_json(capsys, *flags, "--layer", 2, "--head", 1)
@@ -196,7 +199,7 @@ def test_the_terminal_shows_text_slots_and_bytes(capsys):
     assert lines[first + 1] == "#" * len("<|begin|>clay: 475 472")  # four sinks; the line's end is none
     assert lines[first + 2] == "snow: 102 243↵" and lines[first + 3] == "station: 227 361↵"
     assert "--- generated" in lines
-    for name in ("payload", "statistics", "full cache", "of the full cache (16 bits)"):
+    for name in ("payload", "statistics", "full cache", "of the full cache, both in 16 bits", "bytes (float32)"):
         assert name in out
 
 
@@ -262,6 +265,7 @@ def test_a_dry_run_plans_batches(model, capsys):
     planned = run_json(capsys, "--dry-run", *flags)
     assert planned["cache"]["bytes"]["total"] == out.bytes.total
     assert planned["cache"]["full_bytes"] == out.full_bytes
+    assert planned["cache"]["compared"] == in_half(out)
     assert planned["slots"] == [recipe.slots(i, 6, 70) for i in range(6)]
 
 
@@ -274,6 +278,15 @@ def test_a_dry_run_says_what_is_in_force(capsys):
     out = run(capsys, "--dry-run", "--method", "pyramidkv", "--context", 100)
     for words in ("--set beta", "identity", "dense", "100 prompt", "payload and slack", "when written"):
         assert words in out
+
+
+def test_a_dry_run_beyond_what_a_model_is_made_for_says_so(directory, capsys):
+    flags = ("--dry-run", "--model", directory, "--method", "full", "--max-new-tokens", 2, "--context")
+    note = "the model is made for 128 tokens: planned as if it read more"
+    assert [run_json(capsys, *flags, n)["notes"] for n in (126, 127, 1280)] == [[], [note], [note]]
+    size = lambda n: run_json(capsys, *flags, n)["cache"]["full_bytes"]
+    assert size(1278) == 10 * size(126)
+    assert note in run(capsys, *flags, 1280)
 
 
 def test_a_dry_run_of_a_large_model_needs_no_memory(tmp_path, capsys):
@@ -328,13 +341,17 @@ BAD = {
     "no such directory": ["--model", "./nowhere", "--prompt", "x"],
     "a dry run downloads nothing": ["--model", "some/model", "--dry-run"],
     "cannot read tests/config.json": ["--model", "tests", "--dry-run"],
-    "is not JSON": ["--model", "pyproject.toml", "--dry-run"],
+    "pyproject.toml is not JSON": ["--model", "pyproject.toml", "--dry-run"],
+    "model.safetensors is not UTF-8 text: give the directory of a checkpoint, or its config.json": [
+        *("--model", "kvjax/demo/model.safetensors", "--dry-run"),
+    ],
     "cannot read missing.txt": ["--prompt-file", "missing.txt"],
     "has no tokenizer.json": [MODEL, "--prompt", "hello"],
     "has no tokenizer.json ": [MODEL, "--prompt", "hello", "--dry-run"],
     "the prompt has 129 tokens, the context limit is 128": [MODEL, "--prompt-tokens", ",".join(["1"] * 129)],
-    "the prompt has 129 tokens, the context limit is 128 ": [MODEL, "--dry-run", "--context", "129"],
-    "pass the context limit (128)": [MODEL, "--dry-run", "--context", "128"],
+    "the prompt has 129 tokens, the context limit is 128 ": [
+        *(MODEL, "--prompt-tokens", ",".join(["1"] * 129), "--dry-run"),
+    ],
     "token id 97 is not in": [MODEL, "--prompt-tokens", "1,97", "--dry-run"],
     "--layer 6 is out of range: this model has layers 0 to 5": ["--layer", "6", "--prompt", "x"],
     "--layer -1 is out of range": ["--layer", "-1", "--prompt", "x"],
@@ -373,7 +390,6 @@ def test_without_matplotlib_a_picture_is_refused_and_the_rest_works(monkeypatch,
 
 def test_a_cache_with_too_many_pages_is_refused():
     model = dry_run.abstract_model(None)
-    model.decoder.spec = dataclasses.replace(model.spec, max_position=2**21)
     with pytest.raises(kvjax.InputError, match="pages"):
         dry_run.plan_cache(model, kvjax.methods.full(), context=2**20, new=1, batch=2**16)
 

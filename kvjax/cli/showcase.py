@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvjax.cli.tables import heading, summary
+from kvjax.cli.tables import dtype_of, heading, summary
 from kvjax.generation.model import Model
 from kvjax.generation.results import Generation
 from kvjax.generation.sampling import Sampling
@@ -43,7 +43,7 @@ def run(console: Console, model: Model, recipe: Recipe, budget: str | int | None
     outs = [model.generate(shown.texts, each, max_new_tokens=new, sampling=sampling) for each in (full(), recipe)]
     names = ["full", heading(recipe, budget)]
     console.print(_answers(shown, outs, names))
-    console.print(summary(outs, names))
+    console.print(summary(outs, names, dtype_of(model)))
 
 
 def _answers(shown: Showcase, outs: list[Generation], names: list[str]) -> Table:

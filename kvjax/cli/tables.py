@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from kvjax.generation.model import Model
-from kvjax.generation.results import Generation
+from kvjax.generation.results import Compared, Generation
 from kvjax.methods import label_of
 from kvjax.policies.base import Recipe
 
-SHARE = "of the full cache (16 bits)"
+SHARE = "of the full cache, both in 16 bits"
 WIDE = 10_000  # characters: wider than any table
 
 
@@ -30,9 +30,7 @@ def describe(model: Model, out: Generation, budget: str | int | None) -> dict[st
         "stores": [store.name for store in out.recipe.stores],
         "sequences": [sequence._asdict() for sequence in out.sequences],
         "cache": {
-            "bytes": out.bytes._asdict(),
-            "full_bytes": out.full_bytes,
-            "share": out.compared.share,
+            **sizes(out.bytes._asdict(), out.full_bytes, out.compared),
             "slots": out.slots,
             "forced": out.forced,
             "device_bytes": out.device_bytes,
@@ -40,9 +38,20 @@ def describe(model: Model, out: Generation, budget: str | int | None) -> dict[st
         "timing": out.timing._asdict(),
         "model": model.name,
         "stop": {"ids": list(model.stop), "source": model.stop_source or None},
-        "dtype": jnp.dtype(model.decoder.dtype).name,
+        "dtype": dtype_of(model),
         "budget": int(budget) if isinstance(budget, str) and budget.isdecimal() else budget,
     }
+
+
+def sizes(parts: Mapping[str, int], full: int, compared: Compared) -> dict[str, Any]:
+    """A cache's bytes and a full one's in the run's dtype, and both in 16 bits with the share that they give."""
+    half = compared._asdict() | {"share": compared.share}
+    return {"bytes": parts, "full_bytes": full, "share": compared.share, "compared": half}
+
+
+def dtype_of(model: Model) -> str:
+    """What a model computes in."""
+    return jnp.dtype(model.decoder.dtype).name
 
 
 def heading(recipe: Recipe, budget: str | int | None) -> str:
@@ -52,25 +61,25 @@ def heading(recipe: Recipe, budget: str | int | None) -> str:
     return " ".join(str(part) for part in parts if part is not None)
 
 
-def summary(outs: Sequence[Generation], names: Sequence[str]) -> Table:
-    """One column per generation: tokens, bytes by part, times."""
+def summary(outs: Sequence[Generation], names: Sequence[str], dtype: str) -> Table:
+    """One column per generation of a model with this dtype: tokens, bytes by part, times."""
     table = Table("", *(Column(name, justify="right") for name in names))
     count = lambda numbers: f"{sum(numbers):,}"
     rows = {
         "prompt tokens": [count(s.prompt_tokens for s in out.sequences) for out in outs],
         "generated tokens": [count(len(s.tokens) for s in out.sequences) for out in outs],
         "kept slots": [f"{kept_fraction(out):.1%}" for out in outs],
-        "cache bytes": [f"{out.bytes.total:,}" for out in outs],
+        f"cache bytes ({dtype})": [f"{out.bytes.total:,}" for out in outs],
     }
     if any(out.device_bytes != out.bytes.total for out in outs):
         rows["  on each device"] = [f"{out.device_bytes:,}" for out in outs]
     for part in ("payload", "scales", "statistics", "tables", "slack"):
         rows[f"  {part}"] = [f"{getattr(out.bytes, part):,}" for out in outs]
     rows |= {
-        "full cache bytes": [f"{out.full_bytes:,}" for out in outs],
+        f"full cache bytes ({dtype})": [f"{out.full_bytes:,}" for out in outs],
         SHARE: [f"{out.compared.share:.1%}" for out in outs],
         "prefill (s)": [f"{out.timing.prefill_s:.2f}" for out in outs],
-        "decode (tokens/s)": [f"{out.timing.decode_tokens_per_s:.1f}" for out in outs],
+        "decode (tokens/s)": [f"{speed:.1f}" if (speed := out.timing.decode_tokens_per_s) else "–" for out in outs],
         "compilation (s)": [f"{out.timing.compile_s:.2f}" for out in outs],
     }
     for name, cells in rows.items():

@@ -45,6 +45,12 @@ class Plan(NamedTuple):
     bytes: dict[str, int]  # by part; `codes` are payload and slack together: how many slots fill depends on the run
     full_bytes: int  # in the model's dtype
     compared: Compared
+    notes: list[str]  # what to know when reading it
+
+
+def beyond(spec: ModelSpec) -> str:
+    """The note on a plan of more tokens than a model is made for: what a cache takes does not depend on that."""
+    return f"the model is made for {spec.max_position:,} tokens: planned as if it read more"
 
 
 def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int = 1) -> Plan:
@@ -56,12 +62,7 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
     [128, 128, 128, 128, 128, 128]
     """
     spec = model.spec
-    if context > spec.max_position:
-        raise InputError(f"the prompt has {context} tokens, the context limit is {spec.max_position}")
-    if recipe.positions is None and context + new > spec.max_position:
-        raise InputError(
-            f"prompt ({context} tokens) and max-new-tokens ({new}) pass the context limit ({spec.max_position})"
-        )
+    longest = context if recipe.positions is not None else context + new
     check_turn(spec, recipe, context, context + new - 1)
     lengths, whole = Lengths((context,) * batch, new, prefill.padded_length(context)), [context + new] * batch
     count = lambda cache: (cache_bytes(cache), compare(model, cache, whole))
@@ -78,6 +79,7 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
         bytes=parts | {"tables": size.tables, "total": size.total},
         full_bytes=full_bytes(model, whole),
         compared=compared,
+        notes=[beyond(spec)] if longest > spec.max_position else [],
     )
 
 
@@ -128,7 +130,15 @@ def read_spec(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
 def _read_spec(path: Path, ignore: Collection[str]) -> tuple[Path, ModelSpec]:
     folder, file = (path, path / "config.json") if path.is_dir() else (path.parent, path)
     converted = orbax.is_orbax(folder) and file == folder / "config.json"
-    return folder, orbax.read_spec(folder, ignore) if converted else parse_config(read_json(file), ignore)
+    if converted:
+        return folder, orbax.read_spec(folder, ignore)
+    try:
+        content = read_json(file)
+    except InputError as error:
+        if path.is_dir():
+            raise
+        raise InputError(f"{error}: give the directory of a checkpoint, or its config.json") from None
+    return folder, parse_config(content, ignore)
 
 
 def _slots(spec: ModelSpec, recipe: Recipe, layer: int, context: int) -> int:

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from kvjax.errors import InputError
 from kvjax.methods import label_of
 from kvjax.plan.chips import GIB, Chip
+from kvjax.plan.dry_run import beyond
 from kvjax.plan.search import MOST
 from kvjax.spec import ModelSpec
 
@@ -58,7 +59,7 @@ def notes(args: argparse.Namespace, chip: Chip, spec: ModelSpec, plans: Sequence
     if chip.platform == "gpu":
         found.append("JAX takes 75% of a GPU's memory: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 for what is usable here")
     if args.context + args.new_tokens > spec.max_position:
-        found.append(f"the model is made for {spec.max_position:,} tokens: planned as if it read more")
+        found.append(beyond(spec))
     if spec.gate is not None:
         found.append("how many slots the model's gate asks for is not known: bytes are those while the prompt is read")
     if args.estimate:
