@@ -221,7 +221,11 @@ BAD = {
     "the prompt is empty ": ["--prompt", ""],
     "cannot read missing.txt": ["--prompt-file", "missing.txt"],
     "cannot read missing.toml": ["--config", "missing.toml"],
-    "cannot write": ["--prompt-tokens", "1", "--dump-cache", "missing/folder/x.npz"],
+    "cannot write missing/folder/x.npz: No such file or directory": [
+        *("--prompt-tokens", "1", "--dump-cache", "missing/folder/x.npz"),
+    ],
+    "cannot write /: Is a directory": ["--prompt-tokens", "1", "--dump-cache", "/"],
+    "cannot write /dev/null/x.npz: Not a directory": ["--prompt-tokens", "1", "--dump-cache", "/dev/null/x.npz"],
     "the context limit is 128": ["--prompt-tokens", ids([1] * 129)],
     "ask for at most 8 new tokens": ["--prompt-tokens", ids([1] * 120)],
     "max-new-tokens 0": ["--prompt-tokens", "1", "--max-new-tokens", "0"],

@@ -364,7 +364,12 @@ BAD = {
     "--out: a dry run": ["--dry-run", "--out"],
     "--head: a dry run": ["--dry-run", "--head", "0"],
     "pictures are PNG": ["--prompt", "x", "--out", "kept.pdf"],
-    "cannot write": ["--prompt", "x", "--out", "missing/folder/kept.png"],
+    "cannot write missing/folder/kept.png: No such file or directory": [
+        "--prompt",
+        "x",
+        "--out",
+        "missing/folder/kept.png",
+    ],
 }
 
 

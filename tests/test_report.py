@@ -401,7 +401,17 @@ def test_needle_shows_the_cells() -> None:
     assert [label.get_text() for label in ten.get_yticklabels()] == ["0%", "50%", "100%"]
     assert [label.get_text() for label in ten.get_xticklabels()] == ["512", "2048"]
     assert [axes.get_title() for axes in (ten, fifty)] == ["budget 20%", "budget 50%"]
-    assert "n = 1 to 2 samples" in figure.get_supxlabel()
+    assert "of n = 1 to 2 samples" in figure.get_supxlabel()
+    assert pictures.needle(lines[3:], "Needle").get_supxlabel().endswith("of n = 1 sample")
+
+
+@drawing
+def test_the_name_of_a_picture_can_be_read(tmp_path: Path) -> None:
+    spot = {"facts": {"depth": 0.5, "length": 512}}
+    lines = [sample(1.0, method=name, **spot) for name in ("snapkv+store=int4", "snapkv+store=kivi2:8:8", "snapkv%2B")]
+    written(save(tmp_path, lines))
+    names = {path.stem.removeprefix("needle_") for path in tmp_path.glob("needle_*.png")}
+    assert names == {"snapkv+store=int4", "snapkv+store=kivi2%3A8%3A8", "snapkv%252B"}
 
 
 @drawing

@@ -1,6 +1,7 @@
 """What was measured, as a table, as JSON and as a picture, with what it was measured on."""
 
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
@@ -95,7 +96,7 @@ def check(out: Path | None) -> None:
     except OSError as error:
         raise InputError(f"--out {out}: {error.strerror}") from None
     if not os.access(out, os.W_OK):
-        raise InputError(f"--out {out}: cannot be written")
+        raise InputError(f"--out {out}: {os.strerror(errno.EACCES)}")
     pictures.blank(1, 1, (1.0, 1.0), 1.0, "")  # says what to install
 
 

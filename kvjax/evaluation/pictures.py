@@ -30,6 +30,7 @@ AXES = {
     "perplexity": "perplexity (lower is better)",
     "kl": "KL from the full cache [nats]\n(lower is better)",
 }
+SAFE = "+=,()"  # what names of files show as it is, beside letters and digits
 DEPTHS = 11  # most rows of a needle picture; more depths than that are rounded to tenths
 
 
@@ -54,7 +55,7 @@ def save(rows: Sequence[Row], lines: Iterable[Line], run: dict[str, Any], direct
         if line["task"] == "needle" and {"depth", "length"} <= set(line.get("facts") or {}):
             needles.setdefault(line["method"], []).append(line)
     for method, found in needles.items():
-        figures[f"needle_{quote(method, safe='')}"] = needle(found, title(f"Needle in a haystack, {method}"))
+        figures[f"needle_{quote(method, safe=SAFE)}"] = needle(found, title(f"Needle in a haystack, {method}"))
     return [save_figure(figure, directory / f"{name}.png") for name, figure in figures.items()]
 
 
@@ -194,7 +195,7 @@ def needle(lines: Sequence[Line], title: str) -> "matplotlib.figure.Figure":
         axes.set_yticks(range(len(depths)), [f"{depth}%" for depth in depths])
     counts = {len(scores) for cells in grids.values() for scores in cells.values()}
     n = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    figure.supxlabel(f"length [tokens]\ncells: mean score, n = {n} samples each", fontsize=9)
+    figure.supxlabel(f"length [tokens]\ncells: mean score of n = {n} sample{'s' * (counts != {1})}", fontsize=9)
     figure.supylabel("depth of the needle", fontsize=9)
     figure.colorbar(panels[0].images[0], ax=panels, label="mean score", pad=0.02, aspect=24 * -(-len(panels) // 4))
     return figure

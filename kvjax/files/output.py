@@ -1,6 +1,7 @@
 """Files that are written: complete or absent."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -10,9 +11,20 @@ from kvjax.errors import InputError
 
 def check_writable(path: Path) -> None:
     """Raise `InputError` for a file that cannot be written, before work is done for it."""
+    if number := _hindrance(path):
+        raise InputError(f"cannot write {path}: {os.strerror(number)}")
+
+
+def _hindrance(path: Path) -> int:
+    """The system's number of what a file cannot be written for, 0 = nothing."""
+    if path.is_dir():
+        return errno.EISDIR
     target = path if path.exists() else path.absolute().parent
-    if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
-        raise InputError(f"cannot write {path}")
+    if not target.exists():
+        return errno.ENOENT
+    if target != path and not target.is_dir():
+        return errno.ENOTDIR
+    return 0 if os.access(target, os.W_OK) else errno.EACCES
 
 
 def write(path: Path, content: bytes) -> None:

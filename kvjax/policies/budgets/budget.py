@@ -78,7 +78,7 @@ def parse_keep(keep: Keep, name: str = "budget") -> int | Fraction:
       keep: what was given.
       name: of the argument, for errors.
 
-    >>> parse_keep("512"), parse_keep("20%"), parse_keep("12.5%")
+    >>> parse_keep("512"), parse_keep("20 %"), parse_keep("12.5%")
     (512, Fraction(1, 5), Fraction(1, 8))
     """
     wrong = InputError(f"{name} {keep!r} is not a number of tokens (512) or a kept fraction (20%)")
@@ -87,7 +87,7 @@ def parse_keep(keep: Keep, name: str = "budget") -> int | Fraction:
     if isinstance(keep, str):
         if re.fullmatch(r"[+-]?\d{1,20}", keep):
             amount = int(keep)
-        elif re.fullmatch(r"[+-]?\d{1,20}(\.\d{1,4})?%", keep):
+        elif re.fullmatch(r"[+-]?\d{1,20}(\.\d{1,4})? ?%", keep):
             amount = Fraction(keep[:-1]) / 100
         else:
             raise wrong
