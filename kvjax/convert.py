@@ -43,8 +43,8 @@ def _convert(args: argparse.Namespace) -> None:
     convert(args.src, args.dst, args.dtype, args.ignore_config, options)
 
 
-def add_lorc_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that make keys and values low-rank."""
+def add_lorc_flags(parser: argparse.ArgumentParser, basis: lorc.Basis = lorc.BASIS) -> None:
+    """The flags that make keys and values low-rank; `basis` is the default of `--lorc-basis`, as help says it."""
     group = parser.add_argument_group("low-rank keys and values (LoRC)")
     how = group.add_mutually_exclusive_group()
     how.add_argument("--lorc", metavar="HOW", help="keep=60%%, keep=60%%,rule=uniform|energy, or d_max=80%%,d_min=40%%")
@@ -58,26 +58,26 @@ def add_lorc_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lorc-basis",
         choices=get_args(lorc.Basis),
-        default="plain",
-        help="best for the weights, as in the paper, or for what they make of a text (default: plain)",
+        help=f"best for the weights, as in the paper, or for what they make of a text (default: {basis})",
     )
     group.add_argument("--lorc-text", type=Path, metavar="FILE", help="that text (default: look-ups, code and prose)")
     group.add_argument("--lorc-hadamard", action="store_true", help="turn latents, so that low-bit stores lose less")
 
 
-def lorc_options(args: argparse.Namespace) -> lorc.Options | None:
-    """What the flags of `add_lorc_flags` ask for; None if it is nothing."""
+def lorc_options(args: argparse.Namespace, basis: lorc.Basis = lorc.BASIS) -> lorc.Options | None:
+    """What the flags of `add_lorc_flags` ask for, `basis` where they do not say; None if it is nothing."""
     request = ranks.parse(args.lorc) if args.lorc is not None else args.lorc_ranks
     if request is None:
-        if args.lorc_groups != "joint" or args.lorc_basis != "plain" or args.lorc_text or args.lorc_hadamard:
+        if args.lorc_groups != "joint" or args.lorc_basis or args.lorc_text or args.lorc_hadamard:
             raise InputError("--lorc-groups, --lorc-basis, --lorc-text and --lorc-hadamard need --lorc or --lorc-ranks")
         return None
     if args.lorc_groups != "joint" and not re.fullmatch("[1-9][0-9]{0,3}", args.lorc_groups):
         raise InputError(f"--lorc-groups {args.lorc_groups} is not joint or a number of key/value heads")
-    if args.lorc_text is not None and args.lorc_basis == "plain":
+    basis = args.lorc_basis or basis
+    if args.lorc_text is not None and basis == "plain":
         raise InputError("--lorc-text is for --lorc-basis whiten")
     heads = None if args.lorc_groups == "joint" else int(args.lorc_groups)
-    return lorc.Options(request, heads, args.lorc_basis, args.lorc_text, args.lorc_hadamard)
+    return lorc.Options(request, heads, basis, args.lorc_text, args.lorc_hadamard)
 
 
 if __name__ == "__main__":

@@ -675,7 +675,9 @@ kvjax.convert.main([src, str(dst), *sys.argv[4:]])
 """
 
 
-@pytest.mark.parametrize("flags", [[], pytest.param(["--lorc", "keep=50%"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "flags", [[], pytest.param(["--lorc", "keep=50%", "--lorc-basis", "plain"], marks=pytest.mark.slow)]
+)
 def test_killed_at_any_moment(tmp_path, source, flags):
     dst, stage = tmp_path / "dst", tmp_path / ".dst.partial" / "stage"
     kvjax.convert.main([str(source), str(tmp_path / "whole"), *flags])

@@ -52,6 +52,7 @@ FAMILIES = {
 GIVEN = np.random.default_rng(1).integers(0, 97, (len(BATCH), 64))  # continuations of BATCH
 # Letters are tokens: two sequences of 256 tokens and a rest that is dropped.
 TEXT = "".join(map(chr, np.random.default_rng(2).integers(33, 127, 620)))
+PLAIN = ("--lorc-basis", "plain")
 WHITEN = ("--lorc-basis", "whiten", "--lorc-text", "text.txt")
 
 
@@ -224,7 +225,7 @@ def sequences_of(text: str, length: int) -> list[list[int]]:
 @pytest.mark.parametrize("name", quick(["llama", "qwen2", "mistral", "mha"], ("qwen2",)))
 def test_full_rank_is_the_model_itself(name, converted):
     """Biases, norms, windows and rotation survive: logits of prompts and of 64 decoded tokens."""
-    source, whole = converted(name), converted(name, "--lorc", "keep=100%")
+    source, whole = converted(name), converted(name, "--lorc", "keep=100%", *PLAIN)
     spec = model_in(source).spec
     n = spec.num_kv_heads * spec.head_dim
     assert model_in(whole).spec.latent == LatentSpec(spec.num_kv_heads, ((n, n), (n, n)))
@@ -239,7 +240,7 @@ SETTLED = [name for name in golden.NAMES if name != "llama_dynamic"]
 def test_full_rank_of_every_family_is_the_model_itself(name, tmp_path):
     """24 greedy tokens of the original, of which transformers' are the first."""
     source = golden.write_checkpoint(name, tmp_path / "source")
-    whole, want = convert(source, tmp_path / "whole", "--lorc", "keep=100%"), golden.load(name)
+    whole, want = convert(source, tmp_path / "whole", "--lorc", "keep=100%", *PLAIN), golden.load(name)
     models = (kvjax.load(path, dtype=jnp.float32) for path in (source, whole))
     replies = [model.generate([want.prompt.tolist()], max_new_tokens=24) for model in models]
     original, found = (reply.sequences[0].tokens for reply in replies)
@@ -248,7 +249,7 @@ def test_full_rank_of_every_family_is_the_model_itself(name, tmp_path):
 
 
 GROUPS = {"joint": (), "one": ("--lorc-groups", "1")}
-BASES = {"plain": (), "whiten": WHITEN}
+BASES = {"plain": PLAIN, "whiten": WHITEN}
 
 
 @pytest.mark.parametrize("basis", BASES)
@@ -360,8 +361,9 @@ def test_a_text_shorter_than_a_sequence_is_kept_exactly(converted, tmp_path):
 
 def test_the_sample_text_is_for_those_who_give_none(converted, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "sample_text", lambda: TEXT)
-    narrow = convert(converted("llama"), tmp_path / "narrow", "--lorc", "keep=60%", "--lorc-basis", "whiten")
-    assert json.loads((narrow / "kvjax.json").read_text())["lorc"]["text"] == "a sample"
+    narrow = convert(converted("llama"), tmp_path / "narrow", "--lorc", "keep=60%")
+    about = json.loads((narrow / "kvjax.json").read_text())["lorc"]
+    assert (about["basis"], about["text"]) == ("whiten", "a sample")
     given = factors_of(model_in(converted("llama", "--lorc", "keep=60%", *WHITEN)))
     for key, pair in factors_of(model_in(narrow)).items():
         np.testing.assert_array_equal(product(pair), product(given[key]))
@@ -384,7 +386,7 @@ def test_payload_is_what_was_asked_for(converted):
 
     On the caches' arrays. Codes do not depend on the model's dtype, so that float32's payload is halved for 2 bytes.
     """
-    narrow = model_in(converted("llama", "--lorc", "keep=60%"))
+    narrow = model_in(converted("llama", "--lorc", "keep=60%", *PLAIN))
     payload = lambda model, **how: bytes_of(oracle.start(model, methods.full(**how), BATCH, 64)[1]).payload
     dense = payload(model_in(converted("llama")))
     assert 0.5 * dense < payload(narrow) <= 0.61 * dense
@@ -413,7 +415,7 @@ def test_int4_latents_of_a_real_width_with_their_scales():
 
 def test_hadamard_changes_no_logits_and_helps_int4(converted):
     """Channels of like size: less is lost where a few of them were large."""
-    flags = ("--lorc", "keep=60%")
+    flags = ("--lorc", "keep=60%", *PLAIN)
     plain, turned = converted("outliers", *flags), converted("outliers", *flags, "--lorc-hadamard")
     assert_close(logits_of(turned), logits_of(plain), 1e-4)
     lost, left = (np.square(logits_of(each, "int4") - logits_of(each)).mean() for each in (plain, turned))
@@ -436,7 +438,7 @@ def test_a_conversion_notes_what_it_did(converted):
 def test_ranks_from_a_file(converted, tmp_path):
     """Any ranks, and how many heads share them."""
     (tmp_path / "ranks.json").write_text('{"heads": 1, "ranks": [[3, 16], [7, 5]]}')
-    narrow = convert(converted("llama"), tmp_path / "narrow", "--lorc-ranks", str(tmp_path / "ranks.json"))
+    narrow = convert(converted("llama"), tmp_path / "narrow", "--lorc-ranks", str(tmp_path / "ranks.json"), *PLAIN)
     assert model_in(narrow).spec.latent == LatentSpec(1, ((3, 16), (7, 5)))
     about = json.loads((narrow / "kvjax.json").read_text())
     assert about["lorc"] == {"ranks": "ranks.json", "basis": "plain", "text": None, "hadamard": False}
@@ -447,7 +449,7 @@ def test_ranks_from_a_file(converted, tmp_path):
 
 def test_factors_are_of_the_dtype_of_the_weights(converted):
     """As they are stored; and as near the weights as in float32, but for rounding."""
-    directory = converted("llama", "--lorc", "keep=60%", "--dtype", "bfloat16")
+    directory = converted("llama", "--lorc", "keep=60%", *PLAIN, "--dtype", "bfloat16")
     for part in (directory / "params").iterdir():
         assert {leaf.dtype for leaf in ocp.metadata(str(part)).metadata.values()} == {jnp.dtype(jnp.bfloat16)}
     recorder = Recorder(model_in(converted("llama")))
@@ -470,7 +472,7 @@ def test_two_conversions_are_alike(converted, tmp_path):
 
 def test_the_command_line_generates_without_a_flag(converted, monkeypatch, capsys):
     monkeypatch.setattr(command, "use_compilation_cache", lambda: None)
-    whole = converted("llama", "--lorc", "keep=100%")
+    whole = converted("llama", "--lorc", "keep=100%", *PLAIN)
     capsys.readouterr()
     prompt = ",".join(map(str, BATCH[0]))
     kvjax.generate.main(["--model", str(whole), "--prompt-tokens", prompt, "--max-new-tokens", "4", "--json"])
@@ -502,7 +504,7 @@ REFUSED = {
     "--lorc-basis whiten": "need --lorc or --lorc-ranks",
     "--lorc-hadamard": "need --lorc or --lorc-ranks",
     "--lorc-text text.txt": "need --lorc or --lorc-ranks",
-    "--lorc keep=60% --lorc-text text.txt": "--lorc-text is for --lorc-basis whiten",
+    "--lorc keep=60% --lorc-basis plain --lorc-text text.txt": "--lorc-text is for --lorc-basis whiten",
     "--lorc keep=60% --lorc-ranks two.json": "not allowed with argument",
     "--lorc 60%": "expected keep=60%",
     "--lorc keep=1% --lorc-groups 1": "less than the least rank, 4 of 16: give at least 25%",
@@ -542,7 +544,7 @@ def test_what_cannot_be_done_is_one_line(flags, converted, tmp_path, monkeypatch
 
 
 def test_a_converted_checkpoint_is_not_converted_again(converted, tmp_path, capsys):
-    narrow = converted("llama", "--lorc", "keep=60%")
+    narrow = converted("llama", "--lorc", "keep=60%", *PLAIN)
     assert_refused(capsys, narrow, tmp_path / "again", ["--lorc", "keep=50%"], "is a converted checkpoint already")
     kvjax.convert.main([str(narrow), str(tmp_path / "cast"), "--dtype", "bfloat16"])
     assert orbax.read_spec(tmp_path / "cast") == orbax.read_spec(narrow)
@@ -566,7 +568,7 @@ def test_a_text_needs_a_tokenizer_that_fits(converted, tmp_path, capsys):
 
 # --- with the methods ---
 
-HALF = ("--lorc", "keep=50%,rule=uniform")
+HALF = ("--lorc", "keep=50%,rule=uniform", *PLAIN)
 SELECTING = [name for name in METHODS if name not in ("full", "oracle", *methods.LEARNED)]
 SLOW = (
     "full",

@@ -206,7 +206,7 @@ def parser() -> command.Parser:
     p.add_argument("--out", type=Path, nargs="?", const=Path("spectra.png"), metavar="FILE.png", help=drawn)
     p.add_argument("--json", action="store_true", help="print one JSON object, with all singular values")
     p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
-    add_lorc_flags(p)
+    add_lorc_flags(p, "plain")  # spectra of the weights: no text has to be read
     return p
 
 
@@ -232,7 +232,7 @@ def _measured(args: argparse.Namespace) -> Measured:
                 raise InputError(f"--{name.replace('_', '-')}: {source} has its ranks; inspect what it was made from")
         return measure_converted(Path(source), args.ignore_config)
     args.lorc = DEFAULT if args.lorc is None and args.lorc_ranks is None else args.lorc
-    options = lorc_options(args)
+    options = lorc_options(args, "plain")
     assert options is not None
     with Console(stderr=True).status("reading") as status:
         say = lambda what, done, total: status.update(f"{what}: layer {done} of {total}")

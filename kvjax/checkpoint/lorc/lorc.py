@@ -18,11 +18,15 @@ from kvjax.spec import LatentSpec, ModelSpec
 T = TypeVar("T")
 Report = Callable[[str, int, int], None]  # (what is done, done, in all)
 Basis = Literal["plain", "whiten"]
+BASIS: Basis = "whiten"
 KERNELS = ("attention.k.kernel", "attention.v.kernel")
 
 
 class Options(NamedTuple):
     """How keys and values are made low-rank.
+
+    Source: LoRC (arXiv 2410.03111); SVD-LLM (arXiv 2403.07378) for `whiten`.
+    Differs: the paper has `plain`; `docs/lorc.md` measures what the default saves.
 
     Attributes:
       request: how much of them is kept, or a file of ranks (`ranks.read_ranks`).
@@ -34,7 +38,7 @@ class Options(NamedTuple):
 
     request: Request | Path
     heads: int | None = None
-    basis: Basis = "plain"
+    basis: Basis = BASIS
     text: Path | None = None
     hadamard: bool = False
 
@@ -84,7 +88,7 @@ def plan(weights: hf.Weights, src: Path, options: Options, report: Report) -> Pl
 def _calibration_ids(src: Path, text: Path | None, spec: ModelSpec) -> Int[np.ndarray, "B T"]:
     tokenizer = Tokenizer.load(src)
     if tokenizer is None:
-        raise InputError(f"{src}: has no tokenizer.json, which --lorc-basis whiten needs")
+        raise InputError(f"{src}: has no tokenizer.json to calibrate on a text: --lorc-basis plain needs none")
     read = calibration.sample_text() if text is None else calibration.read_text(text)
     ids = calibration.cut(read, tokenizer, spec.max_position)
     if ids.max() >= spec.vocab_size:
