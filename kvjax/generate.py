@@ -36,6 +36,11 @@ def parser() -> command.Parser:
     add_shared_flags(p, method="full, or what a retrofitted checkpoint is made for", many="repeatable; ")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help=f"(default: {NEW_TOKENS})")
     p.add_argument(
+        "--max-length", type=int, metavar="N",
+        help="most tokens of any sequence, new ones included: the cache gets the size that this needs, and what is"
+        " compiled serves all shorter ones (default: what the prompts need)",
+    )  # fmt: skip
+    p.add_argument(
         "--prefill-chunk", type=int, default=prefill.CHUNK, metavar="N",
         help=f"tokens of prompts that a layer reads at once, but for attention (default: {prefill.CHUNK})",
     )  # fmt: skip
@@ -110,7 +115,7 @@ def _generate(
     show, finish = _printer(model)
     out = model.generate(
         prompts, recipe, max_new_tokens=args.max_new_tokens, sampling=sampling, on_token=show if streaming else None,
-        prefill_chunk=args.prefill_chunk,
+        prefill_chunk=args.prefill_chunk, max_length=args.max_length,
     )  # fmt: skip
     if streaming:
         finish()

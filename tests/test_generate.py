@@ -476,6 +476,16 @@ def test_equal_arguments_give_the_same_recipe():
     assert h2o(256) is not h2o(257)
 
 
+def test_the_command_line_takes_a_total_length(capsys):
+    flags = ["--prompt-tokens", "1,2,3", "--method", "h2o", "--budget", "20%", "--max-new-tokens", "4", "--json"]
+    main([*flags, "--max-length", "64"])
+    roomy = json.loads(capsys.readouterr().out)
+    main(flags)
+    exact = json.loads(capsys.readouterr().out)
+    assert roomy["sequences"] == exact["sequences"]
+    assert roomy["cache"]["full_bytes"] == exact["cache"]["full_bytes"] // 7 * 64
+
+
 def test_a_sequence_does_not_outgrow_the_frequencies_of_its_cached_keys(tmp_path):
     model = kvjax.load(golden.write_checkpoint("phi3_longrope", tmp_path))  # others beyond 32 tokens
     run = lambda tokens, new, **kwargs: model.generate([[1] * tokens], max_new_tokens=new, **kwargs)

@@ -80,6 +80,7 @@ def test_a_total_length_changes_no_token(model: Model, method: str) -> None:
     assert [s.tokens for s in roomy.sequences] == [s.tokens for s in exact.sequences]
     assert roomy.slots == exact.slots
     assert roomy.bytes.total > exact.bytes.total
+    assert roomy.full_bytes == 2 * TOTAL * model.spec.num_layers * 2 * model.spec.num_kv_heads * model.spec.head_dim * 4
     np.testing.assert_allclose(roomy.logits, exact.logits, rtol=1e-4, atol=1e-5)
 
 

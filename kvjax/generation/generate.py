@@ -73,7 +73,7 @@ def generate(
         cache, chosen = _decode(model, recipe, whole, count, max_new_tokens, answer, cache, sampling, on_token)
         decode_s = watch.lap()
     whole = whole[:count]
-    lengths = [len(prompt) + max_new_tokens for prompt in whole]
+    lengths = [max_length or len(prompt) + max_new_tokens for prompt in whole]
     decoded = sum(len(new) - 1 for new in chosen)  # the first token comes from prefill
     return Generation(
         sequences=[_sequence(model, prompt, new) for prompt, new in zip(whole, chosen, strict=True)],

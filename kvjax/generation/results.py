@@ -49,7 +49,7 @@ class Generation(NamedTuple):
 
     sequences: list[Continuation]
     bytes: Bytes  # allocated for the cache, on all devices together
-    full_bytes: int  # that a full cache needs for the same prompts and new tokens, in the model's dtype
+    full_bytes: int  # that a full cache needs for the same prompts and new tokens or total length, in the model's dtype
     compared: Compared
     slots: list[list[int | float]]  # kept slots per layer, per sequence, averaged over heads
     full_slots: list[list[int]]  # the same of a full cache that has read as many tokens

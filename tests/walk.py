@@ -1,0 +1,44 @@
+"""What one `generate` walks through: files and named functions of ours, tracing included.
+
+    python -m tests.walk [METHOD]
+
+Lambdas, comprehensions and closures are counted apart.
+"""
+
+import sys
+from pathlib import Path
+from types import FrameType
+
+import kvjax
+
+ROOT = Path(kvjax.__file__).parents[1]
+OURS = tuple(str(ROOT / package) for package in ("kvjax", "pallas_kernels"))
+
+
+def walk(method: str) -> dict[str, list[str]]:
+    """Functions by file, in the order of their first calls."""
+    model, found = kvjax.load(), dict[str, list[str]]()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        path, name = frame.f_code.co_filename, frame.f_code.co_qualname
+        if event == "call" and path.startswith(OURS) and name not in found.setdefault(path, []):
+            found[path].append(name)
+
+    sys.setprofile(note)
+    try:
+        model.generate([list(range(1, 101))], method, "50%", max_new_tokens=2)
+    finally:
+        sys.setprofile(None)
+    return {str(Path(path).relative_to(ROOT)): names for path, names in found.items()}
+
+
+def main() -> None:
+    found = walk(sys.argv[1] if len(sys.argv) > 1 else "snapkv")
+    named = {path: [name for name in names if "<" not in name] for path, names in found.items()}
+    for path, names in sorted(named.items()):
+        print(f"{path}: {', '.join(names)}")
+    print(f"{len(found)} files, {sum(map(len, named.values()))} named functions, {sum(map(len, found.values()))} in all")
+
+
+if __name__ == "__main__":
+    main()
