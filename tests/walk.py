@@ -37,7 +37,8 @@ def main() -> None:
     named = {path: [name for name in names if "<" not in name] for path, names in found.items()}
     for path, names in sorted(named.items()):
         print(f"{path}: {', '.join(names)}")
-    print(f"{len(found)} files, {sum(map(len, named.values()))} named functions, {sum(map(len, found.values()))} in all")
+    counts = (sum(map(len, group.values())) for group in (named, found))
+    print("{} files, {} named functions, {} in all".format(len(found), *counts))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The decoder as it is trained: its size, its first weights, its loss on long documents."""
 
 import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -16,7 +17,7 @@ from kvjax import checkpoint
 from kvjax.corpus import data, tokens
 from kvjax.errors import InputError
 from kvjax.models import rope
-from kvjax.models.decoder import Decoder, Linear
+from kvjax.models.decoder import Decoder, Linear, layer_forward, whole_turn
 from kvjax.spec import ModelSpec, RopeSpec
 from kvjax.tasks import vocabulary as v
 from kvjax.tasks.lines import ANSWER
@@ -104,12 +105,9 @@ def continued(spec: ModelSpec, seed: int, folder: Path) -> Decoder:
 def forward(model: Decoder, ids: Int[Array, "B T"], how: Attend = "blocks") -> Float[Array, "B T V"]:
     """Logits at every position: `kvjax.models.decoder.forward` with less memory."""
     spec = model.spec
-    cos, sin = rope.angles(spec.rope, spec.head_dim, jnp.arange(ids.shape[1]), jnp.asarray(ids.shape[1]))
-    cos, sin = cos[:, None], sin[:, None]
-    x = model.embed(ids)
+    x, turn = model.embed(ids), whole_turn(spec.rope, spec.head_dim, ids.shape[1])
     for layer in model.layers:
-        q, k, v, _ = layer.project(x)
-        x = layer.finish(x, attention(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, how=how))
+        x = layer_forward(layer, x, turn, functools.partial(attention, how=how))
     return model.logits(x)
 
 

@@ -20,8 +20,7 @@ from kvjax.cli import command
 from kvjax.errors import InputError
 from kvjax.evaluation import runner
 from kvjax.generation.model import Model, encode_prompt, load
-from kvjax.models import rope
-from kvjax.models.decoder import Decoder
+from kvjax.models.decoder import Decoder, layer_forward, whole_turn
 from kvjax.tasks import lines
 from kvjax.tasks.registry import make_task
 
@@ -45,16 +44,16 @@ class Heads(NamedTuple):
 def attention(model: Decoder, ids: Int[Array, " T"]) -> Float[Array, "L N T T"]:
     """Attention weights of every head over a prompt."""
     spec, pos = model.spec, jnp.arange(ids.shape[0])
-    cos, sin = (x[:, None] for x in rope.angles(spec.rope, spec.head_dim, pos, jnp.asarray(ids.shape[0])))
-    x, found = model.embed(ids), []
-    for layer in model.layers:
-        q, key, value, _ = layer.project(x)
-        q, k, v = rope.rotate(q, cos, sin), rope.rotate(layer.keys(key), cos, sin), layer.values(value)
+    x, turn, found = model.embed(ids), whole_turn(spec.rope, spec.head_dim, ids.shape[0]), []
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
         k, v = (jnp.repeat(y, spec.group_size, axis=1) for y in (k, v))
         logits = jnp.einsum("tnh,snh->nts", q, k, preferred_element_type=jnp.float32) * spec.head_dim**-0.5
-        probs = jax.nn.softmax(jnp.where(pos <= pos[:, None], logits, -jnp.inf), axis=-1)
-        found.append(probs)
-        x = layer.finish(x, jnp.einsum("nts,snh->tnh", probs.astype(v.dtype), v))
+        found.append(jax.nn.softmax(jnp.where(pos <= pos[:, None], logits, -jnp.inf), axis=-1))
+        return jnp.einsum("nts,snh->tnh", found[-1].astype(v.dtype), v)
+
+    for layer in model.layers:
+        x = layer_forward(layer, x, turn, attend)
     return jnp.stack(found)
 
 

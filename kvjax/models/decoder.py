@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.parallel.collectives import HEADS, MODEL, Axes, add, gather, look_up
-from kvjax.spec import Activation, Gate, ModelSpec
+from kvjax.spec import Activation, Gate, ModelSpec, RopeSpec
 from pallas_kernels.decode_attention import Expand
 from pallas_kernels.rotation import Rotation
 from pallas_kernels.soft_cap import soft_cap
@@ -115,6 +115,7 @@ class Attention(nnx.Module):
         self.k_norm = Norm(spec, h, dtype) if spec.qk_norm else None
 
 
+Turn = tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]  # cosines and sines
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -286,28 +287,55 @@ def scaled(spec: ModelSpec, vectors: Float[Array, "*b D"]) -> Float[Array, "*b D
     return vectors if spec.embed_scale == 1 else vectors * jnp.asarray(spec.embed_scale, vectors.dtype)
 
 
+def whole_turn(rotary: RopeSpec, head_dim: int, tokens: int) -> Turn:
+    """Cosines and sines of the positions of a whole sequence."""
+    cos, sin = rope.angles(rotary, head_dim, jnp.arange(tokens), jnp.asarray(tokens))
+    return cos[:, None], sin[:, None]
+
+
+def layer_forward(
+    layer: Layer,
+    x: Float[Array, "*b T D"],
+    turn: Turn,
+    attend: Callable[[Array, Array, Array], Float[Array, "*b T N H"]],
+) -> Float[Array, "*b T D"]:
+    """A layer over whole sequences, without a cache: for all who do not compress what it says of them.
+
+    Args:
+      layer: one whose gate, if it has one, says nothing.
+      x: the residual stream.
+      turn: from `whole_turn`.
+      attend: rotated queries `[*b T N H]` and keys `[*b T K H]`, values `[*b T K H]` -> the heads' outputs.
+    """
+    q, key, value, _ = layer.project(x)
+    q, k = rope.rotate(q, *turn), rope.rotate(layer.keys(key), *turn)
+    return layer.finish(x, attend(q, k, layer.values(value)))
+
+
 def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     """Logits at every position, without a cache: differentiable, for training and as a reference.
 
     Cost: materialises the `[B, N, T, T]` attention matrix; use `kvjax.prefill` for long prompts.
     """
     spec = model.spec
-    b, t = tokens.shape
-    pos = jnp.arange(t)
-    x = model.embed(tokens)
+    t, x = tokens.shape[1], model.embed(tokens)
     for index, layer in enumerate(model.layers):
-        cos, sin = (turn[:, None] for turn in rope.angles(spec.rotary(index), spec.head_dim, pos, jnp.asarray(t)))
-        q, key, value, _ = layer.project(x)
-        k, v = layer.keys(key), layer.values(value)
-        q = gates.silence(spec.gate, rope.rotate(q, cos, sin), spec.num_kv_heads).reshape(
-            b, t, spec.num_kv_heads, spec.group_size, spec.head_dim
-        )
-        k = rope.rotate(k, cos, sin)
-        distance = pos[:, None] - pos[None, :]
-        window = spec.window(index)
-        visible = (distance >= 0) & (distance < (window or t))
-        score = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * spec.scale
-        prob = jax.nn.softmax(jnp.where(visible, soft_cap(score, spec.score_cap), -jnp.inf), axis=-1).astype(v.dtype)
-        heads = jnp.einsum("bkgts,bskh->btkgh", prob, v)
-        x = layer.finish(x, heads.reshape(b, t, spec.num_heads, spec.head_dim))
+        attend = functools.partial(_attention_of_all, spec, spec.window(index))
+        x = layer_forward(layer, x, whole_turn(spec.rotary(index), spec.head_dim, t), attend)
     return model.logits(x)
+
+
+def _attention_of_all(
+    spec: ModelSpec,
+    window: int | None,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+) -> Float[Array, "B T N H"]:
+    b, t, _, _ = q.shape
+    q = gates.silence(spec.gate, q, spec.num_kv_heads).reshape(b, t, spec.num_kv_heads, spec.group_size, spec.head_dim)
+    distance = jnp.arange(t)[:, None] - jnp.arange(t)
+    visible = (distance >= 0) & (distance < (window or t))
+    score = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * spec.scale
+    prob = jax.nn.softmax(jnp.where(visible, soft_cap(score, spec.score_cap), -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", prob, v).reshape(b, t, spec.num_heads, spec.head_dim)

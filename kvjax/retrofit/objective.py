@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float, Int
 from kvjax.attention.dispatch import kernel_or_xla
 from kvjax.models import gate as gates
 from kvjax.models import rope
-from kvjax.models.decoder import Decoder, Layer
-from kvjax.spec import Gate, GateSpec, ModelSpec, RopeSpec
+from kvjax.models.decoder import Decoder, Layer, layer_forward, whole_turn
+from kvjax.spec import Gate, GateSpec, ModelSpec
 from kvjax.training import attention
 from pallas_kernels import segment_merge
 from pallas_kernels.implementation import Implementation
@@ -147,7 +147,8 @@ def run(
       kernels: what computes segment means; None = the platform's.
     """
     spec, ids, starts = model.spec, batch.ids[:, :-1], batch.starts[:, :-1]
-    turns = {rotary: _turn(spec, rotary, ids.shape[1]) for rotary in map(spec.rotary, range(spec.num_layers))}
+    rotaries = {spec.rotary(index) for index in range(spec.num_layers)}
+    turns = {rotary: whole_turn(rotary, spec.head_dim, ids.shape[1]) for rotary in rotaries}
     x = model.embed(ids)
     decided = []
     none = jnp.zeros((ids.shape[0], spec.num_kv_heads))
@@ -165,20 +166,13 @@ def run(
     return x, jnp.stack(decided)
 
 
-def _turn(spec: ModelSpec, rotary: RopeSpec, tokens: int) -> tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]:
-    cos, sin = rope.angles(rotary, spec.head_dim, jnp.arange(tokens), jnp.asarray(tokens))
-    return cos[:, None], sin[:, None]
-
-
 def _attention(spec: ModelSpec, *args: Any, **kwargs: Any) -> Float[Array, "B T N H"]:
     """Attention with the model's scale and cap."""
     return attention.attention(*args, scale=spec.scale, cap=spec.score_cap, **kwargs)
 
 
 def _plain(layer: Layer, x: Array, turn: tuple[Array, Array], spec: ModelSpec, window: int | None) -> Array:
-    q, key, v, _ = layer.project(x)
-    q, k = rope.rotate(q, *turn), rope.rotate(layer.keys(key), *turn)
-    return layer.finish(x, _attention(spec, q, k, v, window=window))
+    return layer_forward(layer, x, turn, functools.partial(_attention, spec, window=window))
 
 
 def losses(

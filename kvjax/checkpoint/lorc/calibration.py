@@ -18,8 +18,7 @@ from kvjax.attention.prompt import prefill_attention
 from kvjax.checkpoint import hf
 from kvjax.errors import InputError
 from kvjax.files import text as text_files
-from kvjax.models import rope
-from kvjax.models.decoder import Layer, Linear, scaled
+from kvjax.models.decoder import Layer, Linear, layer_forward, scaled, whole_turn
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.spec import ModelSpec, RopeSpec
 
@@ -65,15 +64,15 @@ def _pass(
 ) -> tuple[Float[Array, "T D"], Float[Array, "2 C n n"]]:
     """A layer over one sequence, and the moments of its keys and values."""
     t = x.shape[0]
-    q, key, value, _ = layer.project(x)
-    cos, sin = (turn[:, None] for turn in rope.angles(rotary, spec.head_dim, jnp.arange(t), jnp.asarray(t)))
-    q, k, v = rope.rotate(q, cos, sin), rope.rotate(layer.keys(key), cos, sin), layer.values(value)
-    heads, _ = prefill_attention(
-        q[None], k[None], v[None], jnp.asarray([t]), scale=spec.scale, cap=spec.score_cap, window=window
-    )
+    options = {"scale": spec.scale, "cap": spec.score_cap, "window": window}
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        return prefill_attention(q[None], k[None], v[None], jnp.asarray([t]), **options)[0][0]
+
     y, projections = layer.attention_norm(x), (layer.attention.k, layer.attention.v)
     found = [(y @ p.kernel[...]).reshape(t, -1, n) for p in projections if isinstance(p, Linear)]
-    return layer.finish(x, heads[0]), jnp.stack([jnp.einsum("tcn,tcm->cnm", out, out) for out in found])
+    x = layer_forward(layer, x, whole_turn(rotary, spec.head_dim, t), attend)
+    return x, jnp.stack([jnp.einsum("tcn,tcm->cnm", out, out) for out in found])
 
 
 def read_text(path: Path) -> str:
