@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvjax.checkpoint import fingerprint
 from kvjax.cli import command
+from kvjax.cli.console import to_stdout
+from kvjax.cli.factories import list_factories
 from kvjax.cli.flags import DTYPES, add_method_flags
-from kvjax.cli.tables import list_factories, to_stdout
 from kvjax.errors import InputError
 from kvjax.evaluation import manifest, report, runner
 from kvjax.evaluation.runner import Evaluation, Point

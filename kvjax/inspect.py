@@ -20,12 +20,14 @@ from rich.text import Text
 
 from kvjax.cache.pages import LARGEST
 from kvjax.cli import command, showcase
-from kvjax.cli.flags import DTYPES, add_shared_flags, encode, read_ids, read_texts
-from kvjax.cli.tables import SHARE, dtype_of, sizes, to_stdout
+from kvjax.cli.console import to_stdout
+from kvjax.cli.flags import DTYPES, SHOWCASE_METHOD, add_shared_flags
+from kvjax.cli.prompts import read_ids, read_texts
+from kvjax.cli.tables import SHARE, dtype_of, sizes
 from kvjax.errors import InputError
 from kvjax.files import output
 from kvjax.generation.generate import check_prompts
-from kvjax.generation.model import Model, load
+from kvjax.generation.model import Model, encode_text, load
 from kvjax.generation.results import Generation
 from kvjax.inspection import cache_map, lorc_report
 from kvjax.inspection.cache_map import Kept
@@ -40,7 +42,7 @@ CONTEXT = 4096  # tokens of a dry run without a prompt
 def parser() -> command.Parser:
     """The command line's flags; those that `kvjax.generate` has too mean the same."""
     p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shared_flags(p, method=showcase.METHOD)
+    add_shared_flags(p, method=SHOWCASE_METHOD)
     p.add_argument("--max-new-tokens", type=int, default=1, metavar="N", help="the last is not cached (default: 1)")
     p.add_argument("--layer", type=int, metavar="L", help="show this layer only, counted from 0")
     p.add_argument("--head", type=int, metavar="H", help="show this key/value head only, counted from 0")
@@ -61,7 +63,7 @@ def parser() -> command.Parser:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Flags, and the defaults that depend on the method."""
     args = command.parse(parser(), argv)
-    args.method = args.method or showcase.METHOD
+    args.method = args.method or SHOWCASE_METHOD
     args.budget = args.budget if args.budget is not None else default_budget(args.method)
     return args
 
@@ -86,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     _check_range("head", args.head, model.spec.num_rows)
     if not texts and not ids:
         texts = showcase.prompts().texts[:1]
-    (prompt,) = [encode(model, text, args.chat) for text in texts] + ids
+    (prompt,) = [encode_text(model, text, args.chat) for text in texts] + ids
     out = model.generate([prompt], recipe, max_new_tokens=args.max_new_tokens)
     shown = cache_map.only(cache_map.read(model, out, prompt), args.layer, args.head)
     report = describe(args, model, out, shown)
@@ -151,7 +153,7 @@ def describe(args: argparse.Namespace, model: Model, out: Generation, shown: Kep
 def dry_run(args: argparse.Namespace, recipe: Recipe, texts: list[str], ids: list[list[int]]) -> dict[str, Any]:
     """The recipe in force and the bytes of its cache, as plain data."""
     model = abstract_model(args.model, DTYPES.get(args.dtype), args.ignore_config)
-    prompts = [encode(model, text, args.chat) for text in texts] + ids
+    prompts = [encode_text(model, text, args.chat) for text in texts] + ids
     if prompts:
         check_prompts(model.spec, prompts, [[]])
         context = len(prompts[0])

@@ -153,6 +153,9 @@ class ModelSpec:
         return self.rope if self.window_rope is None or self.window(layer) is None else self.window_rope
 
 
+PREFILL_CHUNK = 4096  # tokens of a device's prompts that projections and the feed-forward network read at once
+
+
 class Lengths(NamedTuple):
     """What the host knows about a batch before it allocates a cache; hashable."""
 

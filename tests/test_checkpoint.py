@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
 import kvjax.convert
@@ -569,7 +570,7 @@ def test_convert_refuses(tmp_path, source, monkeypatch):
     def full(path, tree):
         raise ValueError("RESOURCE_EXHAUSTED: no space left [tensorstore_spec='...']\nmore")
 
-    monkeypatch.setattr(orbax.ocp, "save", full)
+    monkeypatch.setattr(ocp, "save", full)
     with pytest.raises(InputError, match=r"cannot be written \(RESOURCE_EXHAUSTED: no space left\)$"):
         convert(str(source), tmp_path / "again")
     assert sorted(tmp_path.rglob("*")) == before

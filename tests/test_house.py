@@ -36,7 +36,7 @@ def test_packages_import_each_other_in_one_direction() -> None:
 
 
 def test_standard_output_has_one_console() -> None:
-    """`cli.tables.to_stdout`, so that no command cuts a table off in a pipe."""
+    """`cli.console.to_stdout`, so that no command cuts a table off in a pipe."""
     made = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if "Console()" in path.read_text("utf-8")}
     assert not made
 

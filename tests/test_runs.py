@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from kvjax.errors import InputError
@@ -74,7 +75,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_continued(tmp_path: Path) -> Non
     with runs.begin(tmp_path, GIVEN, every=2) as run:
         with pytest.raises(InputError, match="there is no checkpoint yet"):
             record(run, 2, value=np.nan)
-        args = runs.ocp.args.StandardSave(tuple(state(np.nan)))
+        args = ocp.args.StandardSave(tuple(state(np.nan)))
         run.checkpoints.save(2, args=args)
     with pytest.raises(InputError, match="after 2 steps"):
         resumed(tmp_path)

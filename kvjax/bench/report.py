@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from rich.table import Table
 
-from kvjax.cli.tables import to_stdout
+from kvjax.cli.console import to_stdout
 from kvjax.errors import InputError
 from kvjax.evaluation import manifest, pictures
 from kvjax.plotting import COLOURS

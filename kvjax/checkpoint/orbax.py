@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.typing import DTypeLike
-from orbax.checkpoint import v1 as ocp
 
 from kvjax.checkpoint import digest, hf, noted, stored
 from kvjax.checkpoint.quiet import quiet
@@ -83,6 +83,8 @@ def save_into(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about:
 
 
 def _write(stage: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapping[str, Any]) -> None:
+    from orbax.checkpoint import v1 as ocp
+
     first, checksums, tied = jax.process_index() == 0, {}, True
     for name in COPIED:
         if first and (src / name).is_file():
@@ -225,8 +227,10 @@ def _grouped(parts: Iterable[tuple[str, hf.Part]]) -> Iterator[tuple[str, hf.Par
         yield first, group
 
 
-def _context(in_flight: int) -> ocp.Context:
+def _context(in_flight: int) -> AbstractContextManager[Any]:
     """Orbax's settings for a write that holds at most `in_flight` bytes beside the arrays."""
+    from orbax.checkpoint import v1 as ocp
+
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False  # ours change hands
     context.memory.write_concurrent_bytes = in_flight

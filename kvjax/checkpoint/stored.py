@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from kvjax.checkpoint import digest, hf
 from kvjax.checkpoint.quiet import quiet
@@ -68,6 +67,8 @@ def load(path: Path, part: Part, target: Mapping[str, Any], check: bool = True) 
       target: parameter path -> how to read it; `...` leaves it out.
       check: whether the checksum is compared.
     """
+    from orbax.checkpoint import v1 as ocp
+
     with _reading(path):
         if check and part.checksum not in (None, digest.of_folder(part.folder)):
             raise ValueError(f"{part.folder.name} is damaged: its checksum is another")
@@ -85,6 +86,8 @@ def _is_finite(array: jax.Array) -> jax.Array:
 
 
 def _described(folder: Path) -> dict[str, Any]:
+    from orbax.checkpoint import v1 as ocp
+
     found = ocp.metadata(str(folder)).metadata
     if not isinstance(found, dict) or not all(hasattr(leaf, "shape") for leaf in found.values()):
         raise ValueError(f"{folder.name} holds no arrays")

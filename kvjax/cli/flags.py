@@ -1,16 +1,14 @@
 """Flags that mean the same in every command."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 
 from kvjax.cli import command
-from kvjax.errors import InputError
-from kvjax.generation.model import Model, encode_prompt
 from kvjax.methods import METHODS
 
+SHOWCASE_METHOD = "snapkv"  # of a run without a prompt
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -43,44 +41,3 @@ def add_method_flags(p: argparse.ArgumentParser, *, method: str) -> None:
     command.add_store_flags(p)
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the method")
     p.add_argument("--config", type=Path, metavar="FILE.toml", help="options from a file; flags take precedence")
-
-
-def read_texts(args: argparse.Namespace) -> list[str]:
-    """The prompts that are given as text."""
-    given = args.prompt or []
-    if given.count("-") > 1:
-        raise InputError("standard input can be read once only: give --prompt - once")
-    texts = [_text("standard input", sys.stdin.buffer.read()) if text == "-" else text for text in given]
-    for name in args.prompt_file or ():
-        try:
-            texts.append(_text(name, Path(name).read_bytes()))
-        except OSError as error:
-            raise InputError(f"cannot read {name}: {error.strerror}") from None
-    for text in texts:
-        if not text:
-            raise InputError("the prompt is empty")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python passes on bytes that are not UTF-8
-            raise InputError("--prompt is not UTF-8 text")
-    return texts
-
-
-def _text(name: str, data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{name} is not UTF-8 text") from None
-
-
-def read_ids(text: str) -> list[int]:
-    """Token ids that are given as `1,2,3`."""
-    try:
-        return [int(part) for part in text.split(",")] if text.strip() else []
-    except ValueError:
-        raise InputError(f"--prompt-tokens {text!r} is not a list of ids such as 1,2,3") from None
-
-
-def encode(model: Model, text: str, chat: bool) -> list[int]:
-    """Token ids of a prompt, in the chat template if asked for."""
-    if chat and model.tokenizer is not None:
-        return model.tokenizer.chat([{"role": "user", "content": text}])
-    return encode_prompt(model, text)

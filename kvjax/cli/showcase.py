@@ -14,8 +14,7 @@ from kvjax.methods import full
 from kvjax.policies.base import Recipe
 from kvjax.tasks import lines
 
-METHOD = "snapkv"
-TOKENS, QUESTIONS, NEW_TOKENS = 1000, 6, lines.ANSWER_TOKENS
+TOKENS, QUESTIONS = 1000, 6
 
 
 class Showcase(NamedTuple):

@@ -1,12 +1,9 @@
 """Tables and JSON about what was generated and what it cost."""
 
-import inspect
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Column, Table
 
 from kvjax.generation.model import Model
@@ -15,12 +12,6 @@ from kvjax.methods import label_of
 from kvjax.policies.base import Recipe
 
 SHARE = "of the full cache, both in 16 bits"
-WIDE = 10_000  # characters: wider than any table
-
-
-def to_stdout() -> Console:
-    """The console of standard output; where that is no terminal, no line is broken and no cell cut off."""
-    return Console(width=None if sys.stdout.isatty() else WIDE)
 
 
 def describe(model: Model, out: Generation, budget: str | int | None) -> dict[str, Any]:
@@ -103,16 +94,3 @@ def shortage(out: Generation) -> str | None:
 def kept_fraction(out: Generation) -> float:
     """Filled slots over the slots that a full cache would have filled."""
     return sum(map(sum, out.slots)) / sum(map(sum, out.full_slots))
-
-
-def list_factories(console: Console, factories: Mapping[str, Callable], kind: str, what: str) -> None:
-    """A table of methods or tasks, their arguments with defaults, and where they come from."""
-    table = Table(show_lines=True)
-    for column in (kind, what, "arguments (--set)", "source"):
-        table.add_column(column, overflow="fold")
-    for name, factory in factories.items():
-        doc = inspect.getdoc(factory) or ""
-        arguments = [f"{key}={parameter.default}" for key, parameter in inspect.signature(factory).parameters.items()]
-        source = next((line.removeprefix("Source: ") for line in doc.splitlines() if line.startswith("Source:")), "")
-        table.add_row(name, doc.splitlines()[0], "\n".join(arguments), source)
-    console.print(table)

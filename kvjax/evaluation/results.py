@@ -9,7 +9,6 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
 
 from kvjax.errors import InputError
 from kvjax.files import journal
@@ -246,6 +245,8 @@ def student(
     >>> [round(x, 3) for x in student([1.0, 2.0, 3.0], [1, 1, 1])]
     [2.0, -0.484, 4.484]
     """
+    from scipy.special import stdtrit
+
     n, x, w = len(values), np.asarray(values, float), np.asarray(weights, float) / sum(weights)
     mean = float(np.average(x, weights=w))
     if n == 1:

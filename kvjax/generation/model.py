@@ -13,7 +13,6 @@ from jax.typing import DTypeLike
 from kvjax import checkpoint
 from kvjax.checkpoint import shipped
 from kvjax.errors import InputError
-from kvjax.generation.prefill import CHUNK
 from kvjax.generation.results import Generation, Judgement, Reading
 from kvjax.generation.sampling import Sampling
 from kvjax.methods import resolve
@@ -23,7 +22,7 @@ from kvjax.models.tokenizer import Tokenizer
 from kvjax.parallel import mesh as meshes
 from kvjax.policies.base import Recipe
 from kvjax.policies.budgets.budget import Keep
-from kvjax.spec import ModelSpec
+from kvjax.spec import PREFILL_CHUNK, ModelSpec
 
 Texts = Sequence[str] | Sequence[Sequence[int]]  # or token ids
 
@@ -58,7 +57,7 @@ class Model:
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         on_token: Callable[[int, int], None] | None = None,
-        prefill_chunk: int = CHUNK,
+        prefill_chunk: int = PREFILL_CHUNK,
         max_length: int | None = None,
     ) -> Generation:
         """Generate a continuation of each prompt with a compressed cache.
@@ -254,6 +253,13 @@ def encode_prompt(model: Model, prompt: str | Sequence[int]) -> list[int]:
     if not prompt:
         raise InputError("the prompt is empty")
     return model.tokenizer.encode(prompt)
+
+
+def encode_text(model: Model, text: str, chat: bool) -> list[int]:
+    """Token ids of a prompt, in the chat template if asked for."""
+    if chat and model.tokenizer is not None:
+        return model.tokenizer.chat([{"role": "user", "content": text}])
+    return encode_prompt(model, text)
 
 
 def encode_continuation(model: Model, text: str | Sequence[int]) -> list[int]:

@@ -25,12 +25,12 @@ from kvjax.parallel import mesh
 from kvjax.parallel.mesh import EVERYWHERE, LAYERS, ROWS, SEQUENCES
 from kvjax.policies.base import Found, Recipe
 from kvjax.policies.layers import layer_recipe, rotates_at_read
+from kvjax.spec import PREFILL_CHUNK as CHUNK
 from kvjax.spec import Gate, ModelSpec, Prompt, PyTree, RopeSpec, readable
 from pallas_kernels.blocks import divisor
 
 RUNGS = (64, 256, 1024, 4096)
 LEAST = 256  # tokens that are read at once rather than in parts
-CHUNK = 4096  # tokens of a device's prompts that projections and the feed-forward network read at once
 
 
 def padded_length(longest: int) -> int:

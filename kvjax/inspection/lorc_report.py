@@ -16,7 +16,7 @@ from rich.text import Text
 from kvjax.checkpoint import hf, orbax, shipped
 from kvjax.checkpoint.lorc import lorc, low_rank, ranks
 from kvjax.cli import command
-from kvjax.cli.tables import to_stdout
+from kvjax.cli.console import to_stdout
 from kvjax.convert import add_lorc_flags, lorc_options
 from kvjax.errors import InputError
 from kvjax.inspection import cache_map

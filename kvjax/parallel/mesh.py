@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -219,7 +218,7 @@ def _weight(path: str, shape: Sequence[int], model: int) -> P:
     return EVERYWHERE
 
 
-def weights(tree: nnx.Module) -> PyTree:
+def weights(tree: PyTree) -> PyTree:
     """How a decoder or a layer is split over the mesh that is in force, array by array."""
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)

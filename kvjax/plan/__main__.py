@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvjax.cli import command
-from kvjax.cli.tables import to_stdout
+from kvjax.cli.console import to_stdout
 from kvjax.errors import InputError
 from kvjax.inspection import cache_map
 from kvjax.methods import LEARNED, METHODS

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import zeta
 
 from kvjax.errors import InputError
 from kvjax.tasks import vocabulary, words
@@ -203,6 +202,8 @@ def zipf_counts(distinct: int, total: int, alpha: float) -> np.ndarray:
     Source: RULER, frequent words extraction.
     Differs: the words that are asked for are in the text, and no rarer one is as frequent as they are.
     """
+    from scipy.special import zeta
+
     counts = np.floor(total * np.arange(1, distinct + 1) ** -alpha / zeta(alpha)).astype(int)
     counts[: TOP + 1] = np.maximum(counts[: TOP + 1], np.arange(TOP + 1, 0, -1))
     counts[TOP + 1 :] = np.minimum(counts[TOP + 1 :], counts[TOP] - 1)

@@ -6,17 +6,19 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from kvjax.errors import InputError
 from kvjax.files import journal, output
 from kvjax.files.text import read_json
 from kvjax.parallel import mesh
 from kvjax.spec import PyTree
+
+if TYPE_CHECKING:
+    import orbax.checkpoint
 
 LOG = "log.jsonl"
 State = TypeVar("State", bound=tuple)
@@ -26,7 +28,7 @@ class Run(NamedTuple):
     """An open folder of a run."""
 
     folder: Path
-    checkpoints: ocp.CheckpointManager
+    checkpoints: "orbax.checkpoint.CheckpointManager"
 
 
 @contextlib.contextmanager
@@ -39,6 +41,8 @@ def begin(folder: Path, given: Mapping[str, Any], every: int, keep: int = 2) -> 
       every: steps between checkpoints.
       keep: checkpoints that stay, the newest ones.
     """
+    import orbax.checkpoint as ocp
+
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every, cleanup_tmp_directories=True)
     with _alone(folder), _quiet(logging.getLogger("absl")):
         _check(folder / "run.json", given)
@@ -94,6 +98,8 @@ def _check(path: Path, given: Mapping[str, Any]) -> None:
 
 def resume(run: Run, state: State) -> tuple[State, int]:
     """The newest checkpoint and the steps it has done; the log is cut to them."""
+    import orbax.checkpoint as ocp
+
     done = run.checkpoints.latest_step() or 0
     if done:
         where = f"{run.folder / 'checkpoints'}/{done}"
@@ -117,6 +123,8 @@ def record(run: Run, entry: dict[str, Any], state: tuple, *, force: bool) -> Non
       state: after it.
       force: write a checkpoint anyway.
     """
+    import orbax.checkpoint as ocp
+
     check_finite(run, entry["step"], entry["loss"], state)
     if not jax.process_index():
         with journal.open_lines(run.folder / LOG) as file:

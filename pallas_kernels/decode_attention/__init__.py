@@ -7,7 +7,7 @@ import jax
 
 from pallas_kernels import tuning
 from pallas_kernels.codes import groups_of
-from pallas_kernels.decode_attention import gpu, reference, tpu
+from pallas_kernels.decode_attention import reference
 from pallas_kernels.decode_attention.reference import EMPTY, Expand, Part, Partial, merge, probabilities
 from pallas_kernels.implementation import Implementation, resolve
 
@@ -29,7 +29,11 @@ def decode_attention(parts: Sequence[Part], *, implementation: Implementation | 
     if any(part.slots is not None for part in parts):
         raise NotImplementedError("a choice of slots is for xla only")
     if chosen == "tpu":
+        from pallas_kernels.decode_attention import tpu
+
         return tpu.decode_attention(parts, **options)
+    from pallas_kernels.decode_attention import gpu
+
     return gpu.decode_attention(parts, interpret=chosen == "interpret", **options)
 
 

@@ -6,7 +6,7 @@ from jax import Array
 from jaxtyping import Float
 
 from pallas_kernels.implementation import Implementation, resolve
-from pallas_kernels.prefill_attention import gpu, reference, tpu
+from pallas_kernels.prefill_attention import reference
 
 __all__ = ["attention"]
 
@@ -27,5 +27,9 @@ def attention(
     if kwargs.pop("until", None) is not None:
         raise NotImplementedError("keys that are seen for a while only are for xla")
     if chosen == "gpu":
+        from pallas_kernels.prefill_attention import gpu
+
         return gpu.attention(*args, **kwargs)
+    from pallas_kernels.prefill_attention import tpu
+
     return tpu.attention(*args, interpret=chosen == "interpret", **kwargs)

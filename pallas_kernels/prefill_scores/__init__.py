@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from pallas_kernels import tuning
 from pallas_kernels.implementation import Implementation, resolve
-from pallas_kernels.prefill_scores import gpu, reference, tpu
+from pallas_kernels.prefill_scores import reference
 
 __all__ = ["column_sums"]
 
@@ -25,7 +25,11 @@ def column_sums(*args: Any, implementation: Implementation | None = None, **kwar
     if chosen == "xla":
         return reference.column_sums(*args, **kwargs)
     if chosen == "tpu":
+        from pallas_kernels.prefill_scores import tpu
+
         return tpu.column_sums(*args, **kwargs)
+    from pallas_kernels.prefill_scores import gpu
+
     return gpu.column_sums(*args, interpret=chosen == "interpret", **kwargs)
 
 

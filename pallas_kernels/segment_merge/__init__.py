@@ -6,7 +6,7 @@ from jax import Array
 from jaxtyping import Float
 
 from pallas_kernels.implementation import Implementation, resolve
-from pallas_kernels.segment_merge import gpu, reference, tpu
+from pallas_kernels.segment_merge import reference
 from pallas_kernels.segment_merge.reference import segment_sums
 
 __all__ = ["pool", "segment_sums"]
@@ -22,5 +22,9 @@ def pool(*args: Any, implementation: Implementation | None = None, **kwargs: Any
     if chosen == "xla":
         return reference.pool(*args, **kwargs)
     if chosen == "tpu":
+        from pallas_kernels.segment_merge import tpu
+
         return tpu.pool(*args, **kwargs)
+    from pallas_kernels.segment_merge import gpu
+
     return gpu.pool(*args, interpret=chosen == "interpret", **kwargs)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from pallas_kernels.implementation import Implementation, resolve
-from pallas_kernels.topk_retain import gpu, reference, tpu
+from pallas_kernels.topk_retain import reference
 from pallas_kernels.topk_retain.reference import Kept
 
 __all__ = ["Kept", "topk_retain"]
@@ -19,5 +19,9 @@ def topk_retain(*args: Any, implementation: Implementation | None = None, **kwar
     if chosen == "xla":
         return reference.topk_retain(*args, **kwargs)
     if chosen == "tpu":
+        from pallas_kernels.topk_retain import tpu
+
         return tpu.topk_retain(*args, **kwargs)
+    from pallas_kernels.topk_retain import gpu
+
     return gpu.topk_retain(*args, interpret=chosen == "interpret", **kwargs)
