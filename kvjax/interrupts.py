@@ -3,7 +3,7 @@
 Python handles a signal between two steps of the main thread: it is deaf while XLA compiles, shows a traceback while
 modules are imported, and JAX's threads do not survive an interpreter that ends beside them. So a thread of its own
 waits for the signal and ends the process. It listens from the first line of the package on, in `python -m kvjax...`
-only: programs that import kvjax keep `KeyboardInterrupt`.
+and `kvjax ...` only: programs that import kvjax keep `KeyboardInterrupt`.
 """
 
 import os
@@ -44,10 +44,11 @@ def doubt(folder: Path) -> None:
 
 def _is_command() -> bool:
     """Whether a module of this package is being started by `python -m`, which says -m until it has found it."""
-    return sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m").startswith("kvjax.")
+    return sys.argv[:1] == ["-m"] and f"{sys.orig_argv[-len(sys.argv)].removeprefix('-m')}.".startswith("kvjax.")
 
 
-def _listen() -> None:
+def listen() -> None:
+    """Hear Ctrl-C from now on, unless it is ignored or somebody else hears it."""
     if os.name != "posix" or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return  # in the background of a shell script, SIGINT is ignored
     told, tell = socket.socketpair()
@@ -94,4 +95,4 @@ def _forget() -> None:
 
 
 if _is_command():
-    _listen()
+    listen()

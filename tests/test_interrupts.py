@@ -44,6 +44,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 COMMANDS = {
     "generate": ["-m", "kvjax.generate", "--prompt-tokens", "1,2,3"],
+    "kvjax generate": ["-m", "kvjax", "generate", "--prompt-tokens", "1,2,3"],
     "evaluate": ["-m", "kvjax.evaluate", "--tasks", "lines", "--lengths", "256", "--samples", "4", "--out", "OUT"],
     "convert": [*COPY, "OUT"],
     "retrofit": [
@@ -56,7 +57,7 @@ DEAF = 10  # seconds: a command that waits for the compiler takes 25, one that l
 ALL = [pytest.param(*(name, at), marks=pytest.mark.slow) for name in COMMANDS for at in MOMENTS]
 
 
-@pytest.mark.parametrize(("name", "at"), [("generate", 0.2), ("generate", 5), *ALL])
+@pytest.mark.parametrize(("name", "at"), [("generate", 0.2), ("generate", 5), ("kvjax generate", 5), *ALL])
 def test_a_command_ends_at_any_moment(name, at, tmp_path):
     line = [str(tmp_path / "out") if x == "OUT" else x for x in COMMANDS[name]]
     process = start(*line, cache=tmp_path)

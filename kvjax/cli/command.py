@@ -28,9 +28,8 @@ def run(prog: str, main: Callable[[], None]) -> None:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        print(
-            f"{prog}: error: another process of the run has ended ({str(error).splitlines()[0]})", file=sys.__stderr__
-        )
+        line = f"{called(prog)}: error: another process of the run has ended ({str(error).splitlines()[0]})"
+        print(line, file=sys.__stderr__)
         os._exit(1)  # the others do not answer when this one says that it leaves
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -44,12 +43,21 @@ def run(prog: str, main: Callable[[], None]) -> None:
 
 def fail(prog: str, message: str) -> None:
     """Exit with code 2 and one line on stderr."""
-    print(f"{prog}: error: {one_line(message)}", file=sys.stderr)
+    print(f"{called(prog)}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 
+def called(prog: str) -> str:
+    """A command's name as it was called: `kvjax.bench decode`, or `kvjax bench decode` by `kvjax.__main__`."""
+    spaced = prog.replace(".", " ", 1)
+    return spaced if spaced.split()[:2] == sys.argv[0].split(" ") else prog
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line; `prog` is what the command is called by."""
+
+    def __init__(self, prog: str, **settings: Any):
+        super().__init__(called(prog), **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse `--flag=--`, which some releases of argparse read as an empty list."""
