@@ -10,6 +10,7 @@ from kvjax import interrupts  # noqa: F401  # first: it hears Ctrl-C
 
 if TYPE_CHECKING:
     from kvjax import methods
+    from kvjax.compilation import enable_compilation_cache
     from kvjax.errors import InputError
     from kvjax.generation.allocate import init_cache
     from kvjax.generation.decode import decode_step
@@ -29,6 +30,7 @@ _HOMES = {
     "ModelSpec": "spec",
     "Sampling": "generation.sampling",
     "decode_step": "generation.decode",
+    "enable_compilation_cache": "compilation",
     "init_cache": "generation.allocate",
     "load": "generation.model",
     "padded_length": "generation.prefill",
@@ -44,6 +46,7 @@ __all__ = [
     "ModelSpec",
     "Sampling",
     "decode_step",
+    "enable_compilation_cache",
     "init_cache",
     "load",
     "methods",

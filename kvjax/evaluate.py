@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvjax import compilation
 from kvjax.checkpoint import fingerprint
 from kvjax.cli import command
 from kvjax.cli.console import to_stdout
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     grid = points(entries, budgets, settings, stores)
     _check(args, {task.name for task in tasks}, {read_entry(point.method)[0] for point in grid}, settings)
     text = _read_text(args.text)
-    command.use_compilation_cache()
+    compilation.enable_compilation_cache()
     load = lambda name: load_from(name, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config, mesh=args.mesh)
     model, directory = load(args.model)
     reference, origin = (None, None) if args.reference is None else load(args.reference)

@@ -7,6 +7,7 @@ compressed one.
 import argparse
 from pathlib import Path
 
+from kvjax import compilation
 from kvjax.cli import command
 from kvjax.cli.flags import SHOWCASE_METHOD, add_shared_flags
 from kvjax.cli.prompts import read_ids, read_texts
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     _check(args, prompted)
     texts, ids = read_texts(args), [read_ids(text) for text in args.prompt_tokens or ()]
     command.begin(args)
-    command.use_compilation_cache()
+    compilation.enable_compilation_cache()
     from kvjax.cli import generating
 
     generating.run(args, texts, ids, recipe, budget, sampling)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from kvjax import compilation
 from kvjax.cache.pages import LARGEST
 from kvjax.cli import command, showcase
 from kvjax.cli.console import to_stdout
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         report = dry_run(args, recipe, texts, ids)
         print(json.dumps(report)) if args.json else _print_plan(console, report)
         return
-    command.use_compilation_cache()
+    compilation.enable_compilation_cache()
     model = load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
     _check_range("layer", args.layer, model.spec.num_layers)
     _check_range("head", args.head, model.spec.num_rows)

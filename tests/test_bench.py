@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvjax import compilation
 from kvjax.bench import __main__ as bench
 from kvjax.bench import cases, memory, models, rivals, turns
 from kvjax.bench.cases import Shape
@@ -25,7 +26,7 @@ def run(capsys, *flags: str) -> dict:
 def quick(monkeypatch):
     monkeypatch.setattr(turns, "MEASURED", 1 << 16)
     monkeypatch.setattr(turns, "LEAST", 1e-6)
-    monkeypatch.setattr(command, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(compilation, "enable_compilation_cache", lambda: None)
 
 
 def test_the_other_libraries_attend_to_the_same_numbers():

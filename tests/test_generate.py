@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import TypeCheckError
 
 import kvjax
+from kvjax import compilation
 from kvjax.checkpoint.convert import convert
 from kvjax.cli import command
 from kvjax.errors import InputError, say_once
@@ -45,7 +46,7 @@ def model(directory):
 
 @pytest.fixture(autouse=True)
 def no_cache_folder(monkeypatch):
-    monkeypatch.setattr(command, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(compilation, "enable_compilation_cache", lambda: None)
 
 
 def run_json(capsys, *argv) -> dict:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import kvjax
+from kvjax import compilation
 from kvjax.checkpoint import convert
 from kvjax.cli import command
 from kvjax.generation.generate import cached_positions
@@ -38,7 +39,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_cache_folder(monkeypatch):
-    monkeypatch.setattr(command, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(compilation, "enable_compilation_cache", lambda: None)
 
 
 def run(capsys, *argv) -> str:

@@ -23,13 +23,12 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 import kvjax.convert
 import kvjax.generate
-from kvjax import METHODS, methods
+from kvjax import METHODS, compilation, methods
 from kvjax.cache import layout
 from kvjax.cache import tier as tiers_
 from kvjax.cache.tier import Bytes
 from kvjax.checkpoint import hf, load_model, names, orbax
 from kvjax.checkpoint.lorc import calibration
-from kvjax.cli import command
 from kvjax.generation.allocate import init_cache
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config
@@ -471,7 +470,7 @@ def test_two_conversions_are_alike(converted, tmp_path):
 
 
 def test_the_command_line_generates_without_a_flag(converted, monkeypatch, capsys):
-    monkeypatch.setattr(command, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(compilation, "enable_compilation_cache", lambda: None)
     whole = converted("llama", "--lorc", "keep=100%", *PLAIN)
     capsys.readouterr()
     prompt = ",".join(map(str, BATCH[0]))

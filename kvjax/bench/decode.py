@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import compilation
 from kvjax.attention import dispatch
 from kvjax.bench import compiling, hugging_face, memory, models, report, turns
 from kvjax.bench.report import Column, Report, Section
@@ -234,7 +235,7 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
         against[against.index("full")] = label
     contexts = contexts_of(args)
     limit = memory.of_device(args.memory) if args.batch == "max" else 0
-    command.use_compilation_cache()
+    compilation.enable_compilation_cache()
     model = models.load(args.model, args.dtype, args.mesh)
     check_contexts(contexts, model, new)
     against = [hugging_face.NAME if name == "transformers" else name for name in against] or [next(iter(recipes))]

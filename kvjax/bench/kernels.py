@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from kvjax import compilation
 from kvjax.bench import cases, models, report, rivals, turns
 from kvjax.bench.cases import KERNELS, Case, Kernel, Shape
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
-from kvjax.cli import command
 from kvjax.errors import InputError
 from kvjax.methods import KERNELS as IMPLEMENTATIONS
 from pallas_kernels.implementation import Implementation, resolve
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     chosen, todo = implementations(args.implementations), wanted(args)
     names = (*rivals.DECODE, "attention", "none")
     against = None if args.against is None else split("--against", args.against, names)
-    command.use_compilation_cache()
+    compilation.enable_compilation_cache()
     dtype = jnp.dtype(args.dtype or models.default_dtype())
     sections = []
     for name, kernel, store, shape in todo:

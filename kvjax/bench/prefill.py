@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import compilation
 from kvjax.attention.prompt import prefill_attention
 from kvjax.bench import models, report, turns
 from kvjax.bench.decode import add_model_flags, check_contexts, chosen, contexts_of
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     full = next((label for label, recipe in recipes.items() if recipe._replace(kernels="xla") == make("full")), "full")
     recipes = {full: make("full", None, {} if args.kernels is None else {"kernels": args.kernels})} | recipes
     contexts = contexts_of(args)
-    command.use_compilation_cache()
+    compilation.enable_compilation_cache()
     model = models.load(args.model, args.dtype)
     check_contexts(contexts, model, 1)
     sections = []

@@ -16,11 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kvjax import compilation
 from kvjax.bench import kernels, models, report, turns
 from kvjax.bench.cases import Case, Settings
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
-from kvjax.cli import command
 from kvjax.files import output
 from kvjax.methods import KERNELS as IMPLEMENTATIONS
 from pallas_kernels import tuning
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     table = tuning.path() if args.table is None else args.table
     output.check_writable(table)
     todo = [each for each in kernels.wanted(args) if implementation in each[1].tries]
-    command.use_compilation_cache()
+    compilation.enable_compilation_cache()
     dtype = jnp.dtype(args.dtype or models.default_dtype())
     about, entries, sections = report.about(command_line, table=str(table)), [], []
     for name, kernel, store, shape in todo:

@@ -1,4 +1,4 @@
-"""What the command lines share: one clear line for bad input, TOML configs, the persistent compilation cache."""
+"""What the command lines share: one clear line for bad input, TOML configs, several processes."""
 
 import argparse
 import os
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from kvjax import interrupts
+from kvjax.compilation import announced
 from kvjax.errors import InputError, one_line
 from kvjax.files.text import read_toml
 from kvjax.methods import KERNELS
@@ -22,7 +23,8 @@ MOST_SEQUENCES = 2**16
 def run(prog: str, main: Callable[[], None]) -> None:
     """Run a command; bad input is one line on stderr and exit code 2."""
     try:
-        main()
+        with announced():
+            main()
     except InputError as error:
         fail(prog, str(error))
     except jax.errors.JaxRuntimeError as error:
@@ -227,17 +229,3 @@ def begin(args: argparse.Namespace) -> None:
     ours = os.devnull if jax.process_index() else os.dup(1)
     os.dup2(2, 1)  # libraries announce their connections on standard output
     sys.stdout = open(ours, "w")
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs on disk, so that the second run starts at once.
-
-    They go to `$JAX_COMPILATION_CACHE_DIR`, or to `kvjax/` in the user's cache folder.
-    """
-    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    if folder is None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = str(Path(base) / "kvjax" / "compiled")
-        jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    interrupts.doubt(Path(folder))

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from kvjax import compilation
 from kvjax.checkpoint import hf
-from kvjax.cli import command
 from kvjax.corpus import data, tokens
 from kvjax.demo import model
 from kvjax.models.decoder import Decoder
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 2048, 4096], help="of documents [tokens]")
     parser.add_argument("--rows", type=int, default=20, help="documents of each kind and length")
     args = parser.parse_args(argv)
-    command.use_compilation_cache()
+    compilation.enable_compilation_cache()
     decoder = hf.load(args.model, jnp.float32)
     losses = text_losses(decoder, 1024, 40)
     print("held-out text [nats per token]: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))

@@ -22,6 +22,7 @@ import optax
 from flax import nnx
 from jax import Array
 
+from kvjax import compilation
 from kvjax.cli import command
 from kvjax.corpus import data, sources
 from kvjax.demo import course, export, model
@@ -212,7 +213,7 @@ def train(args: argparse.Namespace) -> Decoder:
 def main(argv: list[str] | None = None) -> None:
     """Train and write the Hugging Face checkpoint."""
     args = parse(argv)
-    command.use_compilation_cache()
+    compilation.enable_compilation_cache()
     export.write(train(args), args.out / "hf")
 
 

@@ -32,6 +32,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from kvjax import compilation
 from kvjax.cli import command
 from kvjax.cli.flags import DTYPES
 from kvjax.errors import InputError
@@ -241,7 +242,7 @@ def main() -> None:
     """lm_eval's command line, with the model `kvjax`."""
     from lm_eval.__main__ import cli_evaluate
 
-    command.use_compilation_cache()
+    compilation.enable_compilation_cache()
     cli_evaluate()
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from kvjax import compilation
 from kvjax.attention import dispatch
 from kvjax.cli import command
 from kvjax.errors import InputError
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         args = p.parse_args([*flags, *command.given(argv)])
     command.begin(args)
     chosen = options(args)
-    command.use_compilation_cache()
+    compilation.enable_compilation_cache()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[about]}"), TimeRemainingColumn())
     bar = Bar(*columns, console=Console(stderr=True))
     task = bar.add_task("retrofitting", total=chosen.schedule.steps, about="")
