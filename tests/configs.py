@@ -1,7 +1,6 @@
-"""What the files in configs/ say of themselves, and the table of them.
+"""What the files in configs/ say of themselves, and the table of them that `tests.pages` writes.
 
-    python -m tests.configs                # writes the table anew
-    python -m tests.configs kivi2 mikv     # runs first what these files say, and notes what the demo model answers
+    python -m tests.configs kivi2 mikv     # runs what these files say, and notes what the demo model answers
 
 The comment at the top of a file says what it reproduces, how it is run, and what the demo model then answers; what has
 not been measured is `?`.
@@ -103,13 +102,6 @@ def table(configs: list[Config]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def page() -> str:
-    """configs/README.md as it should be: its own text, and the table."""
-    text, _, _ = (FOLDER / "README.md").read_text(encoding="utf-8").partition(f"| {TABLE[0]} |")
-    return text + table(every())
-
-
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         note(read(FOLDER / f"{name}.toml"))
-    (FOLDER / "README.md").write_text(page(), encoding="utf-8")

@@ -1,7 +1,8 @@
-"""The house: packages import each other in one direction, and what `docs/design.md` says of a token's walk."""
+"""The house: packages import each other in one direction; `docs/design.md` says what is where, and how a token walks."""
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import kvjax
@@ -25,13 +26,33 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-def test_packages_import_each_other_in_one_direction() -> None:
-    graph: dict[str, set[str]] = {}
+def graph() -> dict[str, set[str]]:
+    """What each package imports."""
+    found: dict[str, set[str]] = {}
     for path in sorted(ROOT.rglob("*.py")):
         here = package(".".join(("kvjax", *path.relative_to(ROOT).with_suffix("").parts)))
         if path != ROOT / "__init__.py":  # the public names, of all rooms
-            graph.setdefault(here, set()).update({package(name) for name in imported(path)} - {here})
-    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+            found.setdefault(here, set()).update({package(name) for name in imported(path)} - {here})
+    return found
+
+
+def picture() -> str:
+    """The packages and their arrows for `docs/design.md`, in Mermaid, without those that follow from two others."""
+    rooms, below = graph(), {}
+    for room in graphlib.TopologicalSorter(rooms).static_order():
+        below[room] = rooms[room].union(*(below[other] for other in rooms[room]))
+    height = {}
+    for room in below:
+        height[room] = 1 + max((height[other] for other in rooms[room]), default=0)
+    arrows = []
+    for room in sorted(rooms, key=lambda room: (-height[room], room)):
+        direct = rooms[room] - set().union(*(below[other] for other in rooms[room]))
+        arrows += [f"    {room} --> {' & '.join(sorted(direct))}"] if direct else []
+    return "\n".join(["```mermaid", "flowchart TD", *arrows, "```", ""])
+
+
+def test_packages_import_each_other_in_one_direction() -> None:
+    order = list(graphlib.TopologicalSorter(graph()).static_order())  # raises CycleError
     assert order.index("spec") < order.index("cache") < order.index("policies") < order.index("generation")
 
 
@@ -44,3 +65,40 @@ def test_standard_output_has_one_console() -> None:
 def test_kernels_import_nothing_of_the_library() -> None:
     folder = ROOT.parent / "pallas_kernels"
     assert not [path for path in folder.rglob("*.py") if imported(path)]
+
+
+def design() -> str:
+    """The text of `docs/design.md`."""
+    return (ROOT.parent / "docs" / "design.md").read_text("utf-8")
+
+
+def test_the_design_says_where_every_module_is() -> None:
+    tree = re.search(r"```\nkvjax/\n(.*?)^pallas_kernels/", design(), re.DOTALL | re.MULTILINE)
+    assert tree is not None
+    rooms, here = {"": ""}, ""
+    for line in tree[1].splitlines():
+        if found := re.match(r"  (\w+)/", line):
+            here = found[1]
+        elif re.match(r"  \w", line):
+            here = ""
+        rooms[here] = rooms.get(here, "") + line + " "
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).parts[0] if path.parent != ROOT else ""
+        if path.name not in ("__init__.py", "__main__.py"):
+            assert re.search(rf"(?<!\w){path.name}", rooms.get(room, "")), f"{path} is not in docs/design.md, section 2"
+
+
+def test_the_design_names_no_file_that_is_not_there() -> None:
+    files = [f"/{path.relative_to(ROOT.parent)}" for path in ROOT.parent.glob("*/**/*.py")]
+    for name in set(re.findall(r"\w[\w/]*\.py\b", design())):
+        assert any(file.endswith(f"/{name}") for file in files), name
+
+
+def test_the_walk_of_a_token_names_what_is_there() -> None:
+    steps = re.findall(r"^\| \d+ \| `([\w/.]+)` \| (.*?) \|", design(), re.MULTILINE)
+    assert len(steps) > 20
+    for file, functions in steps:
+        tree = ast.parse((ROOT / file).read_text("utf-8"))
+        owners = [("", tree), *((f"{node.name}.", node) for node in tree.body if isinstance(node, ast.ClassDef))]
+        names = {owner + node.name for owner, body in owners for node in body.body if isinstance(node, ast.FunctionDef)}
+        assert set(re.findall(r"`([\w.]+)`", functions)) <= names, file

@@ -36,7 +36,7 @@ def pyramidkv(
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
     Source: Cai et al., 2024 (arXiv 2406.02069); KVCache-Factory `pyramidkv/pyramidkv_utils.py` and `run_longbench.py`.
-    Differs: see `kvjax.cache.budget.pyramid` and `kvjax.policies.score.window`.
+    Differs: see `kvjax.policies.budgets.budget.pyramid` and `kvjax.policies.score.window`.
     Cost: `window` rows of attention at prefill.
     """
     if not 1 <= beta <= LARGEST:

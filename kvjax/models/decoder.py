@@ -1,8 +1,7 @@
 """One configurable decoder in Flax NNX: weights only, the cache is passed in and out.
 
 Covers Llama, Mistral, Qwen2, Qwen3, InternLM2, Falcon, Phi-3, Gemma 2 and Gemma 3. The differences are fields of
-`ModelSpec`. Layers are a list and are unrolled: scanning over stacked weights copies every layer's weights on GPU and
-is slower on CPU.
+`ModelSpec`. Layers are a list: scanning over stacked weights copies every layer's weights on GPU and is slower on CPU.
 """
 
 import functools
@@ -101,7 +100,7 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """The four projections of attention; attention itself is in `kvjax.attention.attention`."""
+    """The four projections of attention; attention itself is in `kvjax.attention`."""
 
     def __init__(self, spec: ModelSpec, index: int, dtype: DTypeLike, rngs: nnx.Rngs):
         n, h, d = spec.num_heads, spec.head_dim, spec.embed_dim
