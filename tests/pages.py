@@ -14,12 +14,13 @@ from kvjax import METHODS
 from tests import configs, test_house
 
 ROOT = Path(__file__).parent.parent
+PLACES = ("*.md", "docs/**/*.md", "colab/*.md", "configs/*.md", "kvjax/demo/**/*.md")
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
 
 
 def pages() -> list[Path]:
-    """What people read: the README and the like, and docs/."""
-    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("c*/README.md")])
+    """What people read: the README and the like, docs/, the models' cards."""
+    return sorted(path for where in PLACES for path in ROOT.glob(where))
 
 
 def methods() -> str:
