@@ -38,9 +38,11 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def commands(path: Path) -> list[list[str]]:
-    """The commands on a page, with what its own lines say of variables."""
+    """The commands in a page's blocks and tables, with what its own lines say of variables."""
     found = []
-    for block in blocks(path, ""):
+    rows = re.findall(r"^\|.*", path.read_text(encoding="utf-8"), re.MULTILINE)
+    in_tables = [line for row in rows for line in re.findall(r"`(python -m [^`]+)`", row)]
+    for block in [*blocks(path, ""), *in_tables]:
         variables: dict[str, str] = {}
         for line in block.splitlines():
             if assigned := re.match(r"([A-Z]+)=(\S+|\"[^\"]*\")$", line):
