@@ -25,6 +25,7 @@ from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
 from kvjax.cache import layout
 from kvjax.cli import command
+from kvjax.cli.flags import DTYPES
 from kvjax.errors import InputError
 from kvjax.generation import decode, prefill, sampling
 from kvjax.generation.accounting import cache_bytes, kept_slots
@@ -142,7 +143,7 @@ def add_model_flags(p: argparse.ArgumentParser, contexts: str = "4096,16384") ->
     )
     command.add_store_flags(p)
     p.add_argument("--contexts", default=contexts, metavar="N,M", help=f"prompt tokens (default: {contexts})")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: float32 on CPU, else bfloat16)")
+    p.add_argument("--dtype", choices=DTYPES, help="(default: float32 on CPU, else bfloat16)")
 
 
 def chosen(args: argparse.Namespace) -> dict[str, Recipe]:

@@ -20,8 +20,10 @@ from kvjax.bench import cases, models, report, rivals, turns
 from kvjax.bench.cases import KERNELS, Case, Kernel, Shape
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
+from kvjax.cli.flags import DTYPES
 from kvjax.errors import InputError
 from kvjax.methods import KERNELS as IMPLEMENTATIONS
+from kvjax.models.decoder import native_dtype
 from pallas_kernels.implementation import Implementation, resolve
 
 SMALL, LARGE = "llama-88m:4096", "llama-3-8b:32768:16"
@@ -53,7 +55,7 @@ def add_case_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--shapes", metavar="M:N:B,..", help=f"model:context:batch (default: {SMALL} on CPU, else {LARGE}; see below)"
     )
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: float32 on CPU, else bfloat16)")
+    p.add_argument("--dtype", choices=DTYPES, help="(default: float32 on CPU, else bfloat16)")
     p.epilog = f"models: {', '.join(models.SHAPES)}; kernels of prompts take a batch of one"
 
 
@@ -145,7 +147,7 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     names = (*rivals.DECODE, "attention", "none")
     against = None if args.against is None else split("--against", args.against, names)
     compilation.enable_compilation_cache()
-    dtype = jnp.dtype(args.dtype or models.default_dtype())
+    dtype = jnp.dtype(args.dtype or native_dtype())
     sections = []
     for name, kernel, store, shape in todo:
         title = " ".join(filter(None, (name, shape.name, store)))

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from kvjax.errors import InputError
 from kvjax.generation import model as models
 from kvjax.generation.model import Model
-from kvjax.models.decoder import Decoder
+from kvjax.models.decoder import Decoder, native_dtype
 from kvjax.models.named import NAMED
 from kvjax.parallel import mesh as meshes
 from kvjax.spec import GateSpec, ModelSpec
@@ -35,16 +35,11 @@ SHAPES = {
 WINDOWS = {"dmc": 12, "dms": 256}  # tokens, as the papers have them
 
 
-def default_dtype() -> DTypeLike:
-    """float32 on CPU, bfloat16 elsewhere."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-
-
 def load(name: str, dtype: str | None, mesh: str | None = None) -> Model:
     """A model by the name of a shape, or a checkpoint; on one device, or on a mesh such as `data=2,model=4`."""
     if name in SHAPES:
         size = None if mesh is None else meshes.parse(mesh)
-        return random(SHAPES[name], jnp.dtype(dtype or default_dtype()), f"random {name}", size)
+        return random(SHAPES[name], jnp.dtype(dtype or native_dtype()), f"random {name}", size)
     try:
         return models.load(name, dtype=None if dtype is None else jnp.dtype(dtype), mesh=mesh)
     except InputError as error:

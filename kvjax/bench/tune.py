@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import compilation
-from kvjax.bench import kernels, models, report, turns
+from kvjax.bench import kernels, report, turns
 from kvjax.bench.cases import Case, Settings
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
 from kvjax.files import output
 from kvjax.methods import KERNELS as IMPLEMENTATIONS
+from kvjax.models.decoder import native_dtype
 from pallas_kernels import tuning
 from pallas_kernels.implementation import Implementation
 
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     output.check_writable(table)
     todo = [each for each in kernels.wanted(args) if implementation in each[1].tries]
     compilation.enable_compilation_cache()
-    dtype = jnp.dtype(args.dtype or models.default_dtype())
+    dtype = jnp.dtype(args.dtype or native_dtype())
     about, entries, sections = report.about(command_line, table=str(table)), [], []
     for name, kernel, store, shape in todo:
         title = " ".join(filter(None, (name, implementation, shape.name, store)))

@@ -3,13 +3,11 @@
 from collections.abc import Collection
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kvjax.checkpoint import hf, orbax
 from kvjax.checkpoint.identity import fingerprint
-from kvjax.models.decoder import Decoder
+from kvjax.models.decoder import Decoder, native_dtype
 from kvjax.parallel.mesh import Size
 
 
@@ -20,12 +18,11 @@ def load_model(
 
     Args:
       name: a converted directory, a Hugging Face directory, or a hub id `org/name`.
-      dtype: dtype of weights and activations; None for float32 on CPU and bfloat16 elsewhere.
+      dtype: dtype of weights and activations; None = `native_dtype`.
       ignore: fields of `config.json` to treat as absent; a converted directory remembers those it was made with.
       size: of the mesh to put it on; None = one device.
     """
-    native: DTypeLike = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    wanted = native if dtype is None else dtype
+    wanted = native_dtype() if dtype is None else dtype
     if orbax.is_orbax(Path(name)):
         return orbax.load(Path(name), wanted, ignore, size), Path(name)
     path = hf.resolve(name)

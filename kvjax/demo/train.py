@@ -24,6 +24,7 @@ from jax import Array
 
 from kvjax import compilation
 from kvjax.cli import command
+from kvjax.cli.flags import DTYPES
 from kvjax.corpus import data, sources
 from kvjax.demo import course, export, model
 from kvjax.models.decoder import Decoder
@@ -69,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--mlp", type=int, default=512, help="width of the feed-forward network")
     add("--theta", type=float, default=10000.0, help="base of the rotary embedding")
     add("--tie", action=argparse.BooleanOptionalAction, default=True, help="one matrix for token vectors and logits")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
+    add("--dtype", choices=DTYPES, default="float32", help="of matrix products")
     add("--attention", choices=("blocks", "cudnn"), default="blocks")
     add("--block", type=int, default=25, help="steps between lines of log.jsonl, and decisions about the stage")
     add("--checkpoint-every", type=int, default=200, help="steps between checkpoints: a multiple of --block")

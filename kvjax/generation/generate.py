@@ -100,7 +100,7 @@ def warm_up(model: Model, recipe: Recipe, max_length: int, new: int, batch: int,
         logits, cache = read_prompts(model, recipe, ids, min(new, max_length - 2), max_length=max_length)
         logits, cache, _ = read_continuations(model, recipe, logits, cache, ids, after)
         cache, _ = _decode(endless, recipe, ids, batch, 2, logits, cache, Sampling(), None)
-        cache_bytes(cache), kept_slots(model.spec, recipe, cache), gate_capacity.forced(cache)  # what is said of it
+        _ = cache_bytes(cache), kept_slots(model.spec, recipe, cache), gate_capacity.forced(cache)  # what is said of it
         watch.lap()
     return watch.compile_s
 

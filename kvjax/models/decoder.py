@@ -23,6 +23,11 @@ from pallas_kernels.rotation import Rotation
 from pallas_kernels.soft_cap import soft_cap
 
 
+def native_dtype() -> DTypeLike:
+    """What weights, activations and cache are in where nobody says: float32 on CPU, bfloat16 elsewhere."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias` with `kernel [in, out]`."""
 

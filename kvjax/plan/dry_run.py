@@ -24,7 +24,7 @@ from kvjax.generation.model import Model
 from kvjax.generation.results import Compared
 from kvjax.methods import COMMON, METHODS
 from kvjax.methods.arguments import read_argument
-from kvjax.models.decoder import Decoder
+from kvjax.models.decoder import Decoder, native_dtype
 from kvjax.models.hf_config import parse_config
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.policies.base import AMOUNTS, Recipe
@@ -102,16 +102,15 @@ def abstract_model(name: str | None, dtype: DTypeLike | None = None, ignore: Col
     Args:
       name: a checkpoint directory, converted or not, of which `config.json` is enough, or the path of such a file; None
         = the demo model.
-      dtype: of weights and cache; None = float32 on CPU, bfloat16 elsewhere.
+      dtype: of weights and cache; None = `native_dtype`.
       ignore: config fields that may be ignored although kvjax does not know them.
     """
     path = Path(shipped.find(name))
     if not path.exists():
         raise InputError(f"{path}: no such directory or config.json; a dry run downloads nothing")
-    native = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     folder, spec = _read_spec(path, ignore)
     label = "demo" if name is None else name
-    return without_weights(spec, native if dtype is None else dtype, Tokenizer.load(folder), label)
+    return without_weights(spec, native_dtype() if dtype is None else dtype, Tokenizer.load(folder), label)
 
 
 def without_weights(spec: ModelSpec, dtype: DTypeLike, tokenizer: Tokenizer | None, name: str) -> Model:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -19,8 +20,10 @@ from rich.progress import Progress as Bar
 from kvjax import compilation
 from kvjax.attention import dispatch
 from kvjax.cli import command
+from kvjax.cli.flags import DTYPES
 from kvjax.errors import InputError
 from kvjax.methods import KERNELS
+from kvjax.models.decoder import native_dtype
 from kvjax.retrofit import curves
 from kvjax.retrofit.schedule import Schedule
 from kvjax.retrofit.train import RUN, Options, Progress, retrofit
@@ -71,7 +74,7 @@ def parser() -> command.Parser:
     train.add_argument("--distill", action=argparse.BooleanOptionalAction, help="be like SRC (default: only for dms)")
     train.add_argument("--teacher", metavar="M", help="--distill: be like this model instead (default: SRC)")
     train.add_argument("--penalty", type=float, default=1.0, help="weight of too many slots (default: 1)")
-    train.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: float32 on CPU, else bfloat16)")
+    train.add_argument("--dtype", choices=DTYPES, help="(default: float32 on CPU, else bfloat16)")
     train.add_argument("--weight-decay", type=float, help="(default: 0.1; dms: 0)")
     train.add_argument("--clip", type=float, default=1.0, help="largest norm of a gradient (default: 1)")
     train.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True, help="save memory (default)")
@@ -145,7 +148,6 @@ def options(args: argparse.Namespace) -> Options:
         raise InputError("--export: without a ramp no rate is passed on the way")
     if dms and gate.window + 1 >= args.length:
         raise InputError(f"--window {gate.window}: no sequence of {args.length} tokens would ever lose one")
-    native = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return Options(
         model=args.model,
         files=tuple(map(Path, args.data)),
@@ -156,7 +158,7 @@ def options(args: argparse.Namespace) -> Options:
         together=args.micro_batch,
         distill=_chosen(args.distill, dms),
         teacher=args.teacher,
-        dtype=args.dtype or native,
+        dtype=jnp.dtype(args.dtype or native_dtype()).name,
         temperature=args.temperature,
         penalty=args.penalty,
         weight_decay=_chosen(args.weight_decay, DECAY[args.objective]),
