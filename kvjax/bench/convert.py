@@ -21,9 +21,10 @@ from safetensors.numpy import save_file
 from kvjax.bench import models, report, turns
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
-from kvjax.checkpoint import hf
+from kvjax.checkpoint import hf, names
 from kvjax.checkpoint.convert import DTYPES
 from kvjax.errors import InputError
+from kvjax.models.hf_config import to_config
 from kvjax.spec import ModelSpec
 
 
@@ -48,7 +49,7 @@ def write_random(spec: ModelSpec, path: Path) -> int:
         listed |= dict.fromkeys(tensors, file)
         total += sum(array.nbytes for array in arrays.values())
     index = {"metadata": {"total_size": total}, "weight_map": listed}
-    for file, content in ((hf.INDEX, index), ("config.json", config(spec))):
+    for file, content in ((hf.INDEX, index), ("config.json", to_config(spec))):
         (path / file).write_text(json.dumps(content), encoding="utf-8")
     return total
 
@@ -57,30 +58,8 @@ def _tensors(spec: ModelSpec) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]
     """The checkpoint's tensors by part: their names and shapes."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, leaf in hf.abstract(spec, np.float32)[0].items():
-        part = re.match(r"embedding|layers\.\d+", path)
-        found.setdefault(part[0] if part else "head", {}).update([hf.stored_as(path, leaf.shape, spec)])
+        found.setdefault(names.part(path), {}).update([hf.stored_as(path, leaf.shape, spec)])
     yield from found.items()
-
-
-def config(spec: ModelSpec) -> dict[str, Any]:
-    """`config.json` of a shape."""
-    return {
-        "architectures": ["Qwen2ForCausalLM" if spec.family == "qwen2" else "LlamaForCausalLM"],
-        "model_type": spec.family,
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.embed_dim,
-        "intermediate_size": spec.mlp_dim,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "max_position_embeddings": spec.max_position,
-        "rope_theta": spec.rope.theta,
-        "rms_norm_eps": spec.norm_eps,
-        "hidden_act": "silu",
-        "tie_word_embeddings": spec.tie_embeddings,
-        "torch_dtype": "bfloat16",
-    }
 
 
 def measured_conversion(source: str, dst: str, dtype: str) -> tuple[float, int, int]:

@@ -161,13 +161,12 @@ def read(
 def parts(weights: Weights) -> dict[str, list[str]]:
     """The parts of a model in its order, each with its parameters' paths, the largest first.
 
-    They are "embedding", "layers.0" and so on, and "head", which has the final norm and, unless it is tied, the head.
+    See `names.part` for what they are called.
     """
     called = ("embedding", *(f"layers.{layer}" for layer in range(weights.spec.num_layers)), "head")
     targets: dict[str, list[str]] = {name: [] for name in called}
     for target in weights.stored:
-        part = re.match(r"embedding|layers\.\d+", target)
-        targets[part[0] if part else "head"].append(target)
+        targets[names.part(target)].append(target)
     return targets
 
 

@@ -74,6 +74,16 @@ _NAMES = {  # every other family has Llama's names
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
+def part(target: str) -> str:
+    """The part of a model that a parameter belongs to; the final norm belongs to the head.
+
+    >>> part("embedding"), part("layers.12.attention.q.kernel"), part("norm.scale"), part("head.kernel")
+    ('embedding', 'layers.12', 'head', 'head')
+    """
+    found = re.match(r"embedding|layers\.\d+", target)
+    return found[0] if found else "head"
+
+
 def source(target: str, spec: ModelSpec) -> str:
     """The checkpoint's name of a parameter."""
     names = _NAMES.get(spec.family, _LLAMA)

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from kvjax.corpus import tokens
 from kvjax.models.decoder import Decoder, Linear
+from kvjax.models.hf_config import to_config
 from kvjax.spec import ModelSpec
 from kvjax.tasks import vocabulary
 
@@ -31,29 +32,9 @@ def tensors(model: Decoder) -> dict[str, np.ndarray]:
 
 
 def config(spec: ModelSpec) -> dict:
-    """`config.json` in the dialect of transformers 4."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.embed_dim,
-        "intermediate_size": spec.mlp_dim,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "max_position_embeddings": spec.max_position,
-        "rope_theta": spec.rope.theta,
-        "rope_scaling": None,
-        "rms_norm_eps": spec.norm_eps,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": spec.tie_embeddings,
-        "bos_token_id": vocabulary.BOS,
-        "eos_token_id": vocabulary.EOS,
-        "torch_dtype": "bfloat16",
-    }
+    """`config.json` of the demo model."""
+    ids = {"bos_token_id": vocabulary.BOS, "eos_token_id": vocabulary.EOS}
+    return to_config(spec) | {"rope_scaling": None, "attention_bias": False, "mlp_bias": False} | ids
 
 
 def tokenizer_config(spec: ModelSpec) -> dict:

@@ -107,6 +107,27 @@ def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Mod
     )
 
 
+def to_config(spec: ModelSpec) -> dict[str, Any]:
+    """What `parse_config` reads as this model, a Llama or a Qwen2: `config.json` in the dialect of transformers 4."""
+    return {
+        "architectures": ["Qwen2ForCausalLM" if spec.family == "qwen2" else "LlamaForCausalLM"],
+        "model_type": spec.family,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.embed_dim,
+        "intermediate_size": spec.mlp_dim,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "max_position_embeddings": spec.max_position,
+        "rope_theta": spec.rope.theta,
+        "rms_norm_eps": spec.norm_eps,
+        "hidden_act": "silu",
+        "tie_word_embeddings": spec.tie_embeddings,
+        "torch_dtype": "bfloat16",
+    }
+
+
 def _check_width(rope: RopeSpec, head_dim: int) -> None:
     """Raise `InputError` for a rotary embedding that does not fit heads of a width."""
     width = rope.width(head_dim)
