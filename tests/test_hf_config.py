@@ -8,9 +8,10 @@ import pytest
 import tokenizers
 from tokenizers.models import WordLevel
 
+from kvjax.bench import models
 from kvjax.errors import InputError
 from kvjax.generation.model import find_stop
-from kvjax.models.hf_config import FAMILIES, parse_config, read_config, read_generation_config
+from kvjax.models.hf_config import FAMILIES, parse_config, read_config, read_generation_config, to_config
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.spec import RopeSpec
 
@@ -28,6 +29,11 @@ def refusal(config, *words, ignore=()):
     for word in words:
         assert word in message
     return message
+
+
+@pytest.mark.parametrize("name", ["llama-88m", "mistral-7b", "qwen2-7b", "qwen3-8b"])
+def test_what_is_written_is_read_as_the_same_model(name):
+    assert parse_config(to_config(models.SHAPES[name])) == models.SHAPES[name]
 
 
 def test_defaults_are_the_families_own():

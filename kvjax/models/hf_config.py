@@ -108,9 +108,12 @@ def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Mod
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
-    """What `parse_config` reads as this model, a Llama or a Qwen2: `config.json` in the dialect of transformers 4."""
+    """`config.json` in the dialect of transformers 4: what `parse_config` reads as this model.
+
+    It is one with Llama's layers, without windows, whose rotary embedding is not scaled.
+    """
     return {
-        "architectures": ["Qwen2ForCausalLM" if spec.family == "qwen2" else "LlamaForCausalLM"],
+        "architectures": [f"{spec.family.capitalize()}ForCausalLM"],
         "model_type": spec.family,
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.embed_dim,
@@ -125,6 +128,7 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
         "hidden_act": "silu",
         "tie_word_embeddings": spec.tie_embeddings,
         "torch_dtype": "bfloat16",
+        **({"sliding_window": None} if spec.family == "mistral" else {}),
     }
 
 
