@@ -5,7 +5,6 @@ and values cost and lose.
 """
 
 import argparse
-import io
 import json
 import shutil
 import sys
@@ -26,7 +25,6 @@ from kvjax.cli.flags import DTYPES, SHOWCASE_METHOD, add_shared_flags
 from kvjax.cli.prompts import read_ids, read_texts
 from kvjax.cli.tables import SHARE, dtype_of, sizes
 from kvjax.errors import InputError
-from kvjax.files import output
 from kvjax.generation.generate import check_prompts
 from kvjax.generation.model import Model, encode_text, load
 from kvjax.generation.results import Generation
@@ -34,6 +32,7 @@ from kvjax.inspection import cache_map, lorc_report
 from kvjax.inspection.cache_map import Kept
 from kvjax.methods import default_budget, label_of, make
 from kvjax.plan.dry_run import abstract_model, arguments, plan_cache
+from kvjax.plotting import save_figure
 from kvjax.policies.base import Recipe
 
 PROG = "kvjax.inspect"
@@ -206,9 +205,7 @@ def _draw(path: Path, shown: Kept, report: Mapping[str, Any]) -> None:
     """Write the heat map."""
     total, share = report["cache"]["bytes"]["total"], report["cache"]["share"]
     title = f"{_title(report)}: {_kept(shown)}, {total:,} bytes in {report['dtype']}, {share:.1%} {SHARE}"
-    picture = io.BytesIO()
-    cache_map.picture(shown, title).savefig(picture, format="png")
-    output.write(path, picture.getvalue())
+    save_figure(cache_map.picture(shown, title), path)
 
 
 def _print_kept(console: Console, model: Model, shown: Kept, report: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ def sample_cases(draw: st.DrawFn) -> bytes:
 
 def samples_holds(text: bytes, folder: Path) -> None:
     """Accepted results are the file's lines, each key once; who resumes sees what who reports sees, and loses none."""
-    file = folder / runner.SAMPLES
+    file = folder / results.SAMPLES
     file.write_bytes(text)
     found = refused(lambda: results.read(file))
     if found is not REFUSED:

@@ -9,9 +9,10 @@ import pytest
 
 from kvjax import compilation
 from kvjax.bench import __main__ as bench
-from kvjax.bench import cases, memory, models, rivals, turns
+from kvjax.bench import cases, memory, models, report, rivals, turns
 from kvjax.bench.cases import Shape
 from kvjax.cli import command
+from kvjax.errors import InputError
 from pallas_kernels import tuning
 
 TINY = Shape("llama-tiny", 64, 2)
@@ -51,6 +52,13 @@ def test_kernels(capsys, tmp_path):
     for section in found["sections"]:
         assert section["rows"][0]["name"] == "xla" and section["rows"][0]["x xla"] == 1
     assert {path.name for path in tmp_path.iterdir()} == {"kernels.json", "kernels.md", "kernels.png"}
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
+    seconds = report.Column("s", "seconds")
+    (tmp_path / "decode.json").mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*decode\.json: Is a directory"):
+        report.tell(report.Report("decode", {}, [seconds], seconds, []), as_json=False, out=tmp_path)
 
 
 def test_decode_with_an_imposed_gate(capsys):

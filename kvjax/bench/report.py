@@ -17,7 +17,8 @@ from rich.table import Table
 from kvjax.cli.console import to_stdout
 from kvjax.errors import InputError
 from kvjax.evaluation import manifest, pictures
-from kvjax.plotting import COLOURS
+from kvjax.files import output
+from kvjax.plotting import COLOURS, save_figure
 
 OTHERS = ("torch", "transformers", "flashinfer-python", "orbax-checkpoint")  # packages whose versions are noted, too
 
@@ -109,9 +110,9 @@ def tell(report: Report, *, as_json: bool, out: Path | None) -> None:
         for section in report.sections:
             console.print(table(report, section))
     if out is not None:
-        (out / f"{report.name}.json").write_text(json.dumps(report.plain(), indent=2) + "\n", encoding="utf-8")
-        (out / f"{report.name}.md").write_text(markdown(report), encoding="utf-8")
-        draw(report).savefig(out / f"{report.name}.png", dpi=150)
+        output.write_json(out / f"{report.name}.json", report.plain())
+        output.write(out / f"{report.name}.md", markdown(report).encode())
+        save_figure(draw(report), out / f"{report.name}.png")
 
 
 def _cells(report: Report, row: dict[str, Any]) -> list[str]:

@@ -1,6 +1,5 @@
 """Write a decoder trained here as a Hugging Face checkpoint of the Llama architecture."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -10,6 +9,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from kvjax.corpus import tokens
+from kvjax.files import output
 from kvjax.models.decoder import Decoder, Linear
 from kvjax.models.hf_config import to_config
 from kvjax.spec import ModelSpec
@@ -64,5 +64,5 @@ def write(model: Decoder, out: Path) -> None:
         "tokenizer_config.json": tokenizer_config(model.spec),
     }
     for name, content in files.items():
-        (out / name).write_text(json.dumps(content, indent=2) + "\n")
+        output.write_json(out / name, content)
     tokens.tokenizer().save(str(out / "tokenizer.json"))

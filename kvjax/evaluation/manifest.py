@@ -13,10 +13,9 @@ from pathlib import Path
 import jax
 
 from kvjax.errors import InputError
-from kvjax.evaluation.results import read_run
-from kvjax.files.output import write as write_file
+from kvjax.evaluation.results import RUN, read_run
+from kvjax.files import output
 
-NAME = "run.json"
 PACKAGES = ("kvjax", "jax", "jaxlib", "flax", "numpy", "tokenizers")
 MAY_CHANGE = ("tasks", "methods", "budgets", "samples")  # of a run that is continued: each result names its own
 
@@ -34,7 +33,7 @@ def write(
     """
     call = describe(command)
     found = {**call, "arguments": arguments, "calls": [*calls, call]}
-    write_file(directory / NAME, (json.dumps(found, indent=2) + "\n").encode())
+    output.write_json(directory / RUN, found)
 
 
 def describe(command: Sequence[str]) -> dict[str, object]:
@@ -55,7 +54,7 @@ def digest(text: str) -> str:
 def earlier(directory: Path, arguments: Mapping[str, object]) -> list[dict[str, object]]:
     """The calls that have made the results of a folder; `InputError` if they have had other arguments."""
     arguments = json.loads(json.dumps(arguments))  # as they were read
-    path = directory / NAME
+    path = directory / RUN
     run = read_run(path)
     if not run.keys() >= {"arguments", "calls"}:
         raise InputError(f"{path} does not describe a run: choose another --out")

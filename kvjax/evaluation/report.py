@@ -15,7 +15,7 @@ from rich.text import Text
 
 from kvjax.errors import InputError
 from kvjax.evaluation import pictures
-from kvjax.evaluation.results import Line, Row, aggregate, by_task, model_of, read, read_run
+from kvjax.evaluation.results import RUN, SAMPLES, Line, Row, aggregate, by_task, model_of, read, read_run
 from kvjax.files import output
 from kvjax.methods import label_of
 
@@ -39,7 +39,7 @@ def write(directory: Path, console: Console, others: Sequence[Path] = ()) -> Non
       console: where tables go.
       others: runs of the same samples with other models, whose names stand beside their methods.
     """
-    lines, run = read(directory / "samples.jsonl"), read_run(directory / "run.json")
+    lines, run = read(directory / SAMPLES), read_run(directory / RUN)
     for other in others:
         lines += _other(other, run)
     rows = aggregate(lines)
@@ -54,7 +54,7 @@ def write(directory: Path, console: Console, others: Sequence[Path] = ()) -> Non
 
 def _other(directory: Path, run: dict[str, Any]) -> list[Line]:
     """The samples of another model's run; raises `InputError` if they are not of the same prompts."""
-    lines, own = read(directory / "samples.jsonl"), read_run(directory / "run.json")
+    lines, own = read(directory / SAMPLES), read_run(directory / RUN)
     given, expected = (each.get("arguments", {}) for each in (own, run))
     for name in SAME:
         if given.get(name) != expected.get(name):

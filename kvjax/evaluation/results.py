@@ -17,6 +17,7 @@ from kvjax.files.text import read_json
 Line = dict[str, Any]  # of samples.jsonl: one sample under one method and budget
 Key = tuple[str, str, int, str, str | None]  # task, part, index, method, budget
 
+SAMPLES, RUN = "samples.jsonl", "run.json"  # in the folder of a run
 STRINGS = ("task", "part", "method", "metric", "better")
 LEAST = {
     "index": 0,

@@ -17,7 +17,7 @@ import numpy as np
 
 from kvjax.errors import InputError
 from kvjax.evaluation.manifest import digest
-from kvjax.evaluation.results import Key, Line, check, key
+from kvjax.evaluation.results import SAMPLES, Key, Line, check, key
 from kvjax.files import journal
 from kvjax.generation.accounting import full_slots
 from kvjax.generation.model import Model
@@ -27,7 +27,6 @@ from kvjax.spec import ModelSpec
 from kvjax.tasks.task import Form, Request, Sample, Task
 from kvjax.tasks.text import shipped_text
 
-SAMPLES = "samples.jsonl"
 Done = dict[Key, str | None]  # results that are there, and the digests of their samples
 
 

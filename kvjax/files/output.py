@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from kvjax import interrupts
 from kvjax.errors import InputError
@@ -47,3 +49,8 @@ def write(path: Path, content: bytes) -> None:
                     new.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file of JSON, indented, as `write` does."""
+    write(path, (json.dumps(content, indent=2) + "\n").encode())

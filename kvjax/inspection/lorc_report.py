@@ -21,6 +21,7 @@ from kvjax.convert import add_lorc_flags, lorc_options
 from kvjax.errors import InputError
 from kvjax.inspection import cache_map
 from kvjax.models.hf_config import read_config
+from kvjax.plotting import save_figure
 from kvjax.spec import ModelSpec
 
 PROG = "kvjax.inspect lorc"
@@ -217,7 +218,7 @@ def main(argv: list[str]) -> None:
         cache_map.check_picture(args.out)
     report = describe(args.checkpoint or "demo", _measured(args))
     if args.out is not None:
-        picture(report).savefig(args.out, format="png", dpi=150)
+        save_figure(picture(report), args.out)
     text = (table(report), summary(report), NOTES[report["spectra_of"]])
     print(json.dumps(report)) if args.json else console.print(*text, sep="\n", highlight=False)
     if args.out is not None and not args.json:

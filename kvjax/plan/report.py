@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from kvjax.errors import InputError
 from kvjax.methods import label_of
 from kvjax.plan.chips import GIB, Chip
 from kvjax.plan.dry_run import beyond
 from kvjax.plan.search import MOST
+from kvjax.plotting import save_figure
 from kvjax.spec import ModelSpec
 
 NAMES = {
@@ -158,10 +158,7 @@ def draw(path: Path, found: Plan) -> None:
     budget = "" if found["budget"] is None else f", budget {found['budget']}"
     axes.set_title(f"{found['model']}: {found['batch']} x {found['context']:,} tokens{budget}", fontsize="medium")
     figure.legend(loc="outside lower center", ncols=4, fontsize="small")
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    save_figure(figure, path)
 
 
 def _part(size: Mapping[str, int], name: str) -> int:

@@ -90,7 +90,7 @@ def _check(path: Path, given: Mapping[str, Any]) -> None:
     if jax.process_index():
         return
     if not path.exists():
-        output.write(path, (json.dumps(given, indent=2) + "\n").encode())
+        output.write_json(path, given)
     elif (known := read_json(path)) != given:
         changed = [key for key in {**known, **given} if given.get(key) != known.get(key)]
         raise InputError(f"{path} is of a run with another {', '.join(changed)}: choose another --out")
