@@ -23,6 +23,7 @@ from kvjax.cache.tier import Slots
 from kvjax.policies import gate_capacity
 from kvjax.policies.base import CachePolicy, Found, Revised
 from kvjax.policies.budgets.budget import Amounts
+from kvjax.policies.ring import latest
 from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, Token, readable
 from pallas_kernels.implementation import Implementation
 
@@ -88,9 +89,7 @@ def delay(store: KVStore) -> CachePolicy:
         pos = jnp.arange(k.shape[2])
         kept = prompt.alive()[:, None] & (~evict | (pos >= end - size))
         slot, filled = jnp.cumsum(kept, axis=-1) - 1, kept.sum(axis=-1, dtype=jnp.int32)
-        # The newest token of each place of the window.
-        at = end - end % size + jnp.arange(size)
-        at = jnp.broadcast_to(jnp.maximum(at - jnp.where(at >= end, size, 0), 0), (*filled.shape, size))
+        at = jnp.broadcast_to(jnp.maximum(latest(end, size), 0), (*filled.shape, size))
         waiting = {name: jnp.take_along_axis(x, at, axis=-1) for name, x in (("slot", slot), ("evict", evict))}
         found = gate_capacity.found(tier, filled)
         tier = tier._replace(budget=filled, calib=tier.calib | waiting | {"forced": forced})

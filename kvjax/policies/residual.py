@@ -26,6 +26,7 @@ from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots, Tier
 from kvjax.policies.base import CachePolicy, Found
 from kvjax.policies.budgets.budget import Amounts, everything
+from kvjax.policies.ring import latest
 from kvjax.spec import Lengths, ModelSpec, Prompt, Token
 
 LADDER = (8, 64)  # as of the full cache
@@ -75,22 +76,19 @@ def residual(store: KVStore) -> CachePolicy:
         k, v = (jnp.pad(jnp.moveaxis(x, 2, 1), pad) for x in (prompt.key, prompt.value))
         encoded = jnp.maximum(length - 1, 0) // size * size  # `reserve` does what is just due
         places = k.shape[2] if prompt.window is None else _places(low)
-        slot = jnp.arange(min(places, k.shape[2]))
-        pos = slot + (encoded - 1 - slot) // places * places if prompt.window is not None else slot[None]
+        n = min(places, k.shape[2])
+        pos = jnp.arange(n)[None] if prompt.window is None else latest(encoded, places, n)
         newest = lambda x: jnp.take_along_axis(x, jnp.maximum(pos, 0)[:, None, :, None], axis=2)
         codes = store.encode(*((k, v) if prompt.window is None else (newest(k), newest(v))), low.calib)
         filled = jnp.broadcast_to(jnp.minimum(encoded, places), rows)
         outside = jnp.where(pos < length - ring_size, pos, -1)  # of the ring
-        outside = jnp.broadcast_to(outside[:, None], (*rows, slot.size))
-        low = tiers_.fill(tiers_.reserve(low, filled, slot.size), Slots(codes[0], codes[1], outside), filled)
+        outside = jnp.broadcast_to(outside[:, None], (*rows, n))
+        low = tiers_.fill(tiers_.reserve(low, filled, n), Slots(codes[0], codes[1], outside), filled)
         if prompt.window is None:
             low = low._replace(length=jnp.broadcast_to(jnp.maximum(length - ring_size, 0), rows))
         else:
             low = low._replace(calib={"seen": jnp.broadcast_to(length, rows)})
-        # The newest token of each place of the ring.
-        pos = length - length % ring_size + jnp.arange(ring_size)
-        pos = pos - jnp.where(pos >= length, ring_size, 0)
-        at = jnp.broadcast_to(pos[:, None], (*rows, ring_size))
+        at = jnp.broadcast_to(latest(length, ring_size)[:, None], (*rows, ring_size))
         take = lambda x: jnp.take_along_axis(x, jnp.maximum(at, 0)[..., None], axis=2)
         decoded = store.key.decode(codes[0], k.dtype)
         decoded = jnp.take_along_axis(decoded, (jnp.maximum(at, 0) % places)[..., None], axis=2)

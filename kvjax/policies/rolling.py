@@ -14,6 +14,7 @@ from kvjax.cache.tier import Slots
 from kvjax.policies.base import CachePolicy, Found
 from kvjax.policies.budgets.budget import Amounts, everything
 from kvjax.policies.residual import residual
+from kvjax.policies.ring import latest
 from kvjax.spec import Lengths, ModelSpec, Prompt, Token
 
 
@@ -50,8 +51,7 @@ def rolling(store: KVStore, window: int) -> CachePolicy:
         rows, length = tier.length.shape, prompt.length[:, None]
         n = min(prompt.key.shape[1], tier.capacity, window)
         # The newest token of each slot; what it has left of the window is overwritten by the next token.
-        pos = length - length % window + jnp.arange(n)
-        pos = jnp.maximum(pos - jnp.where(pos >= length, window, 0), 0)
+        pos = jnp.maximum(latest(length, window, n), 0)
         take = lambda x: jnp.moveaxis(jnp.take_along_axis(x, pos[..., None, None], axis=1), 2, 1)
         k, v = store.encode(take(prompt.key), take(prompt.value), ())
         filled = jnp.broadcast_to(jnp.minimum(length, n), rows)

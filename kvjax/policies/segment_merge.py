@@ -30,6 +30,7 @@ from kvjax.models import rope
 from kvjax.policies import gate_capacity
 from kvjax.policies.base import CachePolicy, Found, Revised
 from kvjax.policies.budgets.budget import Amounts
+from kvjax.policies.ring import latest
 from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, Token
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.segment_merge import pool
@@ -183,9 +184,7 @@ def _sums(
         weight = jnp.where((pos >= start[:, None]) & (pos < length[:, None, None]), weight, 0.0)
         parts = [jnp.einsum("btk,btkn->bkn", weight, x.astype(jnp.float32)) for x in (k, v)]
         return {"sums": jnp.concatenate([*parts, weight.sum(axis=1)[..., None]], axis=-1)}
-    # The newest token of each place of the ring.
-    pos = length[:, None] - length[:, None] % window + jnp.arange(window)
-    pos = jnp.maximum(pos - jnp.where(pos >= length[:, None], window, 0), 0)
+    pos = jnp.maximum(latest(length[:, None], window), 0)
     take = lambda x: jnp.moveaxis(jnp.take_along_axis(x, pos.reshape(*pos.shape, *(1,) * (x.ndim - 2)), axis=1), 1, 2)
     return {"ring": _weighted(take(k), take(v), take(weight))}
 
