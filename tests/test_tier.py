@@ -246,3 +246,20 @@ def test_marked_places_come_in_order():
         rows = [np.asarray(x)[b, head] for x in (k, v, np.broadcast_to(np.arange(40), (2, 3, 40)))]
         for got, row in zip(found, rows, strict=True):
             np.testing.assert_array_equal(got[b, head], row[places])
+
+
+@pytest.mark.parametrize("window", [1, 4, 9, None])
+def test_the_next_token_takes_the_first_slot_that_has_left_the_window(window):
+    """Of rows whose tokens are in any order, one row being empty; without a window it goes behind the last slot."""
+    rng, now = np.random.default_rng(0), np.array([7, 12])
+    rows = [[[int(p) for p in rng.permutation(now[b])[:n]] for n in (5, 0)] for b in range(B)]
+    tier = empty(ROWS * ROW // 8)
+    for n in range(5):
+        tags = np.array([[row[n] if n < len(row) else 0 for row in heads] for heads in rows])[..., None]
+        where = np.array([[n < len(row) for row in heads] for heads in rows])[..., None]
+        tier = append(tier, np.asarray(tier.length[1])[..., None], contents(tags), where)
+    gone, slot = tiers_.expired(tiers_.layer(tier, 1), jnp.asarray(now), window)
+    for b, head in np.ndindex(B, K):
+        row = rows[b][head]
+        left = [i for i, pos in enumerate(row) if window is not None and pos <= now[b] - window]
+        assert (bool(gone[b, head]), int(slot[b, head])) == (bool(left), left[0] if left else len(row))

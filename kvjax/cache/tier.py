@@ -242,11 +242,18 @@ def place(tier: Tier, slot: Int[Array, "B K n"], pos: Int[Array, "B K n"], where
     return tier._replace(pos=_write(tier.pos, jnp.where(where, page, tier.free.shape[0]), offset, pos))
 
 
-def expired(tier: Tier, now: Int[Array, " B"], window: int) -> tuple[Bool[Array, "B K"], Int[Array, "B K"]]:
-    """Whether a row of a layer's view has a slot that has left a sliding window at position `now`, and which."""
+def expired(tier: Tier, now: Int[Array, " B"], window: int | None) -> tuple[Bool[Array, "B K"], Int[Array, "B K"]]:
+    """Whether a row of a layer's view has a slot that nobody can read again, and where its next token goes.
+
+    A slot has left a sliding window at position `now`; without a window none has. The token goes into the first one
+    that has, else behind the last slot.
+    """
+    if window is None:
+        return jnp.zeros(tier.length.shape, bool), tier.length
     pos = positions(tier)
-    gone = (pos >= 0) & (pos <= (now - window)[:, None, None])
-    return jnp.any(gone, axis=-1), jnp.argmax(gone, axis=-1)
+    left = (pos >= 0) & (pos <= (now - window)[:, None, None])
+    gone = jnp.any(left, axis=-1)
+    return gone, jnp.where(gone, jnp.argmax(left, axis=-1), tier.length)
 
 
 def remove(tier: Tier, slot: Int[Array, "B K"], where: Bool[Array, "B K"]) -> tuple[Tier, Slots]:

@@ -106,11 +106,10 @@ def delay(store: KVStore) -> CachePolicy:
         here = place == pos % size  # where the token that leaves the window is noted, and then the new one
         evict = jnp.where(place == (pos - 1) % size, (gate.logit > 0)[..., None], evict)
         leaves = token.pos[:, None] >= size
-        goes, full, free = leaves & jnp.any(evict & here, axis=-1), tier.length >= tier.budget, tier.length
-        if token.window is not None:  # a token that nobody can read again gives its slot
-            gone, place = tiers_.expired(tier, token.pos, token.window)
-            goes, full, free = goes & (size < token.window), full & ~gone, jnp.where(gone, place, free)
-        forced = leaves & ~goes & full
+        goes, (gone, free) = leaves & jnp.any(evict & here, axis=-1), tiers_.expired(tier, token.pos, token.window)
+        if token.window is not None:
+            goes &= size < token.window  # else it left that window before, and its slot was given away
+        forced = leaves & ~goes & ~gone & (tier.length >= tier.budget)
         slot = jnp.where(goes | forced, jnp.sum(jnp.where(here, slots, 0), axis=-1), free)
         tier = tier._replace(
             calib=tier.calib

@@ -85,10 +85,7 @@ def demote(low: KVStore) -> Fate:
         balanced = stores[0].balanced and low.balanced  # by the same constants: keys stay as they are
         source, target = (s._replace(balanced=s.balanced and not balanced) for s in (stores[0], low))
         k, v = target.encode(*source.decode(lost.k, lost.v, high.calib), tier.calib)
-        slot = tier.length
-        if token.window is not None:  # where a row has one that nobody can read again, the victim takes its place
-            gone, place = tiers_.expired(tier, token.pos + 1, token.window)
-            slot = jnp.where(gone, place, slot)
+        _, slot = tiers_.expired(tier, token.pos + 1, token.window)
         return high, tiers_.put(tier, slot[..., None], Slots(k, v, lost.pos), where[..., None])
 
     return Fate(step, prompt, low=low)

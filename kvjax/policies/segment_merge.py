@@ -131,10 +131,8 @@ def accumulate(store: KVStore) -> CachePolicy:
         (tier, *top), gate = tiers, token.gate
         assert isinstance(gate, Gate)
         active = jnp.broadcast_to(token.active[:, None], tier.length.shape)
-        asks, full, free = ~(gate.logit > 0), tier.length >= tier.budget, tier.length
-        if token.window is not None:  # a segment that nobody can read again gives its slot
-            gone, place = tiers_.expired(tier, token.pos, token.window)
-            full, free = full & ~gone, jnp.where(gone, place, free)
+        gone, free = tiers_.expired(tier, token.pos, token.window)
+        asks, full = ~(gate.logit > 0), (tier.length >= tier.budget) & ~gone
         merge = (~asks | full) & (apart | (tier.length > 0))  # a window of one token leaves no segment open
         state, mean = _extended(tier.calib, token, merge)
         state["forced"] = jnp.where(asks & full, tier.calib["forced"] + 1, tier.calib["forced"])

@@ -318,13 +318,11 @@ def _fit(how: Selection, tiers: Tiers, length: Int[Array, " B"], amounts: Amount
 def _insert(how: Selection, tiers: Tiers, token: Token) -> Tiers:
     (tier, *rest) = tiers
     active = jnp.broadcast_to(token.active[:, None], tier.length.shape)
-    slot = tier.length
+    window = None if how.evict == "after" or how.by_place else token.window
+    gone, slot = tiers_.expired(tier, token.pos, window)
     if how.evict == "before":
         most = tier.budget if token.window is None else jnp.minimum(tier.budget, token.window)
-        slot = jnp.where(active & (tier.length >= most), _worst(how.score, tier, token.pos), slot)
-    if token.window is not None and how.evict != "after" and not how.by_place:
-        gone, place = tiers_.expired(tier, token.pos, token.window)
-        slot = jnp.where(gone, place, slot)
+        slot = jnp.where(active & ~gone & (tier.length >= most), _worst(how.score, tier, token.pos), slot)
     k, v = how.store.encode(token.key[:, :, None], token.value[:, :, None], tier.calib)
     pos = jnp.broadcast_to(token.pos[:, None, None], (*slot.shape, 1))
     slots = Slots(k, v, pos, jnp.zeros(pos.shape, jnp.float32))
