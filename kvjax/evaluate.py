@@ -31,7 +31,7 @@ from kvjax.methods import LEARNED, METHODS, default_budget, make, read_entry, ta
 from kvjax.plan import dry_run
 from kvjax.policies.budgets.budget import parse_keep
 from kvjax.tasks.registry import TASKS, make_task
-from kvjax.tasks.task import Sample, Task
+from kvjax.tasks.task import Request, Sample, Task
 
 PROG = "kvjax.evaluate"
 Entry = tuple[str, str | int | None]  # a method as `read_entry` takes it; its budget, None = the default
@@ -94,11 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("give --tasks and --out, or: report DIR")
     settings = _settings(args.set)
     tasks = [make_task(name, settings.get(name)) for name in _split(args.tasks)]
-    stores = command.stores(args)
-    names = ("" if args.config else "all") if args.methods is None else args.methods
-    entries = [*_named(names), *(configured(file, settings, stores) for file in args.config)]
-    budgets = None if args.budgets is None else _split(args.budgets)
-    grid = points(entries, budgets, settings, stores)
+    grid = _grid(args, settings)
     _check(args, {task.name for task in tasks}, {read_entry(point.method)[0] for point in grid}, settings)
     text = _read_text(args.text)
     compilation.enable_compilation_cache()
@@ -107,21 +103,16 @@ def main(argv: list[str] | None = None) -> None:
     reference, origin = (None, None) if args.reference is None else load(args.reference)
     for point in grid:
         check_recipe(model, point.recipe)
-    form = args.form or ("short" if args.model is None else "natural")
-    chat = form == "natural" and not args.no_chat and model.tokenizer is not None and model.tokenizer.has_template
-    lengths = _lengths(args.lengths, model, form)
-    request = runner.request(
-        model, samples=args.samples, seed=args.seed, lengths=lengths, form=form, chat=chat, text=text, data=args.data
-    )
+    request, chat = _request(args, model, text)
     samples = {task.name: task.samples(request) for task in tasks}
-    batch = args.batch or max(1, BATCH_TOKENS // max(lengths))
+    batch = args.batch or max(1, BATCH_TOKENS // max(request.lengths))
     arguments = {
         "model": model.name, "weights": fingerprint(directory), "stop": model.stop,
         "reference": reference and reference.name, "reference_weights": origin and fingerprint(origin),
         "tasks": list(samples),
         "methods": list(dict.fromkeys(point.method for point in grid)),
-        "budgets": budgets, "samples": args.samples, "seed": args.seed,
-        "lengths": lengths, "form": form, "question": args.question, "chat": chat, "batch": batch,
+        "budgets": _budgets(args), "samples": args.samples, "seed": args.seed,
+        "lengths": request.lengths, "form": request.form, "question": args.question, "chat": chat, "batch": batch,
         "settings": settings, "data": args.data and str(args.data),
         "text": manifest.digest(request.text),
         "dtype": jnp.dtype(model.decoder.dtype).name, "ignore_config": args.ignore_config,
@@ -134,6 +125,24 @@ def main(argv: list[str] | None = None) -> None:
         manifest.write(args.out, [PROG, *argv], arguments, calls)
         run(evaluation, tasks, samples, grid, done, file)
     console.print(f"python -m kvjax.evaluate report {shlex.quote(str(args.out))}", highlight=False)
+
+
+def _grid(args: argparse.Namespace, settings: dict[str, dict[str, str]]) -> list[Point]:
+    """The methods and budgets that the flags name."""
+    stores = command.stores(args)
+    names = ("" if args.config else "all") if args.methods is None else args.methods
+    entries = [*_named(names), *(configured(file, settings, stores) for file in args.config)]
+    return points(entries, _budgets(args), settings, stores)
+
+
+def _request(args: argparse.Namespace, model: Model, text: str | None) -> tuple[Request, bool]:
+    """What tasks are told to write prompts, and whether these are wrapped in the chat template."""
+    form = args.form or ("short" if args.model is None else "natural")
+    chat = form == "natural" and not args.no_chat and model.tokenizer is not None and model.tokenizer.has_template
+    lengths = _lengths(args.lengths, model, form)
+    return runner.request(
+        model, samples=args.samples, seed=args.seed, lengths=lengths, form=form, chat=chat, text=text, data=args.data
+    ), chat
 
 
 def run(
@@ -215,6 +224,10 @@ def points(
 def _named(methods: str) -> list[Entry]:
     every = [name for name in METHODS if name not in LEARNED]  # that any model can run
     return [(entry, None) for entry in (every if methods == "all" else _split(methods))]
+
+
+def _budgets(args: argparse.Namespace) -> list[str] | None:
+    return None if args.budgets is None else _split(args.budgets)
 
 
 def _split(names: str) -> list[str]:

@@ -94,8 +94,8 @@ def parser() -> command.Parser:
     return p
 
 
-def options(args: argparse.Namespace) -> Options:
-    """What the flags ask for."""
+def _check(args: argparse.Namespace) -> None:
+    """Raise `InputError` for flags that are no such numbers or do not go together."""
     if args.out is None or not args.data:
         raise InputError("--out DST and --data FILE are needed")
     if not 1 <= args.cr <= 1000:
@@ -125,7 +125,24 @@ def options(args: argparse.Namespace) -> Options:
     if args.save_every % args.log_every:
         raise InputError(f"--save-every {args.save_every} is not a multiple of --log-every {args.log_every}")
     dispatch.check(KERNELS[args.kernels])
-    dms = args.objective == "dms"
+
+
+def _schedule(args: argparse.Namespace) -> Schedule:
+    """When what is done."""
+    return Schedule(
+        fade=0 if args.adapter else _chosen(args.fade_steps, FADE),
+        ramp=_chosen(args.ramp_steps, math.ceil(RAMP[args.objective] * args.cr)),
+        finish=_chosen(args.final_steps, FINISH[args.objective]),
+        rate=args.cr,
+        first_learning_rate=args.learning_rate,
+        last_learning_rate=args.learning_rate / 10 if args.final_learning_rate is None else args.final_learning_rate,
+    )
+
+
+def options(args: argparse.Namespace) -> Options:
+    """What the flags ask for."""
+    _check(args)
+    dms, schedule = args.objective == "dms", _schedule(args)
     gate = GateSpec(
         objective=args.objective,
         rate=args.cr,
@@ -133,14 +150,6 @@ def options(args: argparse.Namespace) -> Options:
         neuron=None if args.adapter else args.neuron,
         offset=args.offset,
         scale=_chosen(args.scale, SCALE[args.objective]),
-    )
-    schedule = Schedule(
-        fade=0 if args.adapter else _chosen(args.fade_steps, FADE),
-        ramp=_chosen(args.ramp_steps, math.ceil(RAMP[args.objective] * args.cr)),
-        finish=_chosen(args.final_steps, FINISH[args.objective]),
-        rate=args.cr,
-        first_learning_rate=args.learning_rate,
-        last_learning_rate=args.learning_rate / 10 if args.final_learning_rate is None else args.final_learning_rate,
     )
     if schedule.steps == schedule.fade:
         raise InputError("the gates are never trained: give --ramp-steps or --final-steps")
