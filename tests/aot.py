@@ -140,7 +140,7 @@ def decode_attention(target: Target, case: Case) -> tuple[Callable, tuple]:
     import jax.numpy as jnp
 
     from kvjax.cache.quantize import named
-    from pallas_kernels.decode_attention import Expand, Part, decode_attention
+    from pallas_kernels.decode_attention import KeyExpansion, PagedKV, decode_attention
     from pallas_kernels.rotation import Rotation
 
     (k, g, h), options = MODELS[case.model], dict(case.options)
@@ -161,10 +161,12 @@ def decode_attention(target: Target, case: Case) -> tuple[Callable, tuple]:
         return numbers(*rows, g, keys), *map(jax.eval_shape, pools), ints(*rows, table), ints(*rows), ints(size, page)
 
     def attend(parts: list[tuple], after: Any, up: Any, frequency: Any) -> Any:
-        expand = Expand(Rotation(frequency), up if ranks[0] < keys else None) if "latent" in case.options else None
+        expand = (
+            KeyExpansion(Rotation(frequency), up if ranks[0] < keys else None) if "latent" in case.options else None
+        )
         formats = [(store.key.decode, store.value.decode) for store in map(named, shares)]
         return decode_attention(
-            [Part(*arrays, *decode) for arrays, decode in zip(parts, formats, strict=True)],
+            [PagedKV(*arrays, *decode) for arrays, decode in zip(parts, formats, strict=True)],
             scale=h**-0.5,
             after=after if windowed else None,
             expand=expand,

@@ -18,7 +18,16 @@ from kvjax.errors import say_once
 from kvjax.models.decoder import Decoder
 from kvjax.spec import LatentSpec
 from pallas_kernels.codes import pieces
-from pallas_kernels.decode_attention import Part, decode_attention, gpu, gpu_block, gpu_expand, reference, tpu, tpu_runs
+from pallas_kernels.decode_attention import (
+    PagedKV,
+    decode_attention,
+    gpu,
+    gpu_block,
+    gpu_expand,
+    reference,
+    tpu,
+    tpu_runs,
+)
 from pallas_kernels.decode_attention.formats import Format
 from pallas_kernels.packing import PLANES
 from pallas_kernels.rotation import Rotation
@@ -49,7 +58,7 @@ def case(
 
 def part(
     rng: np.random.Generator, store: str, lengths: Iterable[int], *, dtype, g: int, h: int, page: int, m: int
-) -> Part:
+) -> PagedKV:
     """Slots in shuffled pages; entries behind a row's end name no page."""
     rows, size, codec = (2, 2), 4 * m, named(store)
     k, v = (codec_.encode(jnp.asarray(rng.normal(size=(size, page, h)), dtype)) for codec_ in (codec.key, codec.value))
@@ -60,7 +69,7 @@ def part(
     table = np.where(np.arange(m) * page < length[..., None], table, size)
     pos = rng.integers(0, 100, (size, page)).astype(np.int32)
     q = jnp.asarray(rng.normal(size=(*rows, g, h)), dtype)
-    return Part(q, k, v, *map(jnp.asarray, (table, length, pos)), codec.key.decode, codec.value.decode)
+    return PagedKV(q, k, v, *map(jnp.asarray, (table, length, pos)), codec.key.decode, codec.value.decode)
 
 
 def numbers(part: reference.Partial) -> list[np.ndarray]:
@@ -71,7 +80,7 @@ def numbers(part: reference.Partial) -> list[np.ndarray]:
     return found + [np.where(np.asarray(x) > reference.EMPTY, x, 0) for x in part.logits]
 
 
-def check(kernel: str, parts: list[Part], options: dict) -> None:
+def check(kernel: str, parts: list[PagedKV], options: dict) -> None:
     module, interpret = KERNELS[kernel]
     got = module.decode_attention(parts, interpret=interpret, **options)
     plain = {key: value for key, value in options.items() if key not in ("splits", "block")}
@@ -149,14 +158,16 @@ def test_parts_merge_like_their_partials():
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-def expanding(parts: list[Part], heads: int, h: int, *, latent: bool) -> tuple[list[Part], reference.Expand]:
+def expanding(
+    parts: list[PagedKV], heads: int, h: int, *, latent: bool
+) -> tuple[list[PagedKV], reference.KeyExpansion]:
     """The parts with queries of `h` numbers in each of their `heads` places, and how their keys are made."""
     rng, dtype, rank = np.random.default_rng(1), parts[0].q.dtype, parts[0].q.shape[-1]
     drawn = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     frequency = jnp.asarray(rng.random((2, 1, h // 2)), jnp.float32)
     up, bias = drawn(2, rank, heads * h) * rank**-0.5 if latent else None, drawn(2, heads * h)
     queries = drawn(*parts[0].q.shape[:3], heads * h)
-    return [x._replace(q=queries) for x in parts], reference.Expand(Rotation(frequency, 1.1), up, bias)
+    return [x._replace(q=queries) for x in parts], reference.KeyExpansion(Rotation(frequency, 1.1), up, bias)
 
 
 @pytest.mark.parametrize("kernel", matrix.quick(["gpu", "tpu", "tpu checked"], ["gpu", "tpu checked"]))

@@ -148,7 +148,7 @@ COMPOSED = {
 def test_scores_budgets_and_fates_compose(name):
     """Rows share no more than they were given, and every row has the pages that it needs."""
     votes, keep, end = COMPOSED[name]
-    recipe = Recipe(name, retain(votes, keep, evict="after", fate=end), amounts=budgets.amounts(12))
+    recipe = Recipe(name, retain(votes, keep, evict="after", action=end), amounts=budgets.amounts(12))
     model = Model(model_of("gqa"), None, (), "random")
     out = model.generate([text(60, 0), text(41, 0)], recipe, max_new_tokens=10)
     assert all(np.mean(slots) == 12 for slots in out.slots)
@@ -160,7 +160,7 @@ def test_scores_budgets_and_fates_compose(name):
 
 def test_merging_needs_one_decision():
     with pytest.raises(InputError, match="give the budget every=0"):
-        retain(HEAVY, from_scores(every=2), evict="after", fate=MERGE)
+        retain(HEAVY, from_scores(every=2), evict="after", action=MERGE)
 
 
 def uneven_model() -> Model:
@@ -194,7 +194,7 @@ def test_one_compilation_serves_every_split(method):
             out = model.generate([text(100 - seed, seed)], recipe, max_new_tokens=3)
             splits.add(np.asarray(out.cache[0][0].budget).tobytes())
     assert len(splits) == 5
-    for name in ("_prefill_layer", "_run_allocate", "_trim", "_settle", "decode_loop"):
+    for name in ("_prefill_layer", "_run_allocate", "_trim", "_write_selected", "decode_loop"):
         assert names.count(name) <= 1, name
     assert names.count("decode_loop") == 1
 
@@ -204,7 +204,7 @@ def test_dynamickv_holds_few_layers_beside_the_pool(monkeypatch):
     waiting, after = [], prefill._Allocation.after
 
     def watched(self, cache, found):
-        waiting.append([w.pos.shape[-1] for w in (*self._waiting.values(), found.waiting)])
+        waiting.append([w.pos.shape[-1] for w in (*self._waiting.values(), found.pending)])
         return after(self, cache, found)
 
     monkeypatch.setattr(prefill._Allocation, "after", watched)

@@ -17,7 +17,7 @@ from kvjax.cache.tier import Slots
 from kvjax.generation import decode, prefill, sampling
 from kvjax.generation.allocate import init_cache
 from kvjax.policies import score
-from kvjax.policies.base import CachePolicy, Found, Recipe
+from kvjax.policies.base import CachePolicy, PrefillOutput, Recipe
 from kvjax.policies.budgets import budget as budgets
 from kvjax.policies.select import retain
 from kvjax.spec import Lengths
@@ -135,7 +135,7 @@ def test_budgets_per_layer_are_decided_after_the_prompt_inside_jit(model):
     def prefill(tiers, prompt):
         tiers, _ = base.prefill(tiers, prompt)
         real = jnp.arange(prompt.lse.shape[-1]) < prompt.length[:, None, None]
-        return tiers, Found(jnp.std(prompt.lse, axis=(1, 2), where=real))
+        return tiers, PrefillOutput(jnp.std(prompt.lse, axis=(1, 2), where=real))
 
     def allocate(infos, seen, length, held, given):
         share = jax.nn.softmax(jnp.stack(infos), axis=0)  # L B
@@ -212,7 +212,9 @@ def test_rows_of_one_layer_grow_at_different_rates(model):
                 entry.key, entry.value = (old.key + entry.key) / 2, (old.value + entry.value) / 2
             row.append(entry)
 
-    policy = CachePolicy((KVStore(),), init, lambda tiers, prompt: ((keep_all(tiers[0], prompt),), Found()), insert)
+    policy = CachePolicy(
+        (KVStore(),), init, lambda tiers, prompt: ((keep_all(tiers[0], prompt),), PrefillOutput()), insert
+    )
     got = run(model, Recipe("accumulate", policy))
     (tier,) = got.cache[0]
     grown = np.asarray(tier.length) - np.asarray(PROMPTS)[:, None]
@@ -253,7 +255,7 @@ def test_a_victim_is_merged_into_another_slot_before_it_is_overwritten(model):
         at = start + jnp.broadcast_to(jnp.arange(keep), (*tier.length.shape, keep))
         k, v = (jnp.take_along_axis(jnp.moveaxis(x, 2, 1), at[..., None], axis=2) for x in (prompt.key, prompt.value))
         tier = tiers_.reserve(tier, jnp.full(tier.length.shape, keep), keep)
-        return (tiers_.put(tier, at - start, Slots(k, v, at), at < prompt.length[:, None, None]),), Found()
+        return (tiers_.put(tier, at - start, Slots(k, v, at), at < prompt.length[:, None, None]),), PrefillOutput()
 
     @counted
     def insert(tiers, token):
@@ -318,7 +320,7 @@ def test_a_second_tier_receives_what_the_first_gives_up(model):
         second = tiers_.reserve(second, jnp.broadcast_to(start[..., 0], second.length.shape), t)
         high = tiers_.put(high, jnp.maximum(pos - start, 0), exact, inside & (pos >= start))
         codes = Slots(*low.encode(k, v, ()), pos)
-        return (high, tiers_.put(second, pos, codes, inside & (pos < start))), Found()
+        return (high, tiers_.put(second, pos, codes, inside & (pos < start))), PrefillOutput()
 
     def insert(tiers, token):
         where, new = one(token)

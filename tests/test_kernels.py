@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention import Part, decode_attention, merge, probabilities
+from pallas_kernels.decode_attention import PagedKV, decode_attention, merge, probabilities
 from pallas_kernels.prefill_attention import attention, gpu, tpu
 from pallas_kernels.prefill_scores import column_sums
 from tests import strict
@@ -50,7 +50,7 @@ def dense(paged, after=None):
 def test_decode_attention_is_dense_attention(paged, block, after):
     o, total, weights = dense(paged, after)
     part = decode_attention(
-        [Part(*map(jnp.asarray, paged))], scale=H**-0.5, block=block, with_logits=True,
+        [PagedKV(*map(jnp.asarray, paged))], scale=H**-0.5, block=block, with_logits=True,
         after=None if after is None else jnp.broadcast_to(jnp.asarray(after)[:, None], (B, K)),
     )  # fmt: skip
     back = np.exp(np.asarray(part.m, np.float64))
@@ -65,11 +65,11 @@ def test_decode_attention_is_dense_attention(paged, block, after):
 
 def test_partials_over_disjoint_slots_merge_exactly(paged):
     q, k, v, table, length, _ = map(jnp.asarray, paged)
-    run = lambda table, length: decode_attention([Part(q, k, v, table, length)], scale=H**-0.5)
+    run = lambda table, length: decode_attention([PagedKV(q, k, v, table, length)], scale=H**-0.5)
     whole = run(table, length)
     first = jnp.minimum(length, 2 * PAGE)
     halves = merge([run(table, first), run(table[..., 2:], length - first)])
-    parts = [Part(q, k, v, table, first), Part(q, k, v, table[..., 2:], length - first)]
+    parts = [PagedKV(q, k, v, table, first), PagedKV(q, k, v, table[..., 2:], length - first)]
     for a, b in zip(jax.tree.leaves(decode_attention(parts, scale=H**-0.5)), jax.tree.leaves(halves), strict=True):
         np.testing.assert_array_equal(a, b)
     some = np.asarray(length) > 0

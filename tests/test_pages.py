@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from kvjax import compilation
 from kvjax.checkpoint import shipped
-from kvjax.cli import command
 from tests import pages
 
 EXECUTED = ("README.md", "docs/guide.md")  # others take minutes, or other checkpoints: their imports are tried
@@ -80,7 +80,7 @@ def test_commands_are_understood(path: Path, monkeypatch: pytest.MonkeyPatch):
         raise Understood
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
-    monkeypatch.setattr(command, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(compilation, "enable_compilation_cache", lambda: None)
     for words in commands(path):
         if words[:2] != ["python", "-m"]:
             assert words[0] in OTHERS, words

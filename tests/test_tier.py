@@ -239,7 +239,7 @@ def test_filling_rows_is_putting_their_first_slots(n, pages):
 def test_marked_places_come_in_order():
     where = np.random.default_rng(0).random((2, 3, 40)) < np.array([0, 0.5, 1])[:, None]
     k, v = (jnp.asarray(np.random.default_rng(n).normal(size=(2, 3, 40, n)), jnp.float32) for n in (4, 5))
-    found = tiers_.marked(jnp.asarray(where), k, v)
+    found = tiers_.gather_masked(jnp.asarray(where), k, v)
     for b, head in np.ndindex(2, 3):
         places = np.flatnonzero(where[b, head]).tolist()
         places += [0] * (40 - len(places))

@@ -11,7 +11,7 @@ from kvjax.attention.dispatch import kernel_or_xla
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Tier
 from pallas_kernels import decode_attention as kernel
-from pallas_kernels.decode_attention import Expand, Part, Partial, merge, probabilities
+from pallas_kernels.decode_attention import KeyExpansion, PagedKV, Partial, merge, probabilities
 from pallas_kernels.implementation import Implementation
 
 
@@ -27,7 +27,7 @@ def spread(q: Float[Array, "B K G H"], heads: int) -> Float[Array, "B K G keys"]
     return own.reshape(b, k, g, heads * h)
 
 
-class Read(NamedTuple):
+class ReadOptions(NamedTuple):
     """How attention reads a layer's tiers; the functions are those of `pallas_kernels.decode_attention`.
 
     Attributes:
@@ -44,7 +44,7 @@ class Read(NamedTuple):
     cap: float | None = None
     after: Int[Array, "B K"] | None = None
     place: Callable[[Int[Array, "B K s"]], Int[Array, "B K s"]] | None = None
-    expand: Expand | None = None
+    expand: KeyExpansion | None = None
     select: Callable[[tuple[Float[Array, "B K G S"], ...]], tuple[Bool[Array, "B K S"], ...]] | None = None
     kernels: Implementation | None = None
 
@@ -53,7 +53,7 @@ def decode_attention(
     q: Float[Array, "B K G H"],
     tiers: Sequence[Tier],
     stores: Sequence[KVStore],
-    read: Read,
+    read: ReadOptions,
     *,
     with_probabilities: bool,
 ) -> tuple[Float[Array, "B K G W"], tuple[Float[Array, "B K G S"], ...]]:
@@ -79,14 +79,14 @@ def decode_attention(
     return whole.o / whole.l[..., None], probabilities(whole) if with_probabilities else ()
 
 
-def _part(q: Float[Array, "B K G H"], tier: Tier, store: KVStore, slots: Bool[Array, "B K S"] | None) -> Part:
+def _part(q: Float[Array, "B K G H"], tier: Tier, store: KVStore, slots: Bool[Array, "B K S"] | None) -> PagedKV:
     """A tier as the kernels read it."""
     pos = None if isinstance(tier.pos, tuple) else tier.pos
     query = store.query(q, tier.calib)
-    return Part(query, tier.k, tier.v, tier.table, tier.length, pos, store.key.decode, store.value.decode, slots)
+    return PagedKV(query, tier.k, tier.v, tier.table, tier.length, pos, store.key.decode, store.value.decode, slots)
 
 
-def _attend(parts: Sequence[Part], kernels: Implementation | None, **options: Any) -> Partial:
+def _attend(parts: Sequence[PagedKV], kernels: Implementation | None, **options: Any) -> Partial:
     """All parts in one launch; where a kernel cannot read one of them, each by itself and that one on XLA."""
     if len(parts) > 1:
         try:

@@ -18,7 +18,7 @@ from kvjax.cache import pages
 from kvjax.cache.quantize import named
 from kvjax.errors import InputError
 from pallas_kernels import prefill_attention, segment_merge
-from pallas_kernels.decode_attention import Part, decode_attention
+from pallas_kernels.decode_attention import PagedKV, decode_attention
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.prefill_scores import column_sums
 from pallas_kernels.topk_retain import topk_retain
@@ -130,7 +130,7 @@ def attention(shape: Shape, store: str, dtype: DTypeLike) -> Case:
     def run(q: Array, tiers: list, implementation: Implementation) -> Array:
         formats = [(codec.key.decode, codec.value.decode) for codec in codecs]
         read = [
-            Part(q, *tier, decode_key=key, decode_value=value)
+            PagedKV(q, *tier, decode_key=key, decode_value=value)
             for tier, (key, value) in zip(tiers, formats, strict=True)
         ]
         whole = decode_attention(read, scale=h**-0.5, implementation=implementation)

@@ -209,7 +209,7 @@ def fill(tier: Tier, slots: Slots, count: Int[Array, "B K"]) -> Tier:
     return _with(tier, slots, write, written)
 
 
-def marked(
+def gather_masked(
     where: Bool[Array, "B K n"], k: Float[Array, "B K n R"], v: Float[Array, "B K n W"]
 ) -> tuple[Float[Array, "B K n R"], Float[Array, "B K n W"], Int[Array, "B K n"]]:
     """Keys, values and places of the tokens that are marked in each row, one after the other; then the first token's.

@@ -40,11 +40,11 @@ def allocate(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
             f"{recipe.name}: balanced keys are undone in the query, so they must be rotated when they are written"
             + (", which latents are not: set balance=false" if model.spec.latent else "")
         )
-    if recipe.policy.revise is not None and recipe.windowed == "whole" and model.spec.windows:
+    if recipe.policy.rewrite_prompt is not None and recipe.windowed == "whole" and model.spec.windows:
         raise InputError(f"{recipe.name}: the model decides in layers with a sliding window, too: omit windowed=whole")
-    if recipe.policy.revise is not None and model.spec.latent is not None:
+    if recipe.policy.rewrite_prompt is not None and model.spec.latent is not None:
         raise InputError(f"{recipe.name}: low-rank keys cannot be merged or evicted by a gate of each head")
-    if sum(part.budget is not None and part.budget.whole for part in parts) > 1:
+    if sum(part.budget is not None and part.budget.needs_one_pool for part in parts) > 1:
         raise InputError(
             f"{recipe.name}: full layers need others of equal ranks and windows: convert with rule=uniform, or set"
             " windowed=whole"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kvjax.attention.decode import Read, decode_attention, spread
+from kvjax.attention.decode import ReadOptions, decode_attention, spread
 from kvjax.cache import sharding
 from kvjax.cache import tier as tiers_
 from kvjax.cache.layout import Cache, Tiers, layer_groups, layer_runs, locate
@@ -71,7 +71,7 @@ def _decode_layer(
         spread(query, heads),
         tiers,
         recipe.stores,
-        Read(
+        ReadOptions(
             scale=spec.scale,
             cap=spec.score_cap,
             after=None if window is None else jnp.broadcast_to(_before(query_place, window), key.shape[:2]),

@@ -23,7 +23,7 @@ from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer
 from kvjax.parallel import mesh
 from kvjax.parallel.mesh import EVERYWHERE, LAYERS, ROWS, SEQUENCES
-from kvjax.policies.base import Found, Recipe
+from kvjax.policies.base import PrefillOutput, Recipe
 from kvjax.policies.layers import layer_recipe, rotates_at_read
 from kvjax.spec import PREFILL_CHUNK as CHUNK
 from kvjax.spec import Gate, ModelSpec, Prompt, PyTree, RopeSpec, readable
@@ -109,8 +109,8 @@ def prefill(
         filled = allocations[spec.window(index)].after(filled, found)
     for g, group in enumerate(groups):
         own = layer_recipe(spec, recipe, group.index[0])
-        if fit and own.policy.fit is not None:
-            filled[g] = _fit(filled[g], length, own)
+        if fit and own.policy.shrink_pool is not None:
+            filled[g] = _shrink_pool(filled[g], length, own)
     return _last_logits(model, x, length), tuple(filled)
 
 
@@ -147,17 +147,17 @@ class _Allocation:
         self._waiting: dict[int, PyTree] = {}
         self._held = jnp.full((1 + max(index), *rows), LARGEST, jnp.int32)
 
-    def after(self, cache: list[Tiers], found: Found) -> list[Tiers]:
+    def after(self, cache: list[Tiers], found: PrefillOutput) -> list[Tiers]:
         """The cache after one more layer: with the slots redistributed, when the budget wants that now."""
         budget, done = self._recipe.budget, len(self._infos) + 1
         if budget is None or budget.allocate is None:
             return cache
         newest = self._index[done - 1]
-        self._infos[newest] = found.info
-        self._waiting[newest] = found.waiting
-        if done < len(self._index) and (budget.every is None or done % budget.every):
+        self._infos[newest] = found.stats
+        self._waiting[newest] = found.pending
+        if done < len(self._index) and (budget.update_interval is None or done % budget.update_interval):
             return cache
-        unseen = jax.tree.map(jnp.zeros_like, found.info)  # with it, all updates are one program
+        unseen = jax.tree.map(jnp.zeros_like, found.stats)  # with it, all updates are one program
         for g, group in self._groups.items():
             if not self._waiting.keys().isdisjoint(group.index):
                 infos = [self._infos.get(layer, unseen) for layer in group.index]
@@ -166,11 +166,11 @@ class _Allocation:
                 slots = _run_allocate(infos, seen, self._length, self._held[index], self._slots, recipe=self._recipe)
                 self._held = self._held.at[index].set(slots)
                 cache[g] = _trim(cache[g], slots)
-        if self._recipe.policy.settle is not None:
+        if self._recipe.policy.write_selected is not None:
             for index, waiting in self._waiting.items():
                 group = next(g for g, group in self._groups.items() if index in group.index)
                 where = jnp.asarray(self._groups[group].index.index(index), jnp.int32)
-                cache[group] = _settle(cache[group], waiting, where, self._held[index], recipe=self._recipe)
+                cache[group] = _write_selected(cache[group], waiting, where, self._held[index], recipe=self._recipe)
         self._waiting.clear()
         return cache
 
@@ -199,18 +199,20 @@ def _trim(tiers: Tiers, slots: Int[Array, "l B K"]) -> Tiers:
 
 
 @mesh.program((sharding.cache, ROWS, EVERYWHERE, ROWS), lambda tiers, *_: tiers, static=("recipe",), donate=(0,))
-def _settle(tiers: Tiers, waiting: PyTree, place: Int[Array, ""], slots: Int[Array, "B K"], *, recipe: Recipe) -> Tiers:
+def _write_selected(
+    tiers: Tiers, waiting: PyTree, place: Int[Array, ""], slots: Int[Array, "B K"], *, recipe: Recipe
+) -> Tiers:
     """Fill a layer's rows with what has waited for their slots."""
-    assert recipe.policy.settle is not None
+    assert recipe.policy.write_selected is not None
     olds = tuple(tiers_.layer(t, place) for t in tiers)
-    views = recipe.policy.settle(olds, waiting, slots, recipe.kernels)
+    views = recipe.policy.write_selected(olds, waiting, slots, recipe.kernels)
     return tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
 
 
-def _fit(tiers: Tiers, length: Int[Array, " B"], recipe: Recipe) -> Tiers:
+def _shrink_pool(tiers: Tiers, length: Int[Array, " B"], recipe: Recipe) -> Tiers:
     """Leave pools the pages that they will need."""
-    assert recipe.policy.fit is not None
-    tiers, sizes = recipe.policy.fit(tiers, length, recipe.amounts)
+    assert recipe.policy.shrink_pool is not None
+    tiers, sizes = recipe.policy.shrink_pool(tiers, length, recipe.amounts)
     return tuple(
         _resize(t, size=n) if n * t.num_free.shape[0] < t.free.shape[0] else t
         for t, n in zip(tiers, sizes, strict=True)
@@ -250,7 +252,7 @@ def _prefill_layer(
     window: int | None,
     rotary: RopeSpec,
     chunk: int = CHUNK,
-) -> tuple[Float[Array, "B T D"], Tiers, Found]:
+) -> tuple[Float[Array, "B T D"], Tiers, PrefillOutput]:
     """One layer over the whole prompt: exact attention, then compression into the layer's rows."""
     pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     cos, sin = rope.angles(rotary, spec.head_dim, pos, length)  # B T H/2
@@ -258,9 +260,9 @@ def _prefill_layer(
     q, key, value, gate = _project(layer, x, cos, sin, longest, spec, chunk)
     k, v = layer.keys(key), layer.values(value)
     olds = tuple(tiers_.layer(t, place) for t in tiers)
-    until, revised = None, ()
-    if recipe.policy.revise is not None and isinstance(gate, Gate):
-        k, v, until, revised = recipe.policy.revise(olds, k, v, gate, length, window, recipe.kernels)
+    until, rewritten = None, ()
+    if recipe.policy.rewrite_prompt is not None and isinstance(gate, Gate):
+        k, v, until, rewritten = recipe.policy.rewrite_prompt(olds, k, v, gate, length, window, recipe.kernels)
         key, value = k, v
     k = rope.rotate(k, cos[:, :, None], sin[:, :, None])
     options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "until": until, "kernels": recipe.kernels}
@@ -270,7 +272,7 @@ def _prefill_layer(
         *(q, k, v, key, value, lse, length, index, peers, window, spec.scale, spec.score_cap),
         kernels=recipe.kernels,
         gate=gate,
-        revised=revised,
+        rewritten=rewritten,
     )
     views, found = recipe.policy.prefill(olds, prompt)
     tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))

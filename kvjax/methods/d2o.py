@@ -54,6 +54,6 @@ def d2o(
         raise InputError(f"full_layers={full_layers!r} is not a list of layers such as 0,1,-1") from None
     keep = from_variance(least=sinks + 1, rule=layer_rule, full_layers=full)
     given, votes = amounts(budget, decode_budget), score.accumulated(1 - important, sinks)
-    fate = drop if merge == "off" else merging(beta, merge)
-    policy = retain(votes, keep, store=named(store), evict="after", fate=fate, bounded=given.bounded)
+    action = drop if merge == "off" else merging(beta, merge)
+    policy = retain(votes, keep, store=named(store), evict="after", action=action, bounded=given.bounded)
     return Recipe("d2o", policy, amounts=given)

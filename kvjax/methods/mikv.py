@@ -66,5 +66,5 @@ def mikv(
         if importance == "accumulated"
         else score.window(window, kernel, pooling, decoding=True)
     )
-    policy = retain(votes, keep, store=high, evict="after", fate=demote(low))
+    policy = retain(votes, keep, store=high, evict="after", action=demote(low))
     return Recipe("mikv", policy, amounts=budgets.amounts(budget))

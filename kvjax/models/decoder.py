@@ -18,7 +18,7 @@ from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.parallel.collectives import HEADS, MODEL, Axes, add, gather, look_up
 from kvjax.spec import Activation, Gate, ModelSpec, RopeSpec
-from pallas_kernels.decode_attention import Expand
+from pallas_kernels.decode_attention import KeyExpansion
 from pallas_kernels.rotation import Rotation
 from pallas_kernels.soft_cap import soft_cap
 
@@ -191,13 +191,13 @@ class Layer(nnx.Module):
         bias = self._late_bias()
         return cached if bias is None else cached + bias
 
-    def expand(self, rotation: Rotation) -> Expand:
+    def expand(self, rotation: Rotation) -> KeyExpansion:
         """How a cache is read that holds keys before rotation: what `keys` does, and the rotation."""
         k = self.attention.k
         if not isinstance(k, LowRank):
-            return Expand(rotation, bias=self._late_bias())
+            return KeyExpansion(rotation, bias=self._late_bias())
         bias = None if k.bias is None else k.bias[...].reshape(k.up.shape[0], -1)
-        return Expand(rotation, k.up[...], bias, self.attention.k_norm)
+        return KeyExpansion(rotation, k.up[...], bias, self.attention.k_norm)
 
     def _late_bias(self) -> Float[Array, "K H"] | None:
         bias = self.attention.k.bias

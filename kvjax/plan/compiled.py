@@ -101,15 +101,15 @@ def _allocation(setting: Setting, cache: layout.Cache) -> Iterator[Program]:
             continue
         found = estimate.found_in_a_layer(setting, group.index[0])
         slots, n = ints(len(group.index), setting.batch, setting.spec.num_rows), len(group.index)
-        args = ([found.info] * n, ints(), ints(setting.batch), slots, ints(setting.batch))
+        args = ([found.stats] * n, ints(), ints(setting.batch), slots, ints(setting.batch))
         split = mesh.ROWS, mesh.EVERYWHERE, mesh.SEQUENCES, mesh.LAYERS, mesh.SEQUENCES
-        there = n * size(found.info)
+        there = n * size(found.stats)
         yield Program("allocate", prefill._run_allocate, args, {"recipe": recipe}, there, held, split=split)
         yield Program("trim", prefill._trim, (tiers, slots), {}, size(tiers), held)
-        if recipe.policy.settle is not None:
-            args = (tiers, found.waiting, ints(), ints(*slots.shape[1:]))
-            there = size(tiers) + size(found.waiting)
-            yield Program("settle", prefill._settle, args, {"recipe": recipe}, there, held)
+        if recipe.policy.write_selected is not None:
+            args = (tiers, found.pending, ints(), ints(*slots.shape[1:]))
+            there = size(tiers) + size(found.pending)
+            yield Program("settle", prefill._write_selected, args, {"recipe": recipe}, there, held)
 
 
 def _first(spec: ModelSpec, layers: int) -> ModelSpec:

@@ -18,7 +18,7 @@ from kvjax.parallel.collectives import DATA, HEADS
 from kvjax.plan.chips import Chip
 from kvjax.plan.dry_run import CacheSize, cache_size
 from kvjax.plan.settings import Setting
-from kvjax.policies.base import Found
+from kvjax.policies.base import PrefillOutput
 from kvjax.policies.layers import layer_recipe
 from kvjax.spec import PyTree
 from pallas_kernels.blocks import divisor
@@ -133,12 +133,14 @@ def waiting(setting: Setting) -> int:
         budget = layer_recipe(spec, setting.recipe, index[0]).budget
         if budget is not None and budget.allocate is not None:
             found = found_in_a_layer(setting._replace(batch=data), index[0])  # sequences are apart
-            of_one += min(budget.every or len(index), len(index)) * size(found.waiting) + len(index) * size(found.info)
+            of_one += min(budget.update_interval or len(index), len(index)) * size(found.pending) + len(index) * size(
+                found.stats
+            )
     return setting.batch // data * of_one
 
 
 @functools.lru_cache(maxsize=64)
-def found_in_a_layer(setting: Setting, index: int) -> Found:
+def found_in_a_layer(setting: Setting, index: int) -> PrefillOutput:
     """Shapes of what reading the prompts with one layer leaves."""
     args, static = layer_arguments(setting, abstract_cache(setting), index)
     with mesh.on(setting.mesh):

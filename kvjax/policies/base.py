@@ -33,20 +33,23 @@ Select = Callable[..., tuple[Bool[Array, "B K S"], ...]]
 Windowed = Literal["compressed", "whole"]
 
 
-class Found(NamedTuple):
+class PrefillOutput(NamedTuple):
     """What `CachePolicy.prefill` says of a layer beside its tiers; every leaf leads with [B K]."""
 
-    info: PyTree = ()  # for `Budget.allocate`; kept until the last layer
-    waiting: PyTree = ()  # for `CachePolicy.settle`; kept until the layer's slots are allocated
+    stats: PyTree = ()  # for `Budget.allocate`; kept until the last layer
+    pending: PyTree = ()  # for `CachePolicy.write_selected`; kept until the layer's slots are allocated
 
 
-class Revised(NamedTuple):
+class RewrittenPrompt(NamedTuple):
     """What the queries of a prompt see in place of its tokens' keys and values."""
 
     k: Float[Array, "B T K H"]  # before rotation
     v: Float[Array, "B T K H"]
     until: Int[Array, "B K T"]  # the last position whose query sees them
-    rest: PyTree = ()  # for `CachePolicy.prefill`, as `Prompt.revised`
+    rest: PyTree = ()  # for `CachePolicy.prefill`, as `Prompt.rewritten`
+
+
+Rewrite = Callable[[Tiers, Array, Array, Gate, Array, int | None, Implementation | None], RewrittenPrompt]
 
 
 def append_room(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
@@ -60,16 +63,16 @@ class CachePolicy(NamedTuple):
     Attributes:
       stores: number format of each tier.
       init: `(spec, layers, lengths, dtype, amounts) -> tiers` with the `L` axis; on the host.
-      prefill: `(tiers, prompt) -> (tiers, Found)`.
+      prefill: `(tiers, prompt) -> (tiers, PrefillOutput)`.
       insert: `(tiers, token) -> tiers`.
       observe: `(tiers, token, probabilities) -> tiers`, one `[B K G S]` per tier, 0 where empty; or None.
       reserve: `(tiers with the L axis, active [B]) -> tiers`, takes pages for what the step may append to each row.
-      fit: `(tiers with the L axis, length [B], amounts) -> (tiers, pages)`, on the host after the last layer: pages
-        that each tier's pool needs from now on; None = it stays as it is.
-      revise: `(tiers, k, v, gate [B T K], length [B], window, kernels) -> Revised`, keys before rotation; before the
-        attention of a prompt; None = queries see the tokens as they are.
-      settle: `(tiers, waiting, slots [B K], kernels) -> tiers` fills a layer's rows with what `prefill` let wait until
-        the slots were allocated; None = `prefill` has filled them, and they are trimmed.
+      shrink_pool: `(tiers with the L axis, length [B], amounts) -> (tiers, pages)`, on the host after the last layer:
+        pages that each tier's pool needs from now on; None = it stays as it is.
+      rewrite_prompt: `(tiers, k, v, gate [B T K], length [B], window, kernels) -> RewrittenPrompt`, keys before
+        rotation; before the attention of a prompt; None = queries see the tokens as they are.
+      write_selected: `(tiers, pending, slots [B K], kernels) -> tiers` fills a layer's rows with what `prefill` let
+        wait until the slots were allocated; None = `prefill` has filled them, and they are trimmed.
       budget: how slots follow from an amount; its `allocate` redistributes them after the prompt; None = it has none.
       windowed: `window -> policy` of layers with such a sliding window; None = this one.
 
@@ -79,13 +82,15 @@ class CachePolicy(NamedTuple):
 
     stores: tuple[KVStore, ...]
     init: Callable[[ModelSpec, Layers, Lengths, DTypeLike, Amounts], Tiers]
-    prefill: Callable[[Tiers, Prompt], tuple[Tiers, Found]]
+    prefill: Callable[[Tiers, Prompt], tuple[Tiers, PrefillOutput]]
     insert: Callable[[Tiers, Token], Tiers]
     observe: Callable[[Tiers, Token, tuple[Float[Array, "B K G S"], ...]], Tiers] | None = None
     reserve: Callable[[Tiers, Bool[Array, " B"]], Tiers] = append_room
-    settle: Callable[[Tiers, PyTree, Int[Array, "B K"], Implementation | None], Tiers] | None = None
-    fit: Callable[[Tiers, Int[Array, " B"], Amounts], tuple[Tiers, tuple[int, ...]]] | None = None
-    revise: Callable[[Tiers, Array, Array, Gate, Array, int | None, Implementation | None], Revised] | None = None
+    write_selected: Callable[[Tiers, PyTree, Int[Array, "B K"], Implementation | None], Tiers] | None = None
+    shrink_pool: Callable[[Tiers, Int[Array, " B"], Amounts], tuple[Tiers, tuple[int, ...]]] | None = None
+    rewrite_prompt: (
+        Callable[[Tiers, Array, Array, Gate, Array, int | None, Implementation | None], RewrittenPrompt] | None
+    ) = None
     budget: Budget | None = None
     windowed: "Callable[[int], CachePolicy] | None" = None
 

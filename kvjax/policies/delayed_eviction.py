@@ -21,7 +21,7 @@ from kvjax.cache.pages import LARGEST
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots
 from kvjax.policies import gate_capacity
-from kvjax.policies.base import CachePolicy, Found, Revised
+from kvjax.policies.base import CachePolicy, PrefillOutput, RewrittenPrompt
 from kvjax.policies.budgets.budget import Amounts
 from kvjax.policies.ring import latest
 from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, Token, readable
@@ -62,7 +62,7 @@ def delay(store: KVStore) -> CachePolicy:
             ),
         )  # fmt: skip
 
-    def revise(
+    def rewrite_prompt(
         tiers: Tiers,
         k: Array,
         v: Array,
@@ -70,7 +70,7 @@ def delay(store: KVStore) -> CachePolicy:
         length: Int[Array, " B"],
         window: int | None,
         kernels: Implementation | None,
-    ) -> Revised:
+    ) -> RewrittenPrompt:
         ((tier,), pos), end = (tiers, jnp.arange(k.shape[1])[:, None]), length[:, None, None]
         size = tier.calib["slot"].shape[-1]
         said = jnp.pad(gate.logit[:, 1:], ((0, 0), (0, 1), (0, 0)))  # about each token
@@ -80,10 +80,10 @@ def delay(store: KVStore) -> CachePolicy:
         forced = gate_capacity.refuse(tier, said, asks, taken, length, window)
         evict |= forced
         until = jnp.where(evict, pos + size - 1, LARGEST)
-        return Revised(k, v, jnp.moveaxis(until, 1, 2), Evictions(evict, forced.sum(axis=1, dtype=jnp.int32)))
+        return RewrittenPrompt(k, v, jnp.moveaxis(until, 1, 2), Evictions(evict, forced.sum(axis=1, dtype=jnp.int32)))
 
-    def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:
-        (tier,), (evict, forced) = tiers, prompt.revised
+    def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, PrefillOutput]:
+        (tier,), (evict, forced) = tiers, prompt.rewritten
         evict, size, end = jnp.moveaxis(evict, 1, 2), tier.calib["slot"].shape[-1], prompt.length[:, None, None]
         k, v = (jnp.moveaxis(x, 2, 1) for x in (prompt.key, prompt.value))
         pos = jnp.arange(k.shape[2])
@@ -94,7 +94,7 @@ def delay(store: KVStore) -> CachePolicy:
         found = gate_capacity.found(tier, filled)
         tier = tier._replace(budget=filled, calib=tier.calib | waiting | {"forced": forced})
         tier = tiers_.reserve(tier, filled, k.shape[2])
-        k, v, pos = tiers_.marked(kept, k, v)
+        k, v, pos = tiers_.gather_masked(kept, k, v)
         return (tiers_.fill(tier, Slots(*store.encode(k, v, ()), pos), filled),), found
 
     def insert(tiers: Tiers, token: Token) -> Tiers:
@@ -130,7 +130,7 @@ def delay(store: KVStore) -> CachePolicy:
         prefill,
         insert,
         reserve=gate_capacity.grant,
-        fit=gate_capacity.fit,
-        revise=revise,
+        shrink_pool=gate_capacity.shrink_pool,
+        rewrite_prompt=rewrite_prompt,
         budget=gate_capacity.budget(),
     )

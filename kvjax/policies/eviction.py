@@ -1,4 +1,4 @@
-"""Fates: what becomes of the tokens that must leave."""
+"""Eviction actions: what becomes of the tokens that must leave."""
 
 import functools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ BLOCK = 512  # tokens that are compared with others at once
 Stores = tuple[KVStore, ...]
 
 
-class Losers(NamedTuple):
+class Evicted(NamedTuple):
     """The tokens of a prompt that are kept, and all the others."""
 
     k: Float[Array, "B K T R"]  # of all tokens
@@ -39,30 +39,30 @@ class Losers(NamedTuple):
         return ~stays & (jnp.arange(self.k.shape[2]) < self.count[..., None])
 
 
-class Fate(NamedTuple):
+class EvictionAction(NamedTuple):
     """What happens to tokens that are not kept.
 
     Attributes:
       step: `(tiers, lost slot [B K 1], rows that lose one, stores, token) -> tiers`, after the slot was removed from
         the first tier; the token was read last; None = it is forgotten.
-      prompt: `(Losers, kept slots before encoding, tiers, stores) -> (kept slots, tiers)` at prefill; None = they are
+      prompt: `(Evicted, kept slots before encoding, tiers, stores) -> (kept slots, tiers)` at prefill; None = they are
         dropped.
-      init: `(L, B, K) -> calib`, what the fate remembers of each row.
+      init: `(L, B, K) -> calib`, what the action remembers of each row.
       low: number format of a second tier, which takes what leaves the first; None = there is none.
     """
 
     step: Callable[[Tiers, Slots, Bool[Array, "B K"], Stores, Token], Tiers] | None = None
-    prompt: Callable[[Losers, Slots, Tiers, Stores], tuple[Slots, Tiers]] | None = None
+    prompt: Callable[[Evicted, Slots, Tiers, Stores], tuple[Slots, Tiers]] | None = None
     init: Callable[[tuple[int, int, int]], dict[str, PyTree]] = lambda rows: {}
     low: KVStore | None = None
 
 
-drop = Fate()
+drop = EvictionAction()
 """What leaves is forgotten. Cost: nothing."""
 
 
 @functools.cache
-def demote(low: KVStore) -> Fate:
+def demote(low: KVStore) -> EvictionAction:
     """A victim moves to a second tier in fewer bits; it is never lost and never returns.
 
     Source: MiKV (arXiv 2402.18096).
@@ -72,10 +72,10 @@ def demote(low: KVStore) -> Fate:
     if low.key.run > 1:
         raise InputError("tokens are demoted one by one: a store of runs, such as kivi, cannot take them")
 
-    def prompt(found: Losers, kept: Slots, tiers: Tiers, stores: Stores) -> tuple[Slots, Tiers]:
+    def prompt(found: Evicted, kept: Slots, tiers: Tiers, stores: Stores) -> tuple[Slots, Tiers]:
         high, tier = tiers
         gone = found.gone
-        (k, v, at), count = tiers_.marked(gone, found.k, found.v), jnp.sum(gone, axis=-1, dtype=jnp.int32)
+        (k, v, at), count = tiers_.gather_masked(gone, found.k, found.v), jnp.sum(gone, axis=-1, dtype=jnp.int32)
         pos = jnp.take_along_axis(found.pos, at, axis=2)
         tier = tiers_.reserve(tier, count, gone.shape[-1])
         return kept, (high, tiers_.fill(tier, Slots(*low.encode(k, v, tier.calib), pos), count))
@@ -88,11 +88,11 @@ def demote(low: KVStore) -> Fate:
         _, slot = tiers_.expired(tier, token.pos + 1, token.window)
         return high, tiers_.put(tier, slot[..., None], Slots(k, v, lost.pos), where[..., None])
 
-    return Fate(step, prompt, low=low)
+    return EvictionAction(step, prompt, low=low)
 
 
 @functools.cache
-def merge(beta: float, weights: Literal["paper", "scatter_mean"]) -> Fate:
+def merge(beta: float, weights: Literal["paper", "scatter_mean"]) -> EvictionAction:
     """A victim is merged into the kept token with the most similar key if it is similar enough, else dropped.
 
     With u the cosine of two cached keys and m the victim's largest, a victim merges if m reaches the row's threshold:
@@ -116,7 +116,7 @@ def merge(beta: float, weights: Literal["paper", "scatter_mean"]) -> Fate:
         total = own + weight if weights == "paper" else own + count
         return ((own * kept.astype(jnp.float32) + added) / total[..., None]).astype(kept.dtype)
 
-    def prompt(found: Losers, kept: Slots, tiers: Tiers, stores: Stores) -> tuple[Slots, Tiers]:
+    def prompt(found: Evicted, kept: Slots, tiers: Tiers, stores: Stores) -> tuple[Slots, Tiers]:
         (tier,) = tiers
         gone, row = found.gone, _row(found.filled)
         similarity, target = _nearest(found.k, kept.k, jnp.arange(found.best.shape[-1]) < found.filled[..., None])
@@ -143,7 +143,7 @@ def merge(beta: float, weights: Literal["paper", "scatter_mean"]) -> Fate:
         tier = tiers_.put(tier, target, into._replace(k=k, v=v), merged[..., None])
         return (tier._replace(calib=tier.calib | {"threshold": jnp.where(where, threshold, before)}),)
 
-    return Fate(step, prompt, lambda rows: {"threshold": jnp.full(rows, jnp.nan, jnp.float32)})
+    return EvictionAction(step, prompt, lambda rows: {"threshold": jnp.full(rows, jnp.nan, jnp.float32)})
 
 
 def _nearest_slot(

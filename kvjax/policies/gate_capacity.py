@@ -33,7 +33,7 @@ from kvjax.cache.tier import Tier
 from kvjax.errors import InputError
 from kvjax.parallel import mesh
 from kvjax.parallel.collectives import HEADS
-from kvjax.policies.base import Found
+from kvjax.policies.base import PrefillOutput
 from kvjax.policies.budgets.apportion import choose_best
 from kvjax.policies.budgets.budget import Amounts, Budget, Keep, everything, parse_keep, share
 from kvjax.spec import GateSpec, Lengths, ModelSpec, readable
@@ -118,8 +118,8 @@ def init(
       elsewhere: slots of each row that are counted but lie in another tier.
       calib: the policy's own state, every leaf `[L B K ...]`.
 
-    The pool is for the prompt; `fit` makes it smaller. A sequence's prompt leaves the new tokens half of the slots that
-    would be theirs if all tokens had as many; a layer leaves every later one half of an even share.
+    The pool is for the prompt; `shrink_pool` makes it smaller. A sequence's prompt leaves the new tokens half of the
+    slots that would be theirs if all tokens had as many; a layer leaves every later one half of an even share.
     """
     shape = (len(layers.index), len(lengths.prompt), spec.num_rows)
     prompt, rows = readable(np.asarray(lengths.prompt, np.int64), layers.window), shape[0] * shape[2]
@@ -183,10 +183,10 @@ def refuse(
     return asks & ~jnp.moveaxis(granted, 0, 2)
 
 
-def found(tier: Tier, filled: Int[Array, "B K"]) -> Found:
+def found(tier: Tier, filled: Int[Array, "B K"]) -> PrefillOutput:
     """What a layer's prompt leaves to the next layer, when its rows have filled so many slots."""
     left = tier.budget[:, :1] - filled.sum(axis=-1, keepdims=True)
-    return Found(jnp.broadcast_to(left + tier.calib["floor"], filled.shape))
+    return PrefillOutput(jnp.broadcast_to(left + tier.calib["floor"], filled.shape))
 
 
 def hand_on(
@@ -201,8 +201,8 @@ def hand_on(
     return jnp.where((jnp.arange(len(infos)) >= seen)[:, None, None], following, LARGEST)
 
 
-def fit(tiers: Tiers, length: Int[Array, " B"], amounts: Amounts) -> tuple[Tiers, tuple[int, ...]]:
-    """The room that sequences need once their prompts have been read, and the pages for it; see `CachePolicy.fit`.
+def shrink_pool(tiers: Tiers, length: Int[Array, " B"], amounts: Amounts) -> tuple[Tiers, tuple[int, ...]]:
+    """The room that sequences need once their prompts have been read, and the pages for it: `CachePolicy.shrink_pool`.
 
     Args:
       tiers: of all layers; where there is a second one, it holds one slot per row.
@@ -232,7 +232,7 @@ def fit(tiers: Tiers, length: Int[Array, " B"], amounts: Amounts) -> tuple[Tiers
 @functools.cache
 def budget() -> Budget:
     """Slots that only the model knows, at most all; a prompt's layers share them one after the other."""
-    return Budget(everything().slots, allocate=hand_on, every=1)
+    return Budget(everything().slots, allocate=hand_on, update_interval=1)
 
 
 def grant(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:

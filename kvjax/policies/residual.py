@@ -24,7 +24,7 @@ from kvjax.cache import tier as tiers_
 from kvjax.cache.layout import Layers, Tiers
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots, Tier
-from kvjax.policies.base import CachePolicy, Found
+from kvjax.policies.base import CachePolicy, PrefillOutput
 from kvjax.policies.budgets.budget import Amounts, everything
 from kvjax.policies.ring import latest
 from kvjax.spec import Lengths, ModelSpec, Prompt, Token
@@ -69,7 +69,7 @@ def residual(store: KVStore) -> CachePolicy:
         slots = math.prod(shape.values()) // lengths.parts * -(-row // page) * page
         return low, sized(row=row, page=page, slots=slots, store=KVStore())
 
-    def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:
+    def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, PrefillOutput]:
         low, ring = tiers
         rows, length = low.length.shape, prompt.length[:, None]
         pad = ((0, 0), (0, 0), (0, -prompt.key.shape[1] % group), (0, 0))
@@ -95,7 +95,7 @@ def residual(store: KVStore) -> CachePolicy:
         keys = jnp.where((at < encoded[:, None])[..., None], decoded, take(k))
         place = jnp.broadcast_to(jnp.arange(ring_size), at.shape)
         ring = tiers_.reserve(ring, jnp.broadcast_to(jnp.minimum(length, ring_size), rows), ring_size)
-        return (low, tiers_.put(ring, place, Slots(keys, take(v), at), at >= 0)), Found()
+        return (low, tiers_.put(ring, place, Slots(keys, take(v), at), at >= 0)), PrefillOutput()
 
     def _seen(low: Tier, ring: Tier) -> Int[Array, "*L B K"]:
         """Tokens that rows have been given."""

@@ -11,7 +11,7 @@ from kvjax.cache import tier as tiers_
 from kvjax.cache.layout import Layers, Tiers
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots
-from kvjax.policies.base import CachePolicy, Found
+from kvjax.policies.base import CachePolicy, PrefillOutput
 from kvjax.policies.budgets.budget import Amounts, everything
 from kvjax.policies.residual import residual
 from kvjax.policies.ring import latest
@@ -46,7 +46,7 @@ def rolling(store: KVStore, window: int) -> CachePolicy:
         slots = min(pages.ladder(held(rows), *everything().ladder), held(np.full_like(rows, row)))
         return (sized(row=row, page=page, slots=slots, store=store, dtype=dtype),)
 
-    def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:
+    def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, PrefillOutput]:
         (tier,) = tiers
         rows, length = tier.length.shape, prompt.length[:, None]
         n = min(prompt.key.shape[1], tier.capacity, window)
@@ -56,7 +56,7 @@ def rolling(store: KVStore, window: int) -> CachePolicy:
         k, v = store.encode(take(prompt.key), take(prompt.value), ())
         filled = jnp.broadcast_to(jnp.minimum(length, n), rows)
         pos = jnp.broadcast_to(pos[:, None], (*rows, n))
-        return (tiers_.fill(tiers_.reserve(tier, filled, n), Slots(k, v, pos), filled),), Found()
+        return (tiers_.fill(tiers_.reserve(tier, filled, n), Slots(k, v, pos), filled),), PrefillOutput()
 
     def insert(tiers: Tiers, token: Token) -> Tiers:
         (tier,) = tiers

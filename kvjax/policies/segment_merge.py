@@ -28,7 +28,7 @@ from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots, Tier
 from kvjax.models import rope
 from kvjax.policies import gate_capacity
-from kvjax.policies.base import CachePolicy, Found, Revised
+from kvjax.policies.base import CachePolicy, PrefillOutput, RewrittenPrompt
 from kvjax.policies.budgets.budget import Amounts
 from kvjax.policies.ring import latest
 from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, Token
@@ -82,7 +82,7 @@ def accumulate(store: KVStore) -> CachePolicy:
             **size, row=1, page=1, slots=slots, widths=layers.widths, store=KVStore(), dtype=dtype
         )
 
-    def revise(
+    def rewrite_prompt(
         tiers: Tiers,
         k: Array,
         v: Array,
@@ -90,7 +90,7 @@ def accumulate(store: KVStore) -> CachePolicy:
         length: Int[Array, " B"],
         window: int | None,
         kernels: Implementation | None,
-    ) -> Revised:
+    ) -> RewrittenPrompt:
         (tier, *_), pos = tiers, jnp.arange(k.shape[1])[:, None]
         real = pos < length[:, None, None]
         asks = (pos > 0) & real & ~(gate.logit > 0)
@@ -106,10 +106,10 @@ def accumulate(store: KVStore) -> CachePolicy:
         start = jnp.max(jnp.where(begins, pos, 0), axis=1)
         summed = _sums(k, v, gate.weight, length, start, memory)
         state = {"segment": length[:, None] - start, "forced": forced.sum(axis=1, dtype=jnp.int32), **summed}
-        return Revised(k_mean, v_mean, jnp.moveaxis(until, 1, 2), Segments(begins, real & ~following, state))
+        return RewrittenPrompt(k_mean, v_mean, jnp.moveaxis(until, 1, 2), Segments(begins, real & ~following, state))
 
-    def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:
-        (tier, *top), segments = tiers, prompt.revised
+    def prefill(tiers: Tiers, prompt: Prompt) -> tuple[Tiers, PrefillOutput]:
+        (tier, *top), segments = tiers, prompt.rewritten
         assert isinstance(segments, Segments)
         ends = jnp.moveaxis(segments.ends & prompt.alive()[..., None], 1, 2)
         k, v = (jnp.moveaxis(x, 2, 1) for x in (prompt.key, prompt.value))
@@ -118,7 +118,7 @@ def accumulate(store: KVStore) -> CachePolicy:
         filled = count - int(apart)
         state = segments.state if prompt.window is None else segments.state | {"open": count - 1}
         tier = tiers_.reserve(tier._replace(budget=filled, calib=tier.calib | state), filled, k.shape[2])
-        k_mean, v_mean, pos = tiers_.marked(ends, k, v)
+        k_mean, v_mean, pos = tiers_.gather_masked(ends, k, v)
         tier = tiers_.fill(tier, Slots(*store.encode(k_mean, v_mean, ()), pos), filled)
         if apart:
             last = jnp.broadcast_to((prompt.length - 1)[:, None, None], (*count.shape, 1))
@@ -161,8 +161,8 @@ def accumulate(store: KVStore) -> CachePolicy:
         prefill,
         insert,
         reserve=gate_capacity.grant,
-        fit=gate_capacity.fit,
-        revise=revise,
+        shrink_pool=gate_capacity.shrink_pool,
+        rewrite_prompt=rewrite_prompt,
         budget=gate_capacity.budget(),
     )
 

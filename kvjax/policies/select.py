@@ -20,9 +20,9 @@ from kvjax.cache.tier import Slots, Tier
 from kvjax.errors import InputError
 from kvjax.parallel import collectives, mesh
 from kvjax.parallel.collectives import HEADS
-from kvjax.policies.base import CachePolicy, Found, append_room
+from kvjax.policies.base import CachePolicy, PrefillOutput, append_room
 from kvjax.policies.budgets.budget import Amounts, Budget, check, room, times, tokens_of
-from kvjax.policies.eviction import Fate, Losers, drop
+from kvjax.policies.eviction import Evicted, EvictionAction, drop
 from kvjax.policies.rolling import rolling
 from kvjax.policies.score import Score
 from kvjax.spec import Lengths, ModelSpec, Prompt, Token, readable
@@ -56,14 +56,14 @@ class Selection(NamedTuple):
     budget: Budget
     store: KVStore
     evict: Literal["never", "before", "after"]
-    fate: Fate
+    action: EvictionAction
     by_place: bool
     bounded: bool
 
     @property
     def stores(self) -> tuple[KVStore, ...]:
         """Number format of each tier."""
-        return (self.store,) if self.fate.low is None else (self.store, self.fate.low)
+        return (self.store,) if self.action.low is None else (self.store, self.action.low)
 
     @property
     def spare(self) -> int:
@@ -88,7 +88,7 @@ def retain(
     *,
     store: KVStore = DENSE,
     evict: Literal["never", "before", "after"],
-    fate: Fate = drop,
+    action: EvictionAction = drop,
     by_place: bool = False,
     bounded: bool = False,
 ) -> CachePolicy:
@@ -100,16 +100,16 @@ def retain(
       store: number format of what is kept.
       evict: during decoding, evict the worst token of a full row `before` the new one is inserted, `after` attention
         has seen the new one, or `never` (generated tokens are appended).
-      fate: what happens to tokens that are not kept.
+      action: what happens to tokens that are not kept.
       by_place: a sliding window counts places in the row, not positions: no token leaves it.
       bounded: `Amounts.decoding` is given: tokens are evicted while decoding too, `evict="never"` means `after`.
 
     Where the budget grows with the sequence, so do the rows. With a budget that is allocated after several layers, a
-    layer's best candidates wait: as many as a row may ever be given, all of them where the fate needs what is not kept.
+    layer's best candidates wait: as many as a row may ever be given, all where the action needs what is not kept.
 
     Cost: at prefill one top-k over T scores per row; per step 8 bytes per slot when a statistic is kept.
     """
-    how = Selection(score, budget, store, "after" if bounded and evict == "never" else evict, fate, by_place, bounded)
+    how = Selection(score, budget, store, "after" if bounded and evict == "never" else evict, action, by_place, bounded)
     _check(how)
     part = lambda function: functools.partial(function, how)
     return CachePolicy(
@@ -119,8 +119,8 @@ def retain(
         part(_insert),
         None if score.observe is None else part(_observe),
         part(_reserve),
-        None if budget.allocate is None else part(_settle),
-        part(_fit) if budget.by_head else None,
+        None if budget.allocate is None else part(_write_selected),
+        part(_shrink_pool) if budget.by_head else None,
         budget=budget,
         windowed=functools.partial(rolling, store) if how.keeps_all else None,
     )
@@ -130,13 +130,13 @@ def _check(how: Selection) -> None:
     """Raise `InputError` for choices that contradict each other."""
     if how.store.key.run > 1:
         raise InputError("kivi quantises keys that follow each other: it needs a method that keeps all tokens (full)")
-    if how.fate.prompt is not None and how.budget.every is not None:
+    if how.action.prompt is not None and how.budget.update_interval is not None:
         raise InputError("merging and demoting need one decision after the last layer: give the budget every=0")
-    if how.evict == "before" and how.fate.step is not None:
+    if how.evict == "before" and how.action.step is not None:
         raise InputError("a token that leaves before attention is forgotten: merge or demote after it")
-    if how.fate.prompt is not None and how.keeps_all:
+    if how.action.prompt is not None and how.keeps_all:
         raise InputError("a score that selects nothing leaves nothing to merge or demote")
-    if how.fate.prompt is not None and how.fate.low is None and how.store.balanced:
+    if how.action.prompt is not None and how.action.low is None and how.store.balanced:
         raise InputError("keys are merged as they are: the store must not be balanced")
     if how.evict == "after" and how.score.observe is None:
         raise InputError("this score does not learn from attention: it cannot evict while decoding")
@@ -202,16 +202,16 @@ def _init(
     rows = np.max([each.most for each in found], axis=0)
     page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder), lengths.platform)
     longest = rows  # only the width of the tables depends on it: no new shape for every prompt length
-    if budget.most is not None:
+    if budget.max_slots is not None:
         padded, new = readable(lengths.padded, layers.window), max(new for _, new in lengths.extremes())
-        most = np.asarray(budget.most(more.keep, layers.peers, every_head, padded) + room(more, padded))
+        most = np.asarray(budget.max_slots(more.keep, layers.peers, every_head, padded) + room(more, padded))
         longest = np.asarray(_filled(how, layers, most, padded, new, bool(_full(how, layers).any())))
     row = int(within(layers, np.asarray(pages.ladder(int(longest.max()), *budget.ladder))))
 
     def pool(rows: np.ndarray, page: int, longest: np.ndarray | int) -> int:
         """Slots for all rows; rows that share theirs may each have a page that holds one slot only."""
-        needed = -(-rows // page) * page if budget.most is None else rows + page - 1
-        if how.apart:  # until `fit`, for whichever heads are given most
+        needed = -(-rows // page) * page if budget.max_slots is None else rows + page - 1
+        if how.apart:  # until `shrink_pool`, for whichever heads are given most
             needed = np.minimum(rows * (every_head // heads), longest) + page - 1
         return pages.ladder(heads * lengths.most(needed) // page * page, *budget.ladder)
 
@@ -234,21 +234,21 @@ def _init(
         store=how.store,
         positions=not how.keeps_all,
         scores=how.score.observe is not None,
-        calib=how.fate.init(shape) | balance(how.store) | state,
+        calib=how.action.init(shape) | balance(how.store) | state,
     )
     tier = tier._replace(budget=spread(sizes(how, layers, amounts, prompt, lengths.new).given[..., None]))
-    if how.fate.low is None:
+    if how.action.low is None:
         return (tier,)
     # Of a row, as a mean over layers and heads; where rows share, one may be given nothing that others want.
     left = np.max([sizes(how, layers, less, *each).left for each in lengths.extremes()], axis=0)
     page = pages.page_size(pages.ladder(int(left.max()), *budget.ladder), lengths.platform)
     total = max(int(within(layers, prompt + new).max()) for prompt, new in lengths.extremes())
-    row = pages.ladder(int(left.max()) if budget.most is None else total, *budget.ladder)
-    low = sized(row=row, page=page, slots=pool(left, page, row), store=how.fate.low, calib=balance(how.fate.low))
+    row = pages.ladder(int(left.max()) if budget.max_slots is None else total, *budget.ladder)
+    low = sized(row=row, page=page, slots=pool(left, page, row), store=how.action.low, calib=balance(how.action.low))
     return tier, low
 
 
-def _prefill(how: Selection, tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found]:
+def _prefill(how: Selection, tiers: Tiers, prompt: Prompt) -> tuple[Tiers, PrefillOutput]:
     score, budget = how.score, how.budget
     if any(store.balanced for store in how.stores):
         balance = channel_balance(prompt)
@@ -259,7 +259,7 @@ def _prefill(how: Selection, tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found
     slots = tiers[0].budget[:, 0]
     slots = slots if prompt.window is None else jnp.minimum(slots, prompt.window)
     if score.prompt is None:
-        return (_fill_in_order(tiers[0], prompt, slots, how.store),), Found()
+        return (_fill_in_order(tiers[0], prompt, slots, how.store),), PrefillOutput()
     found = _candidates(prompt, score.prompt(prompt))
     if prompt.window is not None:
         seen = readable(found.length, prompt.window)
@@ -269,14 +269,14 @@ def _prefill(how: Selection, tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Found
         rows = jnp.broadcast_to(slots[:, None], found.length.shape)
         if budget.split is not None:
             rows = budget.split(open_, slots, readable(prompt.length, prompt.window))
-        return _settle(how, tiers, found, rows, prompt.kernels), Found()
+        return _write_selected(how, tiers, found, rows, prompt.kernels), PrefillOutput()
     info = open_ if budget.measure is None else budget.measure(prompt, open_)
-    if how.fate.prompt is None and budget.most is not None:
+    if how.action.prompt is None and budget.max_slots is not None:
         found = _shortlist(score, found, tiers[0].capacity, prompt.kernels)
-    return tiers, Found(info, found)
+    return tiers, PrefillOutput(info, found)
 
 
-def _settle(
+def _write_selected(
     how: Selection, tiers: Tiers, found: Candidates, rows: Int[Array, "B K"], kernels: Implementation | None
 ) -> Tiers:
     (tier, *_) = tiers
@@ -284,9 +284,9 @@ def _settle(
     filled = jnp.minimum(rows, found.count)
     best = _best(how.score, found, rows, filled, n, kernels)
     kept = Slots(best.k, best.v, best.pos, best.stat)
-    if how.fate.prompt is not None:
-        losers = Losers(found.k, found.v, found.pos, best.index, filled, found.count)
-        kept, tiers = how.fate.prompt(losers, kept, tiers, how.stores)
+    if how.action.prompt is not None:
+        losers = Evicted(found.k, found.v, found.pos, best.index, filled, found.count)
+        kept, tiers = how.action.prompt(losers, kept, tiers, how.stores)
     (tier, *rest) = tiers
     k, v = how.store.encode(kept.k, kept.v, tier.calib)
     kept = kept._replace(k=k, v=v)
@@ -301,7 +301,9 @@ def _reserve(how: Selection, tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
     return (tiers_.reserve(tier, jnp.where(active[:, None], slots, 0), 1), *append_room(tuple(rest), active))
 
 
-def _fit(how: Selection, tiers: Tiers, length: Int[Array, " B"], amounts: Amounts) -> tuple[Tiers, tuple[int, ...]]:
+def _shrink_pool(
+    how: Selection, tiers: Tiers, length: Int[Array, " B"], amounts: Amounts
+) -> tuple[Tiers, tuple[int, ...]]:
     """Pools for the device whose heads were given most."""
     if "new" not in tiers[0].calib:  # one device has the heads, and their slots add up
         return tiers, tuple(tier.free.shape[0] for tier in tiers)
@@ -345,7 +347,7 @@ def _observe(how: Selection, tiers: Tiers, token: Token, probs: tuple[Array, ...
         gone, slot = tiers_.expired(tier, token.pos + 1, token.window)
         victim, removed, over = jnp.where(gone, slot, victim), over | (active & gone), over & ~gone
     tier, lost = tiers_.remove(tier, victim, removed)
-    return (tier, *rest) if how.fate.step is None else how.fate.step((tier, *rest), lost, over, how.stores, token)
+    return (tier, *rest) if how.action.step is None else how.action.step((tier, *rest), lost, over, how.stores, token)
 
 
 def _fill_in_order(tier: Tier, prompt: Prompt, slots: Int[Array, " B"], store: KVStore) -> Tier:

@@ -8,13 +8,15 @@ import jax
 from pallas_kernels import tuning
 from pallas_kernels.codes import groups_of
 from pallas_kernels.decode_attention import reference
-from pallas_kernels.decode_attention.reference import EMPTY, Expand, Part, Partial, merge, probabilities
+from pallas_kernels.decode_attention.reference import EMPTY, KeyExpansion, PagedKV, Partial, merge, probabilities
 from pallas_kernels.implementation import Implementation, resolve
 
-__all__ = ["EMPTY", "Expand", "Part", "Partial", "decode_attention", "merge", "probabilities"]
+__all__ = ["EMPTY", "KeyExpansion", "PagedKV", "Partial", "decode_attention", "merge", "probabilities"]
 
 
-def decode_attention(parts: Sequence[Part], *, implementation: Implementation | None = None, **options: Any) -> Partial:
+def decode_attention(
+    parts: Sequence[PagedKV], *, implementation: Implementation | None = None, **options: Any
+) -> Partial:
     """Attention of one query per row over all parts of the row: the arguments of `reference.decode_attention`.
 
     Without `block` it is that of `pallas_kernels.tuning`, where one was measured.
@@ -37,7 +39,7 @@ def decode_attention(parts: Sequence[Part], *, implementation: Implementation | 
     return gpu.decode_attention(parts, interpret=chosen == "interpret", **options)
 
 
-def _shape(parts: Sequence[Part]) -> tuning.Shape:
+def _shape(parts: Sequence[PagedKV]) -> tuning.Shape:
     """What the best block depends on."""
     first = parts[0]
     page, (b, heads, group, width) = jax.tree.leaves(first.k)[0].shape[1], first.q.shape

@@ -28,7 +28,7 @@ from pallas_kernels.codes import assemble, to_numbers, whole
 from pallas_kernels.decode_attention import gpu_expand
 from pallas_kernels.decode_attention.formats import Format, format_of
 from pallas_kernels.decode_attention.gpu_block import Block, bias_of, dot, spread
-from pallas_kernels.decode_attention.reference import EMPTY, Expand, Part, Partial, merge
+from pallas_kernels.decode_attention.reference import EMPTY, KeyExpansion, PagedKV, Partial, merge
 from pallas_kernels.soft_cap import soft_cap
 
 LOG2E = math.log2(math.e)
@@ -39,13 +39,13 @@ SMALL_PAGE = 64  # slots: rows of smaller pages are gathered slot by slot
 
 
 def decode_attention(
-    parts: Sequence[Part],
+    parts: Sequence[PagedKV],
     *,
     scale: float,
     after: Int[Array, "B K"] | None = None,
     cap: float | None = None,
     place: Callable[[Int[Array, "B K S"]], Int[Array, "B K S"]] | None = None,
-    expand: Expand | None = None,
+    expand: KeyExpansion | None = None,
     with_logits: bool = False,
     block: int | None = None,
     splits: int | None = None,
@@ -107,7 +107,7 @@ class _Plan(NamedTuple):
     steps: int  # that read a full row
 
 
-def _plan(part: Part, block: int | None, expand: Expand | None) -> _Plan:
+def _plan(part: PagedKV, block: int | None, expand: KeyExpansion | None) -> _Plan:
     # Halves of keys that are rotated as they lie are in different pieces.
     turned = expand is not None and expand.up is None
     widest = min(WIDEST, part.q.shape[-1] // 2) if turned else WIDEST
@@ -126,7 +126,7 @@ def _plan(part: Part, block: int | None, expand: Expand | None) -> _Plan:
     return _Plan(key, value, part.page, block, pl.cdiv(part.capacity, block))
 
 
-def _places(part: Part, plan: _Plan, place: Callable[[Array], Array]) -> Int[Array, "rows slots"]:
+def _places(part: PagedKV, plan: _Plan, place: Callable[[Array], Array]) -> Int[Array, "rows slots"]:
     """Of a row's slots, padded to whole steps."""
     found = part.places(place).reshape(-1, part.capacity)
     return jnp.pad(found, ((0, 0), (0, plan.steps * plan.block - part.capacity)))
@@ -158,7 +158,7 @@ def _results(plan: _Plan, rows: int, splits: int, lanes: int, logits: bool) -> d
     return shapes | ({"logits": slots} if logits else {})
 
 
-def _partial(part: Part, plan: _Plan, found: dict[str, Array]) -> Partial:
+def _partial(part: PagedKV, plan: _Plan, found: dict[str, Array]) -> Partial:
     """What the splits of a part's rows found, merged."""
     (b, heads, g), value = part.q.shape[:3], plan.value
     o, zero, l, m = (found[name][..., :g] for name in ("o", "zero", "l", "m"))

@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.codes import Piece, whole
 from pallas_kernels.decode_attention.formats import Format
 from pallas_kernels.decode_attention.gpu_block import Block, bias_of, dot, spread
-from pallas_kernels.decode_attention.reference import Expand
+from pallas_kernels.decode_attention.reference import KeyExpansion
 
 SLOTS = 64  # of a step: the halves of a head's keys are kept in registers beside the sums of values
 MOST = 8192  # sums of values beside which registers hold coded latents
@@ -25,7 +25,7 @@ WARPS = 8  # whose registers hold the sums of wide values of many query heads
 TURN = (6.28125, 1.93500518798828125e-3, 3.0199159819565e-7)  # 2 pi in parts
 
 
-def check(expand: Expand, key: Format, value: Format, lanes: int) -> None:
+def check(expand: KeyExpansion, key: Format, value: Format, lanes: int) -> None:
     """Raise `NotImplementedError` for what the kernel cannot do."""
     half = expand.rotation.frequency.shape[-1]
     if expand.norm is not None:
@@ -44,7 +44,7 @@ def check(expand: Expand, key: Format, value: Format, lanes: int) -> None:
         raise NotImplementedError("keys per channel that are rotated when they are read are for xla only")
 
 
-def stages(expand: Expand, keys: Sequence[Format]) -> int:
+def stages(expand: KeyExpansion, keys: Sequence[Format]) -> int:
     """Of the pipeline: shared memory does not hold the factors of all pieces of coded latents twice."""
     return 1 if expand.up is not None and any(key.groups for key in keys) else 2
 
@@ -54,7 +54,7 @@ def chunk(rank: int) -> int:
     return min(64, rank & -rank)
 
 
-def operands(expand: Expand, rows: tuple[int, ...]) -> dict[str, Any]:
+def operands(expand: KeyExpansion, rows: tuple[int, ...]) -> dict[str, Any]:
     """What the kernel reads beside a part."""
     frequency = expand.rotation.frequency
     frequency = jnp.broadcast_to(frequency, (*rows, frequency.shape[-1])).reshape(-1, frequency.shape[-1])

@@ -23,7 +23,7 @@ from pallas_kernels.soft_cap import soft_cap
 EMPTY = -1e30  # the logit of a slot that is not there; finite, so that differences of two of them are not NaN
 
 
-class Part(NamedTuple):
+class PagedKV(NamedTuple):
     """Slots of rows that are kept in one number format: a tier of a cache.
 
     Attributes:
@@ -68,7 +68,7 @@ class Part(NamedTuple):
         return place(slot if self.pos is None else self.pos.at[self.table].get(mode="clip").reshape(slot.shape))
 
 
-class Expand(NamedTuple):
+class KeyExpansion(NamedTuple):
     """How cached vectors become keys: latents are expanded to the keys of their heads, which then are rotated.
 
     Attributes:
@@ -106,7 +106,7 @@ class Partial(NamedTuple):
     logits: tuple[Float[Array, "B K G S"], ...] = ()  # of each part; EMPTY where a slot is empty or out of the window
 
 
-def decode_attention(parts: Sequence[Part], *, with_logits: bool = False, **options: Any) -> Partial:
+def decode_attention(parts: Sequence[PagedKV], *, with_logits: bool = False, **options: Any) -> Partial:
     """Attention of one query per row over the first `length` slots of each part of the row, all parts together.
 
     Args:
@@ -123,13 +123,13 @@ def decode_attention(parts: Sequence[Part], *, with_logits: bool = False, **opti
 
 
 def attend(
-    part: Part,
+    part: PagedKV,
     *,
     scale: float,
     after: Int[Array, "B K"] | None = None,
     cap: float | None = None,
     place: Callable[[Int[Array, "B K s"]], Int[Array, "B K s"]] | None = None,
-    expand: Expand | None = None,
+    expand: KeyExpansion | None = None,
     block: int = 512,
     with_logits: bool = False,
 ) -> Partial:
@@ -195,7 +195,7 @@ def _slots(pages: Any) -> Any:
 
 
 def _scores(
-    q: Float[Array, "B K G H"], codes: Any, decode: Any, expand: Expand | None, where: Int[Array, "B K s"]
+    q: Float[Array, "B K G H"], codes: Any, decode: Any, expand: KeyExpansion | None, where: Int[Array, "B K s"]
 ) -> Float[Array, "B K G s"]:
     """Products of queries and the keys of pages."""
     if expand is not None:

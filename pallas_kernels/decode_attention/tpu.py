@@ -33,7 +33,7 @@ from jaxtyping import Float, Int
 from pallas_kernels.codes import Piece, assemble, to_numbers
 from pallas_kernels.decode_attention import tpu_expand, tpu_runs
 from pallas_kernels.decode_attention.formats import Format, format_of
-from pallas_kernels.decode_attention.reference import EMPTY, Expand, Part, Partial, merge
+from pallas_kernels.decode_attention.reference import EMPTY, KeyExpansion, PagedKV, Partial, merge
 from pallas_kernels.decode_attention.tpu_page import Page, affine, dot, lines
 from pallas_kernels.pools import lies_across
 from pallas_kernels.soft_cap import soft_cap
@@ -46,13 +46,13 @@ SMEM = 768 << 10  # bytes that tables may use
 
 
 def decode_attention(
-    parts: Sequence[Part],
+    parts: Sequence[PagedKV],
     *,
     scale: float,
     after: Int[Array, "B K"] | None = None,
     cap: float | None = None,
     place: Callable[[Int[Array, "B K S"]], Int[Array, "B K S"]] | None = None,
-    expand: Expand | None = None,
+    expand: KeyExpansion | None = None,
     with_logits: bool = False,
     block: int | None = None,
     interpret: Any = False,
@@ -146,13 +146,13 @@ class _Plan(NamedTuple):
         return [line.piece for line in lines(self.value.pieces, self.across[1])]
 
 
-def _pools(part: Part, windowed: bool) -> tuple:
+def _pools(part: PagedKV, windowed: bool) -> tuple:
     """Keys, values and positions as the kernel's pages are cut from them."""
     turned = lambda pool: jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2) if lies_across(x) else x, pool)
     return turned(part.k), turned(part.v), part.pos[:, None] if windowed and part.pos is not None else None
 
 
-def _plan(part: Part, pools: tuple, block: int, logits: bool) -> _Plan:
+def _plan(part: PagedKV, pools: tuple, block: int, logits: bool) -> _Plan:
     key = format_of("keys", part.decode_key, part.k, part.q.dtype)
     value = format_of("values", part.decode_value, part.v, part.q.dtype)
     if value.run:
@@ -171,7 +171,7 @@ def _of_row(each: int, *shape: int) -> pl.BlockSpec:
 
 
 def _beside(
-    part: Part, plan: _Plan, place: Callable[[Array], Array] | None, expand: Expand | None, of_row: Callable
+    part: PagedKV, plan: _Plan, place: Callable[[Array], Array] | None, expand: KeyExpansion | None, of_row: Callable
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a part's pages are read with, and how: queries, places, what keys are expanded by."""
     heads = part.q.shape[1]
@@ -201,7 +201,7 @@ def _results(plan: _Plan, g: int) -> list[tuple[int, ...]]:
     return [*found, (g, plan.steps * plan.block)] if plan.logits else found
 
 
-def _partial(part: Part, plan: _Plan, found: Iterable[Array]) -> Partial:
+def _partial(part: PagedKV, plan: _Plan, found: Iterable[Array]) -> Partial:
     """A part's results, of what was written."""
     sums, *logits = found
     o = assemble(plan.pieces, [sums[:, i, :, : p.width] for i, p in enumerate(plan.pieces)])

@@ -13,14 +13,14 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.codes import to_groups
 from pallas_kernels.decode_attention.formats import Format
-from pallas_kernels.decode_attention.reference import Expand
+from pallas_kernels.decode_attention.reference import KeyExpansion
 from pallas_kernels.decode_attention.tpu_page import Page, dot
 
 SLOTS = 512  # of a step: the products of one page are many
 SUBLANES = 16  # rows of a register of 16-bit numbers
 
 
-def operands(expand: Expand, key: Format) -> dict[str, Any]:
+def operands(expand: KeyExpansion, key: Format) -> dict[str, Any]:
     """What the kernel reads beside a part, every leaf `[K ...]` but the frequencies `[#B #K half 1]`."""
     half = expand.rotation.frequency.shape[-1]
     if expand.norm is not None:

@@ -53,7 +53,7 @@ def per_head(budget: Budget, floor: float) -> Budget:
         slots = np.max([budget.slots(keep, i, num_layers, length) for i in range(num_layers)], axis=0)
         return np.maximum(np.minimum(_times(slots, Fraction(num_heads)), length), slots)
 
-    return budget._replace(split=split, most=most, by_head=True)
+    return budget._replace(split=split, max_slots=most, by_head=True)
 
 
 @functools.cache
@@ -125,8 +125,8 @@ def from_scores(
     return Budget(
         slots=lambda keep, layer, num_layers, length: tokens_of(keep, length),
         allocate=allocate,
-        every=every or None,
-        most=most,
+        update_interval=every or None,
+        max_slots=most,
         by_head=ada,
     )
 
@@ -216,8 +216,8 @@ def from_variance(*, least: int, rule: LayerRule, full_layers: tuple[int, ...] =
         slots=lambda keep, layer, num_layers, length: tokens_of(keep, length),
         allocate=allocate,
         measure=measure,
-        most=most,
-        whole=bool(full_layers),
+        max_slots=most,
+        needs_one_pool=bool(full_layers),
         full=places,
         check=check,
     )

@@ -44,11 +44,11 @@ class Budget(NamedTuple):
         share a pool, `slots` each as a mean, from what `prefill` returned for the `seen` first of them (zeros for the
         others); rows hold at most `held` by now. None = `slots` is final.
       measure: `(prompt, statistic [B K T]) -> info [B K ...]` for `allocate`; None = the statistic.
-      every: call `allocate` after every so many layers, to bound the peak; None = once, after the last layer.
+      update_interval: call `allocate` after every so many layers, to bound the peak; None = once, after the last layer.
       grows: while decoding a row may fill the amount's share of all tokens so far, where that is more.
-      most: `(keep, num_layers, K, prompt length) -> slots` that any row may be given; None = `slots`.
+      max_slots: `(keep, num_layers, K, prompt length) -> slots` that any row may be given; None = `slots`.
       by_head: the heads of a layer may be given different numbers of slots.
-      whole: `allocate` needs all layers of a model in one pool, as those of equal cached widths are.
+      needs_one_pool: `allocate` needs all layers of a model in one pool, as those of equal cached widths are.
       full: `num_layers -> layers` whose rows keep every token, generated ones too; `allocate` gives them `LARGEST`.
       check: `(keep, num_layers, prompt length)` raises `InputError` for a prompt that the budget cannot serve.
       ladder: rungs per power of two and smallest step of the cache's shapes (see `pages.ladder`).
@@ -61,11 +61,11 @@ class Budget(NamedTuple):
     split: Callable[[Array, Array, Array], Int[Array, "B K"]] | None = None
     allocate: Callable[..., Int[Array, "L B K"]] | None = None
     measure: Callable[[Prompt, Array], PyTree] | None = None
-    every: int | None = None
+    update_interval: int | None = None
     grows: bool = False
-    most: Callable[..., Int[np.ndarray, "*b"]] | None = None
+    max_slots: Callable[..., Int[np.ndarray, "*b"]] | None = None
     by_head: bool = False
-    whole: bool = False
+    needs_one_pool: bool = False
     full: Callable[[int], Sequence[int]] = lambda num_layers: ()
     check: Callable[[int | Fraction, int, int], None] = lambda keep, num_layers, length: None
     ladder: tuple[int, int] = (32, 8)
