@@ -27,8 +27,9 @@ from jaxtyping import Int
 from pallas_kernels.codes import assemble, to_numbers, whole
 from pallas_kernels.decode_attention import gpu_expand
 from pallas_kernels.decode_attention.formats import Format, format_of
-from pallas_kernels.decode_attention.gpu_block import Block, bias_of, dot, spread
+from pallas_kernels.decode_attention.gpu_block import Block, bias_of, spread
 from pallas_kernels.decode_attention.reference import EMPTY, KeyExpansion, PagedKV, Partial, merge
+from pallas_kernels.product import dot
 from pallas_kernels.soft_cap import soft_cap
 
 LOG2E = math.log2(math.e)

@@ -61,13 +61,6 @@ class Block:
         return plt.load(pool.at[self._page, self._offset], mask=self._filled, other=0)
 
 
-def dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
-    """A matrix product in float32 over one axis of each."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((over[0],), (over[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
 def bias_of(read: Format) -> int:
     """What `spread` adds to the codes of a piece."""
     return 128 if read.bits < 8 and read.dtype == jnp.bfloat16 else 0

@@ -16,8 +16,9 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.codes import Piece, whole
 from pallas_kernels.decode_attention.formats import Format
-from pallas_kernels.decode_attention.gpu_block import Block, bias_of, dot, spread
+from pallas_kernels.decode_attention.gpu_block import Block, bias_of, spread
 from pallas_kernels.decode_attention.reference import KeyExpansion
+from pallas_kernels.product import dot
 
 SLOTS = 64  # of a step: the halves of a head's keys are kept in registers beside the sums of values
 MOST = 8192  # sums of values beside which registers hold coded latents

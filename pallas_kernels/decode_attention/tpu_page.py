@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
+from pallas_kernels import product
 from pallas_kernels.blocks import LANES
 from pallas_kernels.codes import Piece, whole
 from pallas_kernels.decode_attention.formats import Format
@@ -105,9 +106,7 @@ def lines(pieces: Sequence[Piece], across: bool) -> tuple[Line, ...]:
 
 
 def dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
-    """A matrix product in float32 over one axis of each."""
+    """`product.dot`, also with a page of one slot."""
     if 1 in b.shape:  # a page of one slot: Mosaic multiplies by hand, numbers of 32 bits only
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    precision = jax.lax.Precision.HIGHEST if b.dtype == jnp.float32 else None
-    dims = (((over[0],), (over[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+    return product.dot(a, b, over)

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.blocks import powers
 from pallas_kernels.prefill_scores.reference import first_query, query_blocks
+from pallas_kernels.product import dot
 from pallas_kernels.soft_cap import soft_cap
 
 LOG2E = math.log2(math.e)
@@ -95,7 +96,7 @@ def _kernel(q_ref: Any, k_ref: Any, lse_ref: Any, length_ref: Any, out_ref: Any,
         query = vectors(q_ref, head, pos, i * queries, masked)
         at = lse_ref.at[b, head, pl.ds(i * queries, queries)]
         lse = plt.load(at, mask=pos < t, other=0) if masked and t % queries else at[...]
-        s = functools.reduce(jnp.add, (_dot(x, y) for x, y in zip(key, query, strict=True)))
+        s = functools.reduce(jnp.add, (dot(x, y, (1, 1)) for x, y in zip(key, query, strict=True)))
         s = s * (scale * LOG2E) if cap is None else soft_cap(s * scale, cap) * LOG2E
         p = jnp.exp2(s - (lse * LOG2E)[None, :])
         if masked:
@@ -114,9 +115,3 @@ def _kernel(q_ref: Any, k_ref: Any, lse_ref: Any, length_ref: Any, out_ref: Any,
     for masked, lower, upper in ((True, first, whole), (False, whole, edge), (True, edge, last)):
         total = jax.lax.fori_loop(lower, upper, functools.partial(step, masked), total)
     plt.store(out_ref.at[b, head, pl.ds(column * keys, keys)], total, mask=key_pos < t if t % keys else None)
-
-
-def _dot(a: Array, b: Array) -> Array:
-    """`a b^T` in float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.blocks import LANES
 from pallas_kernels.prefill_scores.reference import first_query, query_blocks
+from pallas_kernels.product import dot
 from pallas_kernels.soft_cap import soft_cap
 
 
@@ -91,9 +92,7 @@ def _kernel(length_ref: Any, q_ref: Any, k_ref: Any, lse_ref: Any, out_ref: Any,
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
     def add(masked: bool) -> None:
-        precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
-        dims = (((1,), (1,)), ((), ()))
-        s = jax.lax.dot_general(k_ref[0], q_ref[0], dims, precision=precision, preferred_element_type=jnp.float32)
+        s = dot(k_ref[0], q_ref[0], (1, 1))
         p = jnp.exp(soft_cap(s * scale, cap) - lse_ref[0])
         if masked:
             pos = i * block + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)

@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from pallas_kernels.product import dot
 from pallas_kernels.segment_merge import gradient
 from pallas_kernels.segment_merge.reference import earlier
 
@@ -207,8 +208,8 @@ def _dot(g_ref: Any, x_ref: Any, out_ref: Any, kept_ref: Any, *, length: int) ->
         rows = pl.ds(pl.multiple_of(i * TOKENS, TOKENS), TOKENS)
         x = _real(x_ref, rows, block * parts + i, length)
         row, column = (jax.lax.broadcasted_iota(jnp.int32, (TOKENS, TOKENS), axis) for axis in (0, 1))
-        newest_first = _dot_general((row + column == TOKENS - 1).astype(x.dtype), x, 0).astype(x.dtype)
-        products = _dot_general(g_ref[0, rows], jnp.concatenate([newest_first, kept_ref[...]], axis=0), 1)
+        newest_first = dot((row + column == TOKENS - 1).astype(x.dtype), x, (1, 0)).astype(x.dtype)
+        products = dot(g_ref[0, rows], jnp.concatenate([newest_first, kept_ref[...]], axis=0), (1, 1))
         kept_ref[...] = newest_first
         # Row r has its own token in column TOKENS - 1 - r, those before it behind: turned by r, they begin in column 0.
         products = pltpu.roll(products, TOKENS + 1, 1)
@@ -218,10 +219,3 @@ def _dot(g_ref: Any, x_ref: Any, out_ref: Any, kept_ref: Any, *, length: int) ->
         out_ref[0, :, rows] = products[:, :TOKENS].T[: out_ref.shape[1]]
 
     jax.lax.fori_loop(0, parts, part, None)
-
-
-def _dot_general(a: Array, b: Array, axis: int) -> Array:
-    """The product over the last axis of `a` and an axis of `b`, in float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
