@@ -178,10 +178,20 @@ def _next_tokens(model, ids, after):
     return [np.asarray(jax.nn.log_softmax(x))[len(before) :] for x, before in zip(logits, ids, strict=True)]
 
 
-def test_a_new_method_appears_without_further_ado(tmp_path, monkeypatch):
-    for name in METHODS.keys() - {"full", "h2o"}:  # the others take their time
-        monkeypatch.delitem(METHODS, name)
-    monkeypatch.setitem(METHODS, "newest", lambda budget="20%": methods.streaming_llm(budget=budget))
+@pytest.fixture
+def few_methods():
+    """Two methods and a new one, for the others take their time; then all again, in their order."""
+    every = dict(METHODS)
+    METHODS.clear()
+    METHODS.update(full=every["full"], h2o=every["h2o"])
+    METHODS["newest"] = lambda budget="20%": methods.streaming_llm(budget=budget)
+    yield
+    METHODS.clear()
+    METHODS.update(every)
+
+
+@pytest.mark.usefixtures("few_methods")
+def test_a_new_method_appears_without_further_ado(tmp_path):
     found = run(tmp_path, "--tasks", "lines", "--budgets", "20%", "--samples", "1", "--batch", "1")
     assert [line["method"] for line in found] == list(METHODS)
     assert found[-1]["method"] == "newest"

@@ -103,10 +103,17 @@ def test_keys_that_turn_in_part_as_they_are_read_are_those_that_turned_before():
     assert_close(got[0], want[0], 1e-5)
 
 
-@pytest.mark.parametrize("model", matrix.quick(matrix.MODELS, ("gqa", "latent", "gated")))
-def test_a_prompt_may_be_read_in_parts(model):
-    """Projections and the feed-forward network know nothing of other tokens; here they read a quarter of them."""
-    method = matrix.MADE_FOR.get(model, "h2o")
+IN_PARTS = [
+    *((model, matrix.MADE_FOR.get(model, "h2o")) for model in matrix.MODELS),
+    *((matrix.model_of(method), method) for method in matrix.VARIANTS if method != "h2o"),
+]
+QUICKLY = [("gqa", "h2o"), ("latent", "h2o"), ("gated", "dmc"), ("gqa", "mikv"), ("gqa", "full kivi2")]
+
+
+@pytest.mark.parametrize("case", matrix.quick(dict.fromkeys(IN_PARTS), QUICKLY), ids=" ".join)
+def test_a_prompt_may_be_read_in_parts(case):
+    """Projections and the feed-forward network know nothing of other tokens; what is behind the prompt is not read."""
+    model, method = case
     whole, recipe = small_budget(model, method), recipe_of(method, BUDGET)
     last, cache = oracle.start(decoder(model), recipe, BATCH, STEPS, chunk=16 * len(BATCH))
     assert oracle.kept_positions(decoder(model), cache) == whole.positions[0]

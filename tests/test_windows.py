@@ -186,8 +186,8 @@ def test_slots_are_used_again_without_a_trace(name):
         prefill=lambda tiers, prompt: plain.prefill(tiers, no_window(prompt)),
         insert=lambda tiers, token: plain.insert(tiers, no_window(token)),
     )
-    if revise := plain.revise:
-        endless = endless._replace(rewrite_prompt=lambda *x: revise(x[0], x[1], x[2], x[3], x[4], None, x[6]))
+    if rewrite := plain.rewrite_prompt:
+        endless = endless._replace(rewrite_prompt=lambda *x: rewrite(x[0], x[1], x[2], x[3], x[4], None, x[6]))
     got, _, cache = oracle.run(decoder, recipe, prompts(), teacher())
     expected, _, longer = oracle.run(decoder, Recipe(name, endless), prompts(), teacher())
     matrix.assert_close(got, expected, 1e-5)

@@ -50,9 +50,11 @@ def layers_with(spec: ModelSpec, window: int | None) -> tuple[int, ...]:
 def layer_runs(spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
     """The layers in order, those that follow each other in one group together.
 
-    >>> from kvjax.models.named import named
-    >>> [len(run) for run in layer_runs(named("gemma-2-2b"))] == [1] * 26  # every other one has a window
-    True
+    >>> from kvjax.models.named import NAMED
+    >>> import dataclasses
+    >>> gemma = dataclasses.replace(NAMED["llama-3.2-1b"], num_layers=8, windows=(512, 512, 512, None) * 2)
+    >>> layer_runs(gemma)
+    ((0, 1, 2), (3,), (4, 5, 6), (7,))
     """
     runs: list[list[int]] = []
     groups = layer_groups(spec)

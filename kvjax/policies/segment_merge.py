@@ -100,7 +100,8 @@ def accumulate(store: KVStore) -> CachePolicy:
         assert not isinstance(gate.weight, tuple)
         memory = _memory(tier)
         mean = functools.partial(kernel_or_xla, "segment means", pool, kernels, window=memory)
-        k_mean, v_mean = (mean(x, merge.astype(jnp.float32), gate.weight) for x in (k, v))
+        weight = jnp.where(real, gate.weight, 1.0)  # tokens behind the longest prompt have none: they were not read
+        k_mean, v_mean = (mean(x, merge.astype(jnp.float32), weight) for x in (k, v))
         until = jnp.where(following, pos, LARGEST)
         begins = real & ~merge
         start = jnp.max(jnp.where(begins, pos, 0), axis=1)
