@@ -96,4 +96,4 @@ def test_a_total_length_that_cannot_be_is_refused(model: Model) -> None:
 
 
 def test_lengths_are_rungs() -> None:
-    assert [kvjax.padded_length(n) for n in (1, 64, 65, 256, 257, 4096, 4097)] == [64, 64, 256, 256, 1024, 4096, 8192]
+    assert [kvjax.padded_length(n) for n in (1, 64, 65, 256, 257, 1025, 4097)] == [64, 64, 256, 256, 1024, 2048, 8192]

@@ -29,18 +29,18 @@ from kvjax.spec import PREFILL_CHUNK as CHUNK
 from kvjax.spec import Gate, ModelSpec, Prompt, PyTree, RopeSpec, readable
 from pallas_kernels.blocks import divisor
 
-RUNGS = (64, 256, 1024, 4096)
+RUNGS = (64, 256, 1024)
 LEAST = 256  # tokens that are read at once rather than in parts
 
 
 def padded_length(longest: int) -> int:
     """Tokens that a prompt is padded to: few lengths, so that a new one rarely compiles anything.
 
-    Four times as many at each rung up to 4096, from there on twice as many. Layers read no more blocks of tokens than
+    Four times as many at each rung up to 1024, from there on twice as many. Layers read no more blocks of tokens than
     the longest prompt has: a rung costs memory.
 
     >>> [padded_length(n) for n in (1, 65, 1000, 1025, 5000)]
-    [64, 256, 1024, 4096, 8192]
+    [64, 256, 1024, 2048, 8192]
     """
     return next((rung for rung in RUNGS if longest <= rung), pages.ladder(longest, steps=1, smallest=RUNGS[-1]))
 
@@ -333,9 +333,9 @@ def _finish(
 def at_once(batch: int, tokens: int, chunk: int) -> int:
     """Tokens of each of a batch's prompts that are read at once: a divisor of them, so that all parts are equal.
 
-    No more than an eighth where that is many: what is behind the longest prompt is not read.
+    No more than a sixteenth where that is many: what is behind the longest prompt is not read.
 
     >>> at_once(4, 32768, 4096), at_once(1, 4096, 4096), at_once(1, 256, 4096)
-    (1024, 512, 256)
+    (1024, 256, 256)
     """
-    return divisor(tokens, max(1, min(chunk // batch, max(tokens // 8, LEAST))))
+    return divisor(tokens, max(1, min(chunk // batch, max(tokens // 16, LEAST))))

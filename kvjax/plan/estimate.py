@@ -22,6 +22,7 @@ from kvjax.policies.base import PrefillOutput
 from kvjax.policies.layers import layer_recipe
 from kvjax.spec import PyTree
 from pallas_kernels.blocks import divisor
+from pallas_kernels.prefill_attention.reference import tokens_at_once
 
 BLOCK = 512  # tokens of a block of attention, at most
 
@@ -189,7 +190,7 @@ def prefill_temporaries(setting: Setting) -> int:
     if setting.platform == "tpu":
         attention = 4 * n * itemsize * (queries + keys)
     else:
-        block = divisor(padded, BLOCK)
+        block = divisor(padded, tokens_at_once(padded))
         blocks = batch * spec.num_heads * block * (4 + itemsize) * (block + spec.head_dim)
         attention = n * (itemsize * 2 * (queries + keys) + 4 * (spec.num_heads + spec.head_dim))
         attention += max(blocks, 2 * part * itemsize * width)

@@ -10,6 +10,15 @@ from pallas_kernels.decode_attention.reference import EMPTY
 from pallas_kernels.soft_cap import soft_cap
 
 
+def tokens_at_once(t: int) -> int:
+    """Tokens of a block: fewer in short prompts, whose last block is a larger part of them.
+
+    >>> tokens_at_once(2048), tokens_at_once(4096)
+    (256, 512)
+    """
+    return 256 if t <= 2048 else 512
+
+
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -20,7 +29,7 @@ def attention(
     cap: float | None = None,
     window: int | None = None,
     until: Int[Array, "B K T"] | None = None,
-    block: int = 512,
+    block: int | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Exact causal attention over prompts that are padded on the right.
 
@@ -32,7 +41,7 @@ def attention(
       cap: bounds them, see `soft_cap`; None = it does not.
       window: sliding window [tokens].
       until: the last position whose query sees a key; None = all see it.
-      block: most tokens per block on both axes; blocks divide T.
+      block: most tokens per block on both axes; blocks divide T. None = `tokens_at_once`.
 
     Returns:
       The heads' outputs, and the log-sum-exp of each query's scaled logits in float32.
@@ -40,7 +49,7 @@ def attention(
     Cost: T^2/2 products, in blocks with an online softmax (arXiv 2112.05682): memory grows with T, not with its square.
     """
     b, t, n, h = q.shape
-    heads, block, factor = k.shape[2], divisor(t, block), h**-0.5 if scale is None else scale
+    heads, block, factor = k.shape[2], divisor(t, block or tokens_at_once(t)), h**-0.5 if scale is None else scale
     q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k, v))
     cut = lambda x, i, axis=-2: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=axis)
 
