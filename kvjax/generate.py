@@ -34,7 +34,7 @@ def parser() -> command.Parser:
     )  # fmt: skip
     p.add_argument(
         "--prefill-chunk", type=int, default=PREFILL_CHUNK, metavar="N",
-        help=f"tokens of prompts that a layer reads at once, but for attention (default: {PREFILL_CHUNK})",
+        help=f"most tokens of prompts that a layer reads at once, but for attention (default: {PREFILL_CHUNK})",
     )  # fmt: skip
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     p.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")

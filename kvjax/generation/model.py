@@ -72,8 +72,8 @@ class Model:
           max_new_tokens: most tokens to generate for each prompt.
           sampling: how tokens are chosen; None = greedy.
           on_token: called as `(sequence, token)` as tokens appear.
-          prefill_chunk: tokens of a device's prompts that a layer reads at once, but for attention; fewer need less
-            memory.
+          prefill_chunk: most tokens of a device's prompts that a layer reads at once, but for attention; fewer need
+            less memory.
           max_length: most tokens of any sequence, new ones included. The cache then has the size that this needs,
             whatever the prompts have, and what was compiled for it once serves all prompts, new tokens and ways of
             sampling, and budgets near each other: see `warm_up`. None = a cache of the size that these prompts need.
