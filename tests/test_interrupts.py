@@ -95,8 +95,8 @@ def test_programs_that_import_kvjax_keep_what_python_does(tmp_path):
     program = f"""if True:
         import time, kvjax, pathlib, signal
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        pathlib.Path({str(tmp_path / "there")!r}).touch()
         try:
+            pathlib.Path({str(tmp_path / "there")!r}).touch()
             time.sleep(60)
         except KeyboardInterrupt:
             exit(7)
@@ -104,8 +104,8 @@ def test_programs_that_import_kvjax_keep_what_python_does(tmp_path):
     process = start("-c", program, cache=tmp_path)
     wait_for(tmp_path / "there", process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 7
-    process.communicate()
+    process.communicate(timeout=60)
+    assert process.returncode == 7
 
 
 def test_a_command_that_runs_where_ctrl_c_is_ignored_goes_on(tmp_path):
