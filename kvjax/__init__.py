@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvjax.compilation import enable_compilation_cache
     from kvjax.errors import InputError
     from kvjax.generation.allocate import init_cache
+    from kvjax.generation.context import Context
     from kvjax.generation.decode import decode_step
     from kvjax.generation.model import Model, load
     from kvjax.generation.prefill import padded_length, prefill
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "METHODS": "methods",
+    "Context": "generation.context",
     "Generation": "generation.results",
     "InputError": "errors",
     "Lengths": "spec",
@@ -39,6 +41,7 @@ _HOMES = {
 
 __all__ = [
     "METHODS",
+    "Context",
     "Generation",
     "InputError",
     "Lengths",

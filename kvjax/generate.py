@@ -45,6 +45,13 @@ def parser() -> command.Parser:
     p.add_argument(
         "--no-stream", action="store_true", help="print the text when it is complete (so are several prompts)"
     )
+    p.add_argument(
+        "--question", action="append", metavar="TEXT", help="repeatable; follows the prompt, which is read once for all"
+    )
+    p.add_argument("--save-context", type=Path, metavar="FILE", help="write the prompt as the method keeps it")
+    p.add_argument(
+        "--context", type=Path, metavar="FILE", help="ask what --save-context has written, instead of a prompt"
+    )
     p.add_argument("--dump-cache", type=Path, metavar="FILE.npz", help="write kept positions and prompt logits")
     p.add_argument("--list-methods", action="store_true", help="show all methods and their arguments")
     return p
@@ -56,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.list_methods:
         _list_methods()
         return
-    prompted = bool(args.prompt or args.prompt_file or args.prompt_tokens)
+    prompted = bool(args.prompt or args.prompt_file or args.prompt_tokens or args.context)
     method = args.method or (_made_for(args.model) if prompted else SHOWCASE_METHOD)
     budget = args.budget if args.budget is not None else default_budget(method)
     recipe = make(method, budget, args.arguments)
@@ -68,6 +75,11 @@ def main(argv: list[str] | None = None) -> None:
     texts, ids = read_texts(args), [read_ids(text) for text in args.prompt_tokens or ()]
     command.begin(args)
     compilation.enable_compilation_cache()
+    if args.context or args.save_context or args.question:
+        from kvjax.cli import asking
+
+        asking.run(args, [*texts, *ids], method, budget, sampling)
+        return
     from kvjax.cli import generating
 
     generating.run(args, texts, ids, recipe, budget, sampling)
@@ -98,8 +110,18 @@ def _check(args: argparse.Namespace, prompted: bool) -> None:
         raise InputError("give a prompt: --prompt TEXT, --prompt-file FILE or --prompt-tokens 1,2,3")
     if args.chat and args.prompt_tokens:
         raise InputError("--chat wraps text: --prompt-tokens are taken as they are")
-    if args.dump_cache is not None:
-        output.check_writable(args.dump_cache)
+    given = sum(map(len, (args.prompt or (), args.prompt_file or (), args.prompt_tokens or ())))
+    if args.context is not None:
+        named = (args.method, args.budget, args.max_length, args.save_context, args.mesh)
+        if given or args.chat or args.arguments or any(flag is not None for flag in named):
+            raise InputError("--context has a text, a method and a budget of its own: give it --question alone")
+        if not args.question:
+            raise InputError("give --context a --question, repeatable")
+    elif (args.question or args.save_context) and given != 1:
+        raise InputError("--question and --save-context are for one prompt: --prompt, --prompt-file or --prompt-tokens")
+    for path in (args.dump_cache, args.save_context):
+        if path is not None:
+            output.check_writable(path)
 
 
 if __name__ == "__main__":

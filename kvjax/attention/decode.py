@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -61,29 +62,45 @@ def decode_attention(
 
     Args:
       q: rotated queries.
-      tiers: one layer's views.
+      tiers: one layer's views; one of a single sequence is shared by all.
       stores: the number format of each.
       read: how they are read.
       with_probabilities: also return every slot's attention weight.
     """
 
-    def attend(chosen: Sequence[Bool[Array, "B K S"] | None], logits: bool) -> Partial:
-        parts = [_part(q, *each) for each in zip(tiers, stores, chosen, strict=True)]
+    def attend(chosen: Sequence[Bool[Array, "B K S"] | None], logits: bool, q: Array = q, only: slice = slice(None)):
+        parts = [_part(q, *each) for each in zip(tiers[only], stores[only], chosen[only], strict=True)]
         options = dict(scale=read.scale, cap=read.cap, after=read.after, place=read.place, expand=read.expand)
         return _attend(parts, read.kernels, with_logits=logits, **options)
 
     chosen = [None] * len(tiers)
     if read.select is not None:
         chosen = read.select(probabilities(attend(chosen, logits=True)))
-    whole = attend(chosen, with_probabilities)
+    shared = sum(tier.length.shape[0] < q.shape[0] for tier in tiers)  # they come first
+    if (
+        shared
+        and not with_probabilities
+        and all(each is None for each in (read.select, read.after, read.place, read.expand))
+    ):
+        # Queries of all sequences as one group: what they share is read once.
+        beside = attend(chosen, False, jnp.moveaxis(q, 0, 1).reshape(1, q.shape[1], -1, q.shape[3]), slice(shared))
+        whole = merge([_each_sequence(beside, q.shape[0]), attend(chosen, False, only=slice(shared, None))])
+    else:
+        whole = attend(chosen, with_probabilities)
     return whole.o / whole.l[..., None], probabilities(whole) if with_probabilities else ()
+
+
+def _each_sequence(whole: Partial, batch: int) -> Partial:
+    """What queries of several sequences found as one group, `[1 K (B G) ...]`, sequence by sequence `[B K G ...]`."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[1], batch, -1, *x.shape[3:]), 1, 0), whole)
 
 
 def _part(q: Float[Array, "B K G H"], tier: Tier, store: KVStore, slots: Bool[Array, "B K S"] | None) -> PagedKV:
     """A tier as the kernels read it."""
     pos = None if isinstance(tier.pos, tuple) else tier.pos
     query = store.query(q, tier.calib)
-    return PagedKV(query, tier.k, tier.v, tier.table, tier.length, pos, store.key.decode, store.value.decode, slots)
+    table, length = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])) for x in (tier.table, tier.length))
+    return PagedKV(query, tier.k, tier.v, table, length, pos, store.key.decode, store.value.decode, slots)
 
 
 def _attend(parts: Sequence[PagedKV], kernels: Implementation | None, **options: Any) -> Partial:

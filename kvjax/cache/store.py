@@ -77,6 +77,11 @@ class KVStore(NamedTuple):
         """Whether numbers are kept as they are."""
         return self.key == self.value == _DENSE
 
+    @property
+    def one_by_one(self) -> "KVStore":
+        """The format of tokens that come one after the other: without runs, and without the balance of a prompt."""
+        return KVStore() if self.residual else self._replace(balanced=False)
+
     def encode(self, k: Float[Array, "B K n R"], v: Float[Array, "B K n W"], calib: PyTree) -> tuple[PyTree, PyTree]:
         """Codes of keys and values."""
         if self.balanced:

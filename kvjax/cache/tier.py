@@ -311,18 +311,23 @@ def with_scores(tier: Tier, score: Float[Array, "B K S"]) -> Tier:
     return tier._replace(score=tier.score.at[tier.table].set(paged, mode="drop"))
 
 
-def resize(tier: Tier, size: int) -> Tier:
-    """The tier with a pool of `size` pages, at least as many as its rows hold: a copy."""
+def resize(tier: Tier, size: int, width: int | None = None) -> Tier:
+    """A copy of the tier with a pool of `size` pages, at least as many as its rows hold.
+
+    A row's table can address `width` pages then, at least as many as before; None = as many as before.
+    """
     before, place = tier.free.shape[0], jnp.arange(size, dtype=jnp.int32)
     held = jnp.zeros(before, bool).at[tier.table].set(True, mode="drop")
     (number, source), count = _places(held, size), jnp.sum(held, dtype=jnp.int32)
     pick = lambda tree: jax.tree.map(lambda x: x[source], tree)
+    table = jnp.where(tier.table < before, number[jnp.minimum(tier.table, before - 1)], size)
+    more = 0 if width is None else width - tier.table.shape[-1]
     return tier._replace(
         k=pick(tier.k),
         v=pick(tier.v),
         pos=pick(tier.pos),
         score=pick(tier.score),
-        table=jnp.where(tier.table < before, number[jnp.minimum(tier.table, before - 1)], size),
+        table=jnp.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, more)], constant_values=size),
         free=jnp.minimum(place + count, size - 1),
         num_free=(size - count)[None],
     )

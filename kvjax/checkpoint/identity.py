@@ -4,9 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvjax.checkpoint import digest, hf, orbax
 from kvjax.errors import InputError
 from kvjax.files.text import read_json
+from kvjax.models.decoder import Decoder
+
+SAMPLE = 1024
 
 
 def fingerprint(directory: Path) -> str:
@@ -24,6 +29,18 @@ def fingerprint(directory: Path) -> str:
     content = _converted(directory) if orbax.is_orbax(directory) else _files(directory)
     described = [read_json(directory / "config.json"), content]
     return digest.of_bytes(json.dumps(described, sort_keys=True).encode())
+
+
+def of_model(decoder: Decoder) -> str:
+    """A name for a model in memory, in the dtype that it computes in: 32 hexadecimal digits.
+
+    Its shape counts, and of each parameter up to `SAMPLE` numbers spread over it: no two checkpoints that were trained
+    agree in these.
+    """
+    parts, _ = hf.by_path(decoder)
+    sample = lambda x: np.asarray(x.reshape(-1)[:: max(1, x.size // SAMPLE)])
+    found = {name: [x.dtype.name, list(x.shape), digest.of_array(sample(x))] for name, x in parts.items()}
+    return digest.of_bytes(json.dumps([repr(decoder.spec), found], sort_keys=True).encode())
 
 
 def _files(directory: Path) -> list[Any]:

@@ -41,7 +41,7 @@ def run(
     else:
         console.print(summary([out], [heading(recipe, budget)], dtype_of(model)))
     if args.dump_cache is not None:
-        _dump(args.dump_cache, model, out)
+        dump(args.dump_cache, model, out)
 
 
 def _generate(
@@ -49,7 +49,7 @@ def _generate(
 ) -> Generation:
     """Generate, and print the text as it appears or at the end."""
     streaming = len(prompts) == 1 and not args.json and not args.no_stream
-    show, finish = _printer(model)
+    show, finish = printer(model)
     out = model.generate(
         prompts, recipe, max_new_tokens=args.max_new_tokens, sampling=sampling, on_token=show if streaming else None,
         prefill_chunk=args.prefill_chunk, max_length=args.max_length,
@@ -57,18 +57,18 @@ def _generate(
     if streaming:
         finish()
     elif not args.json:
-        _print_all(out)
+        print_all(out)
     return out
 
 
-def _dump(path: Path, model: Model, out: Generation) -> None:
+def dump(path: Path, model: Model, out: Generation) -> None:
     """Write what was kept; a file is complete or absent."""
     content = io.BytesIO()
     np.savez(content, positions=cached_positions(model, out), logits=out.logits)
     output.write(path, content.getvalue())
 
 
-def _printer(model: Model) -> tuple[Callable[[int, int], None], Callable[[], None]]:
+def printer(model: Model) -> tuple[Callable[[int, int], None], Callable[[], None]]:
     """Functions that print text as it appears, and its end."""
     stream = None if model.tokenizer is None else model.tokenizer.stream()
 
@@ -82,7 +82,8 @@ def _printer(model: Model) -> tuple[Callable[[int, int], None], Callable[[], Non
     return show, finish
 
 
-def _print_all(out: Generation) -> None:
+def print_all(out: Generation) -> None:
+    """Print all texts, numbered if there are several."""
     for i, sequence in enumerate(out.sequences):
         if len(out.sequences) > 1:
             print(f"--- {i + 1}")

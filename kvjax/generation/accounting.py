@@ -1,5 +1,6 @@
 """What a cache holds: bytes, slots and positions, beside those of a full one."""
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def kept_slots(spec: ModelSpec, recipe: Recipe, cache: Cache) -> list[list[int |
     """Kept slots `[B][L]`, averaged over heads; whole numbers where the heads agree."""
     layers: list[np.ndarray] = [np.zeros(0)] * spec.num_layers
     for group, tiers in zip(layout.layer_groups(spec), cache, strict=True):
-        kept = np.sum(_held(tiers), axis=0).mean(axis=-1)  # l B
+        kept = functools.reduce(np.add, _held(tiers)).mean(axis=-1)  # l B
         for place, layer in enumerate(group.index):
             layers[layer] = kept[place]
     return [[int(x) if x == int(x) else float(x) for x in row] for row in np.stack(layers, axis=1)]

@@ -40,10 +40,11 @@ def _decode_layer(
     index: int,
     x: Float[Array, "B D"],
     tiers: Tiers,
+    shared: Tiers,
     pos: Array,
     active: Array,
 ) -> tuple[Float[Array, "B D"], Tiers]:
-    """One layer for one token: insert, attend, observe."""
+    """One layer for one token: insert, attend, observe; what is shared is attended to alone."""
     recipe = layer_recipe(spec, recipe, index)
     policy, rotary, window = recipe.policy, spec.rotary(index), spec.window(index)
     heads = spec.num_kv_heads // spec.num_rows
@@ -57,20 +58,21 @@ def _decode_layer(
         key = rope.rotate(k, *turn)
     token = Token(q, k, key, value, pos, active, window, gate, turn)
     tiers = policy.insert(tiers, token)
-    length = functools.reduce(jnp.add, (tier.length for tier in tiers))
+    seen = (*shared, *tiers)
+    length = functools.reduce(jnp.add, (tier.length for tier in seen))
 
     place = lambda at: at if recipe.positions is None else recipe.positions(at, pos, length)
     query_place = place(jnp.broadcast_to(here, (*key.shape[:2], 1)))
     rotation = (
         own
         if recipe.positions is None
-        else _in_cache(spec.head_dim, rotary, sum(tier.capacity for tier in tiers), length)
+        else _in_cache(spec.head_dim, rotary, sum(tier.capacity for tier in seen), length)
     )
     query = gates.silence(spec.gate, rope.rotate(q, *rotation.angles(query_place)), 1)
     mean, probs = decode_attention(
         spread(query, heads),
-        tiers,
-        recipe.stores,
+        seen,
+        (*(recipe.context.stores if recipe.context else ()), *recipe.stores),
         ReadOptions(
             scale=spec.scale,
             cap=spec.score_cap,
@@ -120,6 +122,7 @@ def decode_step(
     token: Int[Array, " B"],
     pos: Int[Array, " B"],
     active: Bool[Array, " B"] | None = None,
+    shared: Cache = (),
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after one more token of each sequence, and the cache with that token in it.
 
@@ -132,6 +135,8 @@ def decode_step(
       token: the token to read.
       pos: its position.
       active: False where a sequence has ended: its cache stays as it is; None = all active.
+      shared: the cache of one sequence that all of these continue, which `recipe.context` made: it is read only. The
+        sequences' own caches hold what follows it.
 
     The cache has room for the `lengths.new` tokens that `init_cache` was told of; methods that append drop what comes
     after them. A model whose rotary frequencies change with length (`longrope`) must not be taken across that length
@@ -152,21 +157,35 @@ def decode_step(
     if cache[0][0].num_free.shape[0] > 1 and mesh.of(model) is None and mesh.in_force() is None:
         raise InputError("the cache lies on a mesh: run the step under jax.set_mesh(model.mesh)")
     with mesh.on(mesh.of(model)):
-        return _step(model, cache, token, pos, active, recipe=recipe)
+        return _step(model, cache, token, pos, active, shared, recipe=recipe)
 
 
 @mesh.spread(
-    (mesh.weights, sharding.cache, SEQUENCES, SEQUENCES, SEQUENCES), lambda model, cache, *_: (SEQUENCES, cache)
+    (mesh.weights, sharding.cache, SEQUENCES, SEQUENCES, SEQUENCES, sharding.cache),
+    lambda model, cache, *_: (SEQUENCES, cache),
 )
 def _step(
-    model: Decoder, cache: Cache, token: Int[Array, " B"], pos: Int[Array, " B"], active: Array, *, recipe: Recipe
+    model: Decoder,
+    cache: Cache,
+    token: Int[Array, " B"],
+    pos: Int[Array, " B"],
+    active: Array,
+    shared: Cache,
+    *,
+    recipe: Recipe,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    x, cache = _read_token(model, recipe, cache, token, pos, active)
+    x, cache = _read_token(model, recipe, cache, token, pos, active, shared)
     return model.logits(x), cache
 
 
 def _read_token(
-    model: Decoder, recipe: Recipe, cache: Cache, token: Int[Array, " B"], pos: Int[Array, " B"], active: Array
+    model: Decoder,
+    recipe: Recipe,
+    cache: Cache,
+    token: Int[Array, " B"],
+    pos: Int[Array, " B"],
+    active: Array,
+    shared: Cache,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """The last layer's output for one more token of each sequence, and the cache with that token in it."""
     spec, groups = model.spec, layer_groups(model.spec)
@@ -175,13 +194,18 @@ def _read_token(
     filled = [part.policy.reserve(tiers, active) for part, tiers in zip(own, cache, strict=True)]
     for run in layer_runs(spec):
         group, first = locate(groups, run[0])
+        beside = shared[group] if shared else ()
 
         def read(
-            layer: Layer, place: Array | int, carry: tuple[Array, Tiers], index: int = run[0]
+            layer: Layer,
+            place: Array | int,
+            carry: tuple[Array, Tiers],
+            index: int = run[0],
+            beside: Tiers = beside,
         ) -> tuple[Array, Tiers]:
             x, tiers = carry
-            olds = tuple(tiers_.layer(t, place) for t in tiers)
-            x, views = _decode_layer(layer, recipe, spec, index, x, olds, pos, active)
+            olds, fixed = (tuple(tiers_.layer(t, place) for t in each) for each in (tiers, beside))
+            x, views = _decode_layer(layer, recipe, spec, index, x, olds, fixed, pos, active)
             return x, tuple(tiers_.with_layer(t, place, *each) for t, *each in zip(tiers, olds, views, strict=True))
 
         carry, layers = (x, filled[group]), [model.layers[index] for index in run]
@@ -196,7 +220,7 @@ def _read_token(
 
 
 @mesh.program(
-    (mesh.weights, sharding.cache, *(SEQUENCES,) * 4, STEPS),
+    (mesh.weights, sharding.cache, *(SEQUENCES,) * 4, STEPS, sharding.cache),
     lambda model, cache, *_: (SEQUENCES, cache, STEPS),
     static=("recipe", "measure"),
     donate=(1,),
@@ -209,6 +233,7 @@ def feed(
     length: Int[Array, " B"],
     count: Int[Array, " B"],
     given: PyTree,
+    shared: Cache = (),
     *,
     recipe: Recipe,
     measure: Measure | None = None,
@@ -223,6 +248,7 @@ def feed(
       length: position of the first one.
       count: how many are not padding; may be 0.
       given: arrays `[Q ...]`, one entry for each step's `measure`.
+      shared: as in `decode_step`; it stays as it is.
       recipe, measure: static; `(model, last layer's output [B D], entry of given) -> arrays` is collected every step.
 
     Returns:
@@ -233,7 +259,7 @@ def feed(
 
     def step(i: Array, carry: tuple[Cache, Array, PyTree]) -> tuple[Cache, Array, PyTree]:
         cache, last, measured = carry
-        x, cache = _read_token(model, recipe, cache, tokens[:, i], length + i, i < count)
+        x, cache = _read_token(model, recipe, cache, tokens[:, i], length + i, i < count, shared)
         found = measured_by(model, x, jax.tree.map(lambda entries: entries[i], given))
         measured = jax.tree.map(lambda all_, one: all_.at[i].set(one), measured, found)
         return cache, jnp.where((i == count - 1)[:, None], x, last), measured
@@ -293,7 +319,7 @@ def _parts_of_chooser(chooser: sampling.Chooser) -> sampling.Chooser:
 
 
 @mesh.program(
-    (mesh.weights, _parts_of_state, _parts_of_chooser, EVERYWHERE, EVERYWHERE),
+    (mesh.weights, _parts_of_state, _parts_of_chooser, EVERYWHERE, EVERYWHERE, sharding.cache),
     lambda model, state, *_: (state, EVERYWHERE),
     static=("recipe", "chunk"),
     donate=(1,),
@@ -304,6 +330,7 @@ def decode_loop(
     chooser: sampling.Chooser,
     stop: Int[Array, " E"],
     limit: Int[Array, ""],
+    shared: Cache = (),
     *,
     recipe: Recipe,
     chunk: int,
@@ -316,6 +343,7 @@ def decode_loop(
       chooser: sampling parameters.
       stop: ids that end a sequence.
       limit: stop when this many tokens have been chosen in all.
+      shared: as in `decode_step`; it stays as it is.
       recipe: static.
       chunk: size of the result, static.
 
@@ -328,7 +356,7 @@ def decode_loop(
 
     def body(carry: tuple[State, Array, Array, Array]) -> tuple[State, Array, Array, Array]:
         state, out, i, _ = carry
-        logits, cache = decode_step(model, recipe, state.cache, state.token, state.pos, ~state.done)
+        logits, cache = decode_step(model, recipe, state.cache, state.token, state.pos, ~state.done, shared)
         token = sampling.choose(logits, chooser, state.step, state.seen)
         finite = _finite(logits)
         out = out.at[:, i].set(jnp.where(state.done, ENDED, jnp.where(finite, token, NOT_FINITE)))

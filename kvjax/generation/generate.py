@@ -48,19 +48,16 @@ def generate(
     for name, given in {"prompts": prompts, "questions": questions}.items():
         if isinstance(given, str):
             raise InputError(f"{name} is one text: give a list of {name}")
-    if not isinstance(sampling, Sampling):
-        raise InputError(f"sampling {sampling!r} is not a kvjax.Sampling")
     ids = [encode_prompt(model, prompt) for prompt in prompts]
     after = [[] for _ in ids] if questions is None else [encode_continuation(model, question) for question in questions]
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= LARGEST:
-        raise InputError(f"max-new-tokens {max_new_tokens} is not a whole number from 1 to {LARGEST}")
+    check_count(max_new_tokens)
     if max_length is not None:
         check_total(model.spec, max_length, ids, after, max_new_tokens)
     check_prompts(model.spec, ids, after)
     for prompt, question in zip(ids, after, strict=True):
-        _check_new(model.spec, recipe, len(prompt), len(question), max_new_tokens)
+        check_new(model.spec, recipe, len(prompt), len(question), max_new_tokens)
         check_turn(model.spec, recipe, len(prompt), len(prompt) + len(question) + max_new_tokens - 1)
-    sampling.check()
+    check_sampling(sampling)
     dispatch.check(recipe.kernels)
     count, (ids, after) = len(ids), even(model, ids, after)
     whole = [prompt + question for prompt, question in zip(ids, after, strict=True)]
@@ -70,11 +67,35 @@ def generate(
         answer, cache, _ = read_continuations(model, recipe, logits, cache, ids, after)
         jax.block_until_ready((answer, cache))
         prefill_s = watch.lap()
-        cache, chosen = _decode(model, recipe, whole, count, max_new_tokens, answer, cache, sampling, on_token)
+        cache, chosen = decode_texts(model, recipe, whole, count, max_new_tokens, answer, cache, sampling, on_token)
         decode_s = watch.lap()
-    whole = whole[:count]
-    lengths = [max_length or len(prompt) + max_new_tokens for prompt in whole]
-    decoded = sum(len(new) - 1 for new in chosen)  # the first token comes from prefill
+    lengths = [max_length or len(prompt) + max_new_tokens for prompt in whole[:count]]
+    return report(model, recipe, whole, chosen, answer, cache, lengths, (prefill_s, decode_s, watch.compile_s))
+
+
+def report(
+    model: Model,
+    recipe: Recipe,
+    whole: list[list[int]],
+    chosen: list[list[int]],
+    logits: jax.Array,
+    cache: Cache,
+    lengths: list[int],
+    seconds: tuple[float, float, float],
+) -> Generation:
+    """What is said of a generation.
+
+    Args:
+      model, recipe: what generated.
+      whole: prompts with their questions.
+      chosen: tokens that were generated after the first of them; others are left out.
+      logits: after each prompt.
+      cache: with the generated tokens.
+      lengths: tokens of the sequences that a full cache of their size would be for.
+      seconds: of reading, decoding and compiling.
+    """
+    count, (prefill_s, decode_s, compile_s) = len(chosen), seconds
+    whole, decoded = whole[:count], sum(len(new) - 1 for new in chosen)  # the first token comes from prefill
     return Generation(
         sequences=[_sequence(model, prompt, new) for prompt, new in zip(whole, chosen, strict=True)],
         bytes=cache_bytes(cache),
@@ -82,8 +103,8 @@ def generate(
         compared=compare(model, cache, lengths),
         slots=kept_slots(model.spec, recipe, cache)[:count],
         full_slots=[full_slots(model.spec, len(p) + len(new) - 1) for p, new in zip(whole, chosen, strict=True)],
-        timing=Timing(prefill_s, decode_s, decoded / decode_s if decoded else 0.0, watch.compile_s),
-        logits=meshes.read(answer)[:count],
+        timing=Timing(prefill_s, decode_s, decoded / decode_s if decoded else 0.0, compile_s),
+        logits=meshes.read(logits)[:count],
         cache=cache,
         recipe=recipe,
         forced=gate_capacity.forced(cache),
@@ -99,7 +120,7 @@ def warm_up(model: Model, recipe: Recipe, max_length: int, new: int, batch: int,
     with Stopwatch() as watch:
         logits, cache = read_prompts(model, recipe, ids, min(new, max_length - 2), max_length=max_length)
         logits, cache, _ = read_continuations(model, recipe, logits, cache, ids, after)
-        cache, _ = _decode(endless, recipe, ids, batch, 2, logits, cache, Sampling(), None)
+        cache, _ = decode_texts(endless, recipe, ids, batch, 2, logits, cache, Sampling(), None)
         _ = cache_bytes(cache), kept_slots(model.spec, recipe, cache), gate_capacity.forced(cache)  # what is said of it
         watch.lap()
     return watch.compile_s
@@ -117,7 +138,9 @@ def cached_positions(model: Model, generation: Generation, tier: int | None = No
     for group, tiers in zip(layout.layer_groups(model.spec), generation.cache, strict=True):
         for place, layer in enumerate(group.index):
             chosen = tiers if tier is None else tiers[tier : tier + 1]
+            batch = len(generation.sequences)  # all of which read the same context
             rows = [meshes.read(layout.positions(each, place)) for each in chosen]
+            rows = [np.broadcast_to(x, (batch, *x.shape[1:])) if len(x) == 1 else x for x in rows]
             rows = rows or [np.zeros((*meshes.read(tiers[0].length).shape[1:], 0), np.int32)]
             layers[layer] = np.concatenate(rows, axis=-1)[: len(generation.sequences)]
     widest = max(layer.shape[-1] for layer in layers)
@@ -150,6 +173,19 @@ def check_prompts(spec: ModelSpec, ids: Sequence[Sequence[int]], after: Sequence
             )
 
 
+def check_sampling(sampling: Sampling) -> None:
+    """Raise `InputError` for what is no way of choosing tokens."""
+    if not isinstance(sampling, Sampling):
+        raise InputError(f"sampling {sampling!r} is not a kvjax.Sampling")
+    sampling.check()
+
+
+def check_count(new: int) -> None:
+    """Raise `InputError` for what is no number of new tokens."""
+    if isinstance(new, bool) or not isinstance(new, int) or not 1 <= new <= LARGEST:
+        raise InputError(f"max-new-tokens {new} is not a whole number from 1 to {LARGEST}")
+
+
 def check_total(
     spec: ModelSpec, max_length: int, ids: Sequence[Sequence[int]], after: Sequence[Sequence[int]], new: int
 ) -> None:
@@ -173,7 +209,7 @@ def _stops(model: Model) -> np.ndarray:
     return found
 
 
-def _check_new(spec: ModelSpec, recipe: Recipe, prompt: int, question: int, new: int) -> None:
+def check_new(spec: ModelSpec, recipe: Recipe, prompt: int, question: int, new: int) -> None:
     """Raise `InputError` for more tokens than can be generated after a prompt and a question of these lengths."""
     length = prompt + question
     reach = length + new
@@ -213,6 +249,7 @@ def read_continuations(
     after: Sequence[Sequence[int]],
     given: PyTree = (),
     measure: decode.Measure | None = None,
+    shared: Cache = (),
 ) -> tuple[jax.Array, Cache, PyTree]:
     """Read what follows the prompts through the cache that `prefill` made; see `decode.feed`."""
     if measure is None and not any(after):
@@ -221,7 +258,7 @@ def read_continuations(
     arrays = (_padded(after, fed_length(after)), *(np.asarray(numbers, np.int32) for numbers in counted))
     tokens, length, count = (meshes.place(model.mesh, SEQUENCES, x) for x in arrays)
     return decode.feed(
-        model.decoder, cache, logits, tokens, length, count, given, recipe=recipe.structure, measure=measure
+        model.decoder, cache, logits, tokens, length, count, given, shared, recipe=recipe.structure, measure=measure
     )
 
 
@@ -243,7 +280,7 @@ def _padded(ids: Sequence[Sequence[int]], width: int) -> np.ndarray:
     return tokens
 
 
-def _decode(
+def decode_texts(
     model: Model,
     recipe: Recipe,
     ids: list[list[int]],
@@ -253,6 +290,7 @@ def _decode(
     cache: Cache,
     sampling: Sampling,
     on_token: Callable[[int, int], None] | None,
+    shared: Cache = (),
 ) -> tuple[Cache, list[list[int]]]:
     """Run the compiled loop in chunks until the first `count` sequences have stopped or are long enough."""
     here = functools.partial(meshes.place, model.mesh)
@@ -280,7 +318,7 @@ def _decode(
     # What has been read back tells when to stop: one transfer per chunk.
     while any(len(chosen) < new and chosen[-1] not in model.stop for chosen in tokens):
         state, chunk = decode.decode_loop(
-            model.decoder, state, chooser, stop, limit, recipe=recipe.structure, chunk=CHUNK
+            model.decoder, state, chooser, stop, limit, shared, recipe=recipe.structure, chunk=CHUNK
         )
         collect(chunk)
     return state.cache, tokens

@@ -4,6 +4,7 @@ import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ from kvjax.parallel import mesh as meshes
 from kvjax.policies.base import Recipe
 from kvjax.policies.budgets.budget import Keep
 from kvjax.spec import PREFILL_CHUNK, ModelSpec
+
+if TYPE_CHECKING:
+    from kvjax.generation.context import Context
 
 Texts = Sequence[str] | Sequence[Sequence[int]]  # or token ids
 
@@ -99,6 +103,47 @@ class Model:
             prefill_chunk=prefill_chunk,
             max_length=max_length,
         )
+
+    def read(
+        self,
+        prompt: str | Sequence[int],
+        method: str | Recipe | None = None,
+        budget: Keep | None = None,
+        *,
+        prefill_chunk: int = PREFILL_CHUNK,
+        max_length: int | None = None,
+        chat: bool = False,
+    ) -> "Context":
+        """Read a text once, to ask it often: a `Context`, whose cache outlives the call.
+
+        Args:
+          prompt: a text or token ids.
+          method, budget, prefill_chunk: as in `generate`. The method does not see the questions.
+          max_length: most tokens that the text may grow to with `extend` and `generate`, which then compile nothing
+            anew. None = the cache has the size of the text, and is made larger when it grows.
+          chat: the text is the beginning of what a user says to a chat model; questions are its end.
+
+        Raises:
+          InputError: what is given cannot be used, in one line.
+
+        >>> import kvjax
+        >>> context = kvjax.load().read(list(range(1, 101)), "h2o", "20%")
+        >>> len(context.tokens), context.kept[0]
+        (100, 20)
+        """
+        from kvjax.generation.context import read
+
+        return read(self, prompt, method, budget, prefill_chunk, max_length, chat)
+
+    def load_context(self, path: str | Path) -> "Context":
+        """Read a file that `Context.save` has written.
+
+        Raises:
+          InputError: the context is damaged, or was made by another model: it is never read anew in silence.
+        """
+        from kvjax.generation.context_file import load
+
+        return load(self, Path(path))
 
     def warm_up(
         self,

@@ -1,5 +1,7 @@
 """The oracle: what a method could reach that knew which tokens the next query will look at."""
 
+import itertools
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -28,11 +30,13 @@ def oracle(budget: Keep = "20%", *, store: str = "dense") -> Recipe:
     amount, keep, stored = budgets.parse_keep(budget), budgets.everything(), named(store)
 
     def select(probs: tuple[Float[Array, "B K G S"], ...], seen: Int[Array, " B"]) -> tuple[Bool[Array, "B K S"], ...]:
-        weight = probs[0].mean(axis=2)
+        weight = jnp.concatenate(probs, axis=-1).mean(axis=2)
         order = jnp.argsort(-weight, axis=-1)
         chosen = jnp.arange(weight.shape[-1]) < budgets.tokens_of(amount, seen)[:, None, None]
         slots = jnp.broadcast_to(chosen, weight.shape)
-        return (jnp.put_along_axis(jnp.zeros(weight.shape, bool), order, slots, axis=-1, inplace=False),)
+        attended = jnp.put_along_axis(jnp.zeros(weight.shape, bool), order, slots, axis=-1, inplace=False)
+        ends = list(itertools.accumulate(part.shape[-1] for part in probs))
+        return tuple(jnp.split(attended, ends[:-1], axis=-1))
 
     policy = retain(score.arrival(), keep, store=stored, evict="never")
     return Recipe("oracle", policy, select=select)

@@ -18,6 +18,7 @@ from kvjax.models import chat_template
 
 T = TypeVar("T")
 LONGER = 32  # times that normalizers and their like may lengthen a text
+_MARK = "<kvjax:words>"  # stands where a user's words may go on
 _SAMPLE = "Hello, wörld\n 你好 🙂 123"
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # SentencePiece's token for one byte
 
@@ -91,6 +92,16 @@ class Tokenizer:
     def chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant answers; see `render`."""
         return self.encode(self.render(messages), special=False)
+
+    def around(self, words: str) -> tuple[str, str]:
+        """What a conversation has up to a user's words, them included, and from there to where the assistant answers.
+
+        More words may stand between the two.
+        """
+        before, mark, after = self.render([{"role": "user", "content": words + _MARK}]).rpartition(_MARK)
+        if not mark:
+            raise InputError("the chat template changes the end of what a user says: give a plain prompt instead")
+        return before, after
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:
         """A conversation in the checkpoint's template, up to where the assistant answers.

@@ -235,7 +235,8 @@ def spread(given: Sequence[Kind], made: Callable[..., PyTree]) -> Callable[[Func
     """Write a function for one device; where a mesh is in force, each of its devices runs it on its part.
 
     Args:
-      given: how each positional argument is split: a `PartitionSpec`, or a function that makes them of the argument.
+      given: how each positional argument is split: a `PartitionSpec`, or a function that makes them of the argument;
+        the last arguments may be left out.
       made: how the results are, given that of the arguments.
 
     Keyword arguments are static. A `ModelSpec` among them becomes the device's share, as does that of a decoder.
@@ -247,7 +248,7 @@ def spread(given: Sequence[Kind], made: Callable[..., PyTree]) -> Callable[[Func
             mesh = in_force()
             if mesh is None or mesh.manual_axes:
                 return function(*args, **settings)
-            specs = [kind(arg) if callable(kind) else kind for kind, arg in zip(given, args, strict=True)]
+            specs = [kind(arg) if callable(kind) else kind for kind, arg in zip(given, args, strict=False)]
             part = functools.partial(_part, function, settings)
             return jax.shard_map(part, mesh=mesh, in_specs=tuple(specs), out_specs=made(*specs), check_vma=False)(*args)
 

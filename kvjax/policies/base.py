@@ -109,6 +109,8 @@ class Recipe(NamedTuple):
       amounts: how much it may keep: data, which programs are not compiled for, see `structure`.
       windowed: what becomes of layers with a sliding window: "compressed" gives them a budget of what they can read,
         "whole" keeps their windows. See `kvjax.policies.layers.layer_recipe`.
+      context: the method of a cache of one sequence that is read beside this one's by all sequences; None = there is
+        none. See `kvjax.policies.layers.asking`.
     """
 
     name: str
@@ -119,11 +121,12 @@ class Recipe(NamedTuple):
     kernels: Implementation | None = "xla"
     windowed: Windowed = "compressed"
     amounts: Amounts = Amounts()
+    context: "Recipe | None" = None
 
     @property
     def structure(self) -> "Recipe":
         """The recipe without its amounts: what programs are compiled for."""
-        return self._replace(amounts=Amounts())
+        return self._replace(amounts=Amounts(), context=self.context and self.context.structure)
 
     def slots(self, layer: int, num_layers: int, length: int) -> int:
         """Slots of a row for a prompt of this length, of the layer with this place among those that share a budget."""

@@ -20,7 +20,7 @@ from kvjax.spec import Lengths, ModelSpec, Prompt, Token
 
 @functools.cache
 def rolling(store: KVStore, window: int) -> CachePolicy:
-    """Keep the tokens that a layer's sliding window can read, and no others: that of position p in slot p mod window.
+    """Keep the tokens that a layer's sliding window can read, and no others: a ring that begins with the first one.
 
     Args:
       store: number format of slots; without its balance, which belongs to the tokens of a whole prompt.
@@ -33,7 +33,7 @@ def rolling(store: KVStore, window: int) -> CachePolicy:
     """
     if window > store.residual > 0:
         return residual(store)
-    store = KVStore() if store.residual else store._replace(balanced=False)
+    store = store.one_by_one
 
     def init(spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike, amounts: Amounts) -> Tiers:
         sized = functools.partial(
@@ -63,6 +63,9 @@ def rolling(store: KVStore, window: int) -> CachePolicy:
         k, v = store.encode(token.key[:, :, None], token.value[:, :, None], ())
         pos = jnp.broadcast_to(token.pos[:, None, None], (*tier.length.shape, 1))
         active = jnp.broadcast_to(token.active[:, None, None], pos.shape)
-        return (tiers_.put(tier, pos % window, Slots(k, v, pos), active),)
+        first = tiers_.take(tier, jnp.zeros_like(pos)).pos  # -1 where the ring is empty
+        assert not isinstance(first, tuple)
+        slot = jnp.where(first < 0, 0, (pos - first) % window)
+        return (tiers_.put(tier, slot, Slots(k, v, pos), active),)
 
     return CachePolicy((store,), init, prefill, insert, budget=everything())

@@ -1,0 +1,59 @@
+"""What `kvjax.generate` does with a context: read it or load it, save it, ask it."""
+
+import argparse
+import json
+
+from kvjax.cli.console import to_stdout
+from kvjax.cli.flags import DTYPES
+from kvjax.cli.generating import dump, print_all, printer
+from kvjax.cli.tables import describe, dtype_of, heading, summary
+from kvjax.generation.context import Context
+from kvjax.generation.model import load
+from kvjax.generation.sampling import Sampling
+
+
+def run(
+    args: argparse.Namespace,
+    prompts: list[str | list[int]],
+    method: str,
+    budget: str | int | None,
+    sampling: Sampling,
+) -> None:
+    """Answer the questions to a prompt, or to a file's context; write it first, if asked to."""
+    model = load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config, mesh=args.mesh)
+    if args.context is not None:
+        context = model.load_context(args.context)
+        assert context.named is not None
+        budget = context.named[1]
+    else:
+        entry = "+".join([method, *(f"{key}={value}" for key, value in args.arguments.items())])
+        context = model.read(
+            prompts[0], entry, budget, prefill_chunk=args.prefill_chunk, max_length=args.max_length, chat=args.chat
+        )
+    console = to_stdout()
+    if args.save_context is not None:
+        context.save(args.save_context)
+        if not args.json:
+            console.print(f"{args.save_context}: {_size(context)}", soft_wrap=True, highlight=False)
+    if not args.question:
+        return
+    streaming = len(args.question) == 1 and not args.json and not args.no_stream
+    show, finish = printer(model)
+    out = context.ask(
+        args.question, max_new_tokens=args.max_new_tokens, sampling=sampling, on_token=show if streaming else None
+    )
+    if streaming:
+        finish()
+    elif not args.json:
+        print_all(out)
+    if args.json:
+        print(json.dumps(describe(model, out, budget)), flush=True)
+    else:
+        console.print(summary([out], [heading(context.recipe, budget)], dtype_of(model)))
+    if args.dump_cache is not None:
+        dump(args.dump_cache, model, out)
+
+
+def _size(context: Context) -> str:
+    held, full = context.bytes.total, context.full_bytes
+    return f"{len(context.tokens):,} tokens in {held:,} bytes, where the full cache has {full:,}"

@@ -1,0 +1,258 @@
+"""A context: a text that is read once, kept compressed, and asked often.
+
+It is a value. Nothing that is done with it changes it: questions and answers go into caches of their own beside it, and
+what it grows to is another context. So to fork it is to use it twice.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.attention import dispatch
+from kvjax.cache import pages
+from kvjax.cache import tier as tiers_
+from kvjax.cache.layout import Cache
+from kvjax.cache.tier import Bytes
+from kvjax.errors import InputError
+from kvjax.generation import generate as generating
+from kvjax.generation.accounting import cache_bytes, full_bytes, kept_slots
+from kvjax.generation.allocate import allocate, check_turn
+from kvjax.generation.model import Model, encode_continuation, encode_prompt
+from kvjax.generation.prefill import padded_length
+from kvjax.generation.results import Generation
+from kvjax.generation.sampling import Sampling
+from kvjax.generation.timing import Stopwatch
+from kvjax.methods import of, resolve
+from kvjax.policies.base import Recipe
+from kvjax.policies.budgets.budget import Keep
+from kvjax.policies.layers import asking
+from kvjax.spec import Lengths
+
+OnToken = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+    """A text as a method keeps it. Made by `Model.read`.
+
+    Attributes:
+      model: what has read the text.
+      recipe: the method.
+      tokens: the text, and what has been added to it.
+      logits: after its last token, `[1 V]`.
+      cache: of one sequence.
+      prompt: tokens that were read at once: budgets are of these.
+      room: tokens that the cache can take before it is made larger; tokens of the text included.
+      named: the method and its budget as they were given, for files; None = as a recipe.
+      chat: the text begins what a user says to a chat model, and questions end it.
+    """
+
+    model: Model
+    recipe: Recipe
+    tokens: tuple[int, ...]
+    logits: jax.Array
+    cache: Cache
+    prompt: int
+    room: int
+    named: tuple[str, str | None] | None = None
+    chat: bool = False
+
+    @property
+    def bytes(self) -> Bytes:
+        """Allocated for the context's cache."""
+        return cache_bytes(self.cache)
+
+    @property
+    def full_bytes(self) -> int:
+        """That a full cache needs for the same text, in the model's dtype."""
+        return full_bytes(self.model, [len(self.tokens)])
+
+    @property
+    def kept(self) -> list[int | float]:
+        """Kept slots of each layer, averaged over heads."""
+        return kept_slots(self.model.spec, self.recipe, self.cache)[0]
+
+    def ask(
+        self,
+        questions: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        on_token: OnToken | None = None,
+    ) -> Generation:
+        """Answer questions, each as if it were the only one.
+
+        All of them read this context, which is not copied; questions and answers are kept whole, in caches of their own
+        and in the context's number format. Methods that evict while decoding evict nothing of a context that is asked.
+
+        Args:
+          questions: texts or token ids that follow the context; "" goes on with it. In a chat a text gets what the
+            template has between the user's words and the answer.
+          max_new_tokens, sampling, on_token: as in `Model.generate`.
+
+        Returns:
+          As `Model.generate`: bytes and slots are those of the context, once, and of all questions.
+
+        Raises:
+          InputError: what is given cannot be used, in one line.
+
+        >>> import kvjax
+        >>> context = kvjax.load().read(list(range(1, 65)), "snapkv", "50%")
+        >>> out = context.ask([[5, 6], [7]], max_new_tokens=4)
+        >>> [sequence.prompt_tokens for sequence in out.sequences]
+        [66, 65]
+        """
+        if isinstance(questions, str):
+            raise InputError("questions is one text: give a list of questions")
+        model, sampling, recipe = self.model, _checked(sampling, max_new_tokens), asking(self.recipe)
+        ending = ""
+        if self.chat and model.tokenizer is not None:
+            _, ending = model.tokenizer.around("")
+        texts = [question + ending if isinstance(question, str) else question for question in questions]
+        after = [encode_continuation(model, text) for text in texts]
+        ids = [list(self.tokens)] * len(after)
+        generating.check_prompts(model.spec, ids, after)
+        for question in after:
+            self._check_reach(len(question) + max_new_tokens, max_new_tokens)
+        if self.recipe.positions is not None and self.recipe.windowed != "whole" and any(model.spec.windows):
+            raise InputError(
+                f"{self.recipe.name}: a sliding window counts places in its cache, which questions beside it have not:"
+                " set windowed=whole or positions=absolute"
+            )
+        whole = [prompt + question for prompt, question in zip(ids, after, strict=True)]
+        new = pages.ladder(max(map(len, after)) + max_new_tokens, steps=1, smallest=64)
+        with Stopwatch() as watch:
+            own = allocate(model.decoder, recipe, Lengths((0,) * len(after), new, padded=64))
+            logits = jnp.broadcast_to(self.logits, (len(after), *self.logits.shape[1:]))
+            logits, own, _ = generating.read_continuations(model, recipe, logits, own, ids, after, shared=self.cache)
+            jax.block_until_ready((logits, own))
+            read_s = watch.lap()
+            own, chosen = generating.decode_texts(
+                model, recipe, whole, len(after), max_new_tokens, logits, own, sampling, on_token, self.cache
+            )
+            decode_s = watch.lap()
+        lengths = [len(self.tokens), *(len(question) + max_new_tokens for question in after)]
+        both = tuple((*shared, *tiers) for shared, tiers in zip(self.cache, own, strict=True))
+        seconds = read_s, decode_s, watch.compile_s
+        return generating.report(model, self.recipe, whole, chosen, logits, both, lengths, seconds)
+
+    def extend(self, text: str | Sequence[int]) -> "Context":
+        """The context with more text at its end, read token by token through its cache, as the method decodes.
+
+        >>> import kvjax
+        >>> context = kvjax.load().read([1, 2, 3])
+        >>> len(context.extend([4, 5]).tokens), len(context.tokens)
+        (5, 3)
+        """
+        ids = encode_continuation(self.model, text)
+        if not ids:
+            return self
+        generating.check_prompts(self.model.spec, [self.tokens], [ids])
+        self._check_reach(len(ids), 0)
+        return self._read(self._with_room(len(ids)), ids)
+
+    def generate(
+        self, *, max_new_tokens: int = 64, sampling: Sampling | None = None, on_token: OnToken | None = None
+    ) -> tuple[Generation, "Context"]:
+        """Go on with the text; and the context with what was generated at its end, as the method decodes.
+
+        Args:
+          max_new_tokens, sampling, on_token: as in `Model.generate`.
+        """
+        model, sampling = self.model, _checked(sampling, max_new_tokens)
+        self._check_reach(max_new_tokens, max_new_tokens)
+        whole = [list(self.tokens)]
+        with Stopwatch() as watch:
+            grown = self._with_room(max_new_tokens)
+            cache, chosen = generating.decode_texts(
+                model, self.recipe, whole, 1, max_new_tokens, self.logits, grown.cache, sampling, on_token
+            )
+            decode_s = watch.lap()
+        lengths = [len(self.tokens) + max_new_tokens]
+        seconds = 0.0, decode_s, watch.compile_s
+        *read, last = chosen[0]  # the last token is chosen, and not yet read
+        after = dataclasses.replace(grown, cache=cache, tokens=(*self.tokens, *read))
+        after = after._read(after, [last])
+        return generating.report(model, self.recipe, whole, chosen, self.logits, after.cache, lengths, seconds), after
+
+    def save(self, path: str | Path) -> None:
+        """Write the context to a file, for `Model.load_context`: what its cache holds, and which model has made it.
+
+        Raises:
+          InputError: the file cannot be written; then it is as it was before.
+        """
+        from kvjax.generation import context_file
+
+        context_file.save(self, Path(path))
+
+    def _read(self, grown: "Context", ids: Sequence[int]) -> "Context":
+        """With tokens that the cache of `grown`, which is consumed, has room for."""
+        tokens = (*self.tokens, *ids)
+        logits, cache, _ = generating.read_continuations(
+            self.model, self.recipe, self.logits, grown.cache, [self.tokens], [ids]
+        )
+        return dataclasses.replace(grown, tokens=tokens, logits=logits, cache=cache)
+
+    def _with_room(self, new: int) -> "Context":
+        """A copy with room for so many more tokens."""
+        need = len(self.tokens) + new
+        if need <= self.room:
+            return dataclasses.replace(self, cache=jax.tree.map(jnp.copy, self.cache))
+        room = min(pages.ladder(need, steps=2, smallest=64), self.model.spec.max_position)
+        lengths = Lengths((self.prompt,), room - self.prompt, padded_length(self.prompt))
+        wanted = jax.eval_shape(lambda: allocate(self.model.decoder, self.recipe, lengths))
+        sized = lambda tier, want: _resized(tier, want.free.shape[0] * want.page, want.capacity)
+        cache = tuple(tuple(map(sized, *tiers)) for tiers in zip(self.cache, wanted, strict=True))
+        return dataclasses.replace(self, cache=cache, room=room)
+
+    def _check_reach(self, more: int, new: int) -> None:
+        """Raise `InputError` for more tokens, of which the `new` last ones are generated, than can follow."""
+        spec, length = self.model.spec, len(self.tokens)
+        generating.check_new(spec, self.recipe, length, more - new, new)
+        check_turn(spec, self.recipe, self.prompt, length + more - 1)
+
+
+def read(
+    model: Model,
+    prompt: str | Sequence[int],
+    method: str | Recipe | None,
+    budget: Keep | None,
+    prefill_chunk: int,
+    max_length: int | None,
+    chat: bool,
+) -> Context:
+    """`Model.read` with everything said."""
+    recipe = resolve(model.spec, method, budget)
+    named = None if isinstance(method, Recipe) else (method or of(model.spec), None if budget is None else str(budget))
+    if chat and isinstance(prompt, str) and model.tokenizer is not None:
+        ids = model.tokenizer.encode(model.tokenizer.around(prompt)[0], special=False)
+    else:
+        ids = encode_prompt(model, prompt)
+    if model.mesh is not None:
+        raise InputError("a context lies on one device: load the model without a mesh")
+    if max_length is not None:
+        generating.check_total(model.spec, max_length, [ids], [[]], 0)
+    generating.check_prompts(model.spec, [ids], [[]])
+    check_turn(model.spec, recipe, len(ids), len(ids))
+    dispatch.check(recipe.kernels)
+    new = 1 if max_length is None else max_length - 1
+    logits, cache = generating.read_prompts(model, recipe, [ids], new, prefill_chunk, max_length)
+    return Context(model, recipe, tuple(ids), logits, cache, len(ids), max_length or len(ids) + 1, named, chat)
+
+
+def _checked(sampling: Sampling | None, new: int) -> Sampling:
+    generating.check_count(new)
+    sampling = sampling or Sampling()
+    generating.check_sampling(sampling)
+    return sampling
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _resized(tier: tiers_.Tier, slots: int, row: int) -> tiers_.Tier:
+    """A copy of a tier with room for at least so many slots, and for so many of a row."""
+    size, width = pages.pages_for(slots, tier.page), pages.pages_for(row, tier.page)
+    return tiers_.resize(tier, max(size, tier.free.shape[0]), max(width, tier.table.shape[-1]))
