@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from kvjax.cache import tier as tiers_
 from kvjax.cache.layout import Layers, Tiers
 from kvjax.cache.store import KVStore
+from kvjax.cache.tier import Slots, Tier
 from kvjax.policies.budgets.budget import Amounts, Budget, parse_keep
 from kvjax.spec import Gate, Lengths, ModelSpec, Prompt, PyTree, Token
 from pallas_kernels.implementation import Implementation
@@ -50,6 +51,14 @@ class RewrittenPrompt(NamedTuple):
 
 
 Rewrite = Callable[[Tiers, Array, Array, Gate, Array, int | None, Implementation | None], RewrittenPrompt]
+
+
+def write_token(tier: Tier, store: KVStore, token: Token, slot: Int[Array, "B K"]) -> Tier:
+    """A layer's view with a new token in one slot of each row of the active sequences."""
+    k, v = store.encode(token.key[:, :, None], token.value[:, :, None], tier.calib)
+    pos = jnp.broadcast_to(token.pos[:, None, None], (*slot.shape, 1))
+    active = jnp.broadcast_to(token.active[:, None, None], pos.shape)
+    return tiers_.put(tier, slot[..., None], Slots(k, v, pos, jnp.zeros(pos.shape, jnp.float32)), active)
 
 
 def append_room(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:

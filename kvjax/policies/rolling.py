@@ -11,7 +11,7 @@ from kvjax.cache import tier as tiers_
 from kvjax.cache.layout import Layers, Tiers
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots
-from kvjax.policies.base import CachePolicy, PrefillOutput
+from kvjax.policies.base import CachePolicy, PrefillOutput, write_token
 from kvjax.policies.budgets.budget import Amounts, everything
 from kvjax.policies.residual import residual
 from kvjax.policies.ring import latest
@@ -60,12 +60,9 @@ def rolling(store: KVStore, window: int) -> CachePolicy:
 
     def insert(tiers: Tiers, token: Token) -> Tiers:
         (tier,) = tiers
-        k, v = store.encode(token.key[:, :, None], token.value[:, :, None], ())
-        pos = jnp.broadcast_to(token.pos[:, None, None], (*tier.length.shape, 1))
-        active = jnp.broadcast_to(token.active[:, None, None], pos.shape)
-        first = tiers_.take(tier, jnp.zeros_like(pos)).pos  # -1 where the ring is empty
+        first = tiers_.take(tier, jnp.zeros_like(tier.length)[..., None]).pos  # -1 where the ring is empty
         assert not isinstance(first, tuple)
-        slot = jnp.where(first < 0, 0, (pos - first) % window)
-        return (tiers_.put(tier, slot, Slots(k, v, pos), active),)
+        slot = jnp.where(first[..., 0] < 0, 0, (token.pos[:, None] - first[..., 0]) % window)
+        return (write_token(tier, store, token, slot),)
 
     return CachePolicy((store,), init, prefill, insert, budget=everything())

@@ -20,7 +20,7 @@ from kvjax.cache.tier import Slots, Tier
 from kvjax.errors import InputError
 from kvjax.parallel import collectives, mesh
 from kvjax.parallel.collectives import HEADS
-from kvjax.policies.base import CachePolicy, PrefillOutput, append_room
+from kvjax.policies.base import CachePolicy, PrefillOutput, append_room, write_token
 from kvjax.policies.budgets.budget import Amounts, Budget, check, room, times, tokens_of
 from kvjax.policies.eviction import Evicted, EvictionAction, drop
 from kvjax.policies.rolling import rolling
@@ -319,16 +319,12 @@ def _shrink_pool(
 
 def _insert(how: Selection, tiers: Tiers, token: Token) -> Tiers:
     (tier, *rest) = tiers
-    active = jnp.broadcast_to(token.active[:, None], tier.length.shape)
     window = None if how.evict == "after" or how.by_place else token.window
     gone, slot = tiers_.expired(tier, token.pos, window)
     if how.evict == "before":
         most = tier.budget if token.window is None else jnp.minimum(tier.budget, token.window)
-        slot = jnp.where(active & ~gone & (tier.length >= most), _worst(how.score, tier, token.pos), slot)
-    k, v = how.store.encode(token.key[:, :, None], token.value[:, :, None], tier.calib)
-    pos = jnp.broadcast_to(token.pos[:, None, None], (*slot.shape, 1))
-    slots = Slots(k, v, pos, jnp.zeros(pos.shape, jnp.float32))
-    return (tiers_.put(tier, slot[..., None], slots, active[..., None]), *rest)
+        slot = jnp.where(~gone & (tier.length >= most), _worst(how.score, tier, token.pos), slot)
+    return (write_token(tier, how.store, token, slot), *rest)
 
 
 def _observe(how: Selection, tiers: Tiers, token: Token, probs: tuple[Array, ...]) -> Tiers:

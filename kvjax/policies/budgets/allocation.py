@@ -2,7 +2,7 @@
 
 import functools
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,15 @@ def per_head(budget: Budget, floor: float) -> Budget:
     return budget._replace(split=split, max_slots=most, by_head=True)
 
 
+class ScoreRule(NamedTuple):
+    """What `from_scores` was given."""
+
+    r_max: Fraction
+    floor: Fraction
+    regrow: bool
+    ada: bool
+
+
 @functools.cache
 def from_scores(
     *, r_max: float = 10.0, every: int = 4, regrow: bool = True, floor: float = 0.0, ada: bool = False
@@ -79,56 +88,65 @@ def from_scores(
       code keeps window tokens twice); what rounding leaves is handed out.
     Cost: 31 counting passes over the scores of the layers seen, at every update; their scores in float32 until then.
     """
-    most_of, least_of = _fraction("r_max", r_max, 1000), _fraction("floor", floor)
+    rule = ScoreRule(_fraction("r_max", r_max, 1000), _fraction("floor", floor), regrow, ada)
     if r_max < 1:
         raise InputError(f"r_max={r_max} is less than 1: the layers could not hold the budget")
     if not 0 <= every <= LARGEST:
         raise InputError(f"every={every} is not a number of layers")
-
-    def allocate(
-        stats: list[Float[Array, "B K T"]],
-        seen: Array,
-        length: Int[Array, " B"],
-        held: Int[Array, "L B K"],
-        slots: Int[Array, " B"],
-    ) -> Int[Array, "L B K"]:
-        stat = jnp.stack(stats)
-        layers, _, heads, _ = stat.shape
-        base, available = _room(stat[0, :, 0], slots, length)
-        protected = jnp.minimum(slots, length - available)
-        known = jnp.repeat(jnp.arange(layers) < seen, heads)[:, None]
-        rows = jnp.moveaxis(stat, 2, 1).reshape(layers * heads, *stat.shape[1:2], -1)  # L*K B T
-        counts = count_best(jnp.where(known[..., None], rows, -1.0), base * heads * seen)
-        at_most = jnp.minimum(_times(base, most_of), available)
-        at_most = jnp.minimum(at_most, jnp.moveaxis(held, 2, 1).reshape(layers * heads, -1) - protected)
-        unit = seen
-        if not ada:  # a layer's heads share evenly
-            add = lambda x: x.reshape(layers, heads, -1).sum(axis=1)
-            counts, known, at_most = add(counts), known[::heads], at_most[::heads]
-            unit = seen * heads
-        fair = _times(base, least_of)
-        wanted = fair * unit + share(counts * layers, 1 - least_of)
-        at_most = jnp.where(known, at_most, 0)
-        if regrow:
-            got = hand_out(wanted, unit, base * layers * (heads if ada else 1), jnp.zeros_like(wanted), at_most)
-        else:
-            got = jnp.minimum(wanted // unit, at_most)
-        got = jnp.where(known, _or_all(got + protected, slots, length), LARGEST)
-        if ada:
-            return jnp.moveaxis(got.reshape(layers, heads, -1), 1, 2)
-        return jnp.broadcast_to(got[..., None], (*got.shape, heads))
-
-    def most(keep: int | Fraction, num_layers: int, num_heads: int, length) -> Any:
-        slots = tokens_of(keep, length)
-        return np.minimum(np.maximum(slots, _times(slots, most_of)), length)
-
     return Budget(
-        slots=lambda keep, layer, num_layers, length: tokens_of(keep, length),
-        allocate=allocate,
+        slots=_even_slots,
+        allocate=functools.partial(_allocate_by_scores, rule),
         update_interval=every or None,
-        max_slots=most,
+        max_slots=functools.partial(_most_by_scores, rule),
         by_head=ada,
     )
+
+
+def _allocate_by_scores(
+    rule: ScoreRule,
+    stats: list[Float[Array, "B K T"]],
+    seen: Array,
+    length: Int[Array, " B"],
+    held: Int[Array, "L B K"],
+    slots: Int[Array, " B"],
+) -> Int[Array, "L B K"]:
+    stat = jnp.stack(stats)
+    layers, _, heads, _ = stat.shape
+    base, available = _room(stat[0, :, 0], slots, length)
+    protected = jnp.minimum(slots, length - available)
+    known = jnp.repeat(jnp.arange(layers) < seen, heads)[:, None]
+    rows = jnp.moveaxis(stat, 2, 1).reshape(layers * heads, *stat.shape[1:2], -1)  # L*K B T
+    counts = count_best(jnp.where(known[..., None], rows, -1.0), base * heads * seen)
+    at_most = jnp.minimum(_times(base, rule.r_max), available)
+    at_most = jnp.minimum(at_most, jnp.moveaxis(held, 2, 1).reshape(layers * heads, -1) - protected)
+    unit = seen
+    if not rule.ada:  # a layer's heads share evenly
+        add = lambda x: x.reshape(layers, heads, -1).sum(axis=1)
+        counts, known, at_most = add(counts), known[::heads], at_most[::heads]
+        unit = seen * heads
+    wanted = _times(base, rule.floor) * unit + share(counts * layers, 1 - rule.floor)
+    at_most = jnp.where(known, at_most, 0)
+    if rule.regrow:
+        got = hand_out(wanted, unit, base * layers * (heads if rule.ada else 1), jnp.zeros_like(wanted), at_most)
+    else:
+        got = jnp.minimum(wanted // unit, at_most)
+    got = jnp.where(known, _or_all(got + protected, slots, length), LARGEST)
+    if rule.ada:
+        return jnp.moveaxis(got.reshape(layers, heads, -1), 1, 2)
+    return jnp.broadcast_to(got[..., None], (*got.shape, heads))
+
+
+def _most_by_scores(rule: ScoreRule, keep: int | Fraction, num_layers: int, num_heads: int, length) -> Any:
+    slots = tokens_of(keep, length)
+    return np.minimum(np.maximum(slots, _times(slots, rule.r_max)), length)
+
+
+class VarianceRule(NamedTuple):
+    """What `from_variance` was given."""
+
+    least: int
+    rule: LayerRule
+    full_layers: tuple[int, ...]
 
 
 @functools.cache
@@ -156,71 +174,76 @@ def from_variance(*, least: int, rule: LayerRule, full_layers: tuple[int, ...] =
     """
     if rule not in RULES:
         raise InputError(f"layer_rule={rule!r} is not 'paper' or 'released'")
-    statistic = RULES[rule]
-
-    def places(num_layers: int) -> list[int]:
-        if wrong := [i for i in full_layers if not -num_layers <= i < num_layers]:
-            raise InputError(f"full_layers: there is no layer {wrong[0]} in a model of {num_layers} layers")
-        return sorted({i % num_layers for i in full_layers})
-
-    def bottom(slots, length):
-        """What every row gets, where each layer has so many slots as a mean."""
-        array = jnp if isinstance(length, jax.Array) else np
-        return array.minimum(array.maximum((length + 99) // 100, max(least, 2)), array.minimum(slots, length))
-
-    def most(keep: int | Fraction, num_layers: int, num_heads: int, length) -> Any:
-        slots = tokens_of(keep, length)
-        if full_layers:
-            return np.maximum(length, slots)
-        # Shares come from statistics between 0 and 1: none is more than e times another.
-        return np.maximum(np.minimum(length, 3 * np.minimum(slots, length) + bottom(slots, length)), slots)
-
-    def check(keep: int | Fraction, num_layers: int, length: int) -> None:
-        full, slots = len(places(num_layers)), int(tokens_of(keep, length))
-        total, low = num_layers * min(slots, length), int(bottom(slots, length))
-        need = full * length + (num_layers - full) * low
-        if total < need:
-            raise InputError(
-                f"a budget of {total // num_layers} slots in each of {num_layers} layers is too small for a prompt of"
-                f" {length} tokens: {full} full layers and {low} slots in each other layer need a"
-                f" budget of {-(-need // num_layers)}"
-            )
-
-    def allocate(
-        infos: list[Float[Array, "B K"]],
-        seen: Array,
-        length: Int[Array, " B"],
-        held: Int[Array, "L B K"],
-        slots: Int[Array, " B"],
-    ) -> Int[Array, "L B K"]:
-        layers, info = len(infos), jnp.stack(infos)[..., 0]  # of a layer, not of a head
-        full = jnp.zeros((layers, 1), bool).at[jnp.asarray(places(layers), jnp.int32)].set(True)
-        rest = jnp.minimum(slots, length) * layers - length * full.sum()
-        if rule == "paper":
-            low, high = (f(info, axis=0, where=~full, initial=x) for f, x in ((jnp.min, jnp.inf), (jnp.max, 0.0)))
-            info = (info - low) / (high - low + 1e-6)
-        shares = jax.nn.softmax(jnp.where(full, -jnp.inf, -info), axis=0)
-        unit = jnp.clip(
-            2**30 // jnp.maximum(rest, length + 1), 1, 4096
-        )  # fractions of a slot decide who gets what is left
-        wanted = jnp.floor(shares * (rest * unit).astype(jnp.float32)).astype(jnp.int32)
-        low, high = (jnp.where(full, 0, bound) for bound in (bottom(slots, length), length))
-        rows = _or_all(hand_out(wanted, unit, rest, low, high), slots, length)
-        return jnp.broadcast_to(jnp.where(full, LARGEST, rows)[..., None], held.shape)
-
-    def measure(prompt: Prompt, stat: Array) -> Float[Array, "B K"]:
-        found = statistic(query_column_sums(prompt), prompt.alive())
-        return jnp.broadcast_to(found[:, None], stat.shape[:2])
-
+    given = VarianceRule(least, rule, full_layers)
     return Budget(
-        slots=lambda keep, layer, num_layers, length: tokens_of(keep, length),
-        allocate=allocate,
-        measure=measure,
-        max_slots=most,
+        slots=_even_slots,
+        allocate=functools.partial(_allocate_by_variance, given),
+        measure=functools.partial(_measure_variance, given),
+        max_slots=functools.partial(_most_by_variance, given),
         needs_one_pool=bool(full_layers),
-        full=places,
-        check=check,
+        full=functools.partial(_full_layers, given),
+        check=functools.partial(_check_full_layers, given),
     )
+
+
+def _full_layers(rule: VarianceRule, num_layers: int) -> list[int]:
+    if wrong := [i for i in rule.full_layers if not -num_layers <= i < num_layers]:
+        raise InputError(f"full_layers: there is no layer {wrong[0]} in a model of {num_layers} layers")
+    return sorted({i % num_layers for i in rule.full_layers})
+
+
+def _bottom(rule: VarianceRule, slots, length):
+    """What every row gets, where each layer has so many slots as a mean; on the host's and the device's arrays."""
+    array = jnp if isinstance(length, jax.Array) else np
+    return array.minimum(array.maximum((length + 99) // 100, max(rule.least, 2)), array.minimum(slots, length))
+
+
+def _most_by_variance(rule: VarianceRule, keep: int | Fraction, num_layers: int, num_heads: int, length) -> Any:
+    slots = tokens_of(keep, length)
+    if rule.full_layers:
+        return np.maximum(length, slots)
+    # Shares come from statistics between 0 and 1: none is more than e times another.
+    return np.maximum(np.minimum(length, 3 * np.minimum(slots, length) + _bottom(rule, slots, length)), slots)
+
+
+def _check_full_layers(rule: VarianceRule, keep: int | Fraction, num_layers: int, length: int) -> None:
+    full, slots = len(_full_layers(rule, num_layers)), int(tokens_of(keep, length))
+    total, low = num_layers * min(slots, length), int(_bottom(rule, slots, length))
+    need = full * length + (num_layers - full) * low
+    if total < need:
+        raise InputError(
+            f"a budget of {total // num_layers} slots in each of {num_layers} layers is too small for a prompt of"
+            f" {length} tokens: {full} full layers and {low} slots in each other layer need a"
+            f" budget of {-(-need // num_layers)}"
+        )
+
+
+def _allocate_by_variance(
+    rule: VarianceRule,
+    infos: list[Float[Array, "B K"]],
+    seen: Array,
+    length: Int[Array, " B"],
+    held: Int[Array, "L B K"],
+    slots: Int[Array, " B"],
+) -> Int[Array, "L B K"]:
+    layers, info = len(infos), jnp.stack(infos)[..., 0]  # of a layer, not of a head
+    full = jnp.zeros((layers, 1), bool).at[jnp.asarray(_full_layers(rule, layers), jnp.int32)].set(True)
+    rest = jnp.minimum(slots, length) * layers - length * full.sum()
+    if rule.rule == "paper":
+        low, high = (f(info, axis=0, where=~full, initial=x) for f, x in ((jnp.min, jnp.inf), (jnp.max, 0.0)))
+        info = (info - low) / (high - low + 1e-6)
+    shares = jax.nn.softmax(jnp.where(full, -jnp.inf, -info), axis=0)
+    # Fractions of a slot decide who gets what is left.
+    unit = jnp.clip(2**30 // jnp.maximum(rest, length + 1), 1, 4096)
+    wanted = jnp.floor(shares * (rest * unit).astype(jnp.float32)).astype(jnp.int32)
+    low, high = (jnp.where(full, 0, bound) for bound in (_bottom(rule, slots, length), length))
+    rows = _or_all(hand_out(wanted, unit, rest, low, high), slots, length)
+    return jnp.broadcast_to(jnp.where(full, LARGEST, rows)[..., None], held.shape)
+
+
+def _measure_variance(rule: VarianceRule, prompt: Prompt, stat: Array) -> Float[Array, "B K"]:
+    found = RULES[rule.rule](query_column_sums(prompt), prompt.alive())
+    return jnp.broadcast_to(found[:, None], stat.shape[:2])
 
 
 def spread_over_keys(sums: Float[Array, "B N T"], alive: Bool[Array, "B T"]) -> Float[Array, " B"]:
@@ -244,6 +267,11 @@ def _variance(sums: Float[Array, "B N T"], alive: Bool[Array, "B T"]) -> Float[A
     mean = jnp.mean(sums, axis=-1, where=real, keepdims=True)
     square = jnp.sum(jnp.where(real, (sums - mean) ** 2, 0.0), axis=-1)
     return square / jnp.maximum(count - 1, 1)
+
+
+def _even_slots(keep: int | Fraction, layer: int, num_layers: int, length) -> Any:
+    """The same number of slots in every layer, as a mean over what `allocate` will decide."""
+    return tokens_of(keep, length)
 
 
 def _fraction(name: str, value: float, most: int = 1) -> Fraction:
