@@ -188,7 +188,7 @@ def compare(model: Decoder, recipe: Recipe, lengths: Sequence[int], new: int) ->
     """
     prompts, after = [tokens(1, n)[0].tolist() for n in lengths], tokens(len(lengths), new, seed=1)
     logits, positions, (tiers, *others) = run(model, recipe, prompts, after)
-    room = np.asarray(tiers[0].calib["room"])[0, :, 0]
+    room = np.asarray(tiers[0].state.max_slots)[0, :, 0]
     oldest = lambda layer, now: now + 1 - (model.spec.window(layer) or now + 1)  # that the next token can read
     oracles = []
     for b, prompt in enumerate(prompts):
@@ -214,7 +214,7 @@ def compression(oracles: Sequence[Gated]) -> float:
 
 def forced(tiers: Tiers, oracles: Sequence[Gated]) -> int:
     """How many tokens were refused a slot; raises if the plain decoders have others."""
-    counted = np.asarray(tiers[0].calib["forced"])
+    counted = np.asarray(tiers[0].state.forced)
     for b, one in enumerate(oracles):
         assert counted[:, b].tolist() == [[row.forced for row in layer] for layer in one.kept]
     return int(counted.sum())

@@ -227,7 +227,7 @@ def parts(tier: tiers_.Tier, model: str) -> list[tiers_.Tier]:
             b, k = x.shape[1] // shape["data"], x.shape[2] // shape["heads"]
             return x[:, d * b : (d + 1) * b, h * k : (h + 1) * k]
 
-        split = {n: rows for n in ("table", "length", "budget", "calib")}
+        split = dict.fromkeys(tiers_.PER_ROW, rows)
         found.append(tiers_.Tier(**{n: jax.tree.map(split.get(n, pool), x) for n, x in tier._asdict().items()}))
     return found
 

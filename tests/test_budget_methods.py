@@ -93,7 +93,7 @@ def held(spec: ModelSpec, cache: layout.Cache) -> Held:
         return {p: (layer.k[b, k, s], layer.v[b, k, s]) for p, s in zip(positions, filled, strict=True)}
 
     rows = [[[row(layer, b, k) for k in range(heads)] for layer in slots] for b in range(batch)]
-    constants = jax.tree.leaves(tier.calib)  # d2o's threshold; nothing else has any
+    constants = jax.tree.leaves((tier.balance, tier.state))  # d2o's threshold; nothing else has any
     return Held(rows, np.asarray(constants[0]) if constants else None)
 
 
@@ -463,7 +463,7 @@ def test_a_full_layer_keeps_every_token_and_merges_none(layers, more):
     assert ((np.asarray(tier.table) < tier.free.shape[0]).sum(axis=-1) * tier.page >= length).all()
     assert tier.free.shape[0] * tier.page <= 1.2 * length.sum()
     if "merge" not in more:
-        assert np.isnan(np.asarray(tier.calib["threshold"])[full]).all()
+        assert np.isnan(np.asarray(tier.state.action)[full]).all()
 
 
 def test_a_full_layer_goes_on_where_the_prompt_fits_the_budget():

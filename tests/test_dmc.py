@@ -103,8 +103,8 @@ def test_bytes_are_those_of_the_rate_that_is_measured(method, offset, trained):
     rate = 2000 / float(np.mean(tier.length))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert size <= (1 / rate + 0.05) * 2 * 2 * 2 * 2 * 32 * 4 * 2048
-    assert not np.any(tier.calib["forced"]) and rate > 1.1
-    share, room = np.asarray(tier.length).sum(axis=(0, 2)) / 2000, np.asarray(tier.calib["room"])[0, :, 0]
+    assert not np.any(tier.state.forced) and rate > 1.1
+    share, room = np.asarray(tier.length).sum(axis=(0, 2)) / 2000, np.asarray(tier.state.max_slots)[0, :, 0]
     assert (room >= np.asarray(tier.length).sum(axis=(0, 2)) + np.minimum(1.5 * new * share, 4 * new)).all()
 
 

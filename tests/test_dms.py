@@ -53,7 +53,7 @@ def test_a_gate_that_never_opens_is_the_full_cache(method):
     want, everything, _ = oracle.run(model, methods.full(), prompts, new)
     assert positions == everything
     assert_close(got, want, 1e-5)
-    assert not np.asarray(cache[0][0].calib["forced"]).any()
+    assert not np.asarray(cache[0][0].state.forced).any()
 
 
 def test_a_generation_says_what_was_forced():
@@ -62,7 +62,7 @@ def test_a_generation_says_what_was_forced():
         model.generate(tokens(2, 40).tolist(), dms(capacity=capacity), max_new_tokens=NEW)
         for capacity in ("100%", "12%")
     )
-    assert full.forced == 0 < small.forced == int(small.cache[0][0].calib["forced"].sum())
+    assert full.forced == 0 < small.forced == int(small.cache[0][0].state.forced.sum())
     assert tables.describe(model, small, None)["cache"]["forced"] == small.forced
     assert tables.shortage(full) is None
     console = Console(record=True, width=200, file=io.StringIO())

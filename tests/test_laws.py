@@ -60,7 +60,7 @@ def contents(cache: layout.Cache, b: int, model: str) -> list[np.ndarray]:
 
 
 def _of_sequence(tier: tiers_.Tier, b: int) -> list[np.ndarray]:
-    found = [tier.length[:, b], tier.budget[:, b], *(x[:, b] for x in jax.tree.leaves(tier.calib))]
+    found = [tier.length[:, b], tier.budget[:, b], *(x[:, b] for x in jax.tree.leaves((tier.balance, tier.state)))]
     for leaf in jax.tree.leaves((tier.k, tier.v, tier.pos, tier.score)):
         for table, length in zip(tier.table[:, b], tier.length[:, b], strict=True):
             for row, n in zip(table, length, strict=True):

@@ -127,11 +127,11 @@ def test_balance_is_its_formula_and_stays(setting):
     ours, reference = mikv_run(setting), Oracle(model_of(8))
     (tiers,), (later,) = ours.caches[0], ours.caches[-1]
     for tier, after in zip(tiers, later, strict=True):
-        if "balance" in tier.calib:
-            np.testing.assert_array_equal(tier.calib["balance"], after.calib["balance"])
+        if not isinstance(tier.balance, tuple):
+            np.testing.assert_array_equal(tier.balance, after.balance)
     for b, prompt in enumerate(ours.prompts):
         seen = brute_mikv.balances(reference, prompt)
-        np.testing.assert_allclose(tiers[1].calib["balance"][:, b], seen, rtol=1e-5)
+        np.testing.assert_allclose(tiers[1].balance[:, b], seen, rtol=1e-5)
 
 
 def test_balance_ignores_padding_and_batch_mates():
@@ -139,7 +139,7 @@ def test_balance_ignores_padding_and_batch_mates():
     (together,) = mikv_run("dense and int2").caches[0]
     for b, prompt in enumerate(prompts_of()[:2]):
         _, ((_, alone),) = oracle.start(model, recipe, [prompt], STEPS, padded=128)
-        np.testing.assert_allclose(alone.calib["balance"][:, 0], together[1].calib["balance"][:, b], rtol=1e-5)
+        np.testing.assert_allclose(alone.balance[:, 0], together[1].balance[:, b], rtol=1e-5)
 
 
 def test_balance_of_silent_channels_is_one_and_of_extreme_channels_is_bounded():
@@ -151,8 +151,8 @@ def test_balance_of_silent_channels_is_one_and_of_extreme_channels_is_bounded():
     for name, x in (("q", q), ("k", k)):
         getattr(model.layers[0].attention, name).kernel[...] = jnp.asarray(x.reshape(x.shape[0], -1))
     _, ((_, low),) = oracle.start(model, mikv("dense and int2"), prompts_of(), STEPS)
-    expected = np.broadcast_to(np.tile([1, 1, 1e4, 1e-4], 2).astype(np.float32), low.calib["balance"].shape[1:])
-    np.testing.assert_array_equal(low.calib["balance"][0], expected)
+    expected = np.broadcast_to(np.tile([1, 1, 1e4, 1e-4], 2).astype(np.float32), low.balance.shape[1:])
+    np.testing.assert_array_equal(low.balance[0], expected)
 
 
 @pytest.mark.parametrize("arguments", [dict(), dict(low_store="int4", recent=0.0), dict(balance=False)], ids=str)

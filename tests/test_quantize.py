@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax.cache.quantize import fp8, named, per_channel, rtn
-from kvjax.cache.store import KVStore, dense
+from kvjax.cache.store import Balance, KVStore, dense
 from kvjax.errors import InputError
 from pallas_kernels.packing import pack, packed_bytes, unpack
 
@@ -316,18 +316,18 @@ def test_sizes_are_the_papers():
 
 
 def test_balance_cancels_in_logits_and_decoding_undoes_it():
-    store, calib = KVStore(balanced=True), {"balance": jnp.exp(tokens((2, 3, 16)))}
+    store, balance = KVStore(balanced=True), jnp.exp(tokens((2, 3, 16)))
     q, k, v = tokens((2, 3, 4, 16), 1), tokens((2, 3, 5, 16), 2), tokens((2, 3, 5, 8), 3)
-    codes = store.encode(k, v, calib)
-    np.testing.assert_allclose(codes[0], numbers(k) * numbers(calib["balance"])[:, :, None], rtol=1e-6)
-    logits = np.einsum("bkgh,bknh->bkgn", numbers(store.query(q, calib)), numbers(codes[0]))
+    codes = store.encode(k, v, balance)
+    np.testing.assert_allclose(codes[0], numbers(k) * numbers(balance)[:, :, None], rtol=1e-6)
+    logits = np.einsum("bkgh,bknh->bkgn", numbers(store.query(q, balance)), numbers(codes[0]))
     np.testing.assert_allclose(logits, np.einsum("bkgh,bknh->bkgn", numbers(q), numbers(k)), atol=1e-5)
-    keys, values = store.decode(*codes, calib)
+    keys, values = store.decode(*codes, balance)
     np.testing.assert_allclose(keys, k, rtol=1e-6)
     np.testing.assert_array_equal(values, v)
-    assert store.query(q.astype(jnp.bfloat16), calib).dtype == jnp.bfloat16
+    assert store.query(q.astype(jnp.bfloat16), balance).dtype == jnp.bfloat16
     plain = KVStore()
-    assert plain.query(q, {}) is q and plain.encode(k, v, {})[0] is k
+    assert plain.query(q, ()) is q and plain.encode(k, v, ())[0] is k
 
 
 def test_balance_halves_the_error_of_int2_with_outlier_channels():
@@ -335,17 +335,19 @@ def test_balance_halves_the_error_of_int2_with_outlier_channels():
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1024, 128))
     k[:, rng.choice(128, 4, replace=False)] *= 12
-    calib = {"balance": jnp.asarray(np.sqrt(np.abs(q).max(0) / np.abs(k).max(0)), jnp.float32)[None, None]}
+    balance = jnp.asarray(np.sqrt(np.abs(q).max(0) / np.abs(k).max(0)), jnp.float32)[None, None]
     queries, keys = (jnp.asarray(x, jnp.float32)[None, None] for x in (q, k))
 
-    def error(store: KVStore) -> float:
-        codes = store.encode(keys, keys, calib)
-        logits = q @ numbers(store.decode(*codes, calib)[0])[0, 0].T
-        encoded = numbers(store.query(queries, calib))[0, 0] @ numbers(store.key.decode(codes[0], jnp.float32))[0, 0].T
+    def error(store: KVStore, balance: Balance) -> float:
+        codes = store.encode(keys, keys, balance)
+        logits = q @ numbers(store.decode(*codes, balance)[0])[0, 0].T
+        encoded = (
+            numbers(store.query(queries, balance))[0, 0] @ numbers(store.key.decode(codes[0], jnp.float32))[0, 0].T
+        )
         np.testing.assert_allclose(encoded, logits, atol=1e-3)
         return np.sqrt(np.mean((logits - q @ k.T) ** 2))
 
-    assert 2 * error(KVStore(rtn(2, 64), balanced=True)) < error(KVStore(rtn(2, 64)))
+    assert 2 * error(KVStore(rtn(2, 64), balanced=True), balance) < error(KVStore(rtn(2, 64)), ())
 
 
 def test_names_are_stores():

@@ -98,7 +98,7 @@ def _each_sequence(whole: Partial, batch: int) -> Partial:
 def _part(q: Float[Array, "B K G H"], tier: Tier, store: KVStore, slots: Bool[Array, "B K S"] | None) -> PagedKV:
     """A tier as the kernels read it."""
     pos = None if isinstance(tier.pos, tuple) else tier.pos
-    query = store.query(q, tier.calib)
+    query = store.query(q, tier.balance)
     table, length = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])) for x in (tier.table, tier.length))
     return PagedKV(query, tier.k, tier.v, table, length, pos, store.key.decode, store.value.decode, slots)
 

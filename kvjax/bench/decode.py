@@ -28,13 +28,12 @@ from kvjax.cli import command
 from kvjax.cli.flags import DTYPES
 from kvjax.errors import InputError
 from kvjax.generation import decode, prefill, sampling
-from kvjax.generation.accounting import cache_bytes, kept_slots
+from kvjax.generation.accounting import cache_bytes, forced, kept_slots
 from kvjax.generation.allocate import init_cache
 from kvjax.generation.model import Model
 from kvjax.methods import LEARNED, label_of, make, read_entry, taken
 from kvjax.models.decoder import Decoder
 from kvjax.parallel import mesh as meshes
-from kvjax.policies import gate_capacity
 from kvjax.policies.base import Recipe
 from kvjax.spec import Lengths
 
@@ -64,7 +63,7 @@ def contestant(model: Model, label: str, recipe: Recipe, batch: int, setting: Se
     length, chooser = jnp.full((batch,), setting.context, jnp.int32), sampling.chooser(sampling.Sampling(), batch)
     stop = jnp.zeros((0,), jnp.int32)
     size, kept = cache_bytes(cache), np.mean(kept_slots(model.spec, recipe, cache))
-    forced = gate_capacity.forced(cache)
+    refused = forced(cache)
     carried = [decode.first_token(logits, cache, length, chooser, stop, jnp.zeros(logits.shape, bool))]
     del logits, cache
 
@@ -79,7 +78,7 @@ def contestant(model: Model, label: str, recipe: Recipe, batch: int, setting: Se
 
     floor = weight_bytes(model.decoder) + size.payload + size.scales + size.statistics
     facts = {
-        "cache_bytes": size.total, "tokens_per_slot": setting.context / float(kept), "forced": forced, "batch": batch,
+        "cache_bytes": size.total, "tokens_per_slot": setting.context / float(kept), "forced": refused, "batch": batch,
         "steps": setting.steps,
     }  # fmt: skip
     return Contestant(label, turn, batch * setting.steps, setting.steps * floor, facts)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from kvjax.cache.tier import Tier
+from kvjax.cache.tier import PER_ROW, Tier
 from kvjax.parallel.collectives import DATA, HEADS
 from kvjax.parallel.mesh import LAYERS, POOL, shape_of
 from kvjax.spec import PyTree
@@ -12,7 +12,7 @@ from kvjax.spec import PyTree
 def cache(tree: PyTree) -> PyTree:
     """How tiers are split: every device has its own pool, and its rows."""
     pools = dict.fromkeys(("k", "v", "pos", "score", "free", "num_free"), POOL)
-    rows = dict.fromkeys(("table", "length", "budget", "calib"), LAYERS)
+    rows = dict.fromkeys(PER_ROW, LAYERS)
     own = Tier(**pools, **rows)  # pyright: ignore[reportArgumentType]
     return jax.tree.map(lambda tier: own, tree, is_leaf=lambda x: isinstance(x, Tier))
 

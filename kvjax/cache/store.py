@@ -15,6 +15,8 @@ from jaxtyping import Float
 from kvjax.spec import PyTree
 from pallas_kernels.codes import DENSE
 
+Balance = Float[Array, "B K R"] | tuple  # `Tier.balance` of one layer
+
 
 class Store(NamedTuple):
     """A codec of vectors.
@@ -55,7 +57,7 @@ class KVStore(NamedTuple):
 
     Attributes:
       key, value: codecs of keys and of values.
-      balanced: keys are multiplied by `calib["balance"]` before they are encoded, queries divided by it.
+      balanced: keys are multiplied by `Tier.balance` before they are encoded, queries divided by it.
       residual: newest tokens that are kept as they are, for stores whose key codec has runs.
     """
 
@@ -82,17 +84,17 @@ class KVStore(NamedTuple):
         """The format of tokens that come one after the other: without runs, and without the balance of a prompt."""
         return KVStore() if self.residual else self._replace(balanced=False)
 
-    def encode(self, k: Float[Array, "B K n R"], v: Float[Array, "B K n W"], calib: PyTree) -> tuple[PyTree, PyTree]:
+    def encode(self, k: Float[Array, "B K n R"], v: Float[Array, "B K n W"], balance: Balance) -> tuple[PyTree, PyTree]:
         """Codes of keys and values."""
-        if self.balanced:
-            k = k.astype(jnp.float32) * calib["balance"][:, :, None]
+        if not isinstance(balance, tuple):
+            k = k.astype(jnp.float32) * balance[:, :, None]
         return self.key.encode(k), self.value.encode(v)
 
-    def decode(self, k: PyTree, v: PyTree, calib: PyTree) -> tuple[Float[Array, "B K n R"], Float[Array, "B K n W"]]:
+    def decode(self, k: PyTree, v: PyTree, balance: Balance) -> tuple[Float[Array, "B K n R"], Float[Array, "B K n W"]]:
         """Keys and values in float32, without the balance; `key.decode` alone leaves it in."""
         keys, values = self.key.decode(k, jnp.float32), self.value.decode(v, jnp.float32)
-        return keys / calib["balance"][:, :, None] if self.balanced else keys, values
+        return keys if isinstance(balance, tuple) else keys / balance[:, :, None], values
 
-    def query(self, q: Float[Array, "B K G H"], calib: PyTree) -> Float[Array, "B K G H"]:
+    def query(self, q: Float[Array, "B K G H"], balance: Balance) -> Float[Array, "B K G H"]:
         """What a query becomes before it meets encoded keys."""
-        return (q.astype(jnp.float32) / calib["balance"][:, :, None]).astype(q.dtype) if self.balanced else q
+        return q if isinstance(balance, tuple) else (q.astype(jnp.float32) / balance[:, :, None]).astype(q.dtype)

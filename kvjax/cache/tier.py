@@ -20,6 +20,7 @@ from kvjax.cache.store import KVStore
 from kvjax.spec import PyTree
 from pallas_kernels.pools import lies_across, reading
 
+PER_ROW = ("table", "length", "budget", "balance", "state")  # fields of a tier that a layer has a part of
 FEW = 4  # slots of a row that may be read with their pages
 
 
@@ -38,7 +39,8 @@ class Tier(NamedTuple):
     budget: Int[Array, "*L B K"]  # slots that the row may keep
     free: Int[Array, " P"]  # stack of free pages
     num_free: Int[Array, " one"]  # an entry for each device that has a pool of its own
-    calib: PyTree  # constants per row of the store or the policy, every leaf [*L B K ...]
+    balance: Float[Array, "*L B K R"] | tuple  # of a balanced store: factor on each channel of keys; () = none
+    state: PyTree  # what the policy remembers of each row, a NamedTuple of its own; every leaf [*L B K ...]
 
     @property
     def page(self) -> int:
@@ -65,7 +67,7 @@ class Bytes(NamedTuple):
 
     payload: int  # codes of filled slots
     scales: int  # scales and zero points
-    statistics: int  # positions, scores, calibration
+    statistics: int  # positions, scores, balances, the policy's state
     tables: int  # page tables, lengths, budgets, free list
     slack: int  # codes of slots that are allocated and empty
     total: int
@@ -84,7 +86,7 @@ def init(
     dtype: DTypeLike,
     positions: bool = True,
     scores: bool = False,
-    calib: PyTree = (),
+    state: PyTree = (),
 ) -> Tier:
     """An empty tier.
 
@@ -98,7 +100,7 @@ def init(
       dtype: the model's dtype.
       positions: store each slot's position; without, slot s holds position s.
       scores: store a statistic per slot.
-      calib: constants per row, every leaf `[L B K ...]`.
+      state: of the policy, every leaf `[L B K ...]`.
     """
     page = page or pages.page_size(row)
     size = -(-slots // page)
@@ -114,19 +116,15 @@ def init(
         budget=jnp.full((layers, batch, heads), row, jnp.int32),
         free=jnp.arange(size, dtype=jnp.int32),
         num_free=jnp.asarray([size], jnp.int32),
-        calib=calib,
+        balance=jnp.ones((layers, batch, heads, widths[0])) if store.balanced else (),
+        state=state,
     )
 
 
 def layer(tier: Tier, index: int | Int[Array, ""]) -> Tier:
     """One layer's view."""
     pick = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
-    return tier._replace(
-        table=pick(tier.table),
-        length=pick(tier.length),
-        budget=pick(tier.budget),
-        calib=jax.tree.map(pick, tier.calib),
-    )
+    return tier._replace(**{name: jax.tree.map(pick, getattr(tier, name)) for name in PER_ROW})
 
 
 def with_layer(tier: Tier, index: int | Int[Array, ""], old: Tier, new: Tier) -> Tier:
@@ -135,12 +133,8 @@ def with_layer(tier: Tier, index: int | Int[Array, ""], old: Tier, new: Tier) ->
     def put_back(x: Array, before: Array, after: Array) -> Array:
         return x if after is before else jax.lax.dynamic_update_index_in_dim(x, after, index, 0)
 
-    return new._replace(
-        table=put_back(tier.table, old.table, new.table),
-        length=put_back(tier.length, old.length, new.length),
-        budget=put_back(tier.budget, old.budget, new.budget),
-        calib=jax.tree.map(put_back, tier.calib, old.calib, new.calib),
-    )
+    merged = {name: jax.tree.map(put_back, *(getattr(each, name) for each in (tier, old, new))) for name in PER_ROW}
+    return new._replace(**merged)
 
 
 def reserve(tier: Tier, n: Int[Array, "*L B K"], most: int) -> Tier:
@@ -346,7 +340,7 @@ def nbytes(tier: Tier, length: np.ndarray | None = None, itemsize: int | None = 
     plain = lambda codes: itemsize is not None and not isinstance(codes, dict)
     payload = sum(itemsize * x.size if plain(x) else size(_payload(x)) for x in (tier.k, tier.v))
     scales = sum(size(x) - size(_payload(x)) for x in (tier.k, tier.v))
-    statistics = size((tier.pos, tier.score, tier.calib))
+    statistics = size((tier.pos, tier.score, tier.balance, tier.state))
     tables = size((tier.table, tier.length, tier.budget, tier.free, tier.num_free))
     slots = tier.free.shape[0] * tier.page
     filled = payload * int(np.sum(length)) // slots

@@ -15,6 +15,7 @@ from kvjax.generation.results import Compared
 from kvjax.parallel import mesh as meshes
 from kvjax.parallel.collectives import COPIES
 from kvjax.policies.base import Recipe
+from kvjax.policies.gate_capacity import CapacityState
 from kvjax.spec import ModelSpec
 
 HALF = 2  # bytes of a number that shares of the full cache count with, whatever a run computes in
@@ -66,3 +67,9 @@ def kept_slots(spec: ModelSpec, recipe: Recipe, cache: Cache) -> list[list[int |
         for place, layer in enumerate(group.index):
             layers[layer] = kept[place]
     return [[int(x) if x == int(x) else float(x) for x in row] for row in np.stack(layers, axis=1)]
+
+
+def forced(cache: Cache) -> int:
+    """Tokens that asked a gate for a slot in vain, over all rows of a cache; 0 where no model asks."""
+    states = [tier.state for tiers in cache for tier in tiers if isinstance(tier.state, CapacityState)]
+    return sum(int(jnp.sum(state.forced)) for state in states)

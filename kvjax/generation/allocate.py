@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 
 from kvjax.cache import sharding
 from kvjax.cache.layout import Cache, layer_groups
+from kvjax.cache.tier import PER_ROW
 from kvjax.errors import InputError, say_once
 from kvjax.models.decoder import Decoder
 from kvjax.parallel import mesh
@@ -76,7 +77,7 @@ def _init_parts(spec: ModelSpec, recipe: Recipe, lengths: Lengths, dtype: DTypeL
 
     def init() -> Cache:
         mine = lambda tree: jax.tree.map(lambda x: own(x, 1, DATA), tree)
-        rows = lambda t: {name: mine(getattr(t, name)) for name in ("table", "length", "budget", "calib")}
+        rows = lambda t: {name: mine(getattr(t, name)) for name in PER_ROW}
         cache = _init(mesh.share(spec), recipe, lengths, dtype)
         return tuple(tuple(tier._replace(**rows(tier)) for tier in tiers) for tiers in cache)
 

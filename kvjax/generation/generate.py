@@ -14,7 +14,7 @@ from kvjax.cache.pages import LARGEST
 from kvjax.errors import InputError
 from kvjax.generation import decode, prefill
 from kvjax.generation import sampling as choosing
-from kvjax.generation.accounting import cache_bytes, compare, full_bytes, full_slots, kept_slots
+from kvjax.generation.accounting import cache_bytes, compare, forced, full_bytes, full_slots, kept_slots
 from kvjax.generation.allocate import allocate, check_turn, init_cache
 from kvjax.generation.model import Model, Texts, encode_continuation, encode_prompt, not_finite
 from kvjax.generation.results import Continuation, Generation, Timing
@@ -23,7 +23,6 @@ from kvjax.generation.timing import Stopwatch
 from kvjax.parallel import mesh as meshes
 from kvjax.parallel.collectives import DATA
 from kvjax.parallel.mesh import EVERYWHERE, SEQUENCES
-from kvjax.policies import gate_capacity
 from kvjax.policies.base import Recipe
 from kvjax.policies.budgets.budget import tokens_of
 from kvjax.spec import Lengths, ModelSpec, PyTree
@@ -107,7 +106,7 @@ def report(
         logits=meshes.read(logits)[:count],
         cache=cache,
         recipe=recipe,
-        forced=gate_capacity.forced(cache),
+        forced=forced(cache),
     )
 
 
@@ -121,7 +120,7 @@ def warm_up(model: Model, recipe: Recipe, max_length: int, new: int, batch: int,
         logits, cache = read_prompts(model, recipe, ids, min(new, max_length - 2), max_length=max_length)
         logits, cache, _ = read_continuations(model, recipe, logits, cache, ids, after)
         cache, _ = decode_texts(endless, recipe, ids, batch, 2, logits, cache, Sampling(), None)
-        _ = cache_bytes(cache), kept_slots(model.spec, recipe, cache), gate_capacity.forced(cache)  # what is said of it
+        _ = cache_bytes(cache), kept_slots(model.spec, recipe, cache), forced(cache)  # what is said of it
         watch.lap()
     return watch.compile_s
 

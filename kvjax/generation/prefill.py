@@ -164,8 +164,8 @@ class _Allocation:
                 seen = jnp.asarray(sum(layer <= newest for layer in group.index), jnp.int32)
                 index = jnp.asarray(group.index, jnp.int32)
                 slots = _run_allocate(infos, seen, self._length, self._held[index], self._slots, recipe=self._recipe)
+                cache[g] = _trim(cache[g], slots, self._held[index])
                 self._held = self._held.at[index].set(slots)
-                cache[g] = _trim(cache[g], slots)
         if self._recipe.policy.write_selected is not None:
             for index, waiting in self._waiting.items():
                 group = next(g for g, group in self._groups.items() if index in group.index)
@@ -189,12 +189,12 @@ def _run_allocate(
     return recipe.budget.allocate(infos, seen, length, held, slots)
 
 
-@mesh.program((sharding.cache, LAYERS), lambda tiers, *_: tiers, donate=(0,))
-def _trim(tiers: Tiers, slots: Int[Array, "l B K"]) -> Tiers:
-    """Trim the first tier's rows to their slots; other tiers hold what the first one gave up."""
+@mesh.program((sharding.cache, LAYERS, LAYERS), lambda tiers, *_: tiers, donate=(0,))
+def _trim(tiers: Tiers, slots: Int[Array, "l B K"], held: Int[Array, "l B K"]) -> Tiers:
+    """Trim the first tier's rows to their slots, of the `held` ones; other tiers hold what the first one gave up."""
     tier, *rest = tiers
-    beyond = tier.calib.get("beyond", 0) if isinstance(tier.calib, dict) else 0
-    budget = jnp.where(slots < LARGEST, slots + beyond, tier.budget)
+    more = jnp.where(held < LARGEST, tier.budget - held, 0)  # slots that rows have for new tokens
+    budget = jnp.where(slots < LARGEST, slots + more, tier.budget)
     return (tiers_.trim(tier._replace(budget=budget), slots), *rest)
 
 

@@ -55,7 +55,7 @@ Rewrite = Callable[[Tiers, Array, Array, Gate, Array, int | None, Implementation
 
 def write_token(tier: Tier, store: KVStore, token: Token, slot: Int[Array, "B K"]) -> Tier:
     """A layer's view with a new token in one slot of each row of the active sequences."""
-    k, v = store.encode(token.key[:, :, None], token.value[:, :, None], tier.calib)
+    k, v = store.encode(token.key[:, :, None], token.value[:, :, None], tier.balance)
     pos = jnp.broadcast_to(token.pos[:, None, None], (*slot.shape, 1))
     active = jnp.broadcast_to(token.active[:, None, None], pos.shape)
     return tiers_.put(tier, slot[..., None], Slots(k, v, pos, jnp.zeros(pos.shape, jnp.float32)), active)

@@ -39,6 +39,15 @@ class Evicted(NamedTuple):
         return ~stays & (jnp.arange(self.k.shape[2]) < self.count[..., None])
 
 
+class RowState(NamedTuple):
+    """What `retain` remembers of each row of the first tier; () where a method has no need of it."""
+
+    new: Int[Array, "*L B K"] | tuple = ()  # tokens that may follow the prompt
+    decode_slots: Int[Array, "*L B K"] | tuple = ()  # that it may fill while decoding beside its prompt's
+    share: Int[Array, "*L B K 2"] | tuple = ()  # of all tokens, numerator and denominator, where the budget grows
+    action: PyTree = ()  # of the eviction action
+
+
 class EvictionAction(NamedTuple):
     """What happens to tokens that are not kept.
 
@@ -47,13 +56,13 @@ class EvictionAction(NamedTuple):
         the first tier; the token was read last; None = it is forgotten.
       prompt: `(Evicted, kept slots before encoding, tiers, stores) -> (kept slots, tiers)` at prefill; None = they are
         dropped.
-      init: `(L, B, K) -> calib`, what the action remembers of each row.
+      init: `(L, B, K) -> state`, what the action remembers of each row, `RowState.action`; None = nothing.
       low: number format of a second tier, which takes what leaves the first; None = there is none.
     """
 
     step: Callable[[Tiers, Slots, Bool[Array, "B K"], Stores, Token], Tiers] | None = None
     prompt: Callable[[Evicted, Slots, Tiers, Stores], tuple[Slots, Tiers]] | None = None
-    init: Callable[[tuple[int, int, int]], dict[str, PyTree]] = lambda rows: {}
+    init: Callable[[tuple[int, int, int]], PyTree] | None = None
     low: KVStore | None = None
 
 
@@ -78,13 +87,13 @@ def demote(low: KVStore) -> EvictionAction:
         (k, v, at), count = tiers_.gather_masked(gone, found.k, found.v), jnp.sum(gone, axis=-1, dtype=jnp.int32)
         pos = jnp.take_along_axis(found.pos, at, axis=2)
         tier = tiers_.reserve(tier, count, gone.shape[-1])
-        return kept, (high, tiers_.fill(tier, Slots(*low.encode(k, v, tier.calib), pos), count))
+        return kept, (high, tiers_.fill(tier, Slots(*low.encode(k, v, tier.balance), pos), count))
 
     def step(tiers: Tiers, lost: Slots, where: Bool[Array, "B K"], stores: Stores, token: Token) -> Tiers:
         high, tier = tiers
-        balanced = stores[0].balanced and low.balanced  # by the same constants: keys stay as they are
-        source, target = (s._replace(balanced=s.balanced and not balanced) for s in (stores[0], low))
-        k, v = target.encode(*source.decode(lost.k, lost.v, high.calib), tier.calib)
+        both = stores[0].balanced and low.balanced  # by the same factors: keys stay multiplied
+        source, target = ((), ()) if both else (high.balance, tier.balance)
+        k, v = low.encode(*stores[0].decode(lost.k, lost.v, source), target)
         _, slot = tiers_.expired(tier, token.pos + 1, token.window)
         return high, tiers_.put(tier, slot[..., None], Slots(k, v, lost.pos), where[..., None])
 
@@ -127,23 +136,23 @@ def merge(beta: float, weights: Literal["paper", "scatter_mean"]) -> EvictionAct
         k, v = (gather(weight[..., None] * x.astype(jnp.float32)) for x in (found.k, found.v))
         weight, count = gather(weight), gather(merged.astype(jnp.float32))
         kept = kept._replace(k=mean(kept.k, k, weight, count), v=mean(kept.v, v, weight, count))
-        return kept, (tier._replace(calib=tier.calib | {"threshold": threshold}),)
+        return kept, (tier._replace(state=tier.state._replace(action=threshold)),)
 
     def step(tiers: Tiers, lost: Slots, where: Bool[Array, "B K"], stores: Stores, token: Token) -> Tiers:
         ((tier,), (store,)) = tiers, stores
-        before, (lost_k, lost_v) = tier.calib["threshold"], store.decode(lost.k, lost.v, tier.calib)
+        before, (lost_k, lost_v) = tier.state.action, store.decode(lost.k, lost.v, tier.balance)
         similarity, target = _nearest_slot(lost_k, tier, store)
         threshold = jnp.where(jnp.isnan(before), similarity[..., 0], beta * similarity[..., 0] + (1 - beta) * before)
         merged = where & (similarity[..., 0] >= threshold)
         weight, count = weigh(similarity), jnp.ones_like(similarity)
         into = tiers_.take(tier, target)
-        kept = store.decode(into.k, into.v, tier.calib)
+        kept = store.decode(into.k, into.v, tier.balance)
         k, v = (mean(x, weight[..., None] * y, weight, count) for x, y in zip(kept, (lost_k, lost_v), strict=True))
-        k, v = store.encode(k, v, tier.calib)
+        k, v = store.encode(k, v, tier.balance)
         tier = tiers_.put(tier, target, into._replace(k=k, v=v), merged[..., None])
-        return (tier._replace(calib=tier.calib | {"threshold": jnp.where(where, threshold, before)}),)
+        return (tier._replace(state=tier.state._replace(action=jnp.where(where, threshold, before))),)
 
-    return EvictionAction(step, prompt, lambda rows: {"threshold": jnp.full(rows, jnp.nan, jnp.float32)})
+    return EvictionAction(step, prompt, lambda rows: jnp.full(rows, jnp.nan, jnp.float32))
 
 
 def _nearest_slot(

@@ -6,17 +6,13 @@ is used up, tokens that ask for a slot are refused one: they are forced to do wh
 not ask. With fewer slots left than rows, the lowest layers are offered them.
 
 A layer's `tier.budget` is, until its prompt has been read, the slots that its rows may fill together; afterwards, per
-row, those that it may fill in the next step. In `calib` of the first tier:
-
-    room      slots that the rows of the sequence may fill, all layers together
-    floor     of these, what every layer of the prompt may fill at least
-    new       tokens that may follow the prompt and be read together
-    forced    tokens of a row that asked for a slot in vain
+row, those that it may fill in the next step. The first tier's `state` is a `CapacityState`.
 """
 
 import functools
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,16 +29,26 @@ from kvjax.cache.tier import Tier
 from kvjax.errors import InputError
 from kvjax.parallel import mesh
 from kvjax.parallel.collectives import HEADS
-from kvjax.policies.base import PrefillOutput
+from kvjax.policies.base import CachePolicy, PrefillOutput, Rewrite
 from kvjax.policies.budgets.apportion import choose_best
 from kvjax.policies.budgets.budget import Amounts, Budget, Keep, everything, parse_keep, share
-from kvjax.spec import GateSpec, Lengths, ModelSpec, readable
+from kvjax.spec import GateSpec, Lengths, ModelSpec, Prompt, PyTree, Token, readable
 
 LADDER = (32, 8)  # of the pool: what a rung adds is no room for any sequence
 PROMPT = 2  # times the slots that the trained rate needs, while a prompt is read
 LATER = 1.5  # times the slots that new tokens need at the prompt's own rate
 
 Capacity = int | Fraction | None
+
+
+class CapacityState(NamedTuple):
+    """What rows that share their sequence's room remember; the same numbers in all of them but for the last two."""
+
+    max_slots: Int[Array, "*L B K"]  # that the rows of the sequence may fill, all layers together
+    min_slots: Int[Array, "*L B K"]  # of these, what every layer of the prompt may fill at least
+    new: Int[Array, "*L B K"]  # tokens that may follow the prompt and be read together
+    forced: Int[Array, "*L B K"]  # tokens of a row that asked for a slot in vain
+    own: PyTree  # of the policy
 
 
 def gate_of(spec: ModelSpec, method: Literal["dmc", "dms"]) -> GateSpec:
@@ -106,7 +112,7 @@ def init(
     least: int,
     store: KVStore,
     elsewhere: int = 0,
-    calib: dict[str, Array],
+    own: PyTree,
 ) -> Tier:
     """An empty tier for rows that share their sequence's room.
 
@@ -116,7 +122,7 @@ def init(
       amounts: `keep` is the capacity.
       store: number format of the slots.
       elsewhere: slots of each row that are counted but lie in another tier.
-      calib: the policy's own state, every leaf `[L B K ...]`.
+      own: the policy's own state, every leaf `[L B K ...]`.
 
     The pool is for the prompt; `shrink_pool` makes it smaller. A sequence's prompt leaves the new tokens half of the
     slots that would be theirs if all tokens had as many; a layer leaves every later one half of an even share.
@@ -140,8 +146,7 @@ def init(
     # Each row may have a page that holds nothing yet, taken for a token that was merged after all.
     slots = lengths.most(longest + rows * (page - elsewhere))
     spread = lambda x: jnp.asarray(np.broadcast_to(x[..., None], shape), jnp.int32)
-    shared = {"room": spread(room), "floor": spread(floor), "forced": jnp.zeros(shape, jnp.int32)}
-    shared["new"] = jnp.full(shape, min(lengths.new, layers.window or LARGEST), jnp.int32)
+    after = jnp.full(shape, min(lengths.new, layers.window or LARGEST), jnp.int32)
     return tiers_.init(
         layers=shape[0],
         batch=shape[1],
@@ -152,7 +157,7 @@ def init(
         widths=layers.widths,
         store=store,
         dtype=dtype,
-        calib=shared | calib,
+        state=CapacityState(spread(room), spread(floor), after, jnp.zeros(shape, jnp.int32), own),
     )._replace(budget=spread(budget))
 
 
@@ -186,7 +191,7 @@ def refuse(
 def found(tier: Tier, filled: Int[Array, "B K"]) -> PrefillOutput:
     """What a layer's prompt leaves to the next layer, when its rows have filled so many slots."""
     left = tier.budget[:, :1] - filled.sum(axis=-1, keepdims=True)
-    return PrefillOutput(jnp.broadcast_to(left + tier.calib["floor"], filled.shape))
+    return PrefillOutput(jnp.broadcast_to(left + tier.state.min_slots, filled.shape))
 
 
 def hand_on(
@@ -217,7 +222,7 @@ def shrink_pool(tiers: Tiers, length: Int[Array, " B"], amounts: Amounts) -> tup
     rows = layers * own
     used = np.sum([mesh.read(each.length).astype(np.int64) for each in tiers], axis=0)
     used = used.reshape(layers, batch, devices, own).sum(axis=(0, 3))
-    new, room = (mesh.read(tier.calib[name]).astype(np.int64)[0, :, ::own] for name in ("new", "room"))
+    new, room = (mesh.read(x).astype(np.int64)[0, :, ::own] for x in (tier.state.new, tier.state.max_slots))
     more = np.minimum(rows * new, room - used)
     if amounts.keep is None:
         more = np.minimum(more, np.ceil(LATER * new * used / tokens).astype(np.int64) + rows)
@@ -225,14 +230,28 @@ def shrink_pool(tiers: Tiers, length: Int[Array, " B"], amounts: Amounts) -> tup
     slots = sharding.fullest(tier, (room + rows * (tier.page - len(rest)))[None])
     spread = np.broadcast_to(np.repeat(room, own, axis=1), tier.length.shape).astype(np.int32)
     size = -(-pages.ladder(slots, *LADDER) // tier.page)
-    calib = tier.calib | {"room": mesh.place(mesh.of(tier), mesh.LAYERS, spread)}
-    return (tier._replace(calib=calib), *rest), (size, *(t.free.shape[0] // t.num_free.shape[0] for t in rest))
+    state = tier.state._replace(max_slots=mesh.place(mesh.of(tier), mesh.LAYERS, spread))
+    return (tier._replace(state=state), *rest), (size, *(t.free.shape[0] // t.num_free.shape[0] for t in rest))
 
 
-@functools.cache
-def budget() -> Budget:
-    """Slots that only the model knows, at most all; a prompt's layers share them one after the other."""
-    return Budget(everything().slots, allocate=hand_on, update_interval=1)
+def policy(
+    stores: tuple[KVStore, ...],
+    init: Callable[[ModelSpec, Layers, Lengths, DTypeLike, Amounts], Tiers],
+    rewrite: Rewrite,
+    prefill: Callable[[Tiers, Prompt], tuple[Tiers, PrefillOutput]],
+    insert: Callable[[Tiers, Token], Tiers],
+) -> CachePolicy:
+    """A policy of a gate: at most all slots, which a prompt's layers share one after the other."""
+    return CachePolicy(
+        stores,
+        init,
+        prefill,
+        insert,
+        reserve=grant,
+        shrink_pool=shrink_pool,
+        rewrite_prompt=rewrite,
+        budget=Budget(everything().slots, allocate=hand_on, update_interval=1),
+    )
 
 
 def grant(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
@@ -241,14 +260,8 @@ def grant(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
     used = functools.reduce(jnp.add, (each.length for each in tiers)).sum(axis=(0, 2))
     layers, _, heads = tier.length.shape
     turn = jnp.arange(layers)[:, None, None] * heads + jnp.arange(heads)
-    free = (tier.calib["room"][0, :, 0] - used)[:, None]
+    free = (tier.state.max_slots[0, :, 0] - used)[:, None]
     granted = active[:, None] & (turn < free) & (tier.length < tier.capacity)
     most = jnp.where(granted, tier.length + 1, tier.length)
     tier = tier._replace(budget=jnp.where(active[:, None], most, tier.budget))
     return (tiers_.reserve(tier, jnp.where(granted, most, 0), 1), *rest)
-
-
-def forced(cache: tuple[Tiers, ...]) -> int:
-    """Tokens that asked for a slot in vain, over all rows of a cache; 0 where no model asks."""
-    calibs = [tier.calib for tiers in cache for tier in tiers if isinstance(tier.calib, dict)]
-    return sum(int(jnp.sum(calib["forced"])) for calib in calibs if "forced" in calib)

@@ -6,7 +6,8 @@ reads a token from the ring as long as its value is there; when keys are encoded
 What is computed is the same as if keys and values were read from different places.
 
 In a layer with a sliding window the codes lie in a ring, too, of whole runs. Slots there keep their positions: -1 as
-long as their tokens are read from the other ring. `calib` of the first tier says how many tokens a row has `seen`.
+long as their tokens are read from the other ring. The first tier's `state` is then how many tokens a row has been
+given, `Seen`.
 """
 
 import functools
@@ -32,6 +33,12 @@ from kvjax.policies.ring import latest, write_newest
 from kvjax.spec import Lengths, ModelSpec, Prompt, Token
 
 LADDER = (8, 64)  # as of the full cache
+
+
+class Seen(NamedTuple):
+    """What rows of a ring of codes remember."""
+
+    tokens: Int[Array, "*L B K"]
 
 
 class Runs(NamedTuple):
@@ -90,7 +97,7 @@ def _init(runs: Runs, spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: 
         slots=pages.ladder(held * page, *LADDER),
         store=runs.store,
         positions=windowed,
-        calib={"seen": jnp.zeros(tuple(shape.values()), jnp.int32)} if windowed else (),
+        state=Seen(jnp.zeros(tuple(shape.values()), jnp.int32)) if windowed else (),
     )
     row = min(runs.ring, pages.ladder(int(rows.max()), *LADDER))
     page = pages.page_size(row, lengths.platform)
@@ -108,7 +115,7 @@ def _prefill(runs: Runs, tiers: Tiers, prompt: Prompt) -> tuple[Tiers, PrefillOu
     n = min(places, k.shape[2])
     pos = jnp.arange(n)[None] if prompt.window is None else latest(encoded, places, n)
     newest = lambda x: jnp.take_along_axis(x, jnp.maximum(pos, 0)[:, None, :, None], axis=2)
-    codes = store.encode(*((k, v) if prompt.window is None else (newest(k), newest(v))), low.calib)
+    codes = store.encode(*((k, v) if prompt.window is None else (newest(k), newest(v))), low.balance)
     filled = jnp.broadcast_to(jnp.minimum(encoded, places), rows)
     outside = jnp.where(pos < length - runs.ring, pos, -1)  # of the ring
     outside = jnp.broadcast_to(outside[:, None], (*rows, n))
@@ -116,7 +123,7 @@ def _prefill(runs: Runs, tiers: Tiers, prompt: Prompt) -> tuple[Tiers, PrefillOu
     if prompt.window is None:
         low = low._replace(length=jnp.broadcast_to(jnp.maximum(length - runs.ring, 0), rows))
     else:
-        low = low._replace(calib={"seen": jnp.broadcast_to(length, rows)})
+        low = low._replace(state=Seen(jnp.broadcast_to(length, rows)))
     at = jnp.broadcast_to(latest(length, runs.ring)[:, None], (*rows, runs.ring))
     take = lambda x: jnp.take_along_axis(x, jnp.maximum(at, 0)[..., None], axis=2)
     decoded = store.key.decode(codes[0], k.dtype)
@@ -129,7 +136,7 @@ def _prefill(runs: Runs, tiers: Tiers, prompt: Prompt) -> tuple[Tiers, PrefillOu
 
 def _seen(low: Tier, ring: Tier) -> Int[Array, "*L B K"]:
     """Tokens that rows have been given."""
-    return low.length + ring.length if isinstance(low.pos, tuple) else low.calib["seen"]
+    return low.length + ring.length if isinstance(low.pos, tuple) else low.state.tokens
 
 
 def _reserve(runs: Runs, tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
@@ -150,7 +157,7 @@ def _encode_run(runs: Runs, tiers: Tiers, index: Int[Array, ""], due: Bool[Array
     where = jnp.broadcast_to(due[index][..., None], at.shape)
     at = jnp.maximum(at, 0)
     newest = tiers_.take(ring, at % runs.ring)
-    codes = runs.store.encode(newest.k, newest.v, low.calib)
+    codes = runs.store.encode(newest.k, newest.v, low.balance)
     if isinstance(low.pos, tuple):
         written = tiers_.put(low, at, Slots(codes[0], codes[1]), where)._replace(length=low.length)
     else:
@@ -170,5 +177,5 @@ def _insert(runs: Runs, tiers: Tiers, token: Token) -> Tiers:
     else:
         old = jnp.broadcast_to((token.pos - runs.ring)[:, None, None], (*leaves.shape, 1))
         low = tiers_.place(low, jnp.maximum(old, 0) % runs.places(low), old, leaves[..., None])
-        low = low._replace(calib={"seen": jnp.where(active, token.pos[:, None] + 1, low.calib["seen"])})
+        low = low._replace(state=Seen(jnp.where(active, token.pos[:, None] + 1, low.state.tokens)))
     return low, write_newest(ring, runs.ring, KVStore(), token)

@@ -53,7 +53,7 @@ def rolling(store: KVStore, window: int) -> CachePolicy:
         # The newest token of each slot; what it has left of the window is overwritten by the next token.
         pos = jnp.maximum(latest(length, window, n), 0)
         take = lambda x: jnp.moveaxis(jnp.take_along_axis(x, pos[..., None, None], axis=1), 2, 1)
-        k, v = store.encode(take(prompt.key), take(prompt.value), ())
+        k, v = store.encode(take(prompt.key), take(prompt.value), tier.balance)
         filled = jnp.broadcast_to(jnp.minimum(length, n), rows)
         pos = jnp.broadcast_to(pos[:, None], (*rows, n))
         return (tiers_.fill(tiers_.reserve(tier, filled, n), Slots(k, v, pos), filled),), PrefillOutput()

@@ -22,7 +22,7 @@ from kvjax.parallel import collectives, mesh
 from kvjax.parallel.collectives import HEADS
 from kvjax.policies.base import CachePolicy, PrefillOutput, append_room, write_token
 from kvjax.policies.budgets.budget import Amounts, Budget, check, room, times, tokens_of
-from kvjax.policies.eviction import Evicted, EvictionAction, drop
+from kvjax.policies.eviction import Evicted, EvictionAction, RowState, drop
 from kvjax.policies.rolling import rolling
 from kvjax.policies.score import Score
 from kvjax.spec import Lengths, ModelSpec, Prompt, Token, readable
@@ -217,13 +217,13 @@ def _init(
 
     shape = (len(layers.index), len(prompt), heads)
     spread = lambda x: jnp.asarray(np.broadcast_to(np.asarray(x, np.int32), shape))
-    state = {"new": spread(lengths.new)} if how.apart else {}
-    if how.bounded:  # slots of a row beyond those of its prompt, while decoding
-        state["beyond"] = spread(room(amounts, readable(prompt, layers.window))[:, None])
-    if budget.grows:
-        of = amounts.keep if isinstance(amounts.keep, Fraction) else Fraction(0)
-        state["share"] = jnp.asarray(np.broadcast_to(np.asarray(of.as_integer_ratio(), np.int32), (*shape, 2)))
-    balance = lambda store: {"balance": jnp.ones((*shape, layers.widths[0]))} if store.balanced else {}
+    of = np.asarray((amounts.keep if isinstance(amounts.keep, Fraction) else Fraction(0)).as_integer_ratio(), np.int32)
+    state = RowState(
+        new=spread(lengths.new) if how.apart else (),
+        decode_slots=spread(room(amounts, readable(prompt, layers.window))[:, None]) if how.bounded else (),
+        share=jnp.asarray(np.broadcast_to(of, (*shape, 2))) if budget.grows else (),
+        action=() if how.action.init is None else how.action.init(shape),
+    )
     sized = functools.partial(
         tiers_.init, layers=shape[0], batch=shape[1], heads=heads, widths=layers.widths, dtype=dtype
     )
@@ -234,7 +234,7 @@ def _init(
         store=how.store,
         positions=not how.keeps_all,
         scores=how.score.observe is not None,
-        calib=how.action.init(shape) | balance(how.store) | state,
+        state=state,
     )
     tier = tier._replace(budget=spread(sizes(how, layers, amounts, prompt, lengths.new).given[..., None]))
     if how.action.low is None:
@@ -244,7 +244,7 @@ def _init(
     page = pages.page_size(pages.ladder(int(left.max()), *budget.ladder), lengths.platform)
     total = max(int(within(layers, prompt + new).max()) for prompt, new in lengths.extremes())
     row = pages.ladder(int(left.max()) if budget.max_slots is None else total, *budget.ladder)
-    low = sized(row=row, page=page, slots=pool(left, page, row), store=how.action.low, calib=balance(how.action.low))
+    low = sized(row=row, page=page, slots=pool(left, page, row), store=how.action.low)
     return tier, low
 
 
@@ -253,7 +253,7 @@ def _prefill(how: Selection, tiers: Tiers, prompt: Prompt) -> tuple[Tiers, Prefi
     if any(store.balanced for store in how.stores):
         balance = channel_balance(prompt)
         tiers = tuple(
-            tier._replace(calib=tier.calib | {"balance": balance}) if store.balanced else tier
+            tier._replace(balance=balance) if store.balanced else tier
             for tier, store in zip(tiers, how.stores, strict=True)
         )
     slots = tiers[0].budget[:, 0]
@@ -288,9 +288,9 @@ def _write_selected(
         losers = Evicted(found.k, found.v, found.pos, best.index, filled, found.count)
         kept, tiers = how.action.prompt(losers, kept, tiers, how.stores)
     (tier, *rest) = tiers
-    k, v = how.store.encode(kept.k, kept.v, tier.calib)
+    k, v = how.store.encode(kept.k, kept.v, tier.balance)
     kept = kept._replace(k=k, v=v)
-    budget = rows + tier.calib["beyond"] if how.bounded else rows
+    budget = rows + tier.state.decode_slots if how.bounded else rows
     tier = tiers_.reserve(tier._replace(budget=budget), filled, n)
     return (tiers_.fill(tier, kept, filled), *rest)
 
@@ -305,9 +305,10 @@ def _shrink_pool(
     how: Selection, tiers: Tiers, length: Int[Array, " B"], amounts: Amounts
 ) -> tuple[Tiers, tuple[int, ...]]:
     """Pools for the device whose heads were given most."""
-    if "new" not in tiers[0].calib:  # one device has the heads, and their slots add up
+    new = tiers[0].state.new
+    if isinstance(new, tuple):  # one device has the heads, and their slots add up
         return tiers, tuple(tier.free.shape[0] for tier in tiers)
-    new, pools = mesh.read(tiers[0].calib["new"]), []
+    new, pools = mesh.read(new), []
     for i, tier in enumerate(tiers):
         longest = np.minimum(mesh.read(tier.length) + new, tier.capacity)
         if i == 0 and how.evict != "never" and not how.budget.grows:
@@ -333,7 +334,7 @@ def _observe(how: Selection, tiers: Tiers, token: Token, probs: tuple[Array, ...
     active, stat = token.active[:, None], tiers_.scores(tier)
     tier = tiers_.with_scores(tier, jnp.where(active[..., None], how.score.observe(stat, probs[0]), stat))
     if how.budget.grows:
-        of, seen = tier.calib["share"], readable(token.pos + 1, token.window)[:, None]
+        of, seen = tier.state.share, readable(token.pos + 1, token.window)[:, None]
         grown = jnp.maximum(tier.budget, times(seen, of[..., 0], of[..., 1]))
         tier = tier._replace(budget=jnp.where(active, grown, tier.budget))
     over = active & (tier.length > tier.budget)
@@ -351,7 +352,7 @@ def _fill_in_order(tier: Tier, prompt: Prompt, slots: Int[Array, " B"], store: K
     rows = tier.length.shape
     n = min(prompt.key.shape[1], tier.capacity)
     k, v = (jnp.moveaxis(x[:, :n], 2, 1) for x in (prompt.key, prompt.value))
-    k, v = store.encode(k, v, tier.calib)
+    k, v = store.encode(k, v, tier.balance)
     filled = jnp.broadcast_to(jnp.minimum(slots, prompt.length)[:, None], rows)
     tier = tier._replace(budget=jnp.broadcast_to(slots[:, None], rows))
     return tiers_.fill(tiers_.reserve(tier, filled, n), Slots(k, v), filled)
