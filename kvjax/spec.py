@@ -226,7 +226,7 @@ class Prompt(NamedTuple):
     cap: float | None = None  # bounds those, see `pallas_kernels.soft_cap`
     kernels: Implementation | None = "xla"  # what computes scores and selects tokens
     gate: Gate | tuple = ()  # [B T K]; () if the model has none
-    rewritten: PyTree = ()  # what `CachePolicy.rewrite_prompt` left for `CachePolicy.prefill`
+    rewritten: PyTree = ()  # what `PromptHooks.rewrite` left for `CachePolicy.prefill`
 
     def alive(self) -> Bool[Array, "B T"]:
         """Which tokens the next one can read: none that has left a sliding window, no padding."""

@@ -78,7 +78,7 @@ def test_the_loop_is_traced_once_and_stops_by_sequence(method):
         stop = int(tokens[0, 4])
         stopped, cache = loop(model, recipe, BATCH, stop)
     shapes = [[leaf.shape for leaf in jax.tree.leaves(cache)] for cache in (first, second)]
-    assert shapes[0] == shapes[1] or recipe.policy.shrink_pool is not None  # cut to what a prompt has filled
+    assert shapes[0] == shapes[1] or recipe.policy.pool_hooks.shrink is not None  # cut to what a prompt has filled
     assert names.count("decode_loop") == (1 if shapes[0] == shapes[1] else 2)
     for b, row in enumerate(tokens.tolist()):
         end = row.index(stop) + 1 if stop in row else len(row)
@@ -111,7 +111,7 @@ def test_extreme_prompts(method):
     assert [len(s.tokens) for s in out.sequences] == [new, new]
     assert all(0 <= token < network.spec.vocab_size for s in out.sequences for token in s.tokens)
     assert np.isfinite(out.logits).all()
-    exact = recipe.policy.rewrite_prompt is None  # else tokens merge or leave within a prompt
+    exact = recipe.policy.prompt_hooks.rewrite is None  # else tokens merge or leave within a prompt
     if exact:
         assert_close(out.logits[1], matrix.reference(network, text(longest, 0))[-1], 1e-5)
     if exact and all(store.is_dense for store in recipe.stores):  # the short one is never compressed

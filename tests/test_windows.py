@@ -18,7 +18,7 @@ from kvjax.generation.accounting import full_bytes
 from kvjax.generation.generate import cached_positions
 from kvjax.generation.model import Model
 from kvjax.plan import dry_run
-from kvjax.policies.base import Recipe
+from kvjax.policies.base import PromptHooks, Recipe
 from kvjax.spec import Lengths, ModelSpec, Prompt
 from tests import matrix, oracle
 from tests.test_methods import append, best, grouped
@@ -186,8 +186,9 @@ def test_slots_are_used_again_without_a_trace(name):
         prefill=lambda tiers, prompt: plain.prefill(tiers, no_window(prompt)),
         insert=lambda tiers, token: plain.insert(tiers, no_window(token)),
     )
-    if rewrite := plain.rewrite_prompt:
-        endless = endless._replace(rewrite_prompt=lambda *x: rewrite(x[0], x[1], x[2], x[3], x[4], None, x[6]))
+    if rewrite := plain.prompt_hooks.rewrite:
+        hooks = PromptHooks(lambda *x: rewrite(x[0], x[1], x[2], x[3], x[4], None, x[6]))
+        endless = endless._replace(prompt_hooks=hooks)
     got, _, cache = oracle.run(decoder, recipe, prompts(), teacher())
     expected, _, longer = oracle.run(decoder, Recipe(name, endless), prompts(), teacher())
     matrix.assert_close(got, expected, 1e-5)

@@ -172,7 +172,7 @@ def put(tier: Tier, slot: Int[Array, "B K n"], slots: Slots, where: Bool[Array, 
     Args:
       tier: a layer's view.
       slot: where to write: a filled slot, or appending in order from `length`, in pages that `reserve` took. During
-        decoding one slot per row is reserved (see `CachePolicy.reserve`).
+        decoding one slot per row is reserved (see `PoolHooks.reserve`).
       slots: what to write, as codes, dense ones in any dtype; `pos` and `score` are ignored where the tier keeps none.
       where: False drops the write.
     """

@@ -41,9 +41,9 @@ def allocate(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
             f"{recipe.name}: balanced keys are undone in the query, so they must be rotated when they are written"
             + (", which latents are not: set balance=false" if model.spec.latent else "")
         )
-    if recipe.policy.rewrite_prompt is not None and recipe.windowed == "whole" and model.spec.windows:
+    if recipe.policy.prompt_hooks.rewrite is not None and recipe.windowed == "whole" and model.spec.windows:
         raise InputError(f"{recipe.name}: the model decides in layers with a sliding window, too: omit windowed=whole")
-    if recipe.policy.rewrite_prompt is not None and model.spec.latent is not None:
+    if recipe.policy.prompt_hooks.rewrite is not None and model.spec.latent is not None:
         raise InputError(f"{recipe.name}: low-rank keys cannot be merged or evicted by a gate of each head")
     if sum(part.budget is not None and part.budget.needs_one_pool for part in parts) > 1:
         raise InputError(

@@ -191,7 +191,7 @@ def _read_token(
     spec, groups = model.spec, layer_groups(model.spec)
     x = model.embed(token)
     own = [layer_recipe(spec, recipe, group.index[0]) for group in groups]
-    filled = [part.policy.reserve(tiers, active) for part, tiers in zip(own, cache, strict=True)]
+    filled = [part.policy.pool_hooks.reserve(tiers, active) for part, tiers in zip(own, cache, strict=True)]
     for run in layer_runs(spec):
         group, first = locate(groups, run[0])
         beside = shared[group] if shared else ()

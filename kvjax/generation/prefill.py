@@ -109,7 +109,7 @@ def prefill(
         filled = allocations[spec.window(index)].after(filled, found)
     for g, group in enumerate(groups):
         own = layer_recipe(spec, recipe, group.index[0])
-        if fit and own.policy.shrink_pool is not None:
+        if fit and own.policy.pool_hooks.shrink is not None:
             filled[g] = _shrink_pool(filled[g], length, own)
     return _last_logits(model, x, length), tuple(filled)
 
@@ -166,7 +166,7 @@ class _Allocation:
                 slots = _run_allocate(infos, seen, self._length, self._held[index], self._slots, recipe=self._recipe)
                 cache[g] = _trim(cache[g], slots, self._held[index])
                 self._held = self._held.at[index].set(slots)
-        if self._recipe.policy.write_selected is not None:
+        if self._recipe.policy.prompt_hooks.write_selected is not None:
             for index, waiting in self._waiting.items():
                 group = next(g for g, group in self._groups.items() if index in group.index)
                 where = jnp.asarray(self._groups[group].index.index(index), jnp.int32)
@@ -203,16 +203,18 @@ def _write_selected(
     tiers: Tiers, waiting: PyTree, place: Int[Array, ""], slots: Int[Array, "B K"], *, recipe: Recipe
 ) -> Tiers:
     """Fill a layer's rows with what has waited for their slots."""
-    assert recipe.policy.write_selected is not None
+    write = recipe.policy.prompt_hooks.write_selected
+    assert write is not None
     olds = tuple(tiers_.layer(t, place) for t in tiers)
-    views = recipe.policy.write_selected(olds, waiting, slots, recipe.kernels)
+    views = write(olds, waiting, slots, recipe.kernels)
     return tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
 
 
 def _shrink_pool(tiers: Tiers, length: Int[Array, " B"], recipe: Recipe) -> Tiers:
     """Leave pools the pages that they will need."""
-    assert recipe.policy.shrink_pool is not None
-    tiers, sizes = recipe.policy.shrink_pool(tiers, length, recipe.amounts)
+    shrink = recipe.policy.pool_hooks.shrink
+    assert shrink is not None
+    tiers, sizes = shrink(tiers, length, recipe.amounts)
     return tuple(
         _resize(t, size=n) if n * t.num_free.shape[0] < t.free.shape[0] else t
         for t, n in zip(tiers, sizes, strict=True)
@@ -260,9 +262,9 @@ def _prefill_layer(
     q, key, value, gate = _project(layer, x, cos, sin, longest, spec, chunk)
     k, v = layer.keys(key), layer.values(value)
     olds = tuple(tiers_.layer(t, place) for t in tiers)
-    until, rewritten = None, ()
-    if recipe.policy.rewrite_prompt is not None and isinstance(gate, Gate):
-        k, v, until, rewritten = recipe.policy.rewrite_prompt(olds, k, v, gate, length, window, recipe.kernels)
+    (rewrite, _), until, rewritten = recipe.policy.prompt_hooks, None, ()
+    if rewrite is not None and isinstance(gate, Gate):
+        k, v, until, rewritten = rewrite(olds, k, v, gate, length, window, recipe.kernels)
         key, value = k, v
     k = rope.rotate(k, cos[:, :, None], sin[:, :, None])
     options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "until": until, "kernels": recipe.kernels}

@@ -106,7 +106,7 @@ def _allocation(setting: Setting, cache: layout.Cache) -> Iterator[Program]:
         there = n * size(found.stats)
         yield Program("allocate", prefill._run_allocate, args, {"recipe": recipe}, there, held, split=split)
         yield Program("trim", prefill._trim, (tiers, slots, slots), {}, size(tiers), held)
-        if recipe.policy.write_selected is not None:
+        if recipe.policy.prompt_hooks.write_selected is not None:
             args = (tiers, found.pending, ints(), ints(*slots.shape[1:]))
             there = size(tiers) + size(found.pending)
             yield Program("settle", prefill._write_selected, args, {"recipe": recipe}, there, held)

@@ -70,7 +70,7 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
     parts = {"codes": size.payload + size.slack, "scales": size.scales, "statistics": size.statistics}
     return Plan(
         budget=None
-        if recipe.budget is None or recipe.policy.rewrite_prompt is not None
+        if recipe.budget is None or recipe.policy.prompt_hooks.rewrite is not None
         else [_slots(spec, recipe, i, context) for i in range(spec.num_layers)],
         decided=_decided(recipe),
         stores=[store.name for store in recipe.stores],
@@ -149,7 +149,7 @@ def _slots(spec: ModelSpec, recipe: Recipe, layer: int, context: int) -> int:
 
 
 def _decided(recipe: Recipe) -> str:
-    if recipe.policy.rewrite_prompt is not None:
+    if recipe.policy.prompt_hooks.rewrite is not None:
         return "by the model; bytes are those while the prompt is read"
     return "before the prompt" if recipe.budget is None or recipe.budget.allocate is None else "after the prompt"
 

@@ -6,8 +6,8 @@
     observe  learn from attention, evict; runs after attention  (None: kernels need not return probabilities)
 
 All but `init` are pure functions of one layer's view of the tiers. They run inside `jit`; nothing that depends on a
-prompt becomes a shape. Before the layers of a step, `reserve` takes pages for all of them at once. A method is a
-factory that returns a `Recipe`.
+prompt becomes a shape. Before the layers of a step, `PoolHooks.reserve` takes pages for all of them at once. A method
+is a factory that returns a `Recipe`.
 """
 
 import functools
@@ -38,7 +38,7 @@ class PrefillOutput(NamedTuple):
     """What `CachePolicy.prefill` says of a layer beside its tiers; every leaf leads with [B K]."""
 
     stats: PyTree = ()  # for `Budget.allocate`; kept until the last layer
-    pending: PyTree = ()  # for `CachePolicy.write_selected`; kept until the layer's slots are allocated
+    pending: PyTree = ()  # for `PromptHooks.write_selected`; kept until the layer's slots are allocated
 
 
 class RewrittenPrompt(NamedTuple):
@@ -46,11 +46,8 @@ class RewrittenPrompt(NamedTuple):
 
     k: Float[Array, "B T K H"]  # before rotation
     v: Float[Array, "B T K H"]
-    until: Int[Array, "B K T"]  # the last position whose query sees them
+    visible_until: Int[Array, "B K T"]  # the last position whose query sees them
     rest: PyTree = ()  # for `CachePolicy.prefill`, as `Prompt.rewritten`
-
-
-Rewrite = Callable[[Tiers, Array, Array, Gate, Array, int | None, Implementation | None], RewrittenPrompt]
 
 
 def write_token(tier: Tier, store: KVStore, token: Token, slot: Int[Array, "B K"]) -> Tier:
@@ -61,13 +58,43 @@ def write_token(tier: Tier, store: KVStore, token: Token, slot: Int[Array, "B K"
     return tiers_.put(tier, slot[..., None], Slots(k, v, pos, jnp.zeros(pos.shape, jnp.float32)), active)
 
 
-def append_room(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
-    """Room for one more slot in every row of every active sequence."""
+def reserve_slot(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
+    """One more slot for every row of every active sequence."""
     return tuple(tiers_.reserve(t, jnp.where(active[:, None], t.length + 1, 0), 1) for t in tiers)
 
 
+Rewrite = Callable[[Tiers, Array, Array, Gate, Array, int | None, Implementation | None], RewrittenPrompt]
+
+
+class PromptHooks(NamedTuple):
+    """What a policy may do with a layer's prompt besides `prefill`.
+
+    Attributes:
+      rewrite: `(tiers, k, v, gate [B T K], length [B], window, kernels) -> RewrittenPrompt`, before the attention of a
+        prompt, keys before rotation; None = queries see its own tokens.
+      write_selected: `(tiers, pending, slots [B K], kernels) -> tiers` fills a layer's rows with what `prefill` let
+        wait until the slots were allocated; None = `prefill` has filled them, and they are trimmed.
+    """
+
+    rewrite: Rewrite | None = None
+    write_selected: Callable[[Tiers, PyTree, Int[Array, "B K"], Implementation | None], Tiers] | None = None
+
+
+class PoolHooks(NamedTuple):
+    """How a policy takes and returns pages, of all layers at once: tiers have the L axis.
+
+    Attributes:
+      reserve: `(tiers, active [B]) -> tiers`, takes pages for what a step may append to each row.
+      shrink: `(tiers, length [B], amounts) -> (tiers, pages)`, on the host after the last layer of a prompt: pages that
+        each tier's pool needs from now on; None = it stays as it is.
+    """
+
+    reserve: Callable[[Tiers, Bool[Array, " B"]], Tiers] = reserve_slot
+    shrink: Callable[[Tiers, Int[Array, " B"], Amounts], tuple[Tiers, tuple[int, ...]]] | None = None
+
+
 class CachePolicy(NamedTuple):
-    """Pure functions over a layer's tiers, and one over all layers.
+    """Pure functions over a layer's tiers.
 
     Attributes:
       stores: number format of each tier.
@@ -75,13 +102,7 @@ class CachePolicy(NamedTuple):
       prefill: `(tiers, prompt) -> (tiers, PrefillOutput)`.
       insert: `(tiers, token) -> tiers`.
       observe: `(tiers, token, probabilities) -> tiers`, one `[B K G S]` per tier, 0 where empty; or None.
-      reserve: `(tiers with the L axis, active [B]) -> tiers`, takes pages for what the step may append to each row.
-      shrink_pool: `(tiers with the L axis, length [B], amounts) -> (tiers, pages)`, on the host after the last layer:
-        pages that each tier's pool needs from now on; None = it stays as it is.
-      rewrite_prompt: `(tiers, k, v, gate [B T K], length [B], window, kernels) -> RewrittenPrompt`, keys before
-        rotation; before the attention of a prompt; None = queries see the tokens as they are.
-      write_selected: `(tiers, pending, slots [B K], kernels) -> tiers` fills a layer's rows with what `prefill` let
-        wait until the slots were allocated; None = `prefill` has filled them, and they are trimmed.
+      prompt_hooks, pool_hooks: what most policies leave as it is.
       budget: how slots follow from an amount; its `allocate` redistributes them after the prompt; None = it has none.
       windowed: `window -> policy` of layers with such a sliding window; None = this one.
 
@@ -94,12 +115,8 @@ class CachePolicy(NamedTuple):
     prefill: Callable[[Tiers, Prompt], tuple[Tiers, PrefillOutput]]
     insert: Callable[[Tiers, Token], Tiers]
     observe: Callable[[Tiers, Token, tuple[Float[Array, "B K G S"], ...]], Tiers] | None = None
-    reserve: Callable[[Tiers, Bool[Array, " B"]], Tiers] = append_room
-    write_selected: Callable[[Tiers, PyTree, Int[Array, "B K"], Implementation | None], Tiers] | None = None
-    shrink_pool: Callable[[Tiers, Int[Array, " B"], Amounts], tuple[Tiers, tuple[int, ...]]] | None = None
-    rewrite_prompt: (
-        Callable[[Tiers, Array, Array, Gate, Array, int | None, Implementation | None], RewrittenPrompt] | None
-    ) = None
+    prompt_hooks: PromptHooks = PromptHooks()
+    pool_hooks: PoolHooks = PoolHooks()
     budget: Budget | None = None
     windowed: "Callable[[int], CachePolicy] | None" = None
 

@@ -29,7 +29,7 @@ from kvjax.cache.tier import Tier
 from kvjax.errors import InputError
 from kvjax.parallel import mesh
 from kvjax.parallel.collectives import HEADS
-from kvjax.policies.base import CachePolicy, PrefillOutput, Rewrite
+from kvjax.policies.base import CachePolicy, PoolHooks, PrefillOutput, PromptHooks, Rewrite
 from kvjax.policies.budgets.apportion import choose_best
 from kvjax.policies.budgets.budget import Amounts, Budget, Keep, everything, parse_keep, share
 from kvjax.spec import GateSpec, Lengths, ModelSpec, Prompt, PyTree, Token, readable
@@ -207,7 +207,7 @@ def hand_on(
 
 
 def shrink_pool(tiers: Tiers, length: Int[Array, " B"], amounts: Amounts) -> tuple[Tiers, tuple[int, ...]]:
-    """The room that sequences need once their prompts have been read, and the pages for it: `CachePolicy.shrink_pool`.
+    """The room that sequences need once their prompts have been read, and the pages for it: `PoolHooks.shrink`.
 
     Args:
       tiers: of all layers; where there is a second one, it holds one slot per row.
@@ -247,9 +247,8 @@ def policy(
         init,
         prefill,
         insert,
-        reserve=grant,
-        shrink_pool=shrink_pool,
-        rewrite_prompt=rewrite,
+        prompt_hooks=PromptHooks(rewrite),
+        pool_hooks=PoolHooks(grant, shrink_pool),
         budget=Budget(everything().slots, allocate=hand_on, update_interval=1),
     )
 

@@ -27,7 +27,7 @@ from kvjax.cache.layout import Layers, Tiers
 from kvjax.cache.pages import LARGEST
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Slots, Tier
-from kvjax.policies.base import CachePolicy, PrefillOutput
+from kvjax.policies.base import CachePolicy, PoolHooks, PrefillOutput
 from kvjax.policies.budgets.budget import Amounts, everything
 from kvjax.policies.ring import latest, write_newest
 from kvjax.spec import Lengths, ModelSpec, Prompt, Token
@@ -78,7 +78,12 @@ def residual(store: KVStore) -> CachePolicy:
     """
     part = lambda function: functools.partial(function, Runs(store))
     return CachePolicy(
-        (store, KVStore()), part(_init), part(_prefill), part(_insert), reserve=part(_reserve), budget=everything()
+        (store, KVStore()),
+        part(_init),
+        part(_prefill),
+        part(_insert),
+        pool_hooks=PoolHooks(part(_reserve)),
+        budget=everything(),
     )
 
 

@@ -20,7 +20,7 @@ from kvjax.cache.tier import Slots, Tier
 from kvjax.errors import InputError
 from kvjax.parallel import collectives, mesh
 from kvjax.parallel.collectives import HEADS
-from kvjax.policies.base import CachePolicy, PrefillOutput, append_room, write_token
+from kvjax.policies.base import CachePolicy, PoolHooks, PrefillOutput, PromptHooks, reserve_slot, write_token
 from kvjax.policies.budgets.budget import Amounts, Budget, check, room, times, tokens_of
 from kvjax.policies.eviction import Evicted, EvictionAction, RowState, drop
 from kvjax.policies.rolling import rolling
@@ -118,9 +118,8 @@ def retain(
         part(_prefill),
         part(_insert),
         None if score.observe is None else part(_observe),
-        part(_reserve),
-        None if budget.allocate is None else part(_write_selected),
-        part(_shrink_pool) if budget.by_head else None,
+        PromptHooks(write_selected=None if budget.allocate is None else part(_write_selected)),
+        PoolHooks(part(_reserve), part(_shrink_pool) if budget.by_head else None),
         budget=budget,
         windowed=functools.partial(rolling, store) if how.keeps_all else None,
     )
@@ -211,7 +210,7 @@ def _init(
     def pool(rows: np.ndarray, page: int, longest: np.ndarray | int) -> int:
         """Slots for all rows; rows that share theirs may each have a page that holds one slot only."""
         needed = -(-rows // page) * page if budget.max_slots is None else rows + page - 1
-        if how.apart:  # until `shrink_pool`, for whichever heads are given most
+        if how.apart:  # until `_shrink_pool`, for whichever heads are given most
             needed = np.minimum(rows * (every_head // heads), longest) + page - 1
         return pages.ladder(heads * lengths.most(needed) // page * page, *budget.ladder)
 
@@ -298,7 +297,7 @@ def _write_selected(
 def _reserve(how: Selection, tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
     (tier, *rest) = tiers
     slots = tier.length + 1 if how.evict != "before" else jnp.minimum(tier.length + 1, tier.budget)
-    return (tiers_.reserve(tier, jnp.where(active[:, None], slots, 0), 1), *append_room(tuple(rest), active))
+    return (tiers_.reserve(tier, jnp.where(active[:, None], slots, 0), 1), *reserve_slot(tuple(rest), active))
 
 
 def _shrink_pool(
