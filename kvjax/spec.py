@@ -47,7 +47,7 @@ class RopeSpec:
     short_factors: tuple[float, ...] = ()  # longrope: of each pair's wavelength, up to `original_max_position` tokens
     long_factors: tuple[float, ...] = ()  # longrope: in longer sequences
     truncate: bool = True  # yarn: round the correction range to whole dimensions
-    partial: float = 1.0  # share of a head's numbers that turn, the first ones
+    partial: float = 1.0  # share of a head's values that are rotated, the first ones
 
     @property
     def follows_length(self) -> bool:
@@ -55,7 +55,7 @@ class RopeSpec:
         return self.type in ("dynamic", "longrope")
 
     def width(self, head_dim: int) -> int:
-        """Numbers of a head that turn."""
+        """Values of a head that are rotated."""
         return int(head_dim * self.partial)
 
 
@@ -183,7 +183,7 @@ class Lengths(NamedTuple):
         longest = [(np.full_like(prompt, self.total - n), n) for n in (1, new)]
         return [*longest, (prompt, min(new, self.total - int(prompt.max())))]
 
-    def most(self, needed: Shaped[np.ndarray, "*l B"]) -> int:
+    def fullest_part(self, needed: Shaped[np.ndarray, "*l B"]) -> int:
         """The sum over what sequences need, in the part that needs most."""
         each = np.asarray(needed).reshape(*np.shape(needed)[:-1], self.parts, -1)
         return int(each.sum(axis=-1).reshape(-1, self.parts).sum(axis=0).max())
@@ -245,4 +245,4 @@ class Token(NamedTuple):
     active: Bool[Array, " B"]  # False: the sequence has ended, write nothing
     window: int | None = None  # sliding window of this layer [tokens]
     gate: Gate | tuple = ()  # [B K]; () if the model has none
-    turn: tuple[Array, Array] | tuple = ()  # cosines and sines of the token's position [B 1 H/2]
+    angles: tuple[Array, Array] | tuple = ()  # cosines and sines of the token's position [B 1 H/2]

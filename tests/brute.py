@@ -104,7 +104,7 @@ def dynamickv_budgets(
     base: int,
     *,
     r_max: float = 10.0,
-    every: int = 4,
+    update_interval: int = 4,
     regrow: bool = True,
     floor: float = 0.0,
     ada: bool = False,
@@ -114,7 +114,7 @@ def dynamickv_budgets(
     Args:
       scores: `[L K P]`.
       base: mean rows per layer and head besides the window.
-      r_max, every, regrow, floor, ada: the method's.
+      r_max, update_interval, regrow, floor, ada: the method's.
     """
     layers, heads, past = scores.shape
     stored = min(int(exact(r_max) * base), past)
@@ -122,7 +122,7 @@ def dynamickv_budgets(
     rows: dict[tuple, int] = {}  # of a layer, or of a layer's head, since its last trim
     history = []
     for seen in range(1, layers + 1):
-        if seen < layers and (every == 0 or seen % every != 0):
+        if seen < layers and (update_interval == 0 or seen % update_interval != 0):
             continue
         counts = counts_of_largest(scores[:seen], base * heads * seen)  # N K
         if ada:

@@ -152,16 +152,16 @@ def named(*cases: tuple, quick: tuple[int, ...]) -> list:
 
 DYNAMICKV = named(  # model, budget, tokens read after the prompt, arguments
     ("deep", 20, 0, {}),
-    ("gqa", 20, STEPS, dict(every=2)),
-    ("mqa", "25%", STEPS, dict(every=1)),  # of 33 tokens: the window alone; of 6: less
-    ("mha", 20, STEPS, dict(every=2, pooling="max")),
+    ("gqa", 20, STEPS, dict(update_interval=2)),
+    ("mqa", "25%", STEPS, dict(update_interval=1)),  # of 33 tokens: the window alone; of 6: less
+    ("mha", 20, STEPS, dict(update_interval=2, pooling="max")),
     ("deep", 20, 0, dict(ada=True)),
-    ("deep", 20, 0, dict(every=0)),
+    ("deep", 20, 0, dict(update_interval=0)),
     ("deep", 20, 0, dict(r_max=1.5)),
     ("deep", 20, 0, dict(r_max=1.5, regrow=False)),
     ("deep", 20, 0, dict(r_max=1.0)),  # a layer may hold its mean share and no more
     ("deep", 20, 0, dict(floor=0.25)),
-    ("deep", "25%", 0, dict(ada=True, floor=0.25, regrow=False, every=2, r_max=3.0)),
+    ("deep", "25%", 0, dict(ada=True, floor=0.25, regrow=False, update_interval=2, r_max=3.0)),
     ("gqa", 20, 0, dict(ada=True, floor=1.0)),  # uniform
     ("gqa", 20, 0, dict(window=5, kernel=3)),
     ("gqa", 4, 0, {}),  # smaller than the window
@@ -222,7 +222,7 @@ def test_d2o(model, budget, steps, arguments):
     compare("d2o", brute.d2o, model, lengths, budget, arguments, arguments, steps)
 
 
-SHARED = {"dynamickv": dict(every=2), "adakv": dict(window=8), "d2o": {}}
+SHARED = {"dynamickv": dict(update_interval=2), "adakv": dict(window=8), "d2o": {}}
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -267,10 +267,10 @@ def test_the_cases_are_not_vacuous():
     spec, ns = model_of("deep").spec, [n for n in LENGTHS if n > 20]
     seen = {n: layers_of("deep", LENGTHS)[LENGTHS.index(n)] for n in ns}
     scores = {n: window_scores(seen[n]) for n in ns}
-    once = {n: brute.dynamickv_budgets(scores[n], 12, every=0)[-1][:, 0] for n in ns}
+    once = {n: brute.dynamickv_budgets(scores[n], 12, update_interval=0)[-1][:, 0] for n in ns}
     assert all(b.sum() == 12 * spec.num_layers for b in once.values())
     assert max(np.ptp(b) for b in once.values()) >= 12
-    early = {n: brute.dynamickv_budgets(scores[n], 12, every=4)[-1][:, 0] for n in ns}
+    early = {n: brute.dynamickv_budgets(scores[n], 12, update_interval=4)[-1][:, 0] for n in ns}
     assert any((early[n] != once[n]).any() for n in ns)
     tight = [brute.dynamickv_budgets(scores[n], 12, r_max=1.5, regrow=r)[-1][:, 0] for n in ns for r in (True, False)]
     assert any(a.sum() > b.sum() for a, b in zip(tight[::2], tight[1::2], strict=True))
@@ -335,7 +335,7 @@ RECORDED = [
 
 @pytest.mark.parametrize(("seed", "shape", "base", "r_max", "expected"), RECORDED)
 def test_dynamickv_budgets_are_those_recorded(seed, shape, base, r_max, expected):
-    (budgets,) = brute.dynamickv_budgets(skewed_scores(seed, *shape), base, r_max=r_max, every=0)
+    (budgets,) = brute.dynamickv_budgets(skewed_scores(seed, *shape), base, r_max=r_max, update_interval=0)
     assert (budgets == np.array(expected)[:, None]).all()
 
 
@@ -344,7 +344,7 @@ def test_dynamickv_budgets_are_those_recorded(seed, shape, base, r_max, expected
 @pytest.mark.parametrize(("r_max", "floor"), [(10.0, 0.0), (2.0, 0.0), (10.0, 0.25), (0.5, 0.25)])
 def test_dynamickv_updates(ada, regrow, r_max, floor):
     scores, base = skewed_scores(4, 10, 2, 200, 0.8), 16
-    history = brute.dynamickv_budgets(scores, base, r_max=r_max, every=4, regrow=regrow, floor=floor, ada=ada)
+    history = brute.dynamickv_budgets(scores, base, r_max=r_max, update_interval=4, regrow=regrow, floor=floor, ada=ada)
     assert [len(b) for b in history] == [4, 8, 10]
     total = base * 10 * 2  # also of an update that has seen fewer layers
     stored = min(int(r_max * base), 200)
@@ -362,13 +362,15 @@ def test_dynamickv_updates(ada, regrow, r_max, floor):
 
 def test_dynamickv_takes_the_largest_scores_where_nothing_clips():
     scores = np.array([[[5.0, 1, 1, 1], [4, 1, 1, 1]], [[9, 8, 7, 6], [3, 2, 1, 0]]])  # L K P
-    (budgets,) = brute.dynamickv_budgets(scores, 2, every=0)  # of all, the eight largest: 1 + 1, 4 + 2
+    (budgets,) = brute.dynamickv_budgets(scores, 2, update_interval=0)  # of all, the eight largest: 1 + 1, 4 + 2
     assert budgets.tolist() == [[1, 1], [3, 3]]
-    (budgets,) = brute.dynamickv_budgets(scores, 2, every=0, ada=True)
+    (budgets,) = brute.dynamickv_budgets(scores, 2, update_interval=0, ada=True)
     assert budgets.tolist() == [[1, 1], [4, 2]]
-    (budgets,) = brute.dynamickv_budgets(scores, 2, every=0, floor=0.5)  # 1 + 2 * 1/2 * 2/4, 1 + 6 * 1/2 * 2/4
+    # 1 + 2 * 1/2 * 2/4, 1 + 6 * 1/2 * 2/4
+    (budgets,) = brute.dynamickv_budgets(scores, 2, update_interval=0, floor=0.5)
     assert budgets.tolist() == [[2, 2], [2, 2]]  # 3/2 and 5/2: the first of equals gets what is left
-    first, last = brute.dynamickv_budgets(scores, 2, every=1)  # first: layer 0 alone is given both layers' rows
+    # First: layer 0 alone is given both layers' rows.
+    first, last = brute.dynamickv_budgets(scores, 2, update_interval=1)
     assert first.tolist() == [[4, 4]] and last.tolist() == [[1, 1], [3, 3]]
 
 

@@ -48,10 +48,10 @@ def test_a_long_generation_stays_inside_the_decode_budget(method):
             assert {40 + 96 - 2, 25 + 96 - 2} & set(kept.tolist())
 
 
-@pytest.mark.parametrize("every", quick((0, 1, 2, 3, 4, 5, 6), (1, 4)))
-def test_layers_that_were_given_their_slots_early_have_the_decode_budget_too(every):
+@pytest.mark.parametrize("interval", quick((0, 1, 2, 3, 4, 5, 6), (1, 4)))
+def test_layers_that_were_given_their_slots_early_have_the_decode_budget_too(interval):
     """Six layers: those of the first updates are trimmed by the later ones."""
-    recipe = methods.dynamickv(budget=20, decode_budget=32, every=every, **SMALL["dynamickv"])
+    recipe = methods.dynamickv(budget=20, decode_budget=32, update_interval=interval, **SMALL["dynamickv"])
     out = Model(model_of("deep"), None, (), "random").generate([text(100, 0)], recipe, max_new_tokens=24)
     (tier,) = out.cache[0]
     given = np.asarray(tier.budget)
@@ -130,14 +130,14 @@ VOTES = score.window(4, 3, "max")
 HEAVY = score.accumulated(0.25, 4)
 MERGE = eviction.merge(0.7, "paper")
 COMPOSED = {
-    "dynamickv's budgets, h2o's eviction": (score.accumulated(0.5), from_scores(every=0), eviction.drop),
+    "dynamickv's budgets, h2o's eviction": (score.accumulated(0.5), from_scores(update_interval=0), eviction.drop),
     "ada budgets, h2o's eviction": (score.accumulated(0.5), per_head(budgets.uniform(), 0.2), eviction.drop),
-    "d2o's merge under dynamickv's budgets": (HEAVY, from_scores(every=0), MERGE),
+    "d2o's merge under dynamickv's budgets": (HEAVY, from_scores(update_interval=0), MERGE),
     "d2o's merge under ada budgets": (HEAVY, per_head(budgets.uniform(), 0.2), MERGE),
-    "d2o's budgets, tova's choice": (score.last_row(), from_variance(least=5, rule="paper"), eviction.drop),
+    "d2o's budgets, tova's choice": (score.last_row(), from_variance(min_slots=5, rule="paper"), eviction.drop),
     "dynamickv's budgets per head, tova's choice": (
         score.last_row(),
-        from_scores(every=2, ada=True),
+        from_scores(update_interval=2, ada=True),
         eviction.drop,
     ),
     "merging h2o": (score.accumulated(0.5, 4), budgets.uniform(), eviction.merge(0.7, "scatter_mean")),
@@ -159,8 +159,8 @@ def test_scores_budgets_and_fates_compose(name):
 
 
 def test_merging_needs_one_decision():
-    with pytest.raises(InputError, match="give the budget every=0"):
-        retain(HEAVY, from_scores(every=2), evict="after", action=MERGE)
+    with pytest.raises(InputError, match="give the budget update_interval=0"):
+        retain(HEAVY, from_scores(update_interval=2), evict="after", action=MERGE)
 
 
 def uneven_model() -> Model:
@@ -200,7 +200,7 @@ def test_one_compilation_serves_every_split(method):
 
 
 def test_dynamickv_holds_few_layers_beside_the_pool(monkeypatch):
-    """At most `every` layers wait, with at most `r_max` times the mean budget, beside a pool for the budgets' sum."""
+    """At most `update_interval` layers wait, with `r_max` times the mean budget each, beside a pool for the sum."""
     waiting, after = [], prefill._Allocation.after
 
     def watched(self, cache, found):
@@ -208,7 +208,7 @@ def test_dynamickv_holds_few_layers_beside_the_pool(monkeypatch):
         return after(self, cache, found)
 
     monkeypatch.setattr(prefill._Allocation, "after", watched)
-    recipe = methods.dynamickv(budget=20, r_max=3.0, every=2, **SMALL["dynamickv"])
+    recipe = methods.dynamickv(budget=20, r_max=3.0, update_interval=2, **SMALL["dynamickv"])
     out = Model(model_of("deep"), None, (), "random").generate([text(100, 0)], recipe, max_new_tokens=2)
     assert waiting == [[64], [64, 64]] * 3  # 60 and two new tokens, on the ladder
     (tier,) = out.cache[0]
@@ -235,7 +235,7 @@ def test_counts_stay_exact_beyond_the_square_root_of_32_bits():
     """Half of 131,072 tokens in each of four layers: the counts of a plain sort."""
     rng, tokens = np.random.default_rng(0), 131072
     stats = [rng.random((1, 1, tokens)).astype(np.float32) ** power for power in (1, 2, 3, 9)]
-    budget = from_scores(every=0)
+    budget = from_scores(update_interval=0)
     held, half = jax.numpy.full((4, 1, 1), LARGEST), jax.numpy.asarray([tokens // 2])
     rows = budget.allocate(
         [*map(jax.numpy.asarray, stats)], jax.numpy.asarray(4), jax.numpy.asarray([tokens]), held, half
@@ -245,7 +245,7 @@ def test_counts_stay_exact_beyond_the_square_root_of_32_bits():
 
 
 def test_shares_of_a_million_tokens_add_up():
-    budget = from_variance(least=5, rule="paper")
+    budget = from_variance(min_slots=5, rule="paper")
     infos = [jax.numpy.asarray([[x]], jax.numpy.float32) for x in np.linspace(0, 1, 8)]
     held = jax.numpy.full((8, 1, 1), LARGEST)
     slots = jax.numpy.asarray([20000])

@@ -281,7 +281,7 @@ def test_numbers_that_are_not_finite_are_refused_or_spoil_their_group_alone(name
 @pytest.mark.parametrize("name", ["dense", *STORES])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_codes_are_what_init_makes_room_for(name, dtype):
-    store = (STORES | {"dense": dense()})[name]
+    store = (STORES | {"dense": dense})[name]
     room = jax.eval_shape(lambda: store.init(3, 16, WIDTH, dtype))
     codes = jax.eval_shape(store.encode, jax.ShapeDtypeStruct((3, 16, WIDTH), dtype))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), room) == jax.tree.map(lambda a: (a.shape, a.dtype), codes)
@@ -304,7 +304,7 @@ def test_bytes_are_the_codes_and_two_per_scale(bits):
                 assert cost(rtn(bits, group), width) == width * bits / 8 + 4 * groups
                 assert cost(rtn(bits, group, symmetric=True), width) == width * bits / 8 + 2 * groups
         assert cost(per_channel(bits, 32), width) == width * bits / 8 + 4 * -(-width // 32)
-    assert (cost(fp8(), 128), cost(dense(), 128)) == (130, 256)
+    assert (cost(fp8(), 128), cost(dense, 128)) == (130, 256)
 
 
 def test_sizes_are_the_papers():

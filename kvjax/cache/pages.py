@@ -54,15 +54,15 @@ def grow(
     free: Int[Array, " P"],
     num_free: Int[Array, " one"],
     want: Int[Array, " rows"],
-    most: int,
+    max_new: int,
 ) -> tuple[Int[Array, "rows M"], Int[Array, " one"]]:
-    """Give each row the first `want` pages of its table; at most the last `most` of them may be missing.
+    """Give each row the first `want` pages of its table; at most the last `max_new` of them may be missing.
 
     When the pool runs dry the remaining entries stay empty.
     """
     rows, width = table.shape
     size = free.shape[0]
-    logical = jnp.minimum(want, width)[:, None] - most + jnp.arange(most)
+    logical = jnp.minimum(want, width)[:, None] - max_new + jnp.arange(max_new)
     held = table.at[jnp.arange(rows)[:, None], jnp.maximum(logical, 0)].get(mode="promise_in_bounds") < size
     need = (logical >= 0) & ~held
     rank = jnp.cumsum(need.reshape(-1)).reshape(need.shape) - 1

@@ -1,7 +1,7 @@
-"""Low-bit stores: a few bits per number, with a scale for each group of numbers; and stores by their names.
+"""Low-bit stores: a few bits per value, with a scale for each group of values; and stores by their names.
 
 Scales and zero points are bfloat16: 16 bits like the papers' float16, with a range that keys and values do not leave
-(1e-30 to 1e30 is tested). They are rounded so that a group's largest and smallest number stay within the codes: the
+(1e-30 to 1e30 is tested). They are rounded so that a group's largest and smallest value stay within the codes: the
 round trip is never off by more than half a stored step.
 """
 
@@ -41,7 +41,7 @@ def rtn(bits: int, group: int | None = None, *, symmetric: bool = False) -> Stor
     Source: MiKV (arXiv 2402.18096), Eq. 1-4, and its groups, half a head of 128; the uniform quantisation that papers
       compare with.
     Differs: scale and zero point are bfloat16, rounded so that they cover the group.
-    Cost: `bits + 32 / group` bits per number, `bits + 16 / group` if symmetric.
+    Cost: `bits + 32 / group` bits per value, `bits + 16 / group` if symmetric.
     """
     if bits not in PLANES:
         raise InputError(f"bits={bits} is not one of {', '.join(map(str, sorted(PLANES, reverse=True)))}")
@@ -78,7 +78,7 @@ def rtn(bits: int, group: int | None = None, *, symmetric: bool = False) -> Stor
 def fp8() -> Store:
     """8-bit floating point (e4m3) with a scale per token.
 
-    Cost: 8 bits per number and 16 per vector; platforms without the format convert in software.
+    Cost: 8 bits per value and 16 per vector; platforms without the format convert in software.
     """
     largest = float(jnp.finfo(jnp.float8_e4m3fn).max)
 
@@ -97,14 +97,14 @@ def fp8() -> Store:
 
 @functools.cache
 def per_channel(bits: int, group: int) -> Store:
-    """As `rtn`, but the numbers of a group are those of one channel in `group` tokens that follow each other.
+    """As `rtn`, but the values of a group are those of one channel in `group` tokens that follow each other.
 
     A run of `group` slots is encoded at once, so this is no store for slots that move: its scales lie beside its slots,
     each slot holding those of `width / group` channels (`PerChannel`).
 
     Source: KIVI (arXiv 2402.02750), keys; `quant/new_pack.py`.
     Differs: scale and zero point are bfloat16, rounded so that they cover the group.
-    Cost: `bits + 32 / group` bits per number.
+    Cost: `bits + 32 / group` bits per value.
     """
     if bits not in PLANES:
         raise InputError(f"bits={bits} is not one of {', '.join(map(str, sorted(PLANES, reverse=True)))}")
@@ -133,11 +133,11 @@ def per_channel(bits: int, group: int) -> Store:
 
 
 def kivi(bits: int, group: int = 32, residual: int = 128) -> KVStore:
-    """Keys per channel, values per token, the newest `residual` tokens as they are.
+    """Keys per channel, values per token, the newest `residual` tokens unquantised.
 
     Source: KIVI (arXiv 2402.02750); `models/llama_kivi.py`.
     Differs: scale and zero point are bfloat16, rounded so that they cover the group.
-    Cost: `bits + 32 / group` bits per number beside the residual.
+    Cost: `bits + 32 / group` bits per value beside the residual.
     """
     if group not in (8, 16, 32, 64, 128):
         raise InputError(f"kivi: group={group} is not 8, 16, 32, 64 or 128")
@@ -170,7 +170,7 @@ def named(text: str) -> KVStore:
 
 def _codec(text: str) -> Store:
     name, *options = text.split(":")
-    codecs = {"dense": dense, "fp8": fp8} | {f"int{bits}": functools.partial(rtn, bits) for bits in PLANES}
+    codecs = {"dense": lambda: dense, "fp8": fp8} | {f"int{bits}": functools.partial(rtn, bits) for bits in PLANES}
     if name.startswith("kivi"):
         raise InputError(f"store {text!r}: kivi is a store of keys and values together")
     if name not in codecs:
@@ -191,26 +191,26 @@ def _check_width(width: int, bits: int) -> None:
     if not packs(bits):
         others = " or ".join(f"int{other}" for other in PLANES if packs(other))
         multiple = 8 // min(PLANES[bits])
-        raise InputError(f"int{bits} packs vectors of a multiple of {multiple} numbers, not of {width}: take {others}")
+        raise InputError(f"int{bits} packs vectors of a multiple of {multiple} values, not of {width}: take {others}")
 
 
 def _check(x: Array) -> Float[Array, "..."]:
-    """Numbers in float32; raises for NaN and infinity, which inside `jit` make their whole group NaN."""
+    """Values in float32; raises for NaN and infinity, which inside `jit` make their whole group NaN."""
     if not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all()):
-        raise ValueError("only finite numbers can be quantised")
+        raise ValueError("only finite values can be quantised")
     return jnp.where(jnp.isfinite(x), x.astype(jnp.float32), jnp.nan)
 
 
-def _affine(least: Array, most: Array, bits: int) -> tuple[Array, Array]:
-    """Zero point and scale that cover the numbers from `least` to `most`.
+def _affine(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
+    """Zero point and scale that cover the values from `low` to `high`.
 
     Halves, because they are exact: compilers compute a scale twice, once for the codes, and may fuse a product with a
-    sum in one of the two; rounded up, the two would then be a step of bfloat16 apart. The difference of two numbers of
+    sum in one of the two; rounded up, the two would then be a step of bfloat16 apart. The difference of two values of
     float32 may be too large for it.
     """
     top = 2**bits - 1
-    zero = _rounded(least, -jnp.inf)
-    return zero, _rounded((most / 2 - zero / 2) * (2 / top), jnp.inf)
+    zero = _rounded(low, -jnp.inf)
+    return zero, _rounded((high / 2 - zero / 2) * (2 / top), jnp.inf)
 
 
 def _affine_codes(x: Array, zero: Array, scale: Array, bits: int) -> Array:
@@ -219,7 +219,7 @@ def _affine_codes(x: Array, zero: Array, scale: Array, bits: int) -> Array:
 
 
 def _divisor(scale: Array) -> Array:
-    """The scale; 1 where it is 0, as for a group of equal numbers."""
+    """The scale; 1 where it is 0, as for a group of equal values."""
     return jnp.where(scale == 0, 1.0, scale)
 
 

@@ -22,7 +22,7 @@ class Store(NamedTuple):
     """A codec of vectors.
 
     Attributes:
-      init: `(pages, page, width, dtype) -> codes`, zeroed pages `[P page ...]` for vectors of `width` numbers; with the
+      init: `(pages, page, width, dtype) -> codes`, zeroed pages `[P page ...]` for vectors of `width` values; with the
         model's dtype.
       encode: `x [... width] -> codes [... ...]`.
       decode: `(codes, dtype) -> x [... width]`; one of `pallas_kernels.codes` if kernels are to read it.
@@ -41,15 +41,8 @@ def _dense_init(pages: int, page: int, width: int, dtype: DTypeLike) -> PyTree:
     return jnp.zeros((pages, page, width), dtype)
 
 
-_DENSE = Store(_dense_init, lambda x: x, DENSE, "dense")
-
-
-def dense() -> Store:
-    """Every number in the model's dtype.
-
-    Cost: width x itemsize bytes per vector, no arithmetic.
-    """
-    return _DENSE
+dense = Store(_dense_init, lambda x: x, DENSE, "dense")
+"""Every value in the model's dtype. Cost: width x itemsize bytes per vector, no arithmetic."""
 
 
 class KVStore(NamedTuple):
@@ -58,11 +51,11 @@ class KVStore(NamedTuple):
     Attributes:
       key, value: codecs of keys and of values.
       balanced: keys are multiplied by `Tier.balance` before they are encoded, queries divided by it.
-      residual: newest tokens that are kept as they are, for stores whose key codec has runs.
+      residual: newest tokens that are kept unquantised, for stores whose key codec has runs.
     """
 
-    key: Store = _DENSE
-    value: Store = _DENSE
+    key: Store = dense
+    value: Store = dense
     balanced: bool = False
     residual: int = 0
 
@@ -76,8 +69,8 @@ class KVStore(NamedTuple):
 
     @property
     def is_dense(self) -> bool:
-        """Whether numbers are kept as they are."""
-        return self.key == self.value == _DENSE
+        """Whether nothing is quantised."""
+        return self.key == self.value == dense
 
     @property
     def one_by_one(self) -> "KVStore":

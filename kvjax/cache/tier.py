@@ -137,16 +137,16 @@ def with_layer(tier: Tier, index: int | Int[Array, ""], old: Tier, new: Tier) ->
     return new._replace(**merged)
 
 
-def reserve(tier: Tier, n: Int[Array, "*L B K"], most: int) -> Tier:
+def reserve(tier: Tier, n: Int[Array, "*L B K"], max_new: int) -> Tier:
     """Take pages, so that the first `n` slots of each row can be written.
 
     Args:
       tier: a tier or a layer's view.
       n: slots per row; rows that have room for them are left alone.
-      most: bound on the slots that may be new.
+      max_new: bound on the slots that may be new.
     """
     rows = tier.length.size
-    new_pages = min(pages.pages_for(most, tier.page) + (most > 1), tier.table.shape[-1])
+    new_pages = min(pages.pages_for(max_new, tier.page) + (max_new > 1), tier.table.shape[-1])
     table, num_free = pages.grow(
         tier.table.reshape(rows, -1), tier.free, tier.num_free, pages.pages_for(n, tier.page).reshape(rows), new_pages
     )
@@ -333,10 +333,11 @@ def nbytes(tier: Tier, length: np.ndarray | None = None, itemsize: int | None = 
     Args:
       tier: whose arrays are counted.
       length: filled slots, on the host, without those that are not `held`; None = all that are filled, read back.
-      itemsize: count numbers that no store encodes as this many bytes each; None = as many as they have.
+      itemsize: count values that no store encodes as this many bytes each; None = as many as they have.
     """
     length = np.asarray(tier.length) if length is None else length
-    size = lambda tree: sum(_bytes(x) for x in jax.tree.leaves(tree))
+    bits = lambda x: x.size * jax.dtypes.itemsize_bits(x.dtype)
+    size = lambda tree: sum(math.ceil(bits(x) / 8) for x in jax.tree.leaves(tree))
     plain = lambda codes: itemsize is not None and not isinstance(codes, dict)
     payload = sum(itemsize * x.size if plain(x) else size(_payload(x)) for x in (tier.k, tier.v))
     scales = sum(size(x) - size(_payload(x)) for x in (tier.k, tier.v))
@@ -359,10 +360,6 @@ def _payload(codes: PyTree) -> PyTree:
     return codes["codes"] if isinstance(codes, dict) else codes
 
 
-def _bytes(x: Array) -> int:
-    return math.ceil(x.size * jax.dtypes.itemsize_bits(x.dtype) / 8)
-
-
 def _locate(tier: Tier, slot: Int[Array, "B K n"]) -> tuple[Int[Array, "B K n"], Int[Array, "B K n"]]:
     """Physical page (P where there is none) and offset of logical slots."""
     logical = slot // tier.page
@@ -370,14 +367,14 @@ def _locate(tier: Tier, slot: Int[Array, "B K n"]) -> tuple[Int[Array, "B K n"],
     return jnp.where(logical < tier.table.shape[-1], page, tier.free.shape[0]), slot % tier.page
 
 
-def _with(tier: Tier, slots: Slots, write: Callable[[Array, Any], Array], until: Int[Array, "B K n"]) -> Tier:
-    """A layer's view with slots written to each pool, its rows filled until the last of some slots."""
+def _with(tier: Tier, slots: Slots, write: Callable[[Array, Any], Array], ends: Int[Array, "B K n"]) -> Tier:
+    """A layer's view with slots written to each pool, its rows filled up to the last of some ends."""
     return tier._replace(
         k=jax.tree.map(write, tier.k, slots.k),
         v=jax.tree.map(write, tier.v, slots.v),
         pos=tier.pos if isinstance(tier.pos, tuple) else write(tier.pos, slots.pos),
         score=tier.score if isinstance(tier.score, tuple) else write(tier.score, slots.score),
-        length=jnp.maximum(tier.length, jnp.max(until, axis=-1)),
+        length=jnp.maximum(tier.length, jnp.max(ends, axis=-1)),
     )
 
 

@@ -52,7 +52,7 @@ def d2o(
         full = tuple(int(part) for part in full_layers.split(",") if part.strip())
     except ValueError:
         raise InputError(f"full_layers={full_layers!r} is not a list of layers such as 0,1,-1") from None
-    keep = from_variance(least=sinks + 1, rule=layer_rule, full_layers=full)
+    keep = from_variance(min_slots=sinks + 1, rule=layer_rule, full_layers=full)
     given, votes = amounts(budget, decode_budget), score.accumulated(1 - important, sinks)
     action = drop if merge == "off" else merging(beta, merge)
     policy = retain(votes, keep, store=named(store), evict="after", action=action, bounded=given.bounded)

@@ -28,7 +28,7 @@ def mikv(
     allocate: Literal["uniform", "from_scores", "per_head"] = "uniform",
     store: str = "dense",
 ) -> Recipe:
-    """Keep important tokens as they are and all others in few bits; demote one per decoded token.
+    """Keep important tokens unquantised and all others in few bits; demote one per decoded token.
 
     Args:
       budget: important tokens per row, as a mean over rows.
@@ -55,10 +55,10 @@ def mikv(
         raise InputError(f"mikv: allocate={allocate!r} is not 'uniform', 'from_scores' or 'per_head'")
     if allocate == "from_scores" and importance != "window":
         raise InputError("mikv: allocate='from_scores' compares layers by window scores: set importance='window'")
-    high, low = (s._replace(balanced=balance and s.key != dense()) for s in (high, low))
+    high, low = (s._replace(balanced=balance and s.key != dense) for s in (high, low))
     keep = {
         "uniform": lambda: budgets.uniform(growing=True),
-        "from_scores": lambda: from_scores(every=0),
+        "from_scores": lambda: from_scores(update_interval=0),
         "per_head": lambda: per_head(budgets.uniform(), ADA_FLOOR),
     }[allocate]()
     votes = (

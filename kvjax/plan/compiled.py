@@ -109,7 +109,7 @@ def _allocation(setting: Setting, cache: layout.Cache) -> Iterator[Program]:
         if recipe.policy.prompt_hooks.write_selected is not None:
             args = (tiers, found.pending, ints(), ints(*slots.shape[1:]))
             there = size(tiers) + size(found.pending)
-            yield Program("settle", prefill._write_selected, args, {"recipe": recipe}, there, held)
+            yield Program("write_selected", prefill._write_selected, args, {"recipe": recipe}, there, held)
 
 
 def _first(spec: ModelSpec, layers: int) -> ModelSpec:

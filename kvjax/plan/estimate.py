@@ -127,7 +127,7 @@ def _own(x: jax.Array | jax.ShapeDtypeStruct) -> int:
 
 
 def waiting(setting: Setting) -> int:
-    """Bytes that layers leave to be settled or allotted once several of them, or all, have been read."""
+    """Bytes that layers leave to be written or allocated once several of them, or all, have been read."""
     spec, data, of_one = setting.spec, setting.devices.data, 0
     for window in {spec.window(i) for i in range(spec.num_layers)}:
         index = layout.layers_with(spec, window)

@@ -46,8 +46,8 @@ def delay(store: KVStore) -> CachePolicy:
     Args:
       store: number format of the slots.
 
-    `Amounts.keep` is the capacity, slots for which there is room, as in `gate_capacity.rooms`. When there is none, the
-    token that would leave the window and stay is evicted.
+    `Amounts.keep` is the capacity, slots for which there is room, as in `gate_capacity.sequence_slots`. When there is
+    none, the token that would leave the window and stay is evicted.
 
     Source: DMS (arXiv 2506.05345); Model-Optimizer `experimental/dms/dms/cache_paged.py`.
     Differs: eviction for want of room (the released cache is as large as it needs to be); `window` may be 0.
@@ -65,9 +65,10 @@ def _init(
     size = gate.window + 1
     shape = (len(layers.index), len(lengths.prompt), spec.num_rows, size)
     own = Delayed(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
-    return (
-        gate_capacity.init(spec, layers, lengths, dtype, gate=gate, amounts=amounts, least=size, store=store, own=own),
+    tier = gate_capacity.init(
+        spec, layers, lengths, dtype, gate=gate, amounts=amounts, min_slots=size, store=store, own=own
     )
+    return (tier,)
 
 
 def _rewrite(
@@ -87,8 +88,9 @@ def _rewrite(
     taken = jnp.broadcast_to(jnp.minimum(readable(length, window), size)[:, None], tier.length.shape)
     forced = gate_capacity.refuse(tier, said, asks, taken, length, window)
     evict |= forced
-    until = jnp.where(evict, pos + size - 1, LARGEST)
-    return RewrittenPrompt(k, v, jnp.moveaxis(until, 1, 2), Evictions(evict, forced.sum(axis=1, dtype=jnp.int32)))
+    visible_until = jnp.where(evict, pos + size - 1, LARGEST)
+    evictions = Evictions(evict, forced.sum(axis=1, dtype=jnp.int32))
+    return RewrittenPrompt(k, v, jnp.moveaxis(visible_until, 1, 2), evictions)
 
 
 def _prefill(store: KVStore, tiers: Tiers, prompt: Prompt) -> tuple[Tiers, PrefillOutput]:

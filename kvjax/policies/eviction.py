@@ -113,7 +113,7 @@ def merge(beta: float, weights: Literal["paper", "scatter_mean"]) -> EvictionAct
 
     Source: D2O (arXiv 2406.13035); `scatter_mean` as in the released code.
     Differs: one threshold per row and sequence (the released code has one per layer, which the next prompt inherits).
-    Cost: at prefill evicted x kept products per row in blocks; per step a pass over the row's keys, one slot written.
+    Cost: at prefill evicted x kept cosines per row in blocks; per step a pass over the row's keys, one slot written.
     """
     if not 0 < beta < 1:
         raise InputError(f"beta={beta} is not between 0 and 1")

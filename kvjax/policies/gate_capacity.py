@@ -45,7 +45,7 @@ class CapacityState(NamedTuple):
     """What rows that share their sequence's room remember; the same numbers in all of them but for the last two."""
 
     max_slots: Int[Array, "*L B K"]  # that the rows of the sequence may fill, all layers together
-    min_slots: Int[Array, "*L B K"]  # of these, what every layer of the prompt may fill at least
+    layer_slots: Int[Array, "*L B K"]  # of these, what every layer of the prompt may fill at least
     new: Int[Array, "*L B K"]  # tokens that may follow the prompt and be read together
     forced: Int[Array, "*L B K"]  # tokens of a row that asked for a slot in vain
     own: PyTree  # of the policy
@@ -78,8 +78,8 @@ def check_store(method: Literal["dmc", "dms"], store: KVStore) -> None:
         raise InputError(f"{method}: the balance of a store is made from all keys of a prompt: it must not be balanced")
 
 
-def rooms(
-    gate: GateSpec, capacity: Capacity, lengths: Lengths, rows: int, least: int, window: int | None = None
+def sequence_slots(
+    gate: GateSpec, capacity: Capacity, lengths: Lengths, rows: int, min_slots: int, window: int | None = None
 ) -> Int[np.ndarray, " B"]:
     """Slots for the rows of each sequence together.
 
@@ -88,17 +88,17 @@ def rooms(
       capacity: slots per row, or a fraction of all tokens; None = `PROMPT` times what the rate needs.
       lengths: of the prompts, and how many tokens follow.
       rows: of a sequence, over all layers.
-      least: slots that a row cannot do without, where it has so many tokens.
+      min_slots: slots that a row cannot do without, where it has so many tokens.
       window: sliding window of the layers [tokens].
     """
     total = np.asarray(lengths.prompt, np.int64) + lengths.new
     total = total if window is None else np.minimum(total, window)
     if capacity is None:
         # A token that will be evicted waits for it.
-        wanted = np.ceil(rows * (PROMPT * total / gate.rate + (least - 1) * (1 - 1 / gate.rate)))
+        wanted = np.ceil(rows * (PROMPT * total / gate.rate + (min_slots - 1) * (1 - 1 / gate.rate)))
     else:
         wanted = share(rows * total, capacity) if isinstance(capacity, Fraction) else total * 0 + rows * capacity
-    return np.clip(wanted, rows * np.minimum(least, total), np.minimum(rows * total, LARGEST - 1)).astype(np.int64)
+    return np.clip(wanted, rows * np.minimum(min_slots, total), np.minimum(rows * total, LARGEST - 1)).astype(np.int64)
 
 
 def init(
@@ -109,7 +109,7 @@ def init(
     *,
     gate: GateSpec,
     amounts: Amounts,
-    least: int,
+    min_slots: int,
     store: KVStore,
     elsewhere: int = 0,
     own: PyTree,
@@ -118,7 +118,7 @@ def init(
 
     Args:
       spec, layers, lengths, dtype: as in `CachePolicy.init`.
-      gate, least: as in `rooms`.
+      gate, min_slots: as in `sequence_slots`.
       amounts: `keep` is the capacity.
       store: number format of the slots.
       elsewhere: slots of each row that are counted but lie in another tier.
@@ -130,21 +130,20 @@ def init(
     shape = (len(layers.index), len(lengths.prompt), spec.num_rows)
     prompt, rows = readable(np.asarray(lengths.prompt, np.int64), layers.window), shape[0] * shape[2]
     new = np.minimum(np.asarray(lengths.prompt) + lengths.new, layers.window or LARGEST) - prompt
-    room = rooms(gate, amounts.keep, lengths, rows, least, layers.window)
+    room = lambda lengths: sequence_slots(gate, amounts.keep, lengths, rows, min_slots, layers.window)
+    max_slots = room(lengths)
     # What shapes are made for.
     total = np.minimum(lengths.whole(), layers.window or LARGEST)
-    longest = (
-        room if lengths.total is None else rooms(gate, amounts.keep, lengths.longest(), rows, least, layers.window)
-    )
-    needed = np.minimum(least, prompt)
-    first = np.maximum(room - room * new // (2 * (prompt + new)), rows * needed)
+    longest = max_slots if lengths.total is None else room(lengths.longest())
+    needed = np.minimum(min_slots, prompt)
+    first = np.maximum(max_slots - max_slots * new // (2 * (prompt + new)), rows * needed)
     floor = np.maximum(first // (2 * shape[0]), shape[2] * needed)
     budget = np.repeat(floor[None], shape[0], axis=0)
     budget[0] = first - (shape[0] - 1) * floor
     row = np.minimum(-(-longest // rows), np.ceil(total / gate.rate)).max()
     page = pages.page_size(pages.ladder(int(row), *LADDER), lengths.platform)
     # Each row may have a page that holds nothing yet, taken for a token that was merged after all.
-    slots = lengths.most(longest + rows * (page - elsewhere))
+    slots = lengths.fullest_part(longest + rows * (page - elsewhere))
     spread = lambda x: jnp.asarray(np.broadcast_to(x[..., None], shape), jnp.int32)
     after = jnp.full(shape, min(lengths.new, layers.window or LARGEST), jnp.int32)
     return tiers_.init(
@@ -157,7 +156,7 @@ def init(
         widths=layers.widths,
         store=store,
         dtype=dtype,
-        state=CapacityState(spread(room), spread(floor), after, jnp.zeros(shape, jnp.int32), own),
+        state=CapacityState(spread(max_slots), spread(floor), after, jnp.zeros(shape, jnp.int32), own),
     )._replace(budget=spread(budget))
 
 
@@ -191,7 +190,7 @@ def refuse(
 def found(tier: Tier, filled: Int[Array, "B K"]) -> PrefillOutput:
     """What a layer's prompt leaves to the next layer, when its rows have filled so many slots."""
     left = tier.budget[:, :1] - filled.sum(axis=-1, keepdims=True)
-    return PrefillOutput(jnp.broadcast_to(left + tier.state.min_slots, filled.shape))
+    return PrefillOutput(jnp.broadcast_to(left + tier.state.layer_slots, filled.shape))
 
 
 def hand_on(
@@ -222,13 +221,13 @@ def shrink_pool(tiers: Tiers, length: Int[Array, " B"], amounts: Amounts) -> tup
     rows = layers * own
     used = np.sum([mesh.read(each.length).astype(np.int64) for each in tiers], axis=0)
     used = used.reshape(layers, batch, devices, own).sum(axis=(0, 3))
-    new, room = (mesh.read(x).astype(np.int64)[0, :, ::own] for x in (tier.state.new, tier.state.max_slots))
-    more = np.minimum(rows * new, room - used)
+    new, max_slots = (mesh.read(x).astype(np.int64)[0, :, ::own] for x in (tier.state.new, tier.state.max_slots))
+    more = np.minimum(rows * new, max_slots - used)
     if amounts.keep is None:
         more = np.minimum(more, np.ceil(LATER * new * used / tokens).astype(np.int64) + rows)
-    room = used + more
-    slots = sharding.fullest(tier, (room + rows * (tier.page - len(rest)))[None])
-    spread = np.broadcast_to(np.repeat(room, own, axis=1), tier.length.shape).astype(np.int32)
+    max_slots = used + more
+    slots = sharding.fullest(tier, (max_slots + rows * (tier.page - len(rest)))[None])
+    spread = np.broadcast_to(np.repeat(max_slots, own, axis=1), tier.length.shape).astype(np.int32)
     size = -(-pages.ladder(slots, *LADDER) // tier.page)
     state = tier.state._replace(max_slots=mesh.place(mesh.of(tier), mesh.LAYERS, spread))
     return (tier._replace(state=state), *rest), (size, *(t.free.shape[0] // t.num_free.shape[0] for t in rest))
@@ -258,9 +257,9 @@ def grant(tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
     tier, *rest = tiers
     used = functools.reduce(jnp.add, (each.length for each in tiers)).sum(axis=(0, 2))
     layers, _, heads = tier.length.shape
-    turn = jnp.arange(layers)[:, None, None] * heads + jnp.arange(heads)
+    order = jnp.arange(layers)[:, None, None] * heads + jnp.arange(heads)
     free = (tier.state.max_slots[0, :, 0] - used)[:, None]
-    granted = active[:, None] & (turn < free) & (tier.length < tier.capacity)
-    most = jnp.where(granted, tier.length + 1, tier.length)
-    tier = tier._replace(budget=jnp.where(active[:, None], most, tier.budget))
-    return (tiers_.reserve(tier, jnp.where(granted, most, 0), 1), *rest)
+    granted = active[:, None] & (order < free) & (tier.length < tier.capacity)
+    limit = jnp.where(granted, tier.length + 1, tier.length)
+    tier = tier._replace(budget=jnp.where(active[:, None], limit, tier.budget))
+    return (tiers_.reserve(tier, jnp.where(granted, limit, 0), 1), *rest)

@@ -42,5 +42,5 @@ def rotates_at_read(spec: ModelSpec, recipe: Recipe) -> bool:
     all codes, and before rotation it is the same for all. A balance needs them rotated.
     """
     recipe = recipe.context or recipe  # what is read together is rotated together
-    rounded = any(store.key != dense() for store in recipe.stores) and not any(s.balanced for s in recipe.stores)
+    rounded = any(store.key != dense for store in recipe.stores) and not any(s.balanced for s in recipe.stores)
     return recipe.rotate == "read" or spec.latent is not None or (spec.late_bias and rounded)

@@ -1,4 +1,4 @@
-"""The policy of stores that encode runs of tokens: all tokens are kept, the newest as they are until a run is complete.
+"""The policy of stores that encode runs of tokens: all tokens are kept, the newest unquantised until a run is complete.
 
 Two tiers. The first holds codes, slot s for position s. The second is a ring of the newest tokens, slot s for positions
 s, s + ring, ...: values leave it one by one, keys a run at a time. Attention needs both of a token in one tier, so it
@@ -67,7 +67,7 @@ class Runs(NamedTuple):
 
 @functools.cache
 def residual(store: KVStore) -> CachePolicy:
-    """Keep all tokens, the newest `store.residual` (R) as they are.
+    """Keep all tokens, the newest `store.residual` (R) unquantised.
 
     With n tokens, keys of the first `n - n mod R` are encoded, and values of the first `n - R`. The ring has one place
     more: while a token is read, it still sees the value that leaves after it.
@@ -90,11 +90,11 @@ def residual(store: KVStore) -> CachePolicy:
 def _init(runs: Runs, spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike, amounts: Amounts) -> Tiers:
     shape = {"layers": len(layers.index), "batch": len(lengths.prompt), "heads": spec.num_rows}
     windowed, rows = layers.window is not None, lengths.whole()
-    most = LARGEST if layers.window is None else runs.whole(layers.window - 1)
-    coded = np.minimum(rows, most)
-    row = min(pages.ladder(int(coded.max()), *LADDER), most)
+    limit = LARGEST if layers.window is None else runs.whole(layers.window - 1)
+    coded = np.minimum(rows, limit)
+    row = min(pages.ladder(int(coded.max()), *LADDER), limit)
     page = max(pages.page_size(row, lengths.platform), runs.store.key.run)
-    held = shape["layers"] * shape["heads"] * lengths.most(-(-coded // page))
+    held = shape["layers"] * shape["heads"] * lengths.fullest_part(-(-coded // page))
     sized = functools.partial(tiers_.init, **shape, widths=layers.widths, dtype=dtype)
     low = sized(
         row=row,
@@ -151,8 +151,8 @@ def _reserve(runs: Runs, tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
     due = active[:, None] & (n > 0) & (n % runs.size == 0)
     low = tiers_.reserve(low, jnp.where(due, jnp.minimum(n, low.capacity), 0), runs.size)
     ring = tiers_.reserve(ring, jnp.where(active[:, None], jnp.minimum(n + 1, runs.ring), 0), 1)
-    turns = jnp.where(jnp.any(due), n.shape[0], 0)  # a loop: a branch would copy the pools
-    return jax.lax.fori_loop(0, turns, lambda i, tiers: _encode_run(runs, tiers, i, due), (low, ring))
+    layers = jnp.where(jnp.any(due), n.shape[0], 0)  # a loop: a branch would copy the pools
+    return jax.lax.fori_loop(0, layers, lambda i, tiers: _encode_run(runs, tiers, i, due), (low, ring))
 
 
 def _encode_run(runs: Runs, tiers: Tiers, index: Int[Array, ""], due: Bool[Array, "L B K"]) -> Tiers:

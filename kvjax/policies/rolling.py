@@ -42,7 +42,7 @@ def rolling(store: KVStore, window: int) -> CachePolicy:
         rows = np.minimum(lengths.whole(), window)
         row = min(pages.ladder(int(rows.max()), *everything().ladder), window)
         page = pages.page_size(row, lengths.platform)
-        held = lambda rows: len(layers.index) * spec.num_rows * lengths.most(-(-rows // page)) * page
+        held = lambda rows: len(layers.index) * spec.num_rows * lengths.fullest_part(-(-rows // page)) * page
         slots = min(pages.ladder(held(rows), *everything().ladder), held(np.full_like(rows, row)))
         return (sized(row=row, page=page, slots=slots, store=store, dtype=dtype),)
 

@@ -69,7 +69,7 @@ def accumulated(recent: float, sinks: int = 0) -> Score:
     Source: H2O (arXiv 2306.14048), `h2o_hf/utils_real_drop/modify_llama.py`.
     Differs: one set of tokens per key/value head (the released code repeats keys per query head and keeps one set for
       each); accumulated in float32.
-    Cost: at prefill one more pass of query-key products over the prompt; per step one addition per slot.
+    Cost: at prefill one more pass of queries times keys over the prompt; per step one addition per slot.
     """
     if not 0 <= recent <= 1:
         raise InputError(f"recent={recent} is not a share between 0 and 1")

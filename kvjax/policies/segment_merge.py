@@ -61,8 +61,8 @@ def accumulate(store: KVStore) -> CachePolicy:
     Args:
       store: number format of the slots of closed segments.
 
-    `Amounts.keep` is the capacity, slots for which there is room, as in `gate_capacity.rooms`; tokens that get none are
-    merged.
+    `Amounts.keep` is the capacity, slots for which there is room, as in `gate_capacity.sequence_slots`; tokens that get
+    none are merged.
 
     Source: DMC (arXiv 2403.09636), Algorithm 1; Megatron-LM, branch `dmc`, `megatron/contrib/dmc/`.
     Differs: a prompt is read at once; a window is summed from its tokens, where the released code adds and subtracts;
@@ -87,9 +87,9 @@ def _init(
         sums=() if gate.window else jnp.zeros((*shape, width)),
         slot=() if layers.window is None else jnp.zeros(shape, jnp.int32),
     )
-    elsewhere = int(not store.is_dense)
     closed = gate_capacity.init(
-        spec, layers, lengths, dtype, gate=gate, amounts=amounts, least=1, store=store, elsewhere=elsewhere, own=segment
+        spec, layers, lengths, dtype, gate=gate, amounts=amounts, min_slots=1, store=store,
+        elsewhere=int(not store.is_dense), own=segment,
     )  # fmt: skip
     if store.is_dense:
         return (closed,)
@@ -118,12 +118,12 @@ def _rewrite(
     mean = functools.partial(kernel_or_xla, "segment means", pool, kernels, window=memory)
     weight = jnp.where(real, gate.weight, 1.0)  # tokens behind the longest prompt have none: they were not read
     k_mean, v_mean = (mean(x, merge.astype(jnp.float32), weight) for x in (k, v))
-    until = jnp.where(following, pos, LARGEST)
+    visible_until = jnp.where(following, pos, LARGEST)
     begins = real & ~merge
     start = jnp.max(jnp.where(begins, pos, 0), axis=1)
     last = _last_segment(k, v, gate.weight, length, start, memory)
     segments = Segments(begins, real & ~following, forced.sum(axis=1, dtype=jnp.int32), last)
-    return RewrittenPrompt(k_mean, v_mean, jnp.moveaxis(until, 1, 2), segments)
+    return RewrittenPrompt(k_mean, v_mean, jnp.moveaxis(visible_until, 1, 2), segments)
 
 
 def _prefill(store: KVStore, tiers: Tiers, prompt: Prompt) -> tuple[Tiers, PrefillOutput]:
@@ -163,7 +163,7 @@ def _insert(store: KVStore, tiers: Tiers, token: Token) -> Tiers:
     forced = jnp.where(active & asks & full, tier.state.forced + 1, tier.state.forced)
     tier = tier._replace(state=tier.state._replace(forced=forced, own=jax.tree.map(keep, extended, segment)))
     k, v = jnp.split(mean[:, :, None], [token.k.shape[-1]], axis=-1)
-    k = rope.rotate(k.astype(token.k.dtype), *(angle[:, :, None] for angle in token.turn))
+    k = rope.rotate(k.astype(token.k.dtype), *(angle[:, :, None] for angle in token.angles))
     pos = jnp.broadcast_to(token.pos[:, None, None], (*merge.shape, 1))
     new, where = Slots(k, v.astype(token.value.dtype), pos), active[..., None]
     if not top:

@@ -21,7 +21,7 @@ from kvjax.errors import InputError
 from kvjax.parallel import collectives, mesh
 from kvjax.parallel.collectives import HEADS
 from kvjax.policies.base import CachePolicy, PoolHooks, PrefillOutput, PromptHooks, reserve_slot, write_token
-from kvjax.policies.budgets.budget import Amounts, Budget, check, room, times, tokens_of
+from kvjax.policies.budgets.budget import Amounts, Budget, check, decode_slots, times, tokens_of
 from kvjax.policies.eviction import Evicted, EvictionAction, RowState, drop
 from kvjax.policies.rolling import rolling
 from kvjax.policies.score import Score
@@ -109,11 +109,12 @@ def retain(
 
     Cost: at prefill one top-k over T scores per row; per step 8 bytes per slot when a statistic is kept.
     """
-    how = Selection(score, budget, store, "after" if bounded and evict == "never" else evict, action, by_place, bounded)
-    _check(how)
-    part = lambda function: functools.partial(function, how)
+    evict = "after" if bounded and evict == "never" else evict
+    selection = Selection(score, budget, store, evict, action, by_place, bounded)
+    _check(selection)
+    part = lambda function: functools.partial(function, selection)
     return CachePolicy(
-        how.stores,
+        selection.stores,
         part(_init),
         part(_prefill),
         part(_insert),
@@ -121,23 +122,26 @@ def retain(
         PromptHooks(write_selected=None if budget.allocate is None else part(_write_selected)),
         PoolHooks(part(_reserve), part(_shrink_pool) if budget.by_head else None),
         budget=budget,
-        windowed=functools.partial(rolling, store) if how.keeps_all else None,
+        windowed=functools.partial(rolling, store) if selection.keeps_all else None,
     )
 
 
-def _check(how: Selection) -> None:
+def _check(selection: Selection) -> None:
     """Raise `InputError` for choices that contradict each other."""
-    if how.store.key.run > 1:
+    budget, store, action = selection.budget, selection.store, selection.action
+    if store.key.run > 1:
         raise InputError("kivi quantises keys that follow each other: it needs a method that keeps all tokens (full)")
-    if how.action.prompt is not None and how.budget.update_interval is not None:
-        raise InputError("merging and demoting need one decision after the last layer: give the budget every=0")
-    if how.evict == "before" and how.action.step is not None:
+    if action.prompt is not None and budget.update_interval is not None:
+        raise InputError(
+            "merging and demoting need one decision after the last layer: give the budget update_interval=0"
+        )
+    if selection.evict == "before" and action.step is not None:
         raise InputError("a token that leaves before attention is forgotten: merge or demote after it")
-    if how.action.prompt is not None and how.keeps_all:
+    if action.prompt is not None and selection.keeps_all:
         raise InputError("a score that selects nothing leaves nothing to merge or demote")
-    if how.action.prompt is not None and how.action.low is None and how.store.balanced:
-        raise InputError("keys are merged as they are: the store must not be balanced")
-    if how.evict == "after" and how.score.observe is None:
+    if action.prompt is not None and action.low is None and store.balanced:
+        raise InputError("keys are merged unscaled: the store must not be balanced")
+    if selection.evict == "after" and selection.score.observe is None:
         raise InputError("this score does not learn from attention: it cannot evict while decoding")
 
 
@@ -145,20 +149,20 @@ class Sizes(NamedTuple):
     """Slots of a batch's rows in a group of layers `[l B]`; numpy, on the host."""
 
     given: Int[np.ndarray, "l B"]  # to the prompts
-    most: Int[np.ndarray, "l B"]  # that rows may fill, with new tokens
+    max_slots: Int[np.ndarray, "l B"]  # that rows may fill, with new tokens
     left: Int[np.ndarray, "l B"]  # tokens beside those that were given slots, as a mean over rows
 
 
-def sizes(how: Selection, layers: Layers, amounts: Amounts, prompt: Int[np.ndarray, " B"], new: int) -> Sizes:
+def sizes(selection: Selection, layers: Layers, amounts: Amounts, prompt: Int[np.ndarray, " B"], new: int) -> Sizes:
     """Slots for prompts of these lengths and `new` tokens after each."""
     seen, after = readable(prompt, layers.window), readable(prompt + new, layers.window)
     keep = amounts.keep or 0
-    given = np.stack([how.budget.slots(keep, i, layers.peers, seen) for i in layers.places])
-    slots = np.maximum(given, tokens_of(keep, after)) if how.budget.grows else given
-    most = _filled(how, layers, slots + room(amounts, seen), seen, new, _full(how, layers)[:, None])
+    given = np.stack([selection.budget.slots(keep, i, layers.peers, seen) for i in layers.places])
+    slots = np.maximum(given, tokens_of(keep, after)) if selection.budget.grows else given
+    max_slots = _filled(selection, layers, slots + decode_slots(amounts, seen), seen, new)
     total = within(layers, prompt + new)
     # One more for the victim that takes the place of a token that leaves a window.
-    return Sizes(given, most, np.maximum(total - slots, 1) + (layers.window is not None))
+    return Sizes(given, max_slots, np.maximum(total - slots, 1) + (layers.window is not None))
 
 
 def within(layers: Layers, slots: Int[np.ndarray, "*b"]) -> Int[np.ndarray, "*b"]:
@@ -166,17 +170,13 @@ def within(layers: Layers, slots: Int[np.ndarray, "*b"]) -> Int[np.ndarray, "*b"
     return slots if layers.window is None else np.asarray(np.minimum(slots, layers.window))
 
 
-def _full(how: Selection, layers: Layers) -> Bool[np.ndarray, " l"]:
-    """Layers whose rows keep every token."""
-    return np.isin(layers.places, how.budget.full(layers.peers))
-
-
 def _filled(
-    how: Selection, layers: Layers, slots: np.ndarray, length: np.ndarray | int, new: int, full: np.ndarray | bool
-) -> np.ndarray:
+    selection: Selection, layers: Layers, slots: np.ndarray, length: np.ndarray | int, new: int
+) -> Int[np.ndarray, "l b"]:
     """Slots that rows may fill: with generated tokens, or with the one that is seen before another is evicted."""
-    append, replace = np.minimum(slots, length) + new, np.minimum(slots + how.spare, np.add(length, new))
-    return within(layers, np.where(np.logical_or(full, how.evict == "never"), append, replace))
+    full = np.isin(layers.places, selection.budget.full(layers.peers))[:, None]  # layers that keep every token
+    append, replace = np.minimum(slots, length) + new, np.minimum(slots + selection.spare, np.add(length, new))
+    return within(layers, np.where(full | (selection.evict == "never"), append, replace))
 
 
 def near(amounts: Amounts, total: int | None) -> tuple[Amounts, Amounts]:
@@ -184,44 +184,45 @@ def near(amounts: Amounts, total: int | None) -> tuple[Amounts, Amounts]:
     if total is None or amounts.keep is None:
         return amounts, amounts
     rung = lambda keep: min(pages.ladder(int(tokens_of(keep, total)), *NEAR), total)
-    (steps, smallest), most = NEAR, rung(amounts.keep)
-    more = Amounts(most, None if amounts.decoding is None else rung(amounts.decoding))
-    return Amounts(max(most - max(most // steps, smallest), 1)), more
+    (steps, smallest), largest = NEAR, rung(amounts.keep)
+    more = Amounts(largest, None if amounts.decoding is None else rung(amounts.decoding))
+    return Amounts(max(largest - max(largest // steps, smallest), 1)), more
 
 
 def _init(
-    how: Selection, spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike, amounts: Amounts
+    selection: Selection, spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike, amounts: Amounts
 ) -> Tiers:
-    budget, heads, prompt = how.budget, spec.num_rows, np.asarray(lengths.prompt)
+    budget, heads, prompt = selection.budget, spec.num_rows, np.asarray(lengths.prompt)
     every_head = heads * collectives.count(HEADS)
     for length in np.unique(readable(prompt, layers.window)).tolist():
         check(budget, amounts, layers.peers, length)
     less, more = near(amounts, lengths.total)
-    found = [sizes(how, layers, more, *each) for each in lengths.extremes()]
-    rows = np.max([each.most for each in found], axis=0)
+    found = [sizes(selection, layers, more, *each) for each in lengths.extremes()]
+    rows = np.max([each.max_slots for each in found], axis=0)
     page = pages.page_size(pages.ladder(int(rows.max()), *budget.ladder), lengths.platform)
     longest = rows  # only the width of the tables depends on it: no new shape for every prompt length
     if budget.max_slots is not None:
         padded, new = readable(lengths.padded, layers.window), max(new for _, new in lengths.extremes())
-        most = np.asarray(budget.max_slots(more.keep, layers.peers, every_head, padded) + room(more, padded))
-        longest = np.asarray(_filled(how, layers, most, padded, new, bool(_full(how, layers).any())))
+        max_slots = budget.max_slots(more.keep, layers.peers, every_head, padded)
+        longest = _filled(selection, layers, np.asarray(max_slots + decode_slots(more, padded)), padded, new)
     row = int(within(layers, np.asarray(pages.ladder(int(longest.max()), *budget.ladder))))
 
     def pool(rows: np.ndarray, page: int, longest: np.ndarray | int) -> int:
         """Slots for all rows; rows that share theirs may each have a page that holds one slot only."""
         needed = -(-rows // page) * page if budget.max_slots is None else rows + page - 1
-        if how.apart:  # until `_shrink_pool`, for whichever heads are given most
+        if selection.apart:  # until `_shrink_pool`, for whichever heads are given most
             needed = np.minimum(rows * (every_head // heads), longest) + page - 1
-        return pages.ladder(heads * lengths.most(needed) // page * page, *budget.ladder)
+        return pages.ladder(heads * lengths.fullest_part(needed) // page * page, *budget.ladder)
 
     shape = (len(layers.index), len(prompt), heads)
     spread = lambda x: jnp.asarray(np.broadcast_to(np.asarray(x, np.int32), shape))
+    decoding = decode_slots(amounts, readable(prompt, layers.window))[:, None]
     of = np.asarray((amounts.keep if isinstance(amounts.keep, Fraction) else Fraction(0)).as_integer_ratio(), np.int32)
     state = RowState(
-        new=spread(lengths.new) if how.apart else (),
-        decode_slots=spread(room(amounts, readable(prompt, layers.window))[:, None]) if how.bounded else (),
+        new=spread(lengths.new) if selection.apart else (),
+        decode_slots=spread(decoding) if selection.bounded else (),
         share=jnp.asarray(np.broadcast_to(of, (*shape, 2))) if budget.grows else (),
-        action=() if how.action.init is None else how.action.init(shape),
+        action=() if selection.action.init is None else selection.action.init(shape),
     )
     sized = functools.partial(
         tiers_.init, layers=shape[0], batch=shape[1], heads=heads, widths=layers.widths, dtype=dtype
@@ -230,78 +231,79 @@ def _init(
         row=row,
         page=page,
         slots=pool(rows, page, longest),
-        store=how.store,
-        positions=not how.keeps_all,
-        scores=how.score.observe is not None,
+        store=selection.store,
+        positions=not selection.keeps_all,
+        scores=selection.score.observe is not None,
         state=state,
     )
-    tier = tier._replace(budget=spread(sizes(how, layers, amounts, prompt, lengths.new).given[..., None]))
-    if how.action.low is None:
+    tier = tier._replace(budget=spread(sizes(selection, layers, amounts, prompt, lengths.new).given[..., None]))
+    if selection.action.low is None:
         return (tier,)
     # Of a row, as a mean over layers and heads; where rows share, one may be given nothing that others want.
-    left = np.max([sizes(how, layers, less, *each).left for each in lengths.extremes()], axis=0)
+    left = np.max([sizes(selection, layers, less, *each).left for each in lengths.extremes()], axis=0)
     page = pages.page_size(pages.ladder(int(left.max()), *budget.ladder), lengths.platform)
     total = max(int(within(layers, prompt + new).max()) for prompt, new in lengths.extremes())
     row = pages.ladder(int(left.max()) if budget.max_slots is None else total, *budget.ladder)
-    low = sized(row=row, page=page, slots=pool(left, page, row), store=how.action.low)
+    low = sized(row=row, page=page, slots=pool(left, page, row), store=selection.action.low)
     return tier, low
 
 
-def _prefill(how: Selection, tiers: Tiers, prompt: Prompt) -> tuple[Tiers, PrefillOutput]:
-    score, budget = how.score, how.budget
-    if any(store.balanced for store in how.stores):
+def _prefill(selection: Selection, tiers: Tiers, prompt: Prompt) -> tuple[Tiers, PrefillOutput]:
+    score, budget = selection.score, selection.budget
+    if any(store.balanced for store in selection.stores):
         balance = channel_balance(prompt)
         tiers = tuple(
             tier._replace(balance=balance) if store.balanced else tier
-            for tier, store in zip(tiers, how.stores, strict=True)
+            for tier, store in zip(tiers, selection.stores, strict=True)
         )
     slots = tiers[0].budget[:, 0]
     slots = slots if prompt.window is None else jnp.minimum(slots, prompt.window)
     if score.prompt is None:
-        return (_fill_in_order(tiers[0], prompt, slots, how.store),), PrefillOutput()
+        return (_fill_in_order(tiers[0], prompt, slots, selection.store),), PrefillOutput()
     found = _candidates(prompt, score.prompt(prompt))
     if prompt.window is not None:
         seen = readable(found.length, prompt.window)
-        found = found._replace(seen=seen) if how.by_place else _newest(found, prompt.window)
-    open_ = _open(score, found, slots)
+        found = found._replace(seen=seen) if selection.by_place else _newest(found, prompt.window)
+    protected = score.protect(found.pos, found.length[..., None], slots[:, None, None])
+    open_ = jnp.where((found.pos >= 0) & ~protected, found.stat, -1.0)  # of tokens that may be chosen or not
     if budget.allocate is None:
         rows = jnp.broadcast_to(slots[:, None], found.length.shape)
         if budget.split is not None:
             rows = budget.split(open_, slots, readable(prompt.length, prompt.window))
-        return _write_selected(how, tiers, found, rows, prompt.kernels), PrefillOutput()
+        return _write_selected(selection, tiers, found, rows, prompt.kernels), PrefillOutput()
     info = open_ if budget.measure is None else budget.measure(prompt, open_)
-    if how.action.prompt is None and budget.max_slots is not None:
+    if selection.action.prompt is None and budget.max_slots is not None:
         found = _shortlist(score, found, tiers[0].capacity, prompt.kernels)
     return tiers, PrefillOutput(info, found)
 
 
 def _write_selected(
-    how: Selection, tiers: Tiers, found: Candidates, rows: Int[Array, "B K"], kernels: Implementation | None
+    selection: Selection, tiers: Tiers, found: Candidates, rows: Int[Array, "B K"], kernels: Implementation | None
 ) -> Tiers:
     (tier, *_) = tiers
     n = min(found.pos.shape[-1], tier.capacity)
     filled = jnp.minimum(rows, found.count)
-    best = _best(how.score, found, rows, filled, n, kernels)
+    best = _best(selection.score, found, rows, filled, n, kernels)
     kept = Slots(best.k, best.v, best.pos, best.stat)
-    if how.action.prompt is not None:
-        losers = Evicted(found.k, found.v, found.pos, best.index, filled, found.count)
-        kept, tiers = how.action.prompt(losers, kept, tiers, how.stores)
+    if selection.action.prompt is not None:
+        evicted = Evicted(found.k, found.v, found.pos, best.index, filled, found.count)
+        kept, tiers = selection.action.prompt(evicted, kept, tiers, selection.stores)
     (tier, *rest) = tiers
-    k, v = how.store.encode(kept.k, kept.v, tier.balance)
+    k, v = selection.store.encode(kept.k, kept.v, tier.balance)
     kept = kept._replace(k=k, v=v)
-    budget = rows + tier.state.decode_slots if how.bounded else rows
+    budget = rows + tier.state.decode_slots if selection.bounded else rows
     tier = tiers_.reserve(tier._replace(budget=budget), filled, n)
     return (tiers_.fill(tier, kept, filled), *rest)
 
 
-def _reserve(how: Selection, tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
+def _reserve(selection: Selection, tiers: Tiers, active: Bool[Array, " B"]) -> Tiers:
     (tier, *rest) = tiers
-    slots = tier.length + 1 if how.evict != "before" else jnp.minimum(tier.length + 1, tier.budget)
+    slots = tier.length + 1 if selection.evict != "before" else jnp.minimum(tier.length + 1, tier.budget)
     return (tiers_.reserve(tier, jnp.where(active[:, None], slots, 0), 1), *reserve_slot(tuple(rest), active))
 
 
 def _shrink_pool(
-    how: Selection, tiers: Tiers, length: Int[Array, " B"], amounts: Amounts
+    selection: Selection, tiers: Tiers, length: Int[Array, " B"], amounts: Amounts
 ) -> tuple[Tiers, tuple[int, ...]]:
     """Pools for the device whose heads were given most."""
     new = tiers[0].state.new
@@ -310,40 +312,41 @@ def _shrink_pool(
     new, pools = mesh.read(new), []
     for i, tier in enumerate(tiers):
         longest = np.minimum(mesh.read(tier.length) + new, tier.capacity)
-        if i == 0 and how.evict != "never" and not how.budget.grows:
-            longest = np.minimum(longest, mesh.read(tier.budget) + how.spare)
+        if i == 0 and selection.evict != "never" and not selection.budget.grows:
+            longest = np.minimum(longest, mesh.read(tier.budget) + selection.spare)
         slots = sharding.fullest(tier, -(-longest // tier.page)) * tier.page
-        pools.append(pages.ladder(slots, *how.budget.ladder) // tier.page)
+        pools.append(pages.ladder(slots, *selection.budget.ladder) // tier.page)
     return tiers, tuple(pools)
 
 
-def _insert(how: Selection, tiers: Tiers, token: Token) -> Tiers:
+def _insert(selection: Selection, tiers: Tiers, token: Token) -> Tiers:
     (tier, *rest) = tiers
-    window = None if how.evict == "after" or how.by_place else token.window
+    window = None if selection.evict == "after" or selection.by_place else token.window
     gone, slot = tiers_.expired(tier, token.pos, window)
-    if how.evict == "before":
-        most = tier.budget if token.window is None else jnp.minimum(tier.budget, token.window)
-        slot = jnp.where(~gone & (tier.length >= most), _worst(how.score, tier, token.pos), slot)
-    return (write_token(tier, how.store, token, slot), *rest)
+    if selection.evict == "before":
+        limit = tier.budget if token.window is None else jnp.minimum(tier.budget, token.window)
+        slot = jnp.where(~gone & (tier.length >= limit), _worst(selection.score, tier, token.pos), slot)
+    return (write_token(tier, selection.store, token, slot), *rest)
 
 
-def _observe(how: Selection, tiers: Tiers, token: Token, probs: tuple[Array, ...]) -> Tiers:
-    assert how.score.observe is not None
-    (tier, *rest) = tiers
+def _observe(selection: Selection, tiers: Tiers, token: Token, probs: tuple[Array, ...]) -> Tiers:
+    (tier, *rest), score, action = tiers, selection.score, selection.action
+    assert score.observe is not None
     active, stat = token.active[:, None], tiers_.scores(tier)
-    tier = tiers_.with_scores(tier, jnp.where(active[..., None], how.score.observe(stat, probs[0]), stat))
-    if how.budget.grows:
+    tier = tiers_.with_scores(tier, jnp.where(active[..., None], score.observe(stat, probs[0]), stat))
+    if selection.budget.grows:
         of, seen = tier.state.share, readable(token.pos + 1, token.window)[:, None]
         grown = jnp.maximum(tier.budget, times(seen, of[..., 0], of[..., 1]))
         tier = tier._replace(budget=jnp.where(active, grown, tier.budget))
     over = active & (tier.length > tier.budget)
-    victim = _worst(how.score, tier, token.pos + 1)
+    victim = _worst(score, tier, token.pos + 1)
     removed = over
-    if token.window is not None and not how.by_place:  # one that nobody can read again leaves first, and is forgotten
+    if token.window is not None and not selection.by_place:
+        # One that nobody can read again leaves first, and is forgotten.
         gone, slot = tiers_.expired(tier, token.pos + 1, token.window)
         victim, removed, over = jnp.where(gone, slot, victim), over | (active & gone), over & ~gone
     tier, lost = tiers_.remove(tier, victim, removed)
-    return (tier, *rest) if how.action.step is None else how.action.step((tier, *rest), lost, over, how.stores, token)
+    return (tier, *rest) if action.step is None else action.step((tier, *rest), lost, over, selection.stores, token)
 
 
 def _fill_in_order(tier: Tier, prompt: Prompt, slots: Int[Array, " B"], store: KVStore) -> Tier:
@@ -355,12 +358,6 @@ def _fill_in_order(tier: Tier, prompt: Prompt, slots: Int[Array, " B"], store: K
     filled = jnp.broadcast_to(jnp.minimum(slots, prompt.length)[:, None], rows)
     tier = tier._replace(budget=jnp.broadcast_to(slots[:, None], rows))
     return tiers_.fill(tiers_.reserve(tier, filled, n), Slots(k, v), filled)
-
-
-def _open(score: Score, found: Candidates, slots: Int[Array, " B"]) -> Float[Array, "B K n"]:
-    """The statistic of tokens that may be chosen or not; -1 for protected ones and places without one."""
-    protected = score.protect(found.pos, found.length[..., None], slots[:, None, None])
-    return jnp.where((found.pos >= 0) & ~protected, found.stat, -1.0)
 
 
 def _candidates(prompt: Prompt, stat: Float[Array, "B K T"]) -> Candidates:
@@ -380,10 +377,10 @@ def _newest(found: Candidates, window: int) -> Candidates:
     return found._replace(k=take(found.k), v=take(found.v), pos=pos, stat=take(found.stat), seen=count)
 
 
-def _shortlist(score: Score, found: Candidates, most: int, kernels: Implementation | None) -> Candidates:
-    """The candidates that rows of up to `most` slots can keep."""
-    slots = jnp.minimum(most, found.length)
-    best = _best(score, found, slots, found.count, min(most, found.stat.shape[2]), kernels)
+def _shortlist(score: Score, found: Candidates, max_slots: int, kernels: Implementation | None) -> Candidates:
+    """The candidates that rows of up to `max_slots` slots can keep."""
+    slots = jnp.minimum(max_slots, found.length)
+    best = _best(score, found, slots, found.count, min(max_slots, found.stat.shape[2]), kernels)
     return found._replace(k=best.k, v=best.v, pos=best.pos, stat=best.stat)
 
 

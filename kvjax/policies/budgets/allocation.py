@@ -41,7 +41,7 @@ def per_head(budget: Budget, floor: float) -> Budget:
 
     def split(stat: Float[Array, "B K T"], slots: Int[Array, " B"], length: Int[Array, " B"]) -> Int[Array, "B K"]:
         stat = collectives.gather(stat, axis=1)
-        heads, (base, available) = stat.shape[1], _room(stat[:, 0], slots, length)
+        heads, (base, available) = stat.shape[1], _open_slots(stat[:, 0], slots, length)
         counts = count_best(jnp.moveaxis(stat, 1, 0), base * heads)
         wanted = base * even.numerator + counts * (even.denominator - even.numerator)
         rows = hand_out(wanted, even.denominator, base * heads, jnp.zeros_like(counts), available)
@@ -49,11 +49,11 @@ def per_head(budget: Budget, floor: float) -> Budget:
         rows = collectives.own(rows, axis=1)
         return _or_all(rows, slots[:, None], length[:, None])
 
-    def most(keep: int | Fraction, num_layers: int, num_heads: int, length) -> Any:
+    def max_slots(keep: int | Fraction, num_layers: int, num_heads: int, length) -> Any:
         slots = np.max([budget.slots(keep, i, num_layers, length) for i in range(num_layers)], axis=0)
         return np.maximum(np.minimum(_times(slots, Fraction(num_heads)), length), slots)
 
-    return budget._replace(split=split, max_slots=most, by_head=True)
+    return budget._replace(split=split, max_slots=max_slots, by_head=True)
 
 
 class ScoreRule(NamedTuple):
@@ -67,17 +67,17 @@ class ScoreRule(NamedTuple):
 
 @functools.cache
 def from_scores(
-    *, r_max: float = 10.0, every: int = 4, regrow: bool = True, floor: float = 0.0, ada: bool = False
+    *, r_max: float = 10.0, update_interval: int = 4, regrow: bool = True, floor: float = 0.0, ada: bool = False
 ) -> Budget:
     """Slots go to the layers with the largest scores.
 
     Protected tokens are kept in every layer. Of the others, one threshold over all layers, heads and positions keeps as
-    many as the budget allows, and a layer gets its share of them. That is done after every `every` layers with the
-    layers seen so far, so that at most `every` layers hold more than their share.
+    many as the budget allows, and a layer gets its share of them. That is done after every `update_interval` layers
+    with the layers seen so far, so that at most as many hold more than their share.
 
     Args:
       r_max: a layer may get so many times the mean [besides protected tokens].
-      every: layers between updates; 0 = one decision, after the last layer.
+      update_interval: layers between updates; 0 = one decision, after the last layer.
       regrow: slots that a layer cannot take (it has given up the tokens, or has no more) go to other layers; False =
         they are lost, as in the released code.
       floor: the least share of the mean that a layer gets.
@@ -91,13 +91,13 @@ def from_scores(
     rule = ScoreRule(_fraction("r_max", r_max, 1000), _fraction("floor", floor), regrow, ada)
     if r_max < 1:
         raise InputError(f"r_max={r_max} is less than 1: the layers could not hold the budget")
-    if not 0 <= every <= LARGEST:
-        raise InputError(f"every={every} is not a number of layers")
+    if not 0 <= update_interval <= LARGEST:
+        raise InputError(f"update_interval={update_interval} is not a number of layers")
     return Budget(
         slots=_even_slots,
         allocate=functools.partial(_allocate_by_scores, rule),
-        update_interval=every or None,
-        max_slots=functools.partial(_most_by_scores, rule),
+        update_interval=update_interval or None,
+        max_slots=functools.partial(_max_slots_by_scores, rule),
         by_head=ada,
     )
 
@@ -112,7 +112,7 @@ def _allocate_by_scores(
 ) -> Int[Array, "L B K"]:
     stat = jnp.stack(stats)
     layers, _, heads, _ = stat.shape
-    base, available = _room(stat[0, :, 0], slots, length)
+    base, available = _open_slots(stat[0, :, 0], slots, length)
     protected = jnp.minimum(slots, length - available)
     known = jnp.repeat(jnp.arange(layers) < seen, heads)[:, None]
     rows = jnp.moveaxis(stat, 2, 1).reshape(layers * heads, *stat.shape[1:2], -1)  # L*K B T
@@ -136,7 +136,7 @@ def _allocate_by_scores(
     return jnp.broadcast_to(got[..., None], (*got.shape, heads))
 
 
-def _most_by_scores(rule: ScoreRule, keep: int | Fraction, num_layers: int, num_heads: int, length) -> Any:
+def _max_slots_by_scores(rule: ScoreRule, keep: int | Fraction, num_layers: int, num_heads: int, length) -> Any:
     slots = tokens_of(keep, length)
     return np.minimum(np.maximum(slots, _times(slots, rule.r_max)), length)
 
@@ -144,13 +144,13 @@ def _most_by_scores(rule: ScoreRule, keep: int | Fraction, num_layers: int, num_
 class VarianceRule(NamedTuple):
     """What `from_variance` was given."""
 
-    least: int
+    min_slots: int
     rule: LayerRule
     full_layers: tuple[int, ...]
 
 
 @functools.cache
-def from_variance(*, least: int, rule: LayerRule, full_layers: tuple[int, ...] = ()) -> Budget:
+def from_variance(*, min_slots: int, rule: LayerRule, full_layers: tuple[int, ...] = ()) -> Budget:
     """Layers whose attention is spread out get more slots than those in which it is concentrated.
 
     Slots are shared in proportion to the softmax of a statistic with its sign reversed. With `sums` the attention that
@@ -161,7 +161,7 @@ def from_variance(*, least: int, rule: LayerRule, full_layers: tuple[int, ...] =
                    and averaged over heads: it tells how heads differ, and not how concentrated a layer is
 
     Args:
-      least: slots that every row gets, or a hundredth of the prompt, or the mean budget if that is less.
+      min_slots: slots that every row gets, or a hundredth of the prompt, or the mean budget if that is less.
       rule: which statistic.
       full_layers: layers that keep every token, generated ones too; -1 is the last one. The other layers pay for their
         prompt; what they append comes on top of the budget.
@@ -174,12 +174,12 @@ def from_variance(*, least: int, rule: LayerRule, full_layers: tuple[int, ...] =
     """
     if rule not in RULES:
         raise InputError(f"layer_rule={rule!r} is not 'paper' or 'released'")
-    given = VarianceRule(least, rule, full_layers)
+    given = VarianceRule(min_slots, rule, full_layers)
     return Budget(
         slots=_even_slots,
         allocate=functools.partial(_allocate_by_variance, given),
         measure=functools.partial(_measure_variance, given),
-        max_slots=functools.partial(_most_by_variance, given),
+        max_slots=functools.partial(_max_slots_by_variance, given),
         needs_one_pool=bool(full_layers),
         full=functools.partial(_full_layers, given),
         check=functools.partial(_check_full_layers, given),
@@ -192,23 +192,23 @@ def _full_layers(rule: VarianceRule, num_layers: int) -> list[int]:
     return sorted({i % num_layers for i in rule.full_layers})
 
 
-def _bottom(rule: VarianceRule, slots, length):
+def _min_slots(rule: VarianceRule, slots, length):
     """What every row gets, where each layer has so many slots as a mean; on the host's and the device's arrays."""
     array = jnp if isinstance(length, jax.Array) else np
-    return array.minimum(array.maximum((length + 99) // 100, max(rule.least, 2)), array.minimum(slots, length))
+    return array.minimum(array.maximum((length + 99) // 100, max(rule.min_slots, 2)), array.minimum(slots, length))
 
 
-def _most_by_variance(rule: VarianceRule, keep: int | Fraction, num_layers: int, num_heads: int, length) -> Any:
+def _max_slots_by_variance(rule: VarianceRule, keep: int | Fraction, num_layers: int, num_heads: int, length) -> Any:
     slots = tokens_of(keep, length)
     if rule.full_layers:
         return np.maximum(length, slots)
     # Shares come from statistics between 0 and 1: none is more than e times another.
-    return np.maximum(np.minimum(length, 3 * np.minimum(slots, length) + _bottom(rule, slots, length)), slots)
+    return np.maximum(np.minimum(length, 3 * np.minimum(slots, length) + _min_slots(rule, slots, length)), slots)
 
 
 def _check_full_layers(rule: VarianceRule, keep: int | Fraction, num_layers: int, length: int) -> None:
     full, slots = len(_full_layers(rule, num_layers)), int(tokens_of(keep, length))
-    total, low = num_layers * min(slots, length), int(_bottom(rule, slots, length))
+    total, low = num_layers * min(slots, length), int(_min_slots(rule, slots, length))
     need = full * length + (num_layers - full) * low
     if total < need:
         raise InputError(
@@ -236,7 +236,7 @@ def _allocate_by_variance(
     # Fractions of a slot decide who gets what is left.
     unit = jnp.clip(2**30 // jnp.maximum(rest, length + 1), 1, 4096)
     wanted = jnp.floor(shares * (rest * unit).astype(jnp.float32)).astype(jnp.int32)
-    low, high = (jnp.where(full, 0, bound) for bound in (_bottom(rule, slots, length), length))
+    low, high = (jnp.where(full, 0, bound) for bound in (_min_slots(rule, slots, length), length))
     rows = _or_all(hand_out(wanted, unit, rest, low, high), slots, length)
     return jnp.broadcast_to(jnp.where(full, LARGEST, rows)[..., None], held.shape)
 
@@ -274,13 +274,13 @@ def _even_slots(keep: int | Fraction, layer: int, num_layers: int, length) -> An
     return tokens_of(keep, length)
 
 
-def _fraction(name: str, value: float, most: int = 1) -> Fraction:
-    if not 0 <= value <= most:
-        raise InputError(f"{name}={value} is not between 0 and {most}")
+def _fraction(name: str, value: float, largest: int = 1) -> Fraction:
+    if not 0 <= value <= largest:
+        raise InputError(f"{name}={value} is not between 0 and {largest}")
     return Fraction(value).limit_denominator(1000)
 
 
-def _room(stat: Float[Array, "B T"], slots: Int[Array, " B"], length: Int[Array, " B"]) -> tuple[Array, Array]:
+def _open_slots(stat: Float[Array, "B T"], slots: Int[Array, " B"], length: Int[Array, " B"]) -> tuple[Array, Array]:
     """Slots that are left beside protected tokens, and tokens that they may be given to, as many in every row."""
     available = jnp.sum(stat >= 0, axis=-1, dtype=jnp.int32)
     return jnp.clip(slots - (length - available), 0, available), available
@@ -294,5 +294,5 @@ def _or_all(rows: Int[Array, "*b"], slots: Int[Array, "*#b"], length: Int[Array,
 def _times(n, of: Fraction):
     """`n * of` rounded down, at most `LARGEST`; on the host's and the device's arrays."""
     array = jnp if isinstance(n, jax.Array) else np
-    most = min(LARGEST * of.denominator // max(of.numerator, 1), LARGEST)
-    return array.where(n >= most, LARGEST, share(array.minimum(n, most), of))
+    limit = min(LARGEST * of.denominator // max(of.numerator, 1), LARGEST)
+    return array.where(n >= limit, LARGEST, share(array.minimum(n, limit), of))

@@ -62,26 +62,27 @@ def hand_out(
     wanted: Int[Array, "R B"],
     unit: int | Int[Array, "#B"] | Int[Array, ""],
     total: Int[Array, " B"],
-    least: Array,
-    most: Array,
+    min_slots: Array,
+    max_slots: Array,
 ) -> Int[Array, "R B"]:
-    """Whole slots for each row, near `wanted / unit`, between `least` and `most`, `total` in all where possible.
+    """Whole slots for each row, near `wanted / unit`, from `min_slots` to `max_slots`, `total` in all where possible.
 
     Each row gets the whole part of what it wants. What is left goes slot by slot to the row that lacks most, what is
     too much is taken from the row that lacks least; ties go to the first row.
     """
-    start = jnp.clip(wanted // unit, least, most)
+    start = jnp.clip(wanted // unit, min_slots, max_slots)
     lack = wanted - start * unit  # in 1 / unit slots
     left = total - start.sum(axis=0)
-    more = _largest(lack, unit, most - start, jnp.minimum(jnp.maximum(left, 0), (most - start).sum(axis=0)))
+    above, below = max_slots - start, start - min_slots
+    more = _largest(lack, unit, above, jnp.minimum(jnp.maximum(left, 0), above.sum(axis=0)))
     # Giving one up makes a row lack one more: the first to give has the least lack.
-    fewer = _largest(-lack, unit, start - least, jnp.minimum(jnp.maximum(-left, 0), (start - least).sum(axis=0)))
+    fewer = _largest(-lack, unit, below, jnp.minimum(jnp.maximum(-left, 0), below.sum(axis=0)))
     return start + more - fewer
 
 
-def _largest(lack: Array, unit: int | Array, room: Array, count: Int[Array, " B"]) -> Int[Array, "R B"]:
-    """Of all numbers `lack - t unit`, 0 <= t < room, how many of the `count` largest belong to each row."""
-    taken = lambda level: jnp.clip((lack - level) // unit + 1, 0, room)
+def _largest(lack: Array, unit: int | Array, slots: Array, count: Int[Array, " B"]) -> Int[Array, "R B"]:
+    """Of all numbers `lack - t unit`, 0 <= t < slots, how many of the `count` largest belong to each row."""
+    taken = lambda level: jnp.clip((lack - level) // unit + 1, 0, slots)
 
     def halve(_: Int[Array, ""] | int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # taken(low) >= count > taken(high)
@@ -90,13 +91,13 @@ def _largest(lack: Array, unit: int | Array, room: Array, count: Int[Array, " B"
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     high = lack.max(axis=0) + 1
-    low = (lack - room * unit).min(axis=0)
+    low = (lack - slots * unit).min(axis=0)
     level = jax.lax.fori_loop(0, 32, halve, (low, high))[0]
     above = taken(level + 1)
     return jnp.where(count > 0, above + _in_turn(taken(level) - above, count - above.sum(axis=0)), 0)
 
 
-def _in_turn(room: Int[Array, "R B"], count: Int[Array, " B"]) -> Int[Array, "R B"]:
+def _in_turn(slots: Int[Array, "R B"], count: Int[Array, " B"]) -> Int[Array, "R B"]:
     """`count` things to rows in turn, each row filled before the next one."""
-    before = jnp.cumsum(room, axis=0) - room
-    return jnp.clip(count - before, 0, room)
+    before = jnp.cumsum(slots, axis=0) - slots
+    return jnp.clip(count - before, 0, slots)

@@ -154,7 +154,7 @@ def amounts(keep: Keep, decoding: Keep = "") -> Amounts:
     return Amounts(first, later)
 
 
-def room(given: Amounts, length):
+def decode_slots(given: Amounts, length):
     """Slots that each row may fill while decoding beyond what its prompt was given; on ints and arrays."""
     if given.keep is None or given.decoding is None:
         return tokens_of(0, length)
@@ -166,7 +166,7 @@ def check(budget: Budget, given: Amounts, num_layers: int, length: int) -> None:
     if given.keep is None:
         return
     budget.check(given.keep, num_layers, length)
-    if given.decoding is not None and int(room(given, length)) < 0:
+    if given.decoding is not None and int(decode_slots(given, length)) < 0:
         raise _less(given.keep, given.decoding)
 
 
