@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.attention import dispatch
-from kvjax.cache import pages
+from kvjax.cache import layout, pages
 from kvjax.cache import tier as tiers_
 from kvjax.cache.layout import Cache
 from kvjax.cache.tier import Bytes
@@ -29,7 +29,7 @@ from kvjax.generation.timing import Stopwatch
 from kvjax.methods import of, resolve
 from kvjax.policies.base import Recipe
 from kvjax.policies.budgets.budget import Keep
-from kvjax.policies.layers import asking
+from kvjax.policies.layers import asking, layer_recipe
 from kvjax.spec import Lengths
 
 OnToken = Callable[[int, int], None]
@@ -202,11 +202,16 @@ class Context:
         need = len(self.tokens) + new
         if need <= self.room:
             return dataclasses.replace(self, cache=jax.tree.map(jnp.copy, self.cache))
-        room = min(pages.ladder(need, steps=2, smallest=64), self.model.spec.max_position)
-        lengths = Lengths((self.prompt,), room - self.prompt, padded_length(self.prompt))
+        spec, room = self.model.spec, min(pages.ladder(need, steps=2, smallest=64), self.model.spec.max_position)
+        # Beside what is held: a prompt as long as the text would need no more.
+        lengths = Lengths((len(self.tokens),), room - len(self.tokens), padded_length(len(self.tokens)))
         wanted = jax.eval_shape(lambda: allocate(self.model.decoder, self.recipe, lengths))
-        sized = lambda tier, want: _resized(tier, want.free.shape[0] * want.page, want.capacity)
-        cache = tuple(tuple(map(sized, *tiers)) for tiers in zip(self.cache, wanted, strict=True))
+        cache = []
+        for group, tiers, want in zip(layout.layer_groups(spec), self.cache, wanted, strict=True):
+            extend = layer_recipe(spec, self.recipe, group.index[0]).policy.pool_hooks.extend
+            grown = tuple(_resized(t, w.free.shape[0] * w.page, w.capacity) for t, w in zip(tiers, want, strict=True))
+            cache.append(grown if extend is None else extend(grown, len(self.tokens), room - self.room))
+        cache = tuple(cache)
         return dataclasses.replace(self, cache=cache, room=room)
 
     def _check_reach(self, more: int, new: int) -> None:

@@ -87,10 +87,13 @@ class PoolHooks(NamedTuple):
       reserve: `(tiers, active [B]) -> tiers`, takes pages for what a step may append to each row.
       shrink: `(tiers, length [B], amounts) -> (tiers, pages)`, on the host after the last layer of a prompt: pages that
         each tier's pool needs from now on; None = it stays as it is.
+      extend: `(tiers, length, new) -> tiers`, on the host: `new` more tokens than were expected may follow the `length`
+        ones of each sequence; None = nothing in a tier depends on how many are.
     """
 
     reserve: Callable[[Tiers, Bool[Array, " B"]], Tiers] = reserve_slot
     shrink: Callable[[Tiers, Int[Array, " B"], Amounts], tuple[Tiers, tuple[int, ...]]] | None = None
+    extend: Callable[[Tiers, int, int], Tiers] | None = None
 
 
 class CachePolicy(NamedTuple):

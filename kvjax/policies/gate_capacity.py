@@ -233,6 +233,18 @@ def shrink_pool(tiers: Tiers, length: Int[Array, " B"], amounts: Amounts) -> tup
     return (tier._replace(state=state), *rest), (size, *(t.free.shape[0] // t.num_free.shape[0] for t in rest))
 
 
+def extend(tiers: Tiers, length: int, new: int) -> Tiers:
+    """Room for more tokens than were expected, as for those that were: `PoolHooks.extend`."""
+    tier, *rest = tiers
+    layers, _, heads = tier.length.shape
+    rows, used = layers * heads, np.sum([mesh.read(each.length) for each in tiers], axis=(0, 1, 3))
+    more = np.minimum(rows * new, np.ceil(LATER * new * used / length).astype(np.int32) + rows)
+    free = (int(tier.num_free[0]) - rows) * tier.page  # each row may have a page that holds one slot
+    more = jnp.asarray(np.clip(more, 0, free), jnp.int32)[:, None]
+    state = tier.state._replace(max_slots=tier.state.max_slots + more)
+    return (tier._replace(state=state), *rest)
+
+
 def policy(
     stores: tuple[KVStore, ...],
     init: Callable[[ModelSpec, Layers, Lengths, DTypeLike, Amounts], Tiers],
@@ -247,7 +259,7 @@ def policy(
         prefill,
         insert,
         prompt_hooks=PromptHooks(rewrite),
-        pool_hooks=PoolHooks(grant, shrink_pool),
+        pool_hooks=PoolHooks(grant, shrink_pool, extend),
         budget=Budget(everything().slots, allocate=hand_on, update_interval=1),
     )
 
