@@ -1,8 +1,9 @@
 """The kernels of decode attention against the reference, in the interpreters, and in the decode loop."""
 
+import functools
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,8 @@ def part(
 ) -> PagedKV:
     """Slots in shuffled pages; entries behind a row's end name no page."""
     rows, size, codec = (2, 2), 4 * m, named(store)
-    k, v = (codec_.encode(jnp.asarray(rng.normal(size=(size, page, h)), dtype)) for codec_ in (codec.key, codec.value))
+    drawn = lambda: jnp.asarray(rng.normal(size=(size, page, h)), dtype)
+    k, v = (jax.jit(codec_.encode)(drawn()) for codec_ in (codec.key, codec.value))
     length = rng.integers(0, m * page + 1, rows).astype(np.int32)
     for row, n in zip(np.ndindex(rows), lengths, strict=False):
         length[row] = n
@@ -80,11 +82,27 @@ def numbers(part: reference.Partial) -> list[np.ndarray]:
     return found + [np.where(np.asarray(x) > reference.EMPTY, x, 0) for x in part.logits]
 
 
+def compiled(attend: Callable[..., reference.Partial], parts: Sequence[PagedKV], **options) -> reference.Partial:
+    """What `attend` makes of the parts, in one program: their arrays and the options' are its arguments."""
+    leaves, structure = jax.tree.flatten((parts, options))
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+
+    @jax.jit
+    def program(arrays: list[jax.Array]) -> reference.Partial:
+        traced = iter(arrays)
+        put = [next(traced) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+        parts, options = jax.tree.unflatten(structure, put)
+        return attend(parts, **options)
+
+    return program(arrays)
+
+
 def check(kernel: str, parts: list[PagedKV], options: dict) -> None:
     module, interpret = KERNELS[kernel]
-    got = module.decode_attention(parts, interpret=interpret, **options)
+    got = compiled(functools.partial(module.decode_attention, interpret=interpret), parts, **options)
     plain = {key: value for key, value in options.items() if key not in ("splits", "block")}
-    alike(got, decode_attention(parts, implementation="xla", **plain), parts[0].q.dtype)
+    want = compiled(functools.partial(decode_attention, implementation="xla"), parts, **plain)
+    alike(got, want, parts[0].q.dtype)
 
 
 def alike(got: reference.Partial, want: reference.Partial, dtype=jnp.float32) -> None:
