@@ -22,7 +22,8 @@ def listening():
 
 def start(*line: str, cache: Path) -> subprocess.Popen[bytes]:
     """A command whose compiled programs are not there yet."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
+    kept = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    env = {**kept, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
     return subprocess.Popen([sys.executable, *line], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
