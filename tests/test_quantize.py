@@ -118,6 +118,10 @@ def data(dtype) -> jax.Array:
     return jnp.asarray(np.stack(kinds), dtype)
 
 
+def decoded(store, codes, dtype=jnp.float32) -> jax.Array:
+    return jax.jit(store.decode, static_argnums=1)(codes, dtype)
+
+
 def round_trip(store):
     return jax.jit(lambda x: store.decode(store.encode(x), jnp.float32))
 
@@ -130,10 +134,10 @@ def tokens(shape, seed=0) -> jax.Array:
 def test_packing_is_the_layout_bit_by_bit(bits, widths):
     for width in widths:
         codes = np.random.default_rng(width).integers(0, 2**bits, (2, 3, width), np.uint8)
-        got = pack(jnp.asarray(codes), bits)
+        got = jax.jit(pack, static_argnums=1)(codes, bits)
         assert got.shape[-1] == packed_bytes(width, bits) == width * bits / 8
         np.testing.assert_array_equal(got, packed(codes, bits))
-        np.testing.assert_array_equal(unpack(got, bits), codes)
+        np.testing.assert_array_equal(jax.jit(unpack, static_argnums=1)(got, bits), codes)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -144,7 +148,7 @@ def test_rtn_is_the_formula(bits, group, symmetric, dtype):
     store, x = rtn(bits, group, symmetric=symmetric), data(dtype)
     codes = jax.jit(store.encode)(x)
     want = check_rtn(x, codes, bits, GROUPS[group], symmetric)
-    check_decoded(jax.jit(store.decode, static_argnums=1)(codes, dtype), want, numbers(x))
+    check_decoded(decoded(store, codes, dtype), want, numbers(x))
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
@@ -169,7 +173,7 @@ def test_the_last_group_may_be_smaller(group, width, sizes, bits, symmetric):
         own = slice(end - size, end)
         zero = None if symmetric else codes["zero"][:, i]
         want.append(check(numbers(x)[:, own], number[:, own], codes["scale"][:, i], zero, bits))
-    check_decoded(store.decode(codes, jnp.float32), np.concatenate(want, axis=1), numbers(x))
+    check_decoded(decoded(store, codes), np.concatenate(want, axis=1), numbers(x))
     room = jax.eval_shape(lambda: store.init(2, 8, width, jnp.bfloat16))
     assert {name: leaf.shape[-1] for name, leaf in room.items()} == {name: x.shape[-1] for name, x in codes.items()}
 
@@ -226,7 +230,7 @@ def test_per_channel_is_the_formula_over_tokens(bits, group, width):
     assert codes["scale"].shape == codes["zero"].shape == (2, 3 * group, -(-width // group))
     number = across(unpacked(codes["codes"], bits))
     back = check(across(numbers(x)), number, beside(codes["scale"]), beside(codes["zero"]), bits)
-    check_decoded(store.decode(codes, jnp.float32), back.swapaxes(-1, -2).reshape(x.shape), numbers(x))
+    check_decoded(decoded(store, codes), back.swapaxes(-1, -2).reshape(x.shape), numbers(x))
 
 
 def test_runs_are_independent():
@@ -235,7 +239,7 @@ def test_runs_are_independent():
     for at in (slice(0, 8), slice(8, 16), slice(16, 32)):
         part = encode(x[:, at])
         assert all((part[leaf] == codes[leaf][:, at]).all() for leaf in codes)
-        np.testing.assert_array_equal(store.decode(part, jnp.float32), store.decode(codes, jnp.float32)[:, at])
+        np.testing.assert_array_equal(decoded(store, part), decoded(store, codes)[:, at])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -251,7 +255,7 @@ def test_fp8_is_the_nearest_e4m3_number(dtype):
     )
     nearest = np.nanmin(np.abs(quotient[..., None] - E4M3), axis=-1)
     assert (np.abs(code - quotient) <= nearest + 1e-3 * np.abs(quotient)).all()
-    back = numbers(fp8().decode(codes, jnp.float32))
+    back = numbers(decoded(fp8(), codes))
     np.testing.assert_allclose(back, code * scale, rtol=1e-6)
     assert (np.abs(back - exact) <= np.maximum(np.abs(exact) / 16, scale * 2**-10) * (1 + 1e-5)).all()
     assert (back[exact == 0] == 0).all()
@@ -285,7 +289,7 @@ def test_codes_are_what_init_makes_room_for(name, dtype):
     room = jax.eval_shape(lambda: store.init(3, 16, WIDTH, dtype))
     codes = jax.eval_shape(store.encode, jax.ShapeDtypeStruct((3, 16, WIDTH), dtype))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), room) == jax.tree.map(lambda a: (a.shape, a.dtype), codes)
-    back = store.decode(store.init(3, 16, WIDTH, dtype), dtype)
+    back = jax.jit(lambda: store.decode(store.init(3, 16, WIDTH, dtype), dtype))()
     assert back.shape == (3, 16, WIDTH) and back.dtype == dtype and not back.any()
 
 
