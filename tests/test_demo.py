@@ -22,6 +22,7 @@ from kvjax.spec import Prompt
 from kvjax.tasks import lines, vocabulary
 from kvjax.tasks.registry import make_task
 
+pytestmark = pytest.mark.usefixtures("optimized")  # long prompts: running takes more time than compiling
 SEEDS = st.integers(0, 2**32 - 1)
 
 
