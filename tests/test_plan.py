@@ -208,10 +208,13 @@ def test_a_plan_adds_up_and_its_largest_sizes_fit(capsys):
     assert any("8,192 tokens" in note for note in found["notes"])
 
 
+ALL = ["--model", str(shipped.directory()), "--chip", "T4", "--estimate", "--context", "500", "--budget", "20%"]
+ALL += ["--all-methods", "--store", "int4"]
+
+
 def test_a_table_of_all_methods_and_a_picture(tmp_path, capsys):
     picture = tmp_path / "plan.png"
-    flags = ["--model", shipped.directory(), "--chip", "T4", "--estimate", "--context", 500, "--budget", "20%"]
-    found = run_json(capsys, *flags, "--all-methods", "--store", "int4", "--out", picture)
+    found = run_json(capsys, *ALL, "--out", picture)
     assert {plan["method"] for plan in found["plans"]} == set(methods.METHODS) - set(methods.LEARNED)
     assert set(found["left_out"]) == set(methods.LEARNED)
     assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -222,7 +225,7 @@ def test_a_table_of_all_methods_and_a_picture(tmp_path, capsys):
 
 def test_a_table_in_a_pipe_is_whole(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
-    main([*LLAMA, "--all-methods", "--budget", "20%"])
+    main(ALL)
     out = capsys.readouterr().out
     assert "…" not in out and "oracle (frees nothing)" in out and "largest context" in out
 
