@@ -1,11 +1,10 @@
-"""Shapes are checked where beartype is installed, dtypes never promote silently, random tests repeat their examples.
+"""Dtypes never promote silently, random tests repeat their examples, KVJAX_TEST_SHAPES=1 checks shapes.
 
 Compiling takes most of the time, so nothing is optimized, here and in the processes that tests start.
 """
 
 import gc
 import importlib.metadata
-import importlib.util
 import itertools
 import os
 import shutil
@@ -27,7 +26,7 @@ import pytest
 
 from tests import strict
 
-if importlib.util.find_spec("beartype"):
+if os.environ.get("KVJAX_TEST_SHAPES"):  # in every function that is traced, which takes a tenth of the time
     _hook = jaxtyping.install_import_hook(["kvjax", "pallas_kernels"], "beartype.beartype")
     _hook.__enter__()
 

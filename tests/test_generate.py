@@ -419,7 +419,7 @@ def test_the_repetition_penalty_applies_to_greedy_decoding_and_to_the_prompt(mod
 
 @pytest.mark.parametrize("prompts", ["one text", [1, 2], [["a"]], [], [[1.5]]])
 def test_prompts_of_the_wrong_kind_are_refused(model, prompts):
-    with pytest.raises((kvjax.InputError, TypeCheckError), match="prompt"):  # or the type checker that tests turn on
+    with pytest.raises((kvjax.InputError, TypeCheckError), match="prompt"):  # or the type checker, if it is on
         model.generate(prompts)
 
 
