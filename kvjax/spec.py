@@ -23,7 +23,7 @@ from pallas_kernels.implementation import Implementation
 
 PyTree = Any
 NEW_TOKENS = 256  # a step of the room for new tokens, where shapes are made for a total length
-RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "none"]
 Norm = Literal["rms", "rms+1", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -116,6 +116,7 @@ class ModelSpec:
     score_cap: float | None = None  # bounds those smoothly, see `pallas_kernels.soft_cap`
     logit_cap: float | None = None  # likewise the model's logits
     window_rope: RopeSpec | None = None  # of layers with a sliding window; None = `rope`
+    no_rope: tuple[int, ...] = ()  # layers whose queries and keys do not turn (NoPE, arXiv 2305.19466)
     family: str = "llama"
     latent: LatentSpec | None = None  # keys and values are low-rank
     gate: GateSpec | None = None  # decides what a cache keeps
@@ -150,6 +151,8 @@ class ModelSpec:
 
     def rotary(self, layer: int) -> RopeSpec:
         """The rotary embedding of a layer."""
+        if layer in self.no_rope:
+            return RopeSpec(type="none")
         return self.rope if self.window_rope is None or self.window(layer) is None else self.window_rope
 
 

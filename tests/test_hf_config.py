@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers.models import WordLevel
 
 from kvjax.bench import models
+from kvjax.cache.layout import layer_runs
 from kvjax.errors import InputError
 from kvjax.generation.model import find_stop
 from kvjax.models.hf_config import FAMILIES, parse_config, read_config, read_generation_config, to_config
@@ -226,6 +227,20 @@ def test_gemma3():
     assert (bare.rope, bare.window_rope, bare.windows) == (RopeSpec(1e6), RopeSpec(1e4), first.windows)
 
 
+def test_smollm3():
+    """As its checkpoint has it: every fourth layer does not turn."""
+    fields = {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "max_position_embeddings": 65536}
+    fields |= {"rope_theta": 5e6, "rope_scaling": None, "max_window_layers": 28, "use_sliding_window": False}
+    fields |= {"layer_types": ["full_attention"] * 36, "no_rope_layers": [1, 1, 1, 0] * 9, "pretraining_tp": 2}
+    spec = parse_config(fields | {"is_llama_config": True, "rope_interleaved": False, "sliding_window": None})
+    assert (spec.windows, spec.no_rope) == ((), tuple(range(3, 36, 4)))
+    assert [spec.rotary(layer).type for layer in range(4)] == ["default"] * 3 + ["none"]
+    assert parse_config({"model_type": "smollm3"}).rope.theta == 2e6
+    assert [run[0] for run in layer_runs(spec)] == sorted([*range(0, 36, 4), *range(3, 36, 4)])
+    slides = parse_config({"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 9})
+    assert slides.windows == (None, None, None, 9) * 9
+
+
 def test_phi3():
     spec = parse_config({"model_type": "phi3"})
     assert (spec.vocab_size, spec.embed_dim, spec.num_kv_heads, spec.mlp_dim) == (32064, 3072, 32, 8192)
@@ -287,6 +302,10 @@ def test_phi4_mini():
         ({"model_type": "falcon", "ffn_hidden_size": 0}, ["ffn_hidden_size = 0"]),
         ({"model_type": "falcon", "layer_norm_epsilon": 0}, ["layer_norm_epsilon = 0"]),
         ({"model_type": "falcon", "num_kv_heads": 7, "new_decoder_architecture": True}, ["num_attention_heads = 71"]),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, ["no_rope_layers = [1, 0]", "36 layers"]),
+        ({"model_type": "smollm3", "no_rope_layers": [True] * 36}, ["no_rope_layers = [True"]),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, ["no_rope_layer_interval = 0"]),
+        ({"no_rope_layers": [1] * 32}, ["no_rope_layers"]),
         ({"activation": "gelu"}, ["activation = 'gelu'"]),
         ({"model_type": "gemma3"}, ["'gemma3'", "gemma3_text"]),
         ({"model_type": "gemma3_text", "architectures": ["Gemma3ForConditionalGeneration"]}, ["architectures"]),

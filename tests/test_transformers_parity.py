@@ -31,6 +31,7 @@ MODELS = {
     "phi3": "Phi3",
     "gemma2": "Gemma2",
     "gemma3_text": "Gemma3",
+    "smollm3": "SmolLM3",
 }
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -130,6 +131,7 @@ def random_fields(rng, family):
         "mistral": {"sliding_window": [None, 5][flag()]},
         "qwen2": {"use_sliding_window": flag(), "sliding_window": 5, "max_window_layers": 1},
         "qwen3": {"use_sliding_window": flag(), "max_window_layers": 1, "sliding_window": 5, "attention_bias": flag()},
+        "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": flag(), "sliding_window": 5},
     }
     if "gemma" in family:
         del fields["rope_parameters"]

@@ -48,7 +48,7 @@ def layers_with(spec: ModelSpec, window: int | None) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=256)
 def layer_runs(spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
-    """The layers in order, those that follow each other in one group together.
+    """The layers in order, those that follow each other in one group and turn alike together.
 
     >>> from kvjax.models.named import NAMED
     >>> import dataclasses
@@ -57,9 +57,10 @@ def layer_runs(spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
     ((0, 1, 2), (3,), (4, 5, 6), (7,))
     """
     runs: list[list[int]] = []
-    groups = layer_groups(spec)
+    kind = lambda layer: (locate(layer_groups(spec), layer)[0], spec.rotary(layer))
     for layer in range(spec.num_layers):
-        if runs and locate(groups, runs[-1][0])[0] == locate(groups, layer)[0]:
+        last = runs[-1][0] if runs else None
+        if last is not None and kind(last) == kind(layer):
             runs[-1].append(layer)
         else:
             runs.append([layer])

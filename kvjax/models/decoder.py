@@ -1,7 +1,7 @@
 """One configurable decoder in Flax NNX: weights only, the cache is passed in and out.
 
-Covers Llama, Mistral, Qwen2, Qwen3, InternLM2, Falcon, Phi-3, Gemma 2 and Gemma 3. The differences are fields of
-`ModelSpec`. Layers are a list: scanning over stacked weights copies every layer's weights on GPU and is slower on CPU.
+Covers the families of `kvjax.models.hf_config.FAMILIES`; what they differ in are fields of `ModelSpec`. Layers are a
+list: scanning over stacked weights copies every layer's weights on GPU and is slower on CPU.
 """
 
 import functools

@@ -38,7 +38,12 @@ _GEMMA2 |= {"tie_word_embeddings": True, "attention_bias": False, "query_pre_att
 _GEMMA2 |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 _GEMMA3 = {"vocab_size": 262208, "max_position_embeddings": 131072, "final_logit_softcapping": None}
 _GEMMA3 |= {"sliding_window_pattern": None, "_sliding_window_pattern": None, "rope_local_base_freq": None}
+_SMOLLM3 = {"vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16}
+_SMOLLM3 |= {"num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True}
+_SMOLLM3 |= {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "sliding_window": None}
+_SMOLLM3 |= {"no_rope_layers": None, "no_rope_layer_interval": 4, "max_window_layers": None}
 _GEMMA = ("gemma2", "gemma3_text")
+_LAYER_TYPES = ("qwen2", "qwen3", *_GEMMA, "smollm3")  # families that look at `layer_types`
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA | {"attention_bias": False, "mlp_bias": False},
     "mistral": _LLAMA | _MISTRAL | {"sliding_window": 4096},
@@ -49,6 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": _LLAMA | _PHI3,
     "gemma2": _LLAMA | _GEMMA2,
     "gemma3_text": {k: v for k, v in (_LLAMA | _GEMMA2 | _GEMMA3).items() if k != "attn_logit_softcapping"},
+    "smollm3": _LLAMA | _SMOLLM3,
 }
 
 _READ = set(
@@ -101,6 +107,7 @@ def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Mod
         window_rope=window_rope,
         norm_eps=number(fields, "rms_norm_eps"),
         windows=_windows(fields, config.get("layer_types"), family),
+        no_rope=_no_rope(fields),
         tie_embeddings=flag(fields, "tie_word_embeddings"),
         family=family,
         **mathematics,
@@ -279,9 +286,23 @@ def _heads(fields: Mapping[str, Any], embed_dim: int) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
+def _no_rope(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """Layers without rotation; in SmolLM3's list they are 0."""
+    if "no_rope_layers" not in fields:
+        return ()
+    layers, turns = fields["num_hidden_layers"], fields["no_rope_layers"]
+    if turns is None:
+        interval = positive(fields, "no_rope_layer_interval")
+        turns = [int((layer + 1) % interval > 0) for layer in range(layers)]
+    if not isinstance(turns, list) or len(turns) < layers or not all(type(t) is int and t in (0, 1) for t in turns):
+        raise InputError(f"config.json: no_rope_layers = {turns!r}, expected 0 or 1 for each of {layers} layers")
+    return tuple(layer for layer in range(layers) if not turns[layer])
+
+
 def _windows(fields: Mapping[str, Any], listed: Any, family: str) -> tuple[int | None, ...]:
     """Sliding window of each layer; () when no layer has one."""
-    layers, first = fields["num_hidden_layers"], whole({"max_window_layers": 0, **fields}, "max_window_layers", 0)
+    layers = fields["num_hidden_layers"]
+    first = whole(fields, "max_window_layers", 0) if family in ("qwen2", "qwen3") else 0
     used = family in ("mistral", "phi3", *_GEMMA) or flag(fields, "use_sliding_window")
     used = used and (fields.get("sliding_window") is not None or family in _GEMMA)
     window = positive(fields, "sliding_window") if used else None
@@ -291,12 +312,14 @@ def _windows(fields: Mapping[str, Any], listed: Any, family: str) -> tuple[int |
         pattern = given(fields, "sliding_window_pattern", private)
         pattern = positive({"sliding_window_pattern": pattern}, "sliding_window_pattern")
         slides = lambda layer: (layer + 1) % pattern > 0
+    if family == "smollm3":
+        slides = lambda layer: layer in _no_rope(fields)
     types = ["sliding_attention" if window and slides(layer) else "full_attention" for layer in range(layers)]
     if listed is not None:
         accepted = ["full_attention", "sliding_attention"] if window else ["full_attention"]
         fits = isinstance(listed, list) and len(listed) == layers and all(kind in accepted for kind in listed)
-        # Only Qwen's and Gemma's models look at `layer_types`; elsewhere it may say no more than the other fields do.
-        if not fits or ("qwen" not in family and family not in _GEMMA and listed != types):
+        # Where a model does not look at `layer_types`, it may say no more than the other fields do.
+        if not fits or (family not in _LAYER_TYPES and listed != types):
             raise InputError(
                 f"config.json: layer_types = {listed} does not fit a {family} model of {layers} layers with "
                 f"sliding window {window}; each may be {' or '.join(accepted)}"

@@ -23,11 +23,14 @@ def frequencies(rope: RopeSpec, head_dim: int, seq_len: Int[Array, " *b"]) -> Fl
       head_dim: H, even.
       seq_len: tokens seen so far; only `dynamic` and `longrope` depend on it.
 
-    Source: transformers `modeling_rope_utils.py` (`default`, `linear`, `dynamic`, `llama3`, `yarn`, `longrope`).
+    Source: transformers `modeling_rope_utils.py` (`default`, `linear`, `dynamic`, `llama3`, `yarn`, `longrope`); `none`
+      turns nothing.
     Differs: `dynamic` and `longrope` use each sequence's own length where transformers takes the longest of the batch,
       so that a sequence does not depend on its batch mates.
     """
     width = rope.width(head_dim)
+    if rope.type == "none":
+        return jnp.zeros((*jnp.shape(seq_len), width // 2), jnp.float32)
     exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
     base = jnp.full(jnp.shape(seq_len), rope.theta, jnp.float32)
     if rope.type == "dynamic":

@@ -21,6 +21,7 @@ _ROPE: dict[RopeType, str] = {
     "yarn": "factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate",
     "longrope": "factor attention_factor short_factor long_factor",
 }
+_THETA = {"smollm3": 2e6}  # by default, where it is not 10000
 _PARTIAL = ("phi3",)  # families whose heads may turn in part
 _OLD_NAMES = {"phi3": {"su": "longrope", "yarn": "longrope"}}
 
@@ -39,7 +40,7 @@ def parse_rope(config: Mapping[str, Any], max_position: int, family: str) -> tup
     known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *_ROPE[kind].split()}
     known |= {"partial_rotary_factor"} if family in _PARTIAL else set()
     refuse_unknown(block, known, f"{where}.", family)
-    rope = RopeSpec(_either(config, block, where, "rope_theta", 10000.0), kind)
+    rope = RopeSpec(_either(config, block, where, "rope_theta", _THETA.get(family, 1e4)), kind)
     if family in _PARTIAL:
         rope = replace(rope, partial=_either(config, block, where, "partial_rotary_factor", 1.0))
     if kind == "default":

@@ -83,6 +83,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, 4),
     "gemma3": ("gemma3", GEMMA | {"rope_parameters": GEMMA_ROPES, "_sliding_window_pattern": 3}, 5),
+    "smollm3": ("smollm3", {"num_hidden_layers": 3, "no_rope_layer_interval": 2}, 4),
     "internlm2": ("llama", {"num_key_value_heads": 2, "num_attention_heads": 6, "hidden_size": 48}, 4),
 }
 PROMPT, NEW = 40, 12
@@ -119,6 +120,7 @@ def make(seed: int, family: str, fields: dict[str, Any]) -> dict[str, Any] | Non
         "gemma2": transformers.Gemma2ForCausalLM,
         "gemma3": transformers.Gemma3ForCausalLM,
         "falcon": transformers.FalconForCausalLM,
+        "smollm3": transformers.SmolLM3ForCausalLM,
     }[family]
     fields = (
         SMALL_FALCON if family == "falcon" else SMALL
