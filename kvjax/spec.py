@@ -106,8 +106,10 @@ class ModelSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    joint_qk_norm: bool = False  # that norm is of all heads together
     norm: Norm = "rms"  # root mean square, times scale or `1 + scale`; LayerNorm with a bias
     parallel_norms: Literal[0, 1, 2] = 0  # norms of attention and MLP that run side by side; 0 = one after the other
+    pre_norms: bool = True  # what attention and MLP read is normed
     post_norms: bool = False  # what attention and MLP add to the residual stream is normed
     activation: Activation = "silu"  # of the MLP; `gelu` is exact
     gated_mlp: bool = True  # the MLP has a second projection that its activation multiplies

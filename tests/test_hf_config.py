@@ -241,6 +241,21 @@ def test_smollm3():
     assert slides.windows == (None, None, None, 9) * 9
 
 
+def test_olmo():
+    """OLMo 3 as its checkpoints have it, and as transformers 5 writes it."""
+    old = parse_config({"model_type": "olmo2", "num_key_value_heads": 8, "rope_theta": 5e5, "attention_bias": False})
+    assert (old.pre_norms, old.post_norms, old.qk_norm, old.joint_qk_norm) == (False, True, True, True)
+    assert (old.num_kv_heads, old.norm_eps, old.windows, old.rope.theta) == (8, 1e-5, (), 5e5)
+    fields = {"model_type": "olmo3", "num_hidden_layers": 8, "max_position_embeddings": 65536}
+    yarn = YARN | {"original_max_position_embeddings": 8192, "factor": 8.0, "rope_type": "yarn"}
+    new = {"full_attention": yarn | {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 5e5}}
+    types = (["sliding_attention"] * 3 + ["full_attention"]) * 2
+    first = parse_config(fields | {"rope_theta": 500000, "rope_scaling": yarn, "layer_types": types})
+    assert first == parse_config(fields | {"rope_parameters": new, "sliding_window": 4096})
+    assert (first.windows, first.max_position) == ((4096, 4096, 4096, None) * 2, 65536)
+    assert (first.rope.type, first.window_rope) == ("yarn", RopeSpec(5e5))
+
+
 def test_phi3():
     spec = parse_config({"model_type": "phi3"})
     assert (spec.vocab_size, spec.embed_dim, spec.num_kv_heads, spec.mlp_dim) == (32064, 3072, 32, 8192)
@@ -306,6 +321,8 @@ def test_phi4_mini():
         ({"model_type": "smollm3", "no_rope_layers": [True] * 36}, ["no_rope_layers = [True"]),
         ({"model_type": "smollm3", "no_rope_layer_interval": 0}, ["no_rope_layer_interval = 0"]),
         ({"no_rope_layers": [1] * 32}, ["no_rope_layers"]),
+        ({"model_type": "olmo2", "clip_qkv": 8.0}, ["clip_qkv = 8.0"]),
+        ({"model_type": "olmo3", "rope_local_base_freq": 1e4}, ["rope_local_base_freq"]),
         ({"activation": "gelu"}, ["activation = 'gelu'"]),
         ({"model_type": "gemma3"}, ["'gemma3'", "gemma3_text"]),
         ({"model_type": "gemma3_text", "architectures": ["Gemma3ForConditionalGeneration"]}, ["architectures"]),

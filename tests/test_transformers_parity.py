@@ -32,6 +32,8 @@ MODELS = {
     "gemma2": "Gemma2",
     "gemma3_text": "Gemma3",
     "smollm3": "SmolLM3",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
 }
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -132,12 +134,16 @@ def random_fields(rng, family):
         "qwen2": {"use_sliding_window": flag(), "sliding_window": 5, "max_window_layers": 1},
         "qwen3": {"use_sliding_window": flag(), "max_window_layers": 1, "sliding_window": 5, "attention_bias": flag()},
         "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": flag(), "sliding_window": 5},
+        "olmo2": {"attention_bias": flag()},
     }
     if "gemma" in family:
         del fields["rope_parameters"]
         caps = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0} if family == "gemma2" else {}
         scalar = int(rng.integers(4, 20))
         return fields | caps | {"sliding_window": 5, "query_pre_attn_scalar": scalar, "num_hidden_layers": 3}
+    if family == "olmo3":
+        del fields["rope_parameters"]
+        return fields | {"sliding_window": 5, "num_hidden_layers": 4, "attention_bias": flag()}
     if family == "phi3":
         del fields["head_dim"]
         return fields | {"hidden_size": kv * group * head_dim, "sliding_window": [None, 5][flag()]}

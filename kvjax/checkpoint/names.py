@@ -64,12 +64,15 @@ _GEMMA = _LLAMA | {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_post_norm": "post_feedforward_layernorm",
 }
+_OLMO = _LLAMA | {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
 _NAMES = {  # every other family has Llama's names
     "internlm2": _INTERNLM2,
     "falcon": _FALCON,
     "phi3": _PHI3,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
 }
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 

@@ -22,8 +22,8 @@ def tensors(model: Decoder) -> dict[str, np.ndarray]:
     matrices: dict[str, Linear] = {} if model.head is None else {"lm_head": model.head}
     for index, layer in enumerate(model.layers):
         base = f"model.layers.{index}"
+        assert layer.attention_norm is not None and layer.mlp_norm is not None
         vectors[f"{base}.input_layernorm"] = layer.attention_norm.scale
-        assert layer.mlp_norm is not None
         vectors[f"{base}.post_attention_layernorm"] = layer.mlp_norm.scale
         matrices |= {f"{base}.self_attn.{p}_proj": getattr(layer.attention, p) for p in "qkvo"}
         matrices |= {f"{base}.mlp.{p}_proj": getattr(layer.mlp, p) for p in ("gate", "up", "down")}

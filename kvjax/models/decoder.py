@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from kvjax.models import gate as gates
 from kvjax.models import rope
-from kvjax.parallel.collectives import HEADS, MODEL, Axes, add, gather, look_up
+from kvjax.parallel.collectives import HEADS, MODEL, Axes, add, count, gather, look_up, own
 from kvjax.spec import Activation, Gate, ModelSpec, RopeSpec
 from pallas_kernels.decode_attention import KeyExpansion
 from pallas_kernels.rotation import Rotation
@@ -83,9 +83,13 @@ class LowRank(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """The norm of `ModelSpec.norm`, in float32: root mean square (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450)."""
+    """The norm of `ModelSpec.norm`, in float32: root mean square (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450).
 
-    def __init__(self, spec: ModelSpec, width: int, dtype: DTypeLike):
+    What a root mean square is of may be spread over the devices of some axes.
+    """
+
+    def __init__(self, spec: ModelSpec, width: int, dtype: DTypeLike, over: Axes = ()):
+        self.over = over
         self.kind = spec.norm
         self.scale = nnx.Param((jnp.zeros if spec.norm == "rms+1" else jnp.ones)((width,), dtype))
         self.bias = nnx.Param(jnp.zeros((width,), dtype)) if spec.norm == "layer" else None
@@ -95,13 +99,18 @@ class Norm(nnx.Module):
         y = x.astype(jnp.float32)
         if self.bias is not None:
             y = y - y.mean(axis=-1, keepdims=True)
-        square = jnp.mean(y * y, axis=-1, keepdims=True)
+        square = add(jnp.mean(y * y, axis=-1, keepdims=True), self.over) / count(self.over)
         y = y * jax.lax.rsqrt(jnp.where(square < jnp.inf, square, jnp.nan) + self.eps)  # what overflows is no zero
         if self.kind == "rms":
-            return y.astype(x.dtype) * self.scale[...]
+            return y.astype(x.dtype) * own(self.scale[...], -1, self.over)
         scale = self.scale[...].astype(jnp.float32)
         y = y * (1 + scale if self.kind == "rms+1" else scale)
         return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def normed(x: Float[Array, "*b width"], norm: Norm | None) -> Float[Array, "*b width"]:
+    """x, normed where there is a norm."""
+    return x if norm is None else norm(x)
 
 
 class Attention(nnx.Module):
@@ -115,8 +124,9 @@ class Attention(nnx.Module):
         else:
             self.k, self.v = (LowRank(spec, rank, dtype, rngs) for rank in spec.widths(index))
         self.o = Linear(n * h, d, spec.o_bias, dtype, rngs)
-        self.q_norm = Norm(spec, h, dtype) if spec.qk_norm else None
-        self.k_norm = Norm(spec, h, dtype) if spec.qk_norm else None
+        of = lambda heads: Norm(spec, heads * h, dtype, HEADS) if spec.joint_qk_norm else Norm(spec, h, dtype)
+        self.q_norm = of(n) if spec.qk_norm else None
+        self.k_norm = of(spec.num_kv_heads) if spec.qk_norm else None
 
 
 Turn = tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]  # cosines and sines
@@ -149,14 +159,15 @@ class Layer(nnx.Module):
 
     def __init__(self, spec: ModelSpec, index: int, dtype: DTypeLike, rngs: nnx.Rngs):
         norm = lambda: Norm(spec, spec.embed_dim, dtype)
-        self.attention_norm = norm()
+        self.attention_norm = norm() if spec.pre_norms else None
         self.attention = Attention(spec, index, dtype, rngs)
-        self.mlp_norm = norm() if spec.parallel_norms != 1 else None
+        self.mlp_norm = norm() if spec.pre_norms and spec.parallel_norms != 1 else None
         self.mlp = Mlp(spec, dtype, rngs)
         self.attention_post_norm = norm() if spec.post_norms else None
         self.mlp_post_norm = norm() if spec.post_norms else None
         self.parallel = spec.parallel_norms > 0
         self.head_dim = spec.head_dim
+        self.joint_qk_norm = spec.joint_qk_norm
         self.late_bias = spec.late_bias
         self.gate = spec.gate
         self.adapter = gates.Adapter(spec, dtype) if spec.gate is not None and spec.gate.neuron is None else None
@@ -168,26 +179,28 @@ class Layer(nnx.Module):
 
         Keys are without their bias where `ModelSpec.late_bias` says so.
         """
-        y, a = self.attention_norm(x), self.attention
-        heads = lambda projected: projected.reshape(*x.shape[:-1], -1, self.head_dim)
-        q = heads(a.q(y))
-        v = a.v(y) if isinstance(a.v, LowRank) else heads(a.v(y))
-        if a.q_norm is not None:
-            q = a.q_norm(q)
+        y, a = normed(x, self.attention_norm), self.attention
+        q = self._heads(a.q(y), a.q_norm)
+        v = a.v(y) if isinstance(a.v, LowRank) else self._heads(a.v(y))
         if isinstance(a.k, LowRank):
             k = a.k(y)
         else:
-            k = heads(a.k.product(y)) if self.late_bias else self._normed(heads(a.k(y)))
+            k = self._heads(a.k.product(y)) if self.late_bias else self._heads(a.k(y), a.k_norm)
         if self.gate is None:
             return q, k, v, ()
         gate, q, k = gates.read(self.gate, q, k, None if self.adapter is None else self.adapter(x))
         return q, k, v, gate
 
+    def _heads(self, projected: Float[Array, "*b outer"], norm: Norm | None = None) -> Float[Array, "*b heads H"]:
+        """A projection cut into heads, normed each by itself or all together."""
+        cut = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)
+        return cut(normed(projected, norm)) if self.joint_qk_norm else normed(cut(projected), norm)
+
     def keys(self, cached: Float[Array, "*b K R"]) -> Float[Array, "*b heads H"]:
         """Keys before rotation."""
         k = self.attention.k
         if isinstance(k, LowRank):
-            return self._normed(k.expand(cached))
+            return normed(k.expand(cached), self.attention.k_norm)
         bias = self._late_bias()
         return cached if bias is None else cached + bias
 
@@ -213,20 +226,16 @@ class Layer(nnx.Module):
         v = self.attention.v
         return v.expand_mean(mean) if isinstance(v, LowRank) else mean
 
-    def _normed(self, k: Float[Array, "*b heads H"]) -> Float[Array, "*b heads H"]:
-        norm = self.attention.k_norm
-        return k if norm is None else norm(k)
-
     def finish(self, x: Float[Array, "*b D"], heads: Float[Array, "*b N H"]) -> Float[Array, "*b D"]:
         """Add the attention's output and the feed-forward network to the residual stream."""
         attended = self.attention.o(heads.reshape(*x.shape[:-1], -1).astype(x.dtype), over=HEADS)
-        after = x + (attended if self.attention_post_norm is None else self.attention_post_norm(attended))
+        after = x + normed(attended, self.attention_post_norm)
         return after + self._fed(x if self.parallel else after)
 
     def _fed(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         """What the feed-forward network adds."""
-        fed = self.mlp((self.attention_norm if self.mlp_norm is None else self.mlp_norm)(x))
-        return fed if self.mlp_post_norm is None else self.mlp_post_norm(fed)
+        fed = self.mlp(normed(x, self.attention_norm if self.mlp_norm is None else self.mlp_norm))
+        return normed(fed, self.mlp_post_norm)
 
 
 class _Choice:

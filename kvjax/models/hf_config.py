@@ -42,8 +42,9 @@ _SMOLLM3 = {"vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36, 
 _SMOLLM3 |= {"num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True}
 _SMOLLM3 |= {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "sliding_window": None}
 _SMOLLM3 |= {"no_rope_layers": None, "no_rope_layer_interval": 4, "max_window_layers": None}
+_OLMO = {"vocab_size": 50304, "rms_norm_eps": 1e-5, "attention_bias": False}
 _GEMMA = ("gemma2", "gemma3_text")
-_LAYER_TYPES = ("qwen2", "qwen3", *_GEMMA, "smollm3")  # families that look at `layer_types`
+_LAYER_TYPES = ("qwen2", "qwen3", *_GEMMA, "smollm3", "olmo3")  # families that look at `layer_types`
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA | {"attention_bias": False, "mlp_bias": False},
     "mistral": _LLAMA | _MISTRAL | {"sliding_window": 4096},
@@ -55,6 +56,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": _LLAMA | _GEMMA2,
     "gemma3_text": {k: v for k, v in (_LLAMA | _GEMMA2 | _GEMMA3).items() if k != "attn_logit_softcapping"},
     "smollm3": _LLAMA | _SMOLLM3,
+    "olmo2": _LLAMA | _OLMO,
+    "olmo3": _LLAMA | _OLMO | {"sliding_window": 4096},
 }
 
 _READ = set(
@@ -84,6 +87,8 @@ def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Mod
         if isinstance(default, bool):
             flag(fields, name)  # also where this model does not look at it
     mathematics = _falcon(fields) if family == "falcon" else _llama(fields, family)
+    if family in ("olmo2", "olmo3"):
+        mathematics |= {"pre_norms": False, "post_norms": True, "qk_norm": True, "joint_qk_norm": True}
     if family in _GEMMA:
         mathematics |= _gemma(fields)
     if family == "falcon":
@@ -303,7 +308,7 @@ def _windows(fields: Mapping[str, Any], listed: Any, family: str) -> tuple[int |
     """Sliding window of each layer; () when no layer has one."""
     layers = fields["num_hidden_layers"]
     first = whole(fields, "max_window_layers", 0) if family in ("qwen2", "qwen3") else 0
-    used = family in ("mistral", "phi3", *_GEMMA) or flag(fields, "use_sliding_window")
+    used = family in ("mistral", "phi3", "olmo3", *_GEMMA) or flag(fields, "use_sliding_window")
     used = used and (fields.get("sliding_window") is not None or family in _GEMMA)
     window = positive(fields, "sliding_window") if used else None
     slides = lambda layer: layer >= first
@@ -312,6 +317,8 @@ def _windows(fields: Mapping[str, Any], listed: Any, family: str) -> tuple[int |
         pattern = given(fields, "sliding_window_pattern", private)
         pattern = positive({"sliding_window_pattern": pattern}, "sliding_window_pattern")
         slides = lambda layer: (layer + 1) % pattern > 0
+    if family == "olmo3":
+        slides = lambda layer: (layer + 1) % 4 > 0
     if family == "smollm3":
         slides = lambda layer: layer in _no_rope(fields)
     types = ["sliding_attention" if window and slides(layer) else "full_attention" for layer in range(layers)]

@@ -21,7 +21,8 @@ _ROPE: dict[RopeType, str] = {
     "yarn": "factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate",
     "longrope": "factor attention_factor short_factor long_factor",
 }
-_THETA = {"smollm3": 2e6}  # by default, where it is not 10000
+_THETA = {"smollm3": 2e6, "gemma3_text": 1e6, "olmo3": 5e5}  # by default, where it is not 10000
+_WINDOW_THETA = {"gemma3_text": 1e4, "olmo3": 5e5}  # families whose windows have a rotary embedding of their own
 _PARTIAL = ("phi3",)  # families whose heads may turn in part
 _OLD_NAMES = {"phi3": {"su": "longrope", "yarn": "longrope"}}
 
@@ -60,19 +61,19 @@ def parse_rope(config: Mapping[str, Any], max_position: int, family: str) -> tup
 def parse_ropes(config: Mapping[str, Any], max_position: int, family: str) -> tuple[RopeSpec, RopeSpec | None, int]:
     """The rotary embeddings of all layers and, where it is another, of those with a sliding window; the limit.
 
-    Differs: Gemma 3's `max_position_embeddings` counts tokens after scaling, so that nothing stretches it.
+    Differs: `max_position_embeddings` of Gemma 3 and OLMo 3 counts tokens after scaling, so that nothing stretches it.
     """
-    if family != "gemma3_text":
+    if family not in _WINDOW_THETA:
         rope, limit = parse_rope(config, max_position, family)
         return rope, None, limit
     both = _block(config, "rope_parameters")
     refuse_unknown(both, {"full_attention", "sliding_attention"}, "rope_parameters.", family)
     whole = {
-        "rope_theta": given(config, "rope_theta", 1e6),
+        "rope_theta": given(config, "rope_theta", _THETA[family]),
         "rope_parameters": _block(config, "rope_scaling") or both.get("full_attention"),
     }
     local = {
-        "rope_theta": given(config, "rope_local_base_freq", 1e4),
+        "rope_theta": given(config, "rope_local_base_freq", _WINDOW_THETA[family]),
         "rope_parameters": both.get("sliding_attention"),
     }
     rope, window_rope = (parse_rope(one, max_position, family)[0] for one in (whole, local))

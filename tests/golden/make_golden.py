@@ -48,6 +48,11 @@ GEMMA_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
 }
+OLMO_ROPES = {
+    "full_attention": {"rope_theta": 1e4} | YARN,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+}
+SLIDES = ["sliding_attention", "full_attention"]
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 # name -> (family, fields beside SMALL, dialect of config.json)
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -84,6 +89,8 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, 4),
     "gemma3": ("gemma3", GEMMA | {"rope_parameters": GEMMA_ROPES, "_sliding_window_pattern": 3}, 5),
     "smollm3": ("smollm3", {"num_hidden_layers": 3, "no_rope_layer_interval": 2}, 4),
+    "olmo2": ("olmo2", {}, 4),
+    "olmo3": ("olmo3", {"sliding_window": 9, "layer_types": SLIDES, "rope_parameters": OLMO_ROPES}, 5),
     "internlm2": ("llama", {"num_key_value_heads": 2, "num_attention_heads": 6, "hidden_size": 48}, 4),
 }
 PROMPT, NEW = 40, 12
@@ -121,6 +128,8 @@ def make(seed: int, family: str, fields: dict[str, Any]) -> dict[str, Any] | Non
         "gemma3": transformers.Gemma3ForCausalLM,
         "falcon": transformers.FalconForCausalLM,
         "smollm3": transformers.SmolLM3ForCausalLM,
+        "olmo2": transformers.Olmo2ForCausalLM,
+        "olmo3": transformers.Olmo3ForCausalLM,
     }[family]
     fields = (
         SMALL_FALCON if family == "falcon" else SMALL

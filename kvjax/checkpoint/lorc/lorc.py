@@ -98,6 +98,8 @@ def _calibration_ids(src: Path, text: Path | None, spec: ModelSpec) -> Int[np.nd
 
 def _settled(spec: ModelSpec, options: Options) -> tuple[int, ranks.Ranks | None]:
     """Heads that share a latent, and the ranks if they were given; raises `InputError` for what the model has not."""
+    if spec.joint_qk_norm:
+        raise InputError(f"--lorc: {spec.family} models norm the keys of all heads together, which latents cannot")
     heads, given = options.heads or spec.num_kv_heads, None
     said = f"--lorc-groups {heads}"
     if isinstance(options.request, Path):
