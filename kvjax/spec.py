@@ -114,9 +114,11 @@ class ModelSpec:
     activation: Activation = "silu"  # of the MLP; `gelu` is exact
     gated_mlp: bool = True  # the MLP has a second projection that its activation multiplies
     embed_scale: float = 1.0  # of token vectors; not where they are the head
+    residual_scale: float = 1.0  # of what attention and MLP add to the residual stream
     score_scale: float | None = None  # of the products of queries and keys; None = H ** -0.5
     score_cap: float | None = None  # bounds those smoothly, see `pallas_kernels.soft_cap`
-    logit_cap: float | None = None  # likewise the model's logits
+    logit_scale: float = 1.0  # of the model's logits
+    logit_cap: float | None = None  # likewise them, after scaling
     window_rope: RopeSpec | None = None  # of layers with a sliding window; None = `rope`
     no_rope: tuple[int, ...] = ()  # layers whose queries and keys do not turn (NoPE, arXiv 2305.19466)
     family: str = "llama"

@@ -256,6 +256,18 @@ def test_olmo():
     assert (first.rope.type, first.window_rope) == ("yarn", RopeSpec(5e5))
 
 
+def test_granite():
+    """Granite 3.3 2B as its checkpoint has it."""
+    spec = parse_config(
+        {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "rope_theta": 1e7, "rope_scaling": None}
+        | {"attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 8.0}
+        | {"residual_multiplier": 0.22, "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True}
+    )
+    scales = (spec.embed_scale, spec.score_scale, spec.residual_scale, spec.logit_scale)
+    assert scales == (12.0, 1 / 64, 0.22, 1 / 8)
+    assert parse_config({"model_type": "granite"}).scale == 1.0
+
+
 def test_phi3():
     spec = parse_config({"model_type": "phi3"})
     assert (spec.vocab_size, spec.embed_dim, spec.num_kv_heads, spec.mlp_dim) == (32064, 3072, 32, 8192)
@@ -323,6 +335,8 @@ def test_phi4_mini():
         ({"no_rope_layers": [1] * 32}, ["no_rope_layers"]),
         ({"model_type": "olmo2", "clip_qkv": 8.0}, ["clip_qkv = 8.0"]),
         ({"model_type": "olmo3", "rope_local_base_freq": 1e4}, ["rope_local_base_freq"]),
+        ({"model_type": "granite", "logits_scaling": 0}, ["logits_scaling = 0"]),
+        ({"model_type": "granite", "residual_multiplier": True}, ["residual_multiplier = True"]),
         ({"activation": "gelu"}, ["activation = 'gelu'"]),
         ({"model_type": "gemma3"}, ["'gemma3'", "gemma3_text"]),
         ({"model_type": "gemma3_text", "architectures": ["Gemma3ForConditionalGeneration"]}, ["architectures"]),

@@ -32,6 +32,7 @@ MODELS = {
     "gemma2": "Gemma2",
     "gemma3_text": "Gemma3",
     "smollm3": "SmolLM3",
+    "granite": "Granite",
     "olmo2": "Olmo2",
     "olmo3": "Olmo3",
 }
@@ -134,6 +135,8 @@ def random_fields(rng, family):
         "qwen2": {"use_sliding_window": flag(), "sliding_window": 5, "max_window_layers": 1},
         "qwen3": {"use_sliding_window": flag(), "max_window_layers": 1, "sliding_window": 5, "attention_bias": flag()},
         "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": flag(), "sliding_window": 5},
+        "granite": {f"{name}_multiplier": rng.uniform(0.3, 3) for name in ("embedding", "attention", "residual")}
+        | {"logits_scaling": rng.uniform(0.3, 3), "attention_bias": flag(), "mlp_bias": flag()},
         "olmo2": {"attention_bias": flag()},
     }
     if "gemma" in family:

@@ -165,6 +165,7 @@ class Layer(nnx.Module):
         self.mlp = Mlp(spec, dtype, rngs)
         self.attention_post_norm = norm() if spec.post_norms else None
         self.mlp_post_norm = norm() if spec.post_norms else None
+        self.residual_scale = spec.residual_scale
         self.parallel = spec.parallel_norms > 0
         self.head_dim = spec.head_dim
         self.joint_qk_norm = spec.joint_qk_norm
@@ -229,13 +230,17 @@ class Layer(nnx.Module):
     def finish(self, x: Float[Array, "*b D"], heads: Float[Array, "*b N H"]) -> Float[Array, "*b D"]:
         """Add the attention's output and the feed-forward network to the residual stream."""
         attended = self.attention.o(heads.reshape(*x.shape[:-1], -1).astype(x.dtype), over=HEADS)
-        after = x + normed(attended, self.attention_post_norm)
+        after = x + self._scaled(normed(attended, self.attention_post_norm))
         return after + self._fed(x if self.parallel else after)
 
     def _fed(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         """What the feed-forward network adds."""
         fed = self.mlp(normed(x, self.attention_norm if self.mlp_norm is None else self.mlp_norm))
-        return normed(fed, self.mlp_post_norm)
+        return self._scaled(normed(fed, self.mlp_post_norm))
+
+    def _scaled(self, added: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        """What is added to the residual stream, scaled."""
+        return added if self.residual_scale == 1 else added * jnp.asarray(self.residual_scale, added.dtype)
 
 
 class _Choice:
@@ -292,7 +297,7 @@ class Decoder(nnx.Module):
         x = self.norm(x)
         y = x @ self.embedding[...].T if self.head is None else self.head(x)
         y = y if y.shape[-1] == self.spec.vocab_size else gather(y, y.ndim - 1, MODEL)
-        return soft_cap(y.astype(jnp.float32), self.spec.logit_cap)
+        return soft_cap(y.astype(jnp.float32) * self.spec.logit_scale, self.spec.logit_cap)
 
 
 def scaled(spec: ModelSpec, vectors: Float[Array, "*b D"]) -> Float[Array, "*b D"]:

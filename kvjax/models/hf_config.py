@@ -43,6 +43,7 @@ _SMOLLM3 |= {"num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_wo
 _SMOLLM3 |= {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "sliding_window": None}
 _SMOLLM3 |= {"no_rope_layers": None, "no_rope_layer_interval": 4, "max_window_layers": None}
 _OLMO = {"vocab_size": 50304, "rms_norm_eps": 1e-5, "attention_bias": False}
+_GRANITE = {f"{name}_multiplier": 1.0 for name in ("embedding", "attention", "residual")} | {"logits_scaling": 1.0}
 _GEMMA = ("gemma2", "gemma3_text")
 _LAYER_TYPES = ("qwen2", "qwen3", *_GEMMA, "smollm3", "olmo3")  # families that look at `layer_types`
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -56,6 +57,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": _LLAMA | _GEMMA2,
     "gemma3_text": {k: v for k, v in (_LLAMA | _GEMMA2 | _GEMMA3).items() if k != "attn_logit_softcapping"},
     "smollm3": _LLAMA | _SMOLLM3,
+    "granite": _LLAMA | _GRANITE | {"attention_bias": False, "mlp_bias": False},
     "olmo2": _LLAMA | _OLMO,
     "olmo3": _LLAMA | _OLMO | {"sliding_window": 4096},
 }
@@ -89,6 +91,8 @@ def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Mod
     mathematics = _falcon(fields) if family == "falcon" else _llama(fields, family)
     if family in ("olmo2", "olmo3"):
         mathematics |= {"pre_norms": False, "post_norms": True, "qk_norm": True, "joint_qk_norm": True}
+    if family == "granite":
+        mathematics |= _granite(fields)
     if family in _GEMMA:
         mathematics |= _gemma(fields)
     if family == "falcon":
@@ -183,6 +187,16 @@ def _gemma(fields: Mapping[str, Any]) -> dict[str, Any]:
         "score_scale": number(fields, "query_pre_attn_scalar") ** -0.5,
         "score_cap": cap("attn_logit_softcapping"),
         "logit_cap": cap("final_logit_softcapping"),
+    }
+
+
+def _granite(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Granite's factors."""
+    return {
+        "embed_scale": number(fields, "embedding_multiplier"),
+        "score_scale": number(fields, "attention_multiplier"),
+        "residual_scale": number(fields, "residual_multiplier"),
+        "logit_scale": 1 / number(fields, "logits_scaling"),
     }
 
 

@@ -53,6 +53,7 @@ OLMO_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
 }
 SLIDES = ["sliding_attention", "full_attention"]
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.5, "logits_scaling": 2.5}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 # name -> (family, fields beside SMALL, dialect of config.json)
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -91,6 +92,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "smollm3": ("smollm3", {"num_hidden_layers": 3, "no_rope_layer_interval": 2}, 4),
     "olmo2": ("olmo2", {}, 4),
     "olmo3": ("olmo3", {"sliding_window": 9, "layer_types": SLIDES, "rope_parameters": OLMO_ROPES}, 5),
+    "granite": ("granite", GRANITE, 4),
     "internlm2": ("llama", {"num_key_value_heads": 2, "num_attention_heads": 6, "hidden_size": 48}, 4),
 }
 PROMPT, NEW = 40, 12
@@ -129,6 +131,7 @@ def make(seed: int, family: str, fields: dict[str, Any]) -> dict[str, Any] | Non
         "falcon": transformers.FalconForCausalLM,
         "smollm3": transformers.SmolLM3ForCausalLM,
         "olmo2": transformers.Olmo2ForCausalLM,
+        "granite": transformers.GraniteForCausalLM,
         "olmo3": transformers.Olmo3ForCausalLM,
     }[family]
     fields = (
