@@ -268,6 +268,16 @@ def test_granite():
     assert parse_config({"model_type": "granite"}).scale == 1.0
 
 
+def test_ministral():
+    types = ["full_attention"] + ["sliding_attention"] * 3
+    fields = {"model_type": "ministral", "num_hidden_layers": 4, "head_dim": 128}
+    assert parse_config(fields | {"sliding_window": 16, "layer_types": types}).windows == (None, 16, 16, 16)
+    assert parse_config(fields | {"sliding_window": None}).windows == ()
+    spec = parse_config({"model_type": "ministral3"})
+    assert (spec.rope.query_growth, spec.rope.original_max_position, spec.max_position) == (0.1, 16384, 262144)
+    assert (spec.rope.attention_factor, spec.rope.theta, spec.windows) == (1.0, 1e6, ())
+
+
 def test_phi3():
     spec = parse_config({"model_type": "phi3"})
     assert (spec.vocab_size, spec.embed_dim, spec.num_kv_heads, spec.mlp_dim) == (32064, 3072, 32, 8192)
@@ -337,6 +347,11 @@ def test_phi4_mini():
         ({"model_type": "olmo3", "rope_local_base_freq": 1e4}, ["rope_local_base_freq"]),
         ({"model_type": "granite", "logits_scaling": 0}, ["logits_scaling = 0"]),
         ({"model_type": "granite", "residual_multiplier": True}, ["residual_multiplier = True"]),
+        ({"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}, ["llama_4_scaling_beta = 0.1"]),
+        (
+            {"model_type": "ministral3", "rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
+            ["llama_4_scaling_beta", "yarn"],
+        ),
         ({"activation": "gelu"}, ["activation = 'gelu'"]),
         ({"model_type": "gemma3"}, ["'gemma3'", "gemma3_text"]),
         ({"model_type": "gemma3_text", "architectures": ["Gemma3ForConditionalGeneration"]}, ["architectures"]),

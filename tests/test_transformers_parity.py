@@ -33,10 +33,13 @@ MODELS = {
     "gemma3_text": "Gemma3",
     "smollm3": "SmolLM3",
     "granite": "Granite",
+    "ministral": "Ministral",
+    "ministral3": "Ministral3",
     "olmo2": "Olmo2",
     "olmo3": "Olmo3",
 }
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+TYPES = ("full_attention", "sliding_attention")
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
 LONGROPE = {
@@ -137,6 +140,8 @@ def random_fields(rng, family):
         "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": flag(), "sliding_window": 5},
         "granite": {f"{name}_multiplier": rng.uniform(0.3, 3) for name in ("embedding", "attention", "residual")}
         | {"logits_scaling": rng.uniform(0.3, 3), "attention_bias": flag(), "mlp_bias": flag()},
+        "ministral": {"sliding_window": 5, "layer_types": list(rng.choice(TYPES, fields["num_hidden_layers"]))},
+        "ministral3": {"sliding_window": [None, 5][flag()]},
         "olmo2": {"attention_bias": flag()},
     }
     if "gemma" in family:
@@ -144,6 +149,9 @@ def random_fields(rng, family):
         caps = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0} if family == "gemma2" else {}
         scalar = int(rng.integers(4, 20))
         return fields | caps | {"sliding_window": 5, "query_pre_attn_scalar": scalar, "num_hidden_layers": 3}
+    if family == "ministral3":
+        fields["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6}
+        fields["rope_parameters"] |= {"llama_4_scaling_beta": 0.3}
     if family == "olmo3":
         del fields["rope_parameters"]
         return fields | {"sliding_window": 5, "num_hidden_layers": 4, "attention_bias": flag()}

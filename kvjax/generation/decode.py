@@ -68,7 +68,8 @@ def _decode_layer(
         if recipe.positions is None
         else _in_cache(spec.head_dim, rotary, sum(tier.capacity for tier in seen), length)
     )
-    query = gates.silence(spec.gate, rope.rotate(q, *rotation.angles(query_place)), 1)
+    query = rope.grown(rotary, rope.rotate(q, *rotation.angles(query_place)), query_place)
+    query = gates.silence(spec.gate, query, 1)
     mean, probs = decode_attention(
         spread(query, heads),
         seen,

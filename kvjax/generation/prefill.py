@@ -260,6 +260,7 @@ def _prefill_layer(
     cos, sin = rope.angles(rotary, spec.head_dim, pos, length)  # B T H/2
     longest = jnp.max(length)
     q, key, value, gate = _project(layer, x, cos, sin, longest, spec, chunk)
+    q = rope.grown(rotary, q, pos[:, :, None])
     k, v = layer.keys(key), layer.values(value)
     olds = tuple(tiers_.layer(t, place) for t in tiers)
     (rewrite, _), until, rewritten = recipe.policy.prompt_hooks, None, ()

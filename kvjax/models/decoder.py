@@ -6,6 +6,7 @@ list: scanning over stacked weights copies every layer's weights on GPU and is s
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,6 @@ class Attention(nnx.Module):
         self.k_norm = of(spec.num_kv_heads) if spec.qk_norm else None
 
 
-Turn = tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]  # cosines and sines
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -305,10 +305,29 @@ def scaled(spec: ModelSpec, vectors: Float[Array, "*b D"]) -> Float[Array, "*b D
     return vectors if spec.embed_scale == 1 else vectors * jnp.asarray(spec.embed_scale, vectors.dtype)
 
 
+class Turn(NamedTuple):
+    """How queries and keys of a whole sequence turn."""
+
+    cos: Float[Array, "T 1 half"]
+    sin: Float[Array, "T 1 half"]
+    growth: Float[Array, "T 1 1"] | tuple = ()  # of queries; () = they keep their length
+
+    def query(self, q: Float[Array, "*b T N H"]) -> Float[Array, "*b T N H"]:
+        """Queries at their positions."""
+        q = rope.rotate(q, self.cos, self.sin)
+        return q if isinstance(self.growth, tuple) else q * self.growth.astype(q.dtype)
+
+    def key(self, k: Float[Array, "*b T K H"]) -> Float[Array, "*b T K H"]:
+        """Keys at their positions."""
+        return rope.rotate(k, self.cos, self.sin)
+
+
 def whole_turn(rotary: RopeSpec, head_dim: int, tokens: int) -> Turn:
-    """Cosines and sines of the positions of a whole sequence."""
-    cos, sin = rope.angles(rotary, head_dim, jnp.arange(tokens), jnp.asarray(tokens))
-    return cos[:, None], sin[:, None]
+    """How queries and keys turn at the positions of a whole sequence."""
+    pos = jnp.arange(tokens)
+    cos, sin = rope.angles(rotary, head_dim, pos, jnp.asarray(tokens))
+    growth = rope.grown(rotary, jnp.ones((tokens, 1, 1)), pos[:, None]) if rotary.query_growth else ()
+    return Turn(cos[:, None], sin[:, None], growth)
 
 
 def layer_forward(
@@ -326,8 +345,7 @@ def layer_forward(
       attend: rotated queries `[*b T N H]` and keys `[*b T K H]`, values `[*b T K H]` -> the heads' outputs.
     """
     q, key, value, _ = layer.project(x)
-    q, k = rope.rotate(q, *turn), rope.rotate(layer.keys(key), *turn)
-    return layer.finish(x, attend(q, k, layer.values(value)))
+    return layer.finish(x, attend(turn.query(q), turn.key(layer.keys(key)), layer.values(value)))
 
 
 def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:

@@ -43,9 +43,11 @@ _SMOLLM3 |= {"num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_wo
 _SMOLLM3 |= {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "sliding_window": None}
 _SMOLLM3 |= {"no_rope_layers": None, "no_rope_layer_interval": 4, "max_window_layers": None}
 _OLMO = {"vocab_size": 50304, "rms_norm_eps": 1e-5, "attention_bias": False}
+_MINISTRAL3 = {"vocab_size": 131072, "num_hidden_layers": 34, "head_dim": 128, "max_position_embeddings": 262144}
+_MINISTRAL3 |= {"rms_norm_eps": 1e-5, "sliding_window": None}
 _GRANITE = {f"{name}_multiplier": 1.0 for name in ("embedding", "attention", "residual")} | {"logits_scaling": 1.0}
 _GEMMA = ("gemma2", "gemma3_text")
-_LAYER_TYPES = ("qwen2", "qwen3", *_GEMMA, "smollm3", "olmo3")  # families that look at `layer_types`
+_LAYER_TYPES = ("qwen2", "qwen3", *_GEMMA, "smollm3", "olmo3", "ministral")  # families that look at `layer_types`
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA | {"attention_bias": False, "mlp_bias": False},
     "mistral": _LLAMA | _MISTRAL | {"sliding_window": 4096},
@@ -57,6 +59,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": _LLAMA | _GEMMA2,
     "gemma3_text": {k: v for k, v in (_LLAMA | _GEMMA2 | _GEMMA3).items() if k != "attn_logit_softcapping"},
     "smollm3": _LLAMA | _SMOLLM3,
+    "ministral": _LLAMA | _MISTRAL | {"sliding_window": 4096},
+    "ministral3": _LLAMA | _MISTRAL | _MINISTRAL3,
     "granite": _LLAMA | _GRANITE | {"attention_bias": False, "mlp_bias": False},
     "olmo2": _LLAMA | _OLMO,
     "olmo3": _LLAMA | _OLMO | {"sliding_window": 4096},
@@ -322,7 +326,7 @@ def _windows(fields: Mapping[str, Any], listed: Any, family: str) -> tuple[int |
     """Sliding window of each layer; () when no layer has one."""
     layers = fields["num_hidden_layers"]
     first = whole(fields, "max_window_layers", 0) if family in ("qwen2", "qwen3") else 0
-    used = family in ("mistral", "phi3", "olmo3", *_GEMMA) or flag(fields, "use_sliding_window")
+    used = flag(fields, "use_sliding_window") if "use_sliding_window" in fields else "sliding_window" in fields
     used = used and (fields.get("sliding_window") is not None or family in _GEMMA)
     window = positive(fields, "sliding_window") if used else None
     slides = lambda layer: layer >= first

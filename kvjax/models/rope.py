@@ -79,6 +79,17 @@ def _longrope(rope: RopeSpec, seq_len: Array) -> Array:
     return jnp.where(long, jnp.asarray(rope.long_factors), jnp.asarray(rope.short_factors))
 
 
+def grown(rope: RopeSpec, q: Float[Array, "*b H"], pos: Int[Array, "*#b"]) -> Float[Array, "*b H"]:
+    """Queries that grow with the logarithm of how many times the length the model was trained on lies before them.
+
+    Source: transformers `get_llama_4_attn_scale`, as Ministral 3 has it.
+    """
+    if not rope.query_growth:
+        return q
+    factor = 1 + rope.query_growth * jnp.log1p((pos // rope.original_max_position).astype(jnp.float32))
+    return q * factor[..., None].astype(q.dtype)
+
+
 def rotation(rope: RopeSpec, head_dim: int, seq_len: Int[Array, "#B #K"]) -> Rotation:
     """How keys turn when they are read, in sequences of `seq_len` tokens."""
     still = head_dim - rope.width(head_dim)

@@ -21,8 +21,18 @@ _ROPE: dict[RopeType, str] = {
     "yarn": "factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate",
     "longrope": "factor attention_factor short_factor long_factor",
 }
-_THETA = {"smollm3": 2e6, "gemma3_text": 1e6, "olmo3": 5e5}  # by default, where it is not 10000
+_THETA = {"smollm3": 2e6, "gemma3_text": 1e6, "olmo3": 5e5, "ministral3": 1e6}  # by default, where it is not 10000
 _WINDOW_THETA = {"gemma3_text": 1e4, "olmo3": 5e5}  # families whose windows have a rotary embedding of their own
+_BLOCK = {  # where a config has none
+    "ministral3": {
+        "rope_type": "yarn",
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    }
+}
 _PARTIAL = ("phi3",)  # families whose heads may turn in part
 _OLD_NAMES = {"phi3": {"su": "longrope", "yarn": "longrope"}}
 
@@ -33,17 +43,22 @@ def parse_rope(config: Mapping[str, Any], max_position: int, family: str) -> tup
     Differs: `linear`, `dynamic` and `yarn` stretch the limit by their factor, where transformers has no limit.
     """
     where = "rope_scaling" if _block(config, "rope_scaling") else "rope_parameters"
-    block = _block(config, where)
+    block = _block(config, where) or _BLOCK.get(family, {})
     kind = block.get("rope_type", block.get("type", "default"))
     kind = _OLD_NAMES.get(family, {}).get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in _ROPE:
         raise InputError(f"config.json: {where}.rope_type = {kind!r} is not supported; kvjax has {', '.join(_ROPE)}")
     known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *_ROPE[kind].split()}
     known |= {"partial_rotary_factor"} if family in _PARTIAL else set()
+    known |= {"llama_4_scaling_beta", "max_position_embeddings"} if family == "ministral3" else set()
     refuse_unknown(block, known, f"{where}.", family)
     rope = RopeSpec(_either(config, block, where, "rope_theta", _THETA.get(family, 1e4)), kind)
     if family in _PARTIAL:
         rope = replace(rope, partial=_either(config, block, where, "partial_rotary_factor", 1.0))
+    if block.get("llama_4_scaling_beta") is not None:
+        if kind != "yarn":
+            raise InputError(f"config.json: {where}.llama_4_scaling_beta is supported for yarn, not for {kind}")
+        rope = replace(rope, query_growth=number(block, "llama_4_scaling_beta", f"{where}."))
     if kind == "default":
         return rope, max_position
     original = max_position if kind in ("linear", "dynamic") else _original(config, block, max_position)

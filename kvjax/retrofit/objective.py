@@ -22,8 +22,7 @@ from jaxtyping import Bool, Float, Int
 
 from kvjax.attention.dispatch import kernel_or_xla
 from kvjax.models import gate as gates
-from kvjax.models import rope
-from kvjax.models.decoder import Decoder, Layer, layer_forward, whole_turn
+from kvjax.models.decoder import Decoder, Layer, Turn, layer_forward, whole_turn
 from kvjax.spec import Gate, GateSpec, ModelSpec
 from kvjax.training import attention
 from pallas_kernels import segment_merge
@@ -96,7 +95,7 @@ def attend(
     x: Array,
     starts: Array,
     relax: Relax | None,
-    turn: tuple[Array, Array],
+    turn: Turn,
     spec: ModelSpec,
     window: int | None,
     kernels: Implementation | None,
@@ -107,15 +106,13 @@ def attend(
     q, k, v, gate = layer.project(x)
     assert isinstance(gate, Gate)
     seen = see(gate_spec, gate, k, v, starts, relax, kernels)
-    q = gates.silence(gate_spec, rope.rotate(q, *turn), spec.num_kv_heads)
+    q = gates.silence(gate_spec, turn.query(q), spec.num_kv_heads)
     free = gate_spec.window if gate_spec.objective == "dms" else 0
-    heads = _attention(spec, q, rope.rotate(seen.k, *turn), seen.v, bias=seen.bias, free=free, window=window)
+    heads = _attention(spec, q, turn.key(seen.k), seen.v, bias=seen.bias, free=free, window=window)
     return layer.finish(x, heads), seen.decided
 
 
-def fade(
-    layer: Layer, x: Array, keep: Array, turn: tuple[Array, Array], spec: ModelSpec, gate: GateSpec, window: int | None
-) -> Array:
+def fade(layer: Layer, x: Array, keep: Array, turn: Turn, spec: ModelSpec, gate: GateSpec, window: int | None) -> Array:
     """One layer of a model without gates, with so much left of what one will borrow."""
     q, k, v, _ = layer.project(x)
     part = lambda whole, silent: silent + keep.astype(whole.dtype) * (whole - silent)
@@ -123,7 +120,7 @@ def fade(
     k = layer.keys(k)
     if gate.objective == "dmc":
         k = part(k, k.at[..., gate.neuron].set(0))
-    q, k = quiet(rope.rotate(quiet(q), *turn)), rope.rotate(k, *turn)
+    q, k = quiet(turn.query(quiet(q))), turn.key(k)
     return layer.finish(x, _attention(spec, q, k, v, window=window))
 
 
@@ -171,7 +168,7 @@ def _attention(spec: ModelSpec, *args: Any, **kwargs: Any) -> Float[Array, "B T 
     return attention.attention(*args, scale=spec.scale, cap=spec.score_cap, **kwargs)
 
 
-def _plain(layer: Layer, x: Array, turn: tuple[Array, Array], spec: ModelSpec, window: int | None) -> Array:
+def _plain(layer: Layer, x: Array, turn: Turn, spec: ModelSpec, window: int | None) -> Array:
     return layer_forward(layer, x, turn, functools.partial(_attention, spec, window=window))
 
 

@@ -93,6 +93,12 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "olmo2": ("olmo2", {}, 4),
     "olmo3": ("olmo3", {"sliding_window": 9, "layer_types": SLIDES, "rope_parameters": OLMO_ROPES}, 5),
     "granite": ("granite", GRANITE, 4),
+    "ministral": ("ministral", {"sliding_window": 9, "layer_types": SLIDES, "head_dim": 8}, 5),
+    "ministral3": (
+        "ministral3",
+        {"head_dim": 8, "rope_parameters": {"rope_theta": 1e4, "llama_4_scaling_beta": 0.5} | YARN},
+        5,
+    ),
     "internlm2": ("llama", {"num_key_value_heads": 2, "num_attention_heads": 6, "hidden_size": 48}, 4),
 }
 PROMPT, NEW = 40, 12
@@ -131,6 +137,8 @@ def make(seed: int, family: str, fields: dict[str, Any]) -> dict[str, Any] | Non
         "falcon": transformers.FalconForCausalLM,
         "smollm3": transformers.SmolLM3ForCausalLM,
         "olmo2": transformers.Olmo2ForCausalLM,
+        "ministral": transformers.MinistralForCausalLM,
+        "ministral3": transformers.Ministral3ForCausalLM,
         "granite": transformers.GraniteForCausalLM,
         "olmo3": transformers.Olmo3ForCausalLM,
     }[family]
