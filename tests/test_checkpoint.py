@@ -121,6 +121,21 @@ def test_the_golden_files_tell_the_models_apart(tmp_path):
         assert np.abs(logits - expected.logits).max() > 1e-2, name
 
 
+def test_the_text_part_of_a_model_that_reads_images_is_read(tmp_path):
+    expected, run = golden.load("gemma3"), jax.jit(forward)
+    path = golden.write_checkpoint("gemma3", tmp_path)
+    outer = {"model_type": "gemma3", "text_config": expected.config, "vision_config": {}}
+    (path / "config.json").write_text(json.dumps(outer))
+    vision = {"vision_tower.norm.weight": np.ones(3, np.float32)}
+    for prefix in ("language_model.model.", "model.language_model."):
+        weights = {name.replace("model.", prefix, 1): one for name, one in expected.weights.items()}
+        save_file(weights | vision, path / "model.safetensors")
+        logits = run(hf.load(path, jnp.float32), jnp.asarray(expected.prompt)[None])[0, -1]
+        np.testing.assert_allclose(logits, expected.logits, atol=1e-4, rtol=0)
+    save_file(weights | vision | {"audio_tower.norm.weight": np.ones(3, np.float32)}, path / "model.safetensors")
+    refusal(path, "audio_tower.norm.weight", "has no place")
+
+
 # --- reading Hugging Face directories ---
 
 

@@ -278,6 +278,19 @@ def test_ministral():
     assert (spec.rope.attention_factor, spec.rope.theta, spec.windows) == (1.0, 1e6, ())
 
 
+def test_the_text_part_of_gemma3_is_read(capfd):
+    """Gemma 3 4B as its checkpoint has it."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    fields = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "image_token_index": 262144}
+    fields |= {"boi_token_index": 255999, "eoi_token_index": 256000, "mm_tokens_per_image": 256}
+    fields |= {"eos_token_id": [1, 106], "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"}}
+    assert parse_config(fields | {"text_config": text}) == parse_config(text)
+    assert "reads images too" in capfd.readouterr().err
+    text |= {"some": 5}
+    assert parse_config(fields | {"text_config": text}, ["text_config.some"]).embed_dim == 2560
+
+
 def test_phi3():
     spec = parse_config({"model_type": "phi3"})
     assert (spec.vocab_size, spec.embed_dim, spec.num_kv_heads, spec.mlp_dim) == (32064, 3072, 32, 8192)
@@ -353,7 +366,12 @@ def test_phi4_mini():
             ["llama_4_scaling_beta", "yarn"],
         ),
         ({"activation": "gelu"}, ["activation = 'gelu'"]),
-        ({"model_type": "gemma3"}, ["'gemma3'", "gemma3_text"]),
+        ({"model_type": "gemma3"}, ["text_config", "gemma3_text"]),
+        ({"model_type": "gemma3", "text_config": {"model_type": "llama"}}, ["text_config", "gemma3_text"]),
+        ({"model_type": "gemma3", "text_config": {}, "vocab_size": 5}, ["vocab_size = 5", "gemma3"]),
+        ({"model_type": "gemma3", "text_config": {"x": 5}}, ["x = 5", "--ignore-config text_config.x"]),
+        ({"model_type": "gemma3", "text_config": {}, "architectures": ["Gemma3ForCausalLM"]}, ["architectures"]),
+        ({"model_type": "mistral3", "text_config": {}, "quantization_config": {"bits": 4}}, ["quantization_config"]),
         ({"model_type": "gemma3_text", "architectures": ["Gemma3ForConditionalGeneration"]}, ["architectures"]),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, ["attn_logit_softcapping = 50.0"]),
         ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e4}}, ["rope_parameters.rope_theta"]),

@@ -195,6 +195,28 @@ def test_rotary_tables_of_heads_that_turn_in_part_agree(kind, inside, length):
         np.testing.assert_allclose(mine, other[0, :, : mine.shape[-1]].numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3", "mistral3"])
+def test_the_text_part_of_a_model_that_reads_images_agrees(tmp_path, family):
+    text = random_fields(np.random.default_rng(0), {"gemma3": "gemma3_text", "mistral3": "mistral"}[family])
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    name = f"{family.capitalize()}ForConditionalGeneration"
+    kinds = {"gemma3": ("gemma3_text", "siglip_vision_model"), "mistral3": ("mistral", "pixtral")}[family]
+    parts = {"text_config": text | {"model_type": kinds[0]}, "vision_config": vision | {"model_type": kinds[1]}}
+    config = getattr(transformers, name).config_class(**parts, image_token_index=5)
+    theirs = getattr(transformers, name)(config).eval().float()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+        theirs.save_pretrained(tmp_path)
+        tokens = np.random.default_rng(0).integers(6, text["vocab_size"], (2, 17))
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    model = hf.load(tmp_path, jnp.float32)
+    np.testing.assert_allclose(jax.jit(forward)(model, jnp.asarray(tokens)), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("family", [*MODELS, "phi3 in part"])
 def test_logits_agree(tmp_path, family, seed):

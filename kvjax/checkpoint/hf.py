@@ -116,7 +116,7 @@ def locate(path: Path, spec: ModelSpec) -> Weights:
     Raises `InputError` where names, shapes or dtypes are not those of the model. Reads headers only, and both matrices
     of a model that is called tied and has two.
     """
-    stored = headers(path)
+    stored = names.text_part(headers(path))
     check_depth(path, names.num_layers(stored, spec), spec)
     embedding, head = (names.source(target, spec) for target in ("embedding", "head.kernel"))
     if spec.tie_embeddings and {embedding, head} <= stored.keys() and not _alike(stored[embedding], stored[head]):

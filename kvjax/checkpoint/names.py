@@ -1,8 +1,9 @@
 """Where a Hugging Face checkpoint has a parameter: the tensor's name, and its rows of a tensor that packs several."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -74,6 +75,8 @@ _NAMES = {  # every other family has Llama's names
     "olmo2": _OLMO,
     "olmo3": _OLMO,
 }
+_VISION = r"^(model\.)?(vision_tower|multi_modal_projector)\."  # tensors that only images need
+T = TypeVar("T")
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -98,6 +101,19 @@ def source(target: str, spec: ModelSpec) -> str:
     layer = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
     module = f"{names['layers']}.{layer[1]}.{names[layer[2]]}" if layer else names[module]
     return f"{module}.{_LEAVES[leaf]}"
+
+
+def text_part(stored: Mapping[str, T]) -> Mapping[str, T]:
+    """The tensors of a model that reads images too without those that only images need, as its text part names them.
+
+    >>> text_part({"language_model.model.norm.weight": 1, "vision_tower.norm.weight": 2})
+    {'model.norm.weight': 1}
+    """
+    text = r"^(model\.)?language_model\."
+    if not any(re.match(text, name) for name in stored):
+        return stored
+    seen = {name: one for name, one in stored.items() if not re.match(_VISION, name)}
+    return {re.sub(text, r"\1", name): one for name, one in seen.items()}
 
 
 def num_layers(stored: Iterable[str], spec: ModelSpec) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvjax.errors import InputError
+from kvjax.errors import InputError, say_once
 from kvjax.files.text import read_json
 from kvjax.models.config_fields import flag, given, number, positive, refuse_unknown, whole
 from kvjax.models.rope_config import parse_ropes
@@ -65,6 +65,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": _LLAMA | _OLMO,
     "olmo3": _LLAMA | _OLMO | {"sliding_window": 4096},
 }
+# Models that read images too: what their text part is, by default the first, and fields that only images need.
+_VISION: dict[str, tuple[tuple[str, ...], str]] = {
+    "gemma3": (("gemma3_text",), "mm_tokens_per_image boi_token_index eoi_token_index"),
+    "mistral3": (
+        ("mistral", "ministral", "ministral3"),
+        "projector_hidden_act multimodal_projector_bias spatial_merge_size vision_feature_layer",
+    ),
+}
 
 _READ = set(
     "model_type architectures layer_types "
@@ -85,9 +93,9 @@ def read_config(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
 
 def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> ModelSpec:
     """The model that the content of a `config.json` describes; see `read_config`."""
-    config = _drop(config, ignore)
+    config, prefix = _text_part(_drop(config, ignore))
     family = _family(config)
-    refuse_unknown(config, {*FAMILIES[family], *_READ}, "", family)
+    refuse_unknown(config, {*FAMILIES[family], *_READ}, prefix, family)
     fields = FAMILIES[family] | {name: value for name, value in config.items() if name in FAMILIES[family]}
     for name, default in FAMILIES[family].items():
         if isinstance(default, bool):
@@ -268,6 +276,24 @@ def _drop(config: Mapping[str, Any], ignore: Collection[str]) -> dict[str, Any]:
             raise InputError(f"--ignore-config {field}: config.json has no such field")
         del owner[name]
     return kept
+
+
+def _text_part(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The text part of a model that reads images too, and where its fields are; other models are all text."""
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in _VISION:
+        return config, ""
+    kinds, only = _VISION[family]
+    known = "model_type architectures text_config vision_config tie_word_embeddings image_token_index".split()
+    refuse_unknown(config, {*known, *only.split()}, "", family)
+    text, classes = config.get("text_config"), given(config, "architectures", [])
+    if not isinstance(text, dict) or given(text, "model_type", kinds[0]) not in kinds:
+        raise InputError(f"config.json: text_config is not that of a {' or '.join(kinds)} model")
+    if classes not in ([], [f"{family.capitalize()}ForConditionalGeneration"]):
+        raise InputError(f"config.json: architectures = {classes!r} does not fit model_type {family!r}")
+    say_once(f"this {family} model reads images too: that part is left out, its text part is read")
+    tied = {"tie_word_embeddings": given(config, "tie_word_embeddings", True)}
+    return {"model_type": kinds[0]} | text | tied, "text_config."
 
 
 def _family(config: Mapping[str, Any]) -> str:
