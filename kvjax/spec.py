@@ -88,6 +88,18 @@ class GateSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertSpec:
+    """A feed-forward network of experts, each `mlp_dim` wide; see `kvjax.models.experts`."""
+
+    count: int
+    chosen: int  # for each token
+    normed: bool = True  # weights of the chosen ones add up to 1, else those of all
+    bias: bool = False  # of the router and of the experts
+    limit: float | None = None  # gates go up to it, what they multiply is clipped to it and 1 is added
+    slope: float = 1.0  # of the gates' sigmoid
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """The shape and the mathematics of one decoder; hashable, hence a static argument of `jit`."""
 
@@ -114,6 +126,7 @@ class ModelSpec:
     post_norms: bool = False  # what attention and MLP add to the residual stream is normed
     activation: Activation = "silu"  # of the MLP; `gelu` is exact
     gated_mlp: bool = True  # the MLP has a second projection that its activation multiplies
+    experts: ExpertSpec | None = None  # the MLP is one of experts
     embed_scale: float = 1.0  # of token vectors; not where they are the head
     residual_scale: float = 1.0  # of what attention and MLP add to the residual stream
     score_scale: float | None = None  # of the products of queries and keys; None = H ** -0.5

@@ -14,7 +14,7 @@ from kvjax.errors import InputError
 from kvjax.generation.model import find_stop
 from kvjax.models.hf_config import FAMILIES, parse_config, read_config, read_generation_config, to_config
 from kvjax.models.tokenizer import Tokenizer
-from kvjax.spec import RopeSpec
+from kvjax.spec import ExpertSpec, RopeSpec
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.0, 4.0]}
@@ -291,6 +291,17 @@ def test_the_text_part_of_gemma3_is_read(capfd):
     assert parse_config(fields | {"text_config": text}, ["text_config.some"]).embed_dim == 2560
 
 
+def test_experts():
+    """Mixtral 8x7B and Qwen3 30B-A3B as their checkpoints have them."""
+    assert parse_config({"model_type": "mixtral", "router_jitter_noise": 0.0}).experts == ExpertSpec(8, 2)
+    fields = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 128, "num_experts": 128}
+    fields |= {"intermediate_size": 6144, "moe_intermediate_size": 768, "norm_topk_prob": True, "max_window_layers": 48}
+    fields |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "sliding_window": None, "use_sliding_window": False}
+    spec = parse_config(fields | {"output_router_logits": False, "router_aux_loss_coef": 0.001})
+    assert (spec.experts, spec.mlp_dim, spec.qk_norm, spec.windows) == (ExpertSpec(128, 8), 768, True, ())
+    assert parse_config({"model_type": "qwen3_moe"}).experts == ExpertSpec(128, 8, normed=False)
+
+
 def test_phi3():
     spec = parse_config({"model_type": "phi3"})
     assert (spec.vocab_size, spec.embed_dim, spec.num_kv_heads, spec.mlp_dim) == (32064, 3072, 32, 8192)
@@ -365,6 +376,10 @@ def test_phi4_mini():
             {"model_type": "ministral3", "rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
             ["llama_4_scaling_beta", "yarn"],
         ),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, ["decoder_sparse_step = 2"]),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, ["mlp_only_layers = [0]"]),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, ["num_experts_per_tok = 9", "up to 8"]),
+        ({"model_type": "mixtral", "num_local_experts": 10**9}, ["num_local_experts"]),
         ({"activation": "gelu"}, ["activation = 'gelu'"]),
         ({"model_type": "gemma3"}, ["text_config", "gemma3_text"]),
         ({"model_type": "gemma3", "text_config": {"model_type": "llama"}}, ["text_config", "gemma3_text"]),

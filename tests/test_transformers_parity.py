@@ -33,6 +33,8 @@ MODELS = {
     "gemma3_text": "Gemma3",
     "smollm3": "SmolLM3",
     "granite": "Granite",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
     "ministral": "Ministral",
     "ministral3": "Ministral3",
     "olmo2": "Olmo2",
@@ -142,6 +144,9 @@ def random_fields(rng, family):
         | {"logits_scaling": rng.uniform(0.3, 3), "attention_bias": flag(), "mlp_bias": flag()},
         "ministral": {"sliding_window": 5, "layer_types": list(rng.choice(TYPES, fields["num_hidden_layers"]))},
         "ministral3": {"sliding_window": [None, 5][flag()]},
+        "mixtral": {"sliding_window": [None, 5][flag()], "num_local_experts": 5, "num_experts_per_tok": 2},
+        "qwen3_moe": {"use_sliding_window": flag(), "sliding_window": 5, "norm_topk_prob": flag(), "num_experts": 5}
+        | {"num_experts_per_tok": 3, "moe_intermediate_size": 24, "attention_bias": flag()},
         "olmo2": {"attention_bias": flag()},
     }
     if "gemma" in family:
@@ -224,7 +229,7 @@ def test_logits_agree(tmp_path, family, seed):
     family = family.split()[0]
     fields = partial_fields(rng) if partial else random_fields(rng, family)
     torch.manual_seed(seed)
-    config = config_class(family)(**fields, attn_implementation="eager")
+    config = config_class(family)(**fields, attn_implementation="eager", experts_implementation="eager")
     theirs = getattr(transformers, f"{MODELS[family]}ForCausalLM")(config).eval().float()
     with torch.no_grad():
         for weight in theirs.parameters():

@@ -58,7 +58,7 @@ def _tensors(spec: ModelSpec) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]
     """The checkpoint's tensors by part: their names and shapes."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, leaf in hf.abstract(spec, np.float32)[0].items():
-        found.setdefault(names.part(path), {}).update([hf.stored_as(path, leaf.shape, spec)])
+        found.setdefault(names.part(path), {}).update(hf.stored_as(path, leaf.shape, spec))
     yield from found.items()
 
 

@@ -44,6 +44,7 @@ class Stored(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
+    others: tuple["Stored", ...] = ()  # tensors of the other experts, where each has one
 
 
 class Weights(NamedTuple):
@@ -123,15 +124,18 @@ def locate(path: Path, spec: ModelSpec) -> Weights:
         say_once(f"{path}: config.json calls {head} tied to {embedding}, but its weights are others: they count")
         spec = replace(spec, tie_embeddings=False)
     targets, _ = abstract(spec, np.float32)
-    sources = {target: names.source(target, spec) for target in targets}
+    sources = {target: names.sources(target, spec) for target in targets}
     if spec.tie_embeddings and embedding not in stored and head in stored:
-        sources["embedding"] = head
-    _check_names(path, spec, stored, set(sources.values()))
-    for target, source in sources.items():
-        _check(stored[source], names.stored_shape(target, targets[target].shape, spec))
+        sources["embedding"] = [head]
+    _check_names(path, spec, stored, {source for each in sources.values() for source in each})
+    found = {target: [stored[source] for source in each] for target, each in sources.items()}
+    for target, each in found.items():
+        for one in each:
+            _check(one, names.stored_shape(target, targets[target].shape, spec))
     sizes = {target: leaf.size for target, leaf in targets.items()}
     order = sorted(targets, key=lambda target: -sizes[target])
-    return Weights(spec, {target: stored[sources[target]] for target in order}, sizes)
+    first = {target: found[target][0]._replace(others=tuple(found[target][1:])) for target in order}
+    return Weights(spec, first, sizes)
 
 
 def read(
@@ -183,9 +187,9 @@ def read_parts(
         yield name, dict(islice(arrays, len(targets)))
 
 
-def stored_as(target: str, shape: tuple[int, ...], spec: ModelSpec) -> tuple[str, tuple[int, ...]]:
-    """The name and the shape of the checkpoint's tensor that holds a parameter of this shape."""
-    return names.source(target, spec), names.stored_shape(target, shape, spec)
+def stored_as(target: str, shape: tuple[int, ...], spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """The names and the shape of the checkpoint's tensors that hold a parameter of this shape."""
+    return dict.fromkeys(names.sources(target, spec), names.stored_shape(target, shape, spec))
 
 
 def stored_dtype(weights: Weights) -> np.dtype:
@@ -251,15 +255,25 @@ def _read(stored: Stored) -> np.ndarray:
 
 
 def _array(target: str, weights: Weights, dtype: DTypeLike | None) -> np.ndarray:
-    """One parameter: its rows of its tensor, transposed where it is a kernel, cast, finite."""
-    stored = weights.stored[target]
-    array, packed = _read(stored), names.rows(target, weights.spec)
-    array = array if packed is None else array[packed]
-    array = np.ascontiguousarray(array.T if target.endswith(".kernel") else array)
-    array = array if dtype is None else array.astype(dtype, copy=False)
-    if not is_finite(array):
-        raise InputError(f"{stored.file}: tensor {stored.name} has NaN or infinite weights")
-    return array
+    """One parameter: its rows of its tensor, transposed where it is a kernel, cast, finite; all experts together."""
+    stored, packed = weights.stored[target], names.rows(target, weights.spec)
+
+    def one(stored: Stored) -> np.ndarray:
+        array = _read(stored)
+        array = array if packed is None else array[packed]
+        array = np.ascontiguousarray(array.T if target.endswith((".kernel", ".kernels")) else array)
+        array = array if dtype is None else array.astype(dtype, copy=False)
+        if not is_finite(array):
+            raise InputError(f"{stored.file}: tensor {stored.name} has NaN or infinite weights")
+        return array
+
+    if not target.endswith(".kernels"):
+        return one(stored)
+    first = one(stored)
+    whole = np.empty((1 + len(stored.others), *first.shape), first.dtype)
+    for i, each in enumerate((stored, *stored.others)):
+        whole[i] = first if i == 0 else one(each)
+    return whole
 
 
 def is_finite(array: np.ndarray) -> bool:

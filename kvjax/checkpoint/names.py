@@ -66,18 +66,27 @@ _GEMMA = _LLAMA | {
     "mlp_post_norm": "post_feedforward_layernorm",
 }
 _OLMO = _LLAMA | {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+_QWEN3_MOE = _LLAMA | {"mlp.router": "mlp.gate"}
+_QWEN3_MOE |= {f"mlp.{module}": f"mlp.experts.*.{module}_proj" for module in ("gate", "up", "down")}
+_MIXTRAL = _LLAMA | {"mlp.router": "block_sparse_moe.gate"}
+_MIXTRAL |= {
+    f"mlp.{ours}": f"block_sparse_moe.experts.*.{name}"
+    for ours, name in zip(("gate", "down", "up"), ("w1", "w2", "w3"), strict=True)
+}
 _NAMES = {  # every other family has Llama's names
     "internlm2": _INTERNLM2,
     "falcon": _FALCON,
     "phi3": _PHI3,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
+    "mixtral": _MIXTRAL,
     "olmo2": _OLMO,
     "olmo3": _OLMO,
+    "qwen3_moe": _QWEN3_MOE,
 }
 _VISION = r"^(model\.)?(vision_tower|multi_modal_projector)\."  # tensors that only images need
 T = TypeVar("T")
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_LEAVES = {"kernel": "weight", "kernels": "weight", "scale": "weight", "bias": "bias"}
 
 
 def part(target: str) -> str:
@@ -91,7 +100,7 @@ def part(target: str) -> str:
 
 
 def source(target: str, spec: ModelSpec) -> str:
-    """The checkpoint's name of a parameter."""
+    """The checkpoint's name of a parameter; `*` in it stands for an expert's number, each of which has a tensor."""
     names = _NAMES.get(spec.family, _LLAMA)
     if spec.family == "falcon" and spec.parallel_norms == 2:
         names = names | _FALCON_TWO_NORMS
@@ -101,6 +110,14 @@ def source(target: str, spec: ModelSpec) -> str:
     layer = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
     module = f"{names['layers']}.{layer[1]}.{names[layer[2]]}" if layer else names[module]
     return f"{module}.{_LEAVES[leaf]}"
+
+
+def sources(target: str, spec: ModelSpec) -> list[str]:
+    """The checkpoint's names of the tensors that make a parameter: one, or one of each expert in their order."""
+    name = source(target, spec)
+    if "*" not in name or spec.experts is None:
+        return [name]
+    return [name.replace("*", str(expert)) for expert in range(spec.experts.count)]
 
 
 def text_part(stored: Mapping[str, T]) -> Mapping[str, T]:
@@ -149,6 +166,10 @@ def rows(target: str, spec: ModelSpec) -> Int[np.ndarray, " rows"] | None:
 
 
 def stored_shape(target: str, shape: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:
-    """The shape that the checkpoint's tensor for a parameter must have; torch's `Linear` is [out, in]."""
-    shape = shape[::-1] if target.endswith(".kernel") else shape
+    """The shape that the checkpoint's tensor for a parameter must have; torch's `Linear` is [out, in].
+
+    That of one expert, where each has a tensor.
+    """
+    shape = shape[1:] if "*" in source(target, spec) else shape
+    shape = shape[::-1] if target.endswith((".kernel", ".kernels")) else shape
     return (packed_size(target, spec) or shape[0], *shape[1:])

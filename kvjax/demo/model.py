@@ -17,7 +17,7 @@ from kvjax import checkpoint
 from kvjax.corpus import data, tokens
 from kvjax.errors import InputError
 from kvjax.models import rope
-from kvjax.models.decoder import Decoder, Linear, layer_forward, whole_turn
+from kvjax.models.decoder import Decoder, Linear, Mlp, layer_forward, whole_turn
 from kvjax.spec import ModelSpec, RopeSpec
 from kvjax.tasks import vocabulary as v
 from kvjax.tasks.lines import ANSWER
@@ -60,6 +60,7 @@ def initial(spec: ModelSpec, seed: int) -> Decoder:
     tokens, small = tokens.at[:, 0].set(4 * RECOGNISABLE), (TIED / RECOGNISABLE if spec.tie_embeddings else 1.0)
     model.embedding[...] = tokens * small
     for layer in model.layers:
+        assert isinstance(layer.mlp, Mlp)
         for out in (layer.attention.o, layer.mlp.down):
             out.kernel[...] = out.kernel[...] * (2 * spec.num_layers) ** -0.5 * small
     # In dimension 0, which is the same for all tokens, queries have phase 0 in each of the faster pairs of rotated

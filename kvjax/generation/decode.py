@@ -111,9 +111,10 @@ def _in_cache(head_dim: int, rotary: RopeSpec, capacity: int, length: Int[Array,
 def _loops_over_layers(spec: ModelSpec) -> bool:
     """Whether equal layers are a loop, so that however many there are, one is compiled.
 
-    On CPUs. A GPU's host would wait for the index of every layer; TPUs fetch the next layer's weights meanwhile.
+    On CPUs, for layers that `one_of` takes. A GPU's host would wait for the index of every layer; TPUs fetch the next
+    layer's weights meanwhile.
     """
-    return mesh.platform() == "cpu" and mesh.in_force() is None and spec.latent is None
+    return mesh.platform() == "cpu" and mesh.in_force() is None and spec.latent is None and spec.experts is None
 
 
 def decode_step(

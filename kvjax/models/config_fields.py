@@ -41,7 +41,7 @@ _HARMLESS = set(
     forced_eos_token_id max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups
     diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    router_aux_loss_coef router_jitter_noise exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     """.split()
 )
 _EMPTY = (False, "", [], {})

@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 
 from kvjax.models import gate as gates
 from kvjax.models import rope
+from kvjax.models.experts import Experts
 from kvjax.parallel.collectives import HEADS, MODEL, Axes, add, count, gather, look_up, own
-from kvjax.spec import Activation, Gate, ModelSpec, RopeSpec
+from kvjax.spec import Activation, ExpertSpec, Gate, ModelSpec, RopeSpec
 from pallas_kernels.decode_attention import KeyExpansion
 from pallas_kernels.rotation import Rotation
 from pallas_kernels.soft_cap import soft_cap
@@ -151,6 +152,12 @@ class Mlp(nnx.Module):
         return self.down(act(up) if self.gate is None else act(self.gate(x)) * up, over=MODEL)
 
 
+def experts(spec: ModelSpec, of: ExpertSpec, dtype: DTypeLike, rngs: nnx.Rngs) -> Experts:
+    """The MLP of a model of experts."""
+    router = Linear(spec.embed_dim, of.count, of.bias, dtype, rngs)
+    return Experts(of, spec.embed_dim, spec.mlp_dim, router, dtype, rngs)
+
+
 class Layer(nnx.Module):
     """One decoder block, cut where a cache sits: `project` before attention, `finish` after it.
 
@@ -162,7 +169,7 @@ class Layer(nnx.Module):
         self.attention_norm = norm() if spec.pre_norms else None
         self.attention = Attention(spec, index, dtype, rngs)
         self.mlp_norm = norm() if spec.pre_norms and spec.parallel_norms != 1 else None
-        self.mlp = Mlp(spec, dtype, rngs)
+        self.mlp = Mlp(spec, dtype, rngs) if spec.experts is None else experts(spec, spec.experts, dtype, rngs)
         self.attention_post_norm = norm() if spec.post_norms else None
         self.mlp_post_norm = norm() if spec.post_norms else None
         self.residual_scale = spec.residual_scale
@@ -259,7 +266,7 @@ class _Choice:
 def one_of(layers: Sequence[Layer], index: Int[Array, ""]) -> Layer:
     """The layer that an index names among equal ones, for a loop over them: its body is compiled once for all.
 
-    Matrices stay where they are, vectors are taken from a stack of all. Layers must not be low-rank.
+    Matrices stay where they are, vectors are taken from a stack of all. Layers must not be low-rank, nor have experts.
     """
     leaves, structures = zip(*(jax.tree.flatten(layer) for layer in layers), strict=True)
     pick = lambda options: jnp.stack(options)[index] if options[0].ndim == 1 else _Choice(options, index)

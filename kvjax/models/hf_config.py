@@ -15,7 +15,7 @@ from kvjax.errors import InputError, say_once
 from kvjax.files.text import read_json
 from kvjax.models.config_fields import flag, given, number, positive, refuse_unknown, whole
 from kvjax.models.rope_config import parse_ropes
-from kvjax.spec import ModelSpec, RopeSpec
+from kvjax.spec import ExpertSpec, ModelSpec, RopeSpec
 
 # The fields of each family that are read, with the default of the family's own configuration class.
 _SIZES = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 2048}
@@ -45,6 +45,23 @@ _SMOLLM3 |= {"no_rope_layers": None, "no_rope_layer_interval": 4, "max_window_la
 _OLMO = {"vocab_size": 50304, "rms_norm_eps": 1e-5, "attention_bias": False}
 _MINISTRAL3 = {"vocab_size": 131072, "num_hidden_layers": 34, "head_dim": 128, "max_position_embeddings": 262144}
 _MINISTRAL3 |= {"rms_norm_eps": 1e-5, "sliding_window": None}
+_MIXTRAL = {
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+    "num_local_experts": 8,
+    "num_experts": None,
+    "num_experts_per_tok": 2,
+}
+_QWEN3_MOE = _QWEN_SIZES | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24}
+_QWEN3_MOE |= {"num_key_value_heads": 4, "attention_bias": False, "use_sliding_window": False, "sliding_window": 4096}
+_QWEN3_MOE |= {
+    "max_window_layers": None,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_experts": None,
+    "moe_intermediate_size": 768,
+}
+_QWEN3_MOE |= {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None}
 _GRANITE = {f"{name}_multiplier": 1.0 for name in ("embedding", "attention", "residual")} | {"logits_scaling": 1.0}
 _GEMMA = ("gemma2", "gemma3_text")
 _LAYER_TYPES = ("qwen2", "qwen3", *_GEMMA, "smollm3", "olmo3", "ministral")  # families that look at `layer_types`
@@ -61,6 +78,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": _LLAMA | _SMOLLM3,
     "ministral": _LLAMA | _MISTRAL | {"sliding_window": 4096},
     "ministral3": _LLAMA | _MISTRAL | _MINISTRAL3,
+    "mixtral": _LLAMA | _MISTRAL | _MIXTRAL,
+    "qwen3_moe": _LLAMA | _QWEN3_MOE,
     "granite": _LLAMA | _GRANITE | {"attention_bias": False, "mlp_bias": False},
     "olmo2": _LLAMA | _OLMO,
     "olmo3": _LLAMA | _OLMO | {"sliding_window": 4096},
@@ -78,7 +97,7 @@ _READ = set(
     "model_type architectures layer_types "
     "rope_theta rope_scaling rope_parameters original_max_position_embeddings".split()
 )
-DEEPEST = 10_000  # layers that a config may name, far more than any model has
+DEEPEST = 10_000  # layers and experts that a config may name, far more than any model has
 
 
 def read_config(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
@@ -103,12 +122,15 @@ def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Mod
     mathematics = _falcon(fields) if family == "falcon" else _llama(fields, family)
     if family in ("olmo2", "olmo3"):
         mathematics |= {"pre_norms": False, "post_norms": True, "qk_norm": True, "joint_qk_norm": True}
+    if family in ("mixtral", "qwen3_moe"):
+        mathematics |= _experts(fields)
     if family == "granite":
         mathematics |= _granite(fields)
     if family in _GEMMA:
         mathematics |= _gemma(fields)
     if family == "falcon":
         fields = _falcon_sizes(fields)
+    mlp_dim = positive(fields, "intermediate_size")
     embed_dim, layers = positive(fields, "hidden_size"), positive(fields, "num_hidden_layers", DEEPEST)
     heads, kv_heads, head_dim = _heads(fields, embed_dim)
     rope, window_rope, max_position = parse_ropes(
@@ -122,7 +144,7 @@ def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Mod
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp_dim=positive(fields, "intermediate_size"),
+        mlp_dim=positive(fields, "moe_intermediate_size") if "moe_intermediate_size" in fields else mlp_dim,
         max_position=max_position,
         rope=rope,
         window_rope=window_rope,
@@ -184,7 +206,7 @@ def _llama(fields: Mapping[str, Any], family: str) -> dict[str, Any]:
         "qkv_bias": bias or family == "qwen2",
         "o_bias": bias,
         "mlp_bias": flag(fields, "mlp_bias"),
-        "qk_norm": family in ("qwen3", "gemma3_text"),
+        "qk_norm": family in ("qwen3", "qwen3_moe", "gemma3_text"),
     }
 
 
@@ -200,6 +222,19 @@ def _gemma(fields: Mapping[str, Any]) -> dict[str, Any]:
         "score_cap": cap("attn_logit_softcapping"),
         "logit_cap": cap("final_logit_softcapping"),
     }
+
+
+def _experts(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The experts of Mixtral and Qwen3-MoE."""
+    every = positive({"decoder_sparse_step": 1, **fields}, "decoder_sparse_step")
+    if every > 1 or given(fields, "mlp_only_layers", []) != []:
+        raise InputError(
+            f"config.json: decoder_sparse_step = {every}, mlp_only_layers = "
+            f"{fields['mlp_only_layers']!r}: layers without experts among those with are not supported"
+        )
+    count = positive(fields, "num_local_experts" if fields["num_experts"] is None else "num_experts", DEEPEST)
+    chosen = positive(fields, "num_experts_per_tok", count)
+    return {"experts": ExpertSpec(count, chosen, flag({"norm_topk_prob": True, **fields}, "norm_topk_prob"))}
 
 
 def _granite(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,7 +336,7 @@ def _family(config: Mapping[str, Any]) -> str:
     architectures = given(config, "architectures", [])
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise InputError(f"config.json: architectures = {architectures!r}, expected a list of names")
-    by_class = {f"{name.removesuffix('_text')}forcausallm": name for name in FAMILIES}
+    by_class = {f"{name.removesuffix('_text').replace('_', '')}forcausallm": name for name in FAMILIES}
     family = config.get("model_type")
     if family is None and architectures:
         family = by_class.get(architectures[0].casefold(), architectures[0])

@@ -21,7 +21,13 @@ _ROPE: dict[RopeType, str] = {
     "yarn": "factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate",
     "longrope": "factor attention_factor short_factor long_factor",
 }
-_THETA = {"smollm3": 2e6, "gemma3_text": 1e6, "olmo3": 5e5, "ministral3": 1e6}  # by default, where it is not 10000
+_THETA = {
+    "smollm3": 2e6,
+    "gemma3_text": 1e6,
+    "olmo3": 5e5,
+    "ministral3": 1e6,
+    "mixtral": 1e6,
+}  # by default, where it is not 10000
 _WINDOW_THETA = {"gemma3_text": 1e4, "olmo3": 5e5}  # families whose windows have a rotary embedding of their own
 _BLOCK = {  # where a config has none
     "ministral3": {

@@ -48,6 +48,8 @@ _WEIGHTS = (  # of a parameter's dotted path
     (r"attention\.[qkv]\.bias|attention\.[kv]\.up|attention\.o\.kernel", P(HEADS)),
     (r"mlp\.(gate|up)\.kernel", P(None, MODEL)),
     (r"mlp\.(gate|up)\.bias|mlp\.down\.kernel", P(MODEL)),
+    (r"mlp\.(gate|up)\.kernels", P(None, None, MODEL)),
+    (r"mlp\.(gate|up)\.biases|mlp\.down\.kernels", P(None, MODEL)),
 )
 
 

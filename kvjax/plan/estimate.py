@@ -95,6 +95,16 @@ def weights(setting: Setting) -> Weights:
     )
 
 
+def idle(setting: Setting, tokens: int) -> int:
+    """Bytes of experts that so many tokens do not use, at least."""
+    found = setting.spec.experts
+    if found is None:
+        return 0
+    mlps = [layer(setting, index).mlp for index in range(setting.spec.num_layers)]
+    whole = sum(size((mlp.gate, mlp.up, mlp.down)) for mlp in mlps)
+    return whole * max(0, found.count - tokens * found.chosen) // found.count
+
+
 @functools.lru_cache(maxsize=64)
 def held(setting: Setting) -> CacheSize:
     """The cache."""
@@ -179,14 +189,16 @@ def prefill_temporaries(setting: Setting) -> int:
     With n = batch x padded tokens, c those that are read at once, in numbers a token: the stream is D. Attention holds
     queries, keys, values and outputs, `2 N H + 2 K H`, N log-sum-exps and H cosines and sines in float32 and the blocks
     that it works on, or, before it, two of the stream for c tokens. A TPU copies some of it for its layouts, in all
-    `4 (N H + K H)`. The feed-forward network holds the outputs, and for c tokens `3 D + 2 F`.
+    `4 (N H + K H)`. The feed-forward network holds the outputs, and for c tokens `3 D + 2 F`; of experts,
+    of which a token has k, `3 D + 6 k D`.
     """
     setting = setting.share
     spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
     batch, padded, width = setting.batch, setting.lengths.padded, spec.embed_dim
     n, part = batch * padded, batch * prefill.at_once(batch, padded, prefill.CHUNK)
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    fed = itemsize * (n * queries + part * (3 * width + 2 * spec.mlp_dim))
+    inner = 2 * spec.mlp_dim if spec.experts is None else 6 * spec.experts.chosen * width
+    fed = itemsize * (n * queries + part * (3 * width + inner))
     if setting.platform == "tpu":
         attention = 4 * n * itemsize * (queries + keys)
     else:
@@ -212,13 +224,15 @@ def decode_temporaries(setting: Setting) -> int:
 def bound(setting: Setting, chip: Chip) -> Bound:
     """What bandwidth and peak allow; what devices tell each other costs nothing."""
     cache, stored, data = held(setting), weights(setting), setting.devices.data
-    setting, itemsize = setting.share, jnp.dtype(setting.dtype).itemsize
-    spec = setting.spec
-    read = stored.read + cache.bytes.total - cache.bytes.tables
-    products = setting.batch * stored.read // itemsize + cache.slots * spec.group_size * sum(spec.widths(0))
+    unused, setting = functools.partial(idle, setting), setting.share
+    spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
+    read = stored.read - unused(setting.batch) + cache.bytes.total - cache.bytes.tables
+    products = setting.batch * (stored.read - unused(1)) // itemsize + cache.slots * spec.group_size * sum(
+        spec.widths(0)
+    )
     step = max(read / chip.bandwidth, 2 * products / chip.flops)
     seen = setting.context / 2 * spec.num_layers * spec.num_heads * 2 * spec.head_dim
-    prompts = setting.batch * setting.context * (stored.layers // itemsize + seen)
+    prompts = setting.batch * setting.context * ((stored.layers - unused(1)) // itemsize + seen)
     return Bound(
         prefill_s=max(2 * prompts / chip.flops, stored.read / chip.bandwidth),
         step_s=step,

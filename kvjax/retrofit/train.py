@@ -244,6 +244,8 @@ def _prepare(options: Options) -> tuple[Options, Params, ModelSpec, Stream, Path
         options = continued(options, spec.gate, model.name)
     if spec.latent is not None:
         raise InputError(f"{model.name} has low-rank keys, which a gate of each head cannot merge or evict")
+    if spec.experts is not None:
+        raise InputError(f"{model.name} has experts: retrofitting is for models whose layers have one MLP")
     if gate.neuron is not None and not -spec.head_dim <= gate.neuron < spec.head_dim:
         raise InputError(f"--neuron {gate.neuron}: heads of {model.name} have {spec.head_dim} coordinates")
     if options.together % mesh.shape_of(model.decoder)[DATA]:

@@ -99,6 +99,12 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         {"head_dim": 8, "rope_parameters": {"rope_theta": 1e4, "llama_4_scaling_beta": 0.5} | YARN},
         5,
     ),
+    "mixtral": ("mixtral", {"sliding_window": 9, "num_local_experts": 4, "intermediate_size": 24}, 4),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16},
+        5,
+    ),
     "internlm2": ("llama", {"num_key_value_heads": 2, "num_attention_heads": 6, "hidden_size": 48}, 4),
 }
 PROMPT, NEW = 40, 12
@@ -137,6 +143,8 @@ def make(seed: int, family: str, fields: dict[str, Any]) -> dict[str, Any] | Non
         "falcon": transformers.FalconForCausalLM,
         "smollm3": transformers.SmolLM3ForCausalLM,
         "olmo2": transformers.Olmo2ForCausalLM,
+        "mixtral": transformers.MixtralForCausalLM,
+        "qwen3_moe": transformers.Qwen3MoeForCausalLM,
         "ministral": transformers.MinistralForCausalLM,
         "ministral3": transformers.Ministral3ForCausalLM,
         "granite": transformers.GraniteForCausalLM,
@@ -157,7 +165,7 @@ def make(seed: int, family: str, fields: dict[str, Any]) -> dict[str, Any] | Non
     greedy, recomputed = (generate(model, prompt, use_cache) for use_cache in (True, False))
     if greedy is None or recomputed is None:
         return None
-    weights = {key: value.numpy() for key, value in model.state_dict().items()}
+    weights = {key: value.numpy() for key, value in saved_tensors(model).items()}
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
     saved = json.loads(config.to_json_string(use_diff=False))
@@ -169,6 +177,13 @@ def make(seed: int, family: str, fields: dict[str, Any]) -> dict[str, Any] | Non
         "greedy": greedy,
         "recomputed": recomputed,
     }
+
+
+def saved_tensors(model: Any) -> dict[str, Any]:
+    """The state dict as transformers writes it: it splits experts that it keeps together."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, model.state_dict())
 
 
 def generate(model: Any, prompt: Any, use_cache: bool) -> np.ndarray | None:
