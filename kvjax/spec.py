@@ -130,6 +130,7 @@ class ModelSpec:
     embed_scale: float = 1.0  # of token vectors; not where they are the head
     residual_scale: float = 1.0  # of what attention and MLP add to the residual stream
     score_scale: float | None = None  # of the products of queries and keys; None = H ** -0.5
+    sinks: bool = False  # each query head has one more logit in its softmax, of no token; its value is 0
     score_cap: float | None = None  # bounds those smoothly, see `pallas_kernels.soft_cap`
     logit_scale: float = 1.0  # of the model's logits
     logit_cap: float | None = None  # likewise them, after scaling

@@ -56,10 +56,10 @@ def entries(prompt: LayerPrompt, k: int, positions: Sequence[int]) -> list[Entry
     return [Entry(int(p), prompt.key[p, k], prompt.raw[p, k], prompt.value[p, k]) for p in positions]
 
 
-def softmax(x: np.ndarray) -> np.ndarray:
-    """Over the last axis; -inf is masked."""
+def softmax(x: np.ndarray, sink: np.ndarray | float = -np.inf) -> np.ndarray:
+    """Over the last axis and one more logit, whose share is nobody's; -inf is masked."""
     e = np.exp(x - x.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
+    return e / (e.sum(axis=-1, keepdims=True) + np.exp(np.asarray(sink)[..., None] - x.max(axis=-1, keepdims=True)))
 
 
 class Oracle:
@@ -96,7 +96,7 @@ class Oracle:
             visible = (distance >= 0) & (distance < (self.spec.window(layer) or len(pos)))
             repeat = lambda y: np.repeat(y, self.spec.group_size, axis=1)
             logits = self.logits(np.einsum("tnh,snh->nts", q, repeat(key)))
-            probs = softmax(np.where(visible, logits, -np.inf))
+            probs = softmax(np.where(visible, logits, -np.inf), self.sinks(layer)[:, None])
             self.rows.append(select(layer, LayerPrompt(q, key, raw, value, probs)))
             x = self._finish(layer, x, np.einsum("nts,snh->tnh", probs, repeat(value)))
         return self._logits(x[-1])
@@ -143,15 +143,20 @@ class Oracle:
         scale, cap = self.spec.score_scale or self.spec.head_dim**-0.5, self.spec.score_cap
         return scale * products if cap is None else cap * np.tanh(scale * products / cap)
 
+    def sinks(self, layer: int) -> np.ndarray:
+        """The logit of each query head that is of no token; -inf = it has none."""
+        return self.weights["layers"][layer]["attention"].get("sink", np.full(self.spec.num_heads, -np.inf))
+
     def _attend(self, layer: int, rows: Rows, q: np.ndarray, pos: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Every query head over the row of its group."""
         window = self.spec.window(layer) or pos + 1
         q = self.rotate(q, pos).reshape(self.spec.num_kv_heads, self.spec.group_size, -1)
         heads, probs = [], []
-        for row, group in zip(rows, q, strict=True):
+        sinks = self.sinks(layer).reshape(q.shape[:2])
+        for row, group, sink in zip(rows, q, sinks, strict=True):
             seen = np.array([e.pos > pos - window for e in row])
             logits = self.logits(group @ np.stack([e.key for e in row]).T)
-            probs.append(softmax(np.where(seen, logits, -np.inf)))
+            probs.append(softmax(np.where(seen, logits, -np.inf), sink))
             heads.append(probs[-1] @ np.stack([e.value for e in row]))
         return np.concatenate(heads), probs
 
@@ -188,7 +193,9 @@ def random_model(seed: int, *, dtype=jnp.float32, **fields) -> Decoder:
 
     def scaled(path: tuple, x: jax.Array) -> jax.Array:
         *_, part, name = path if len(path) > 1 else ("", *path)
-        if name in ("scale", "bias"):
+        if name == "sink":
+            y = rng.normal(1, 1, x.shape)
+        elif name in ("scale", "bias"):
             y = rng.uniform(0.5, 1.5, x.shape) if name == "scale" else rng.normal(0, 0.3, x.shape)
         elif name == "embedding":
             y = rng.normal(0, 1, x.shape)

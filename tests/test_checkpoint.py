@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
 import kvjax.convert
-from kvjax.checkpoint import hf, load_model, names, orbax
+from kvjax.checkpoint import hf, load_model, mxfp4, names, orbax
 from kvjax.checkpoint.convert import convert
 from kvjax.errors import InputError
 from kvjax.models.decoder import forward
@@ -134,6 +134,28 @@ def test_the_text_part_of_a_model_that_reads_images_is_read(tmp_path):
         np.testing.assert_allclose(logits, expected.logits, atol=1e-4, rtol=0)
     save_file(weights | vision | {"audio_tower.norm.weight": np.ones(3, np.float32)}, path / "model.safetensors")
     refusal(path, "audio_tower.norm.weight", "has no place")
+
+
+def test_experts_in_mxfp4_are_read_as_the_numbers_they_are(tmp_path):
+    path, rng = golden.write_checkpoint("gpt_oss", tmp_path), np.random.default_rng(0)
+    weights, quantised = load_file(path / "model.safetensors"), {}
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inner, outer = weights.pop(name).shape
+        blocks = rng.integers(0, 256, (experts, outer, inner // 32, 16), dtype=np.uint8)
+        scales = rng.integers(118, 126, blocks.shape[:3], dtype=np.uint8)
+        weights[name] = np.ascontiguousarray(mxfp4.numbers(blocks, scales))
+        quantised |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(weights, path / "model.safetensors")
+    plain = hf.load(path, jnp.float32)
+    save_file(
+        {n: w for n, w in weights.items() if f"{n}_blocks" not in quantised} | quantised, path / "model.safetensors"
+    )
+    edit_config(path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    assert_same(hf.load(path, jnp.float32), plain)
+    edit(path, model__layers__0__mlp__experts__down_proj_scales=np.ones((4, 32, 2), np.uint8))
+    refusal(path, "down_proj is missing")
+    edit_config(path, quantization_config={"quant_method": "gptq"})
+    refusal(path, "quantization_config", "mxfp4")
 
 
 # --- reading Hugging Face directories ---

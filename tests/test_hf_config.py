@@ -302,6 +302,21 @@ def test_experts():
     assert parse_config({"model_type": "qwen3_moe"}).experts == ExpertSpec(128, 8, normed=False)
 
 
+def test_gpt_oss():
+    """gpt-oss 20B as its checkpoint has it."""
+    yarn = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096}
+    fields = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_hidden_layers": 24}
+    fields |= {"rope_scaling": yarn | {"rope_type": "yarn", "truncate": False}, "rope_theta": 150000}
+    fields |= {"num_local_experts": 32, "experts_per_token": 4, "num_experts_per_tok": 4, "swiglu_limit": 7.0}
+    fields |= {"initial_context_length": 4096, "quantization_config": {"quant_method": "mxfp4"}}
+    fields |= {"layer_types": ["sliding_attention", "full_attention"] * 12, "router_aux_loss_coef": 0.9}
+    spec = parse_config(fields)
+    assert spec.experts == ExpertSpec(32, 4, bias=True, limit=7.0, slope=1.702)
+    assert (spec.sinks, spec.qkv_bias, spec.o_bias, spec.windows) == (True, True, True, (128, None) * 12)
+    assert (spec.rope.truncate, spec.max_position, spec.rope.theta) == (False, 131072, 1.5e5)
+    assert parse_config({"model_type": "gpt_oss"}).rope == spec.rope
+
+
 def test_phi3():
     spec = parse_config({"model_type": "phi3"})
     assert (spec.vocab_size, spec.embed_dim, spec.num_kv_heads, spec.mlp_dim) == (32064, 3072, 32, 8192)
@@ -380,6 +395,8 @@ def test_phi4_mini():
         ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, ["mlp_only_layers = [0]"]),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, ["num_experts_per_tok = 9", "up to 8"]),
         ({"model_type": "mixtral", "num_local_experts": 10**9}, ["num_local_experts"]),
+        ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "mxfp4"]),
+        ({"model_type": "gpt_oss", "quantization_config": 4}, ["quantization_config = 4"]),
         ({"activation": "gelu"}, ["activation = 'gelu'"]),
         ({"model_type": "gemma3"}, ["text_config", "gemma3_text"]),
         ({"model_type": "gemma3", "text_config": {"model_type": "llama"}}, ["text_config", "gemma3_text"]),

@@ -22,7 +22,7 @@ LENGTHS = (141, 60, 33, 9, 1)  # longer and shorter than the budgets and windows
 STEPS = 10
 GROUPS: dict[str, dict] = {
     "gqa": dict(num_kv_heads=2),
-    "mqa": dict(num_kv_heads=1),
+    "mqa": dict(num_kv_heads=1, sinks=True),
     "mha": dict(num_kv_heads=4, score_cap=2.0, score_scale=0.5),
 }
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.checkpoint import hf
+from kvjax.checkpoint import hf, mxfp4
 from kvjax.generation.model import Model
 from kvjax.models import rope
 from kvjax.models.decoder import forward
@@ -32,6 +32,7 @@ MODELS = {
     "gemma2": "Gemma2",
     "gemma3_text": "Gemma3",
     "smollm3": "SmolLM3",
+    "gpt_oss": "GptOss",
     "granite": "Granite",
     "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
@@ -147,6 +148,7 @@ def random_fields(rng, family):
         "mixtral": {"sliding_window": [None, 5][flag()], "num_local_experts": 5, "num_experts_per_tok": 2},
         "qwen3_moe": {"use_sliding_window": flag(), "sliding_window": 5, "norm_topk_prob": flag(), "num_experts": 5}
         | {"num_experts_per_tok": 3, "moe_intermediate_size": 24, "attention_bias": flag()},
+        "gpt_oss": {"sliding_window": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "swiglu_limit": 1.5},
         "olmo2": {"attention_bias": flag()},
     }
     if "gemma" in family:
@@ -198,6 +200,16 @@ def test_rotary_tables_of_heads_that_turn_in_part_agree(kind, inside, length):
     assert ours[0].shape == (length, 6 if kind == "longrope" else 2)
     for mine, other in zip(ours, (cos, sin), strict=True):
         np.testing.assert_allclose(mine, other[0, :, : mine.shape[-1]].numpy(), atol=1e-5)
+
+
+def test_mxfp4_is_read_as_transformers_reads_it():
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (3, 6, 2, 16), dtype=np.uint8)
+    scales = rng.integers(120, 135, (3, 6, 2), dtype=np.uint8)
+    expected = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32)
+    np.testing.assert_array_equal(mxfp4.numbers(blocks, scales).astype(np.float32), expected.numpy())
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ class ReadOptions(NamedTuple):
     Attributes:
       scale: of the products of queries and keys.
       cap: of those.
+      sink: one more logit of each query head, of no slot; see `kvjax.attention.prompt`.
       after: of a sliding window.
       place: of slots.
       expand: of cached keys.
@@ -43,6 +44,7 @@ class ReadOptions(NamedTuple):
 
     scale: float
     cap: float | None = None
+    sink: Float[Array, "K G"] | None = None
     after: Int[Array, "B K"] | None = None
     place: Callable[[Int[Array, "B K s"]], Int[Array, "B K s"]] | None = None
     expand: KeyExpansion | None = None
@@ -71,7 +73,11 @@ def decode_attention(
     def attend(chosen: Sequence[Bool[Array, "B K S"] | None], logits: bool, q: Array = q, only: slice = slice(None)):
         parts = [_part(q, *each) for each in zip(tiers[only], stores[only], chosen[only], strict=True)]
         options = dict(scale=read.scale, cap=read.cap, after=read.after, place=read.place, expand=read.expand)
-        return _attend(parts, read.kernels, with_logits=logits, **options)
+        found = _attend(parts, read.kernels, with_logits=logits, **options)
+        if read.sink is None:
+            return found
+        sink = jnp.broadcast_to(read.sink.astype(found.m.dtype), found.m.shape)
+        return merge([found, Partial(jnp.zeros_like(found.o), jnp.ones_like(found.l), sink)])
 
     chosen = [None] * len(tiers)
     if read.select is not None:

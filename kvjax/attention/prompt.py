@@ -1,5 +1,6 @@
 """Attention over prompts."""
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -18,8 +19,16 @@ def prefill_attention(
     cap: float | None = None,
     window: int | None = None,
     until: Int[Array, "B K T"] | None = None,
+    sink: Float[Array, " N"] | None = None,
     kernels: Implementation | None = "xla",
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Exact causal attention over prompts, and its log-sum-exps: `pallas_kernels.prefill_attention`."""
+    """Exact causal attention over prompts, and its log-sum-exps: `pallas_kernels.prefill_attention`.
+
+    A sink is one more logit of each head in the sum, whose value is 0: it makes outputs and weights smaller.
+    """
     options = {"scale": scale, "cap": cap, "window": window, "until": until}
-    return kernel_or_xla("attention over a prompt", prefill_kernel.attention, kernels, q, k, v, length, **options)
+    heads, lse = kernel_or_xla("attention over a prompt", prefill_kernel.attention, kernels, q, k, v, length, **options)
+    if sink is None:
+        return heads, lse
+    whole = jnp.logaddexp(lse, sink.astype(lse.dtype)[:, None])
+    return heads * jnp.moveaxis(jnp.exp(lse - whole), 1, 2)[..., None].astype(heads.dtype), whole

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from kvjax.checkpoint import names
+from kvjax.checkpoint import mxfp4, names
 from kvjax.errors import InputError, say_once
 from kvjax.files.text import read_json
 from kvjax.models.decoder import Decoder
@@ -44,7 +44,7 @@ class Stored(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
-    others: tuple["Stored", ...] = ()  # tensors of the other experts, where each has one
+    others: tuple["Stored", ...] = ()  # tensors of the other experts, where each has one; of MXFP4, the scales
 
 
 class Weights(NamedTuple):
@@ -117,7 +117,7 @@ def locate(path: Path, spec: ModelSpec) -> Weights:
     Raises `InputError` where names, shapes or dtypes are not those of the model. Reads headers only, and both matrices
     of a model that is called tied and has two.
     """
-    stored = names.text_part(headers(path))
+    stored = mxfp4.joined(names.text_part(headers(path)))
     check_depth(path, names.num_layers(stored, spec), spec)
     embedding, head = (names.source(target, spec) for target in ("embedding", "head.kernel"))
     if spec.tie_embeddings and {embedding, head} <= stored.keys() and not _alike(stored[embedding], stored[head]):
@@ -134,8 +134,8 @@ def locate(path: Path, spec: ModelSpec) -> Weights:
             _check(one, names.stored_shape(target, targets[target].shape, spec))
     sizes = {target: leaf.size for target, leaf in targets.items()}
     order = sorted(targets, key=lambda target: -sizes[target])
-    first = {target: found[target][0]._replace(others=tuple(found[target][1:])) for target in order}
-    return Weights(spec, first, sizes)
+    whole = lambda one, *experts: one._replace(others=(*one.others, *experts))
+    return Weights(spec, {target: whole(*found[target]) for target in order}, sizes)
 
 
 def read(
@@ -256,20 +256,22 @@ def _read(stored: Stored) -> np.ndarray:
 
 def _array(target: str, weights: Weights, dtype: DTypeLike | None) -> np.ndarray:
     """One parameter: its rows of its tensor, transposed where it is a kernel, cast, finite; all experts together."""
-    stored, packed = weights.stored[target], names.rows(target, weights.spec)
+    spec, stored = weights.spec, weights.stored[target]
+    packed, columns = names.rows(target, spec), names.columns(target, spec)
 
     def one(stored: Stored) -> np.ndarray:
-        array = _read(stored)
+        array = mxfp4.numbers(_read(stored), _read(*stored.others)) if stored.dtype == mxfp4.NAME else _read(stored)
         array = array if packed is None else array[packed]
-        array = np.ascontiguousarray(array.T if target.endswith((".kernel", ".kernels")) else array)
+        array = array if columns is None else array[..., columns]
+        array = np.ascontiguousarray(array.T if names.is_transposed(target, spec) else array)
         array = array if dtype is None else array.astype(dtype, copy=False)
         if not is_finite(array):
             raise InputError(f"{stored.file}: tensor {stored.name} has NaN or infinite weights")
         return array
 
-    if not target.endswith(".kernels"):
-        return one(stored)
     first = one(stored)
+    if "*" not in names.source(target, spec):
+        return first
     whole = np.empty((1 + len(stored.others), *first.shape), first.dtype)
     for i, each in enumerate((stored, *stored.others)):
         whole[i] = first if i == 0 else one(each)
@@ -308,7 +310,7 @@ def check_depth(path: Path, found: int, spec: ModelSpec) -> None:
 
 
 def _check(stored: Stored, shape: tuple[int, ...]) -> None:
-    if stored.dtype not in _DTYPES:
+    if stored.dtype not in (*_DTYPES, mxfp4.NAME):
         raise InputError(f"{stored.file}: tensor {stored.name} is {stored.dtype}; kvjax reads {', '.join(_DTYPES)}")
     if stored.shape != shape:
         raise InputError(

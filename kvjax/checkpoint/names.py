@@ -73,12 +73,15 @@ _MIXTRAL |= {
     f"mlp.{ours}": f"block_sparse_moe.experts.*.{name}"
     for ours, name in zip(("gate", "down", "up"), ("w1", "w2", "w3"), strict=True)
 }
+_GPT_OSS = _LLAMA | {"attention": "self_attn", "mlp.router": "mlp.router", "mlp.down": "mlp.experts.down_proj"}
+_GPT_OSS |= dict.fromkeys(("mlp.gate", "mlp.up"), "mlp.experts.gate_up_proj")
 _NAMES = {  # every other family has Llama's names
     "internlm2": _INTERNLM2,
     "falcon": _FALCON,
     "phi3": _PHI3,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
+    "gpt_oss": _GPT_OSS,
     "mixtral": _MIXTRAL,
     "olmo2": _OLMO,
     "olmo3": _OLMO,
@@ -86,7 +89,7 @@ _NAMES = {  # every other family has Llama's names
 }
 _VISION = r"^(model\.)?(vision_tower|multi_modal_projector)\."  # tensors that only images need
 T = TypeVar("T")
-_LEAVES = {"kernel": "weight", "kernels": "weight", "scale": "weight", "bias": "bias"}
+_LEAVES = {"kernel": "weight", "kernels": "weight", "scale": "weight", "bias": "bias", "sink": "sinks"}
 
 
 def part(target: str) -> str:
@@ -109,6 +112,8 @@ def source(target: str, spec: ModelSpec) -> str:
     module, _, leaf = target.rpartition(".")
     layer = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
     module = f"{names['layers']}.{layer[1]}.{names[layer[2]]}" if layer else names[module]
+    if spec.family == "gpt_oss" and leaf in ("kernels", "biases"):
+        return module if leaf == "kernels" else f"{module}_bias"
     return f"{module}.{_LEAVES[leaf]}"
 
 
@@ -165,11 +170,20 @@ def rows(target: str, spec: ModelSpec) -> Int[np.ndarray, " rows"] | None:
     return packed[:, part].reshape(-1)
 
 
-def stored_shape(target: str, shape: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:
-    """The shape that the checkpoint's tensor for a parameter must have; torch's `Linear` is [out, in].
+def columns(target: str, spec: ModelSpec) -> slice | None:
+    """Which numbers of a tensor's last axis are a parameter's, where those of another lie between; None = all."""
+    found = re.search(r"mlp\.(gate|up)\.(kernels|biases)$", target)
+    return slice(int(found[1] == "up"), None, 2) if found and spec.family == "gpt_oss" else None
 
-    That of one expert, where each has a tensor.
-    """
+
+def is_transposed(target: str, spec: ModelSpec) -> bool:
+    """Whether the checkpoint's tensor for a parameter is [out, in], as torch's `Linear` is."""
+    return target.endswith((".kernel", ".kernels")) and not (spec.family == "gpt_oss" and target.endswith("s"))
+
+
+def stored_shape(target: str, shape: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:
+    """The shape that the checkpoint's tensor for a parameter must have; that of one expert, where each has a tensor."""
     shape = shape[1:] if "*" in source(target, spec) else shape
-    shape = shape[::-1] if target.endswith((".kernel", ".kernels")) else shape
+    shape = shape[::-1] if is_transposed(target, spec) else shape
+    shape = (*shape[:-1], 2 * shape[-1]) if columns(target, spec) else shape
     return (packed_size(target, spec) or shape[0], *shape[1:])

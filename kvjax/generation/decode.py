@@ -77,6 +77,7 @@ def _decode_layer(
         ReadOptions(
             scale=spec.scale,
             cap=spec.score_cap,
+            sink=None if (sink := layer.sink()) is None else sink.reshape(key.shape[1], -1),
             after=None if window is None else jnp.broadcast_to(_before(query_place, window), key.shape[:2]),
             place=None if recipe.positions is None else place,
             expand=layer.expand(rotation) if at_read else None,

@@ -269,7 +269,7 @@ def _prefill_layer(
         key, value = k, v
     k = rope.rotate(k, cos[:, :, None], sin[:, :, None])
     options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "until": until, "kernels": recipe.kernels}
-    heads, lse = prefill_attention(q, k, v, length, **options)
+    heads, lse = prefill_attention(q, k, v, length, sink=layer.sink(), **options)
     key = key if rotates_at_read(spec, recipe) else k
     prompt = Prompt(
         *(q, k, v, key, value, lse, length, index, peers, window, spec.scale, spec.score_cap),

@@ -116,7 +116,7 @@ def normed(x: Float[Array, "*b width"], norm: Norm | None) -> Float[Array, "*b w
 
 
 class Attention(nnx.Module):
-    """The four projections of attention; attention itself is in `kvjax.attention`."""
+    """The four projections of attention and its sinks; attention itself is in `kvjax.attention`."""
 
     def __init__(self, spec: ModelSpec, index: int, dtype: DTypeLike, rngs: nnx.Rngs):
         n, h, d = spec.num_heads, spec.head_dim, spec.embed_dim
@@ -126,6 +126,7 @@ class Attention(nnx.Module):
         else:
             self.k, self.v = (LowRank(spec, rank, dtype, rngs) for rank in spec.widths(index))
         self.o = Linear(n * h, d, spec.o_bias, dtype, rngs)
+        self.sink = nnx.Param(jnp.zeros((n,), dtype)) if spec.sinks else None
         of = lambda heads: Norm(spec, heads * h, dtype, HEADS) if spec.joint_qk_norm else Norm(spec, h, dtype)
         self.q_norm = of(n) if spec.qk_norm else None
         self.k_norm = of(spec.num_kv_heads) if spec.qk_norm else None
@@ -219,6 +220,10 @@ class Layer(nnx.Module):
             return KeyExpansion(rotation, bias=self._late_bias())
         bias = None if k.bias is None else k.bias[...].reshape(k.up.shape[0], -1)
         return KeyExpansion(rotation, k.up[...], bias, self.attention.k_norm)
+
+    def sink(self) -> Float[Array, " N"] | None:
+        """The logit of each query head that is of no token."""
+        return None if self.attention.sink is None else self.attention.sink[...]
 
     def _late_bias(self) -> Float[Array, "K H"] | None:
         bias = self.attention.k.bias
@@ -363,7 +368,7 @@ def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     spec = model.spec
     t, x = tokens.shape[1], model.embed(tokens)
     for index, layer in enumerate(model.layers):
-        attend = functools.partial(_attention_of_all, spec, spec.window(index))
+        attend = functools.partial(_attention_of_all, spec, spec.window(index), layer.sink())
         x = layer_forward(layer, x, whole_turn(spec.rotary(index), spec.head_dim, t), attend)
     return model.logits(x)
 
@@ -371,6 +376,7 @@ def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
 def _attention_of_all(
     spec: ModelSpec,
     window: int | None,
+    sink: Float[Array, " N"] | None,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
@@ -380,5 +386,9 @@ def _attention_of_all(
     distance = jnp.arange(t)[:, None] - jnp.arange(t)
     visible = (distance >= 0) & (distance < (window or t))
     score = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * spec.scale
-    prob = jax.nn.softmax(jnp.where(visible, soft_cap(score, spec.score_cap), -jnp.inf), axis=-1).astype(v.dtype)
+    score = jnp.where(visible, soft_cap(score, spec.score_cap), -jnp.inf)
+    if sink is not None:
+        last = jnp.broadcast_to(sink.reshape(spec.num_kv_heads, -1, 1, 1), (*score.shape[:-1], 1))
+        score = jnp.concatenate([score, last.astype(score.dtype)], axis=-1)
+    prob = jax.nn.softmax(score, axis=-1)[..., :t].astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", prob, v).reshape(b, t, spec.num_heads, spec.head_dim)

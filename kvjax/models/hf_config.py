@@ -8,6 +8,7 @@ Source: transformers 5.23, `configuration_utils.py`, `modeling_rope_utils.py`, `
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,9 +63,22 @@ _QWEN3_MOE |= {
     "moe_intermediate_size": 768,
 }
 _QWEN3_MOE |= {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None}
+_GPT_OSS = {"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36}
+_GPT_OSS |= {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072}
+_GPT_OSS |= {"rms_norm_eps": 1e-5, "sliding_window": 128, "attention_bias": True, "num_local_experts": 128}
+_GPT_OSS |= {"num_experts": None, "num_experts_per_tok": 4, "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+_GPT_OSS |= {"quantization_config": None, "experts_per_token": None, "initial_context_length": None}
 _GRANITE = {f"{name}_multiplier": 1.0 for name in ("embedding", "attention", "residual")} | {"logits_scaling": 1.0}
 _GEMMA = ("gemma2", "gemma3_text")
-_LAYER_TYPES = ("qwen2", "qwen3", *_GEMMA, "smollm3", "olmo3", "ministral")  # families that look at `layer_types`
+_LAYER_TYPES = (
+    "qwen2",
+    "qwen3",
+    *_GEMMA,
+    "smollm3",
+    "olmo3",
+    "ministral",
+    "gpt_oss",
+)  # families that look at `layer_types`
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA | {"attention_bias": False, "mlp_bias": False},
     "mistral": _LLAMA | _MISTRAL | {"sliding_window": 4096},
@@ -80,6 +94,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ministral3": _LLAMA | _MISTRAL | _MINISTRAL3,
     "mixtral": _LLAMA | _MISTRAL | _MIXTRAL,
     "qwen3_moe": _LLAMA | _QWEN3_MOE,
+    "gpt_oss": _LLAMA | _GPT_OSS,
     "granite": _LLAMA | _GRANITE | {"attention_bias": False, "mlp_bias": False},
     "olmo2": _LLAMA | _OLMO,
     "olmo3": _LLAMA | _OLMO | {"sliding_window": 4096},
@@ -122,8 +137,10 @@ def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Mod
     mathematics = _falcon(fields) if family == "falcon" else _llama(fields, family)
     if family in ("olmo2", "olmo3"):
         mathematics |= {"pre_norms": False, "post_norms": True, "qk_norm": True, "joint_qk_norm": True}
-    if family in ("mixtral", "qwen3_moe"):
+    if family in ("mixtral", "qwen3_moe", "gpt_oss"):
         mathematics |= _experts(fields)
+    if family == "gpt_oss":
+        mathematics |= _gpt_oss(fields, mathematics["experts"])
     if family == "granite":
         mathematics |= _granite(fields)
     if family in _GEMMA:
@@ -225,7 +242,7 @@ def _gemma(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _experts(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The experts of Mixtral and Qwen3-MoE."""
+    """Experts as Mixtral, Qwen3-MoE and gpt-oss have them."""
     every = positive({"decoder_sparse_step": 1, **fields}, "decoder_sparse_step")
     if every > 1 or given(fields, "mlp_only_layers", []) != []:
         raise InputError(
@@ -235,6 +252,15 @@ def _experts(fields: Mapping[str, Any]) -> dict[str, Any]:
     count = positive(fields, "num_local_experts" if fields["num_experts"] is None else "num_experts", DEEPEST)
     chosen = positive(fields, "num_experts_per_tok", count)
     return {"experts": ExpertSpec(count, chosen, flag({"norm_topk_prob": True, **fields}, "norm_topk_prob"))}
+
+
+def _gpt_oss(fields: Mapping[str, Any], experts: ExpertSpec) -> dict[str, Any]:
+    """What tells gpt-oss from Mixtral."""
+    quantised = given(fields, "quantization_config", {})
+    if not isinstance(quantised, dict) or quantised.get("quant_method", "mxfp4") != "mxfp4":
+        raise InputError(f"config.json: quantization_config = {quantised!r} is not supported; kvjax reads mxfp4")
+    limit, slope = number(fields, "swiglu_limit"), number(fields, "swiglu_alpha")
+    return {"sinks": True, "experts": replace(experts, bias=True, limit=limit, slope=slope)}
 
 
 def _granite(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -396,6 +422,8 @@ def _windows(fields: Mapping[str, Any], listed: Any, family: str) -> tuple[int |
         pattern = given(fields, "sliding_window_pattern", private)
         pattern = positive({"sliding_window_pattern": pattern}, "sliding_window_pattern")
         slides = lambda layer: (layer + 1) % pattern > 0
+    if family == "gpt_oss":
+        slides = lambda layer: layer % 2 == 0
     if family == "olmo3":
         slides = lambda layer: (layer + 1) % 4 > 0
     if family == "smollm3":

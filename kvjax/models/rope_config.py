@@ -27,6 +27,7 @@ _THETA = {
     "olmo3": 5e5,
     "ministral3": 1e6,
     "mixtral": 1e6,
+    "gpt_oss": 1.5e5,
 }  # by default, where it is not 10000
 _WINDOW_THETA = {"gemma3_text": 1e4, "olmo3": 5e5}  # families whose windows have a rotary embedding of their own
 _BLOCK = {  # where a config has none
@@ -37,7 +38,13 @@ _BLOCK = {  # where a config has none
         "mscale": 1.0,
         "mscale_all_dim": 1.0,
         "llama_4_scaling_beta": 0.1,
-    }
+    },
+    "gpt_oss": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
 }
 _PARTIAL = ("phi3",)  # families whose heads may turn in part
 _OLD_NAMES = {"phi3": {"su": "longrope", "yarn": "longrope"}}

@@ -276,6 +276,8 @@ def teacher(options: Options, spec: ModelSpec, source: Params) -> tuple[ModelSpe
             )
         if model.spec.latent is not None:
             raise InputError(f"--teacher {model.name} has low-rank keys: give what it was made from")
+        if model.spec.sinks:
+            raise InputError(f"--teacher {model.name} has attention sinks, which retrofitting does not read")
         spec, source = model.spec, weights.of_model(model.decoder)
     return spec, {path: leaf.astype(options.dtype, copy=True) for path, leaf in source.items()}
 

@@ -54,6 +54,8 @@ OLMO_ROPES = {
 }
 SLIDES = ["sliding_attention", "full_attention"]
 GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.5, "logits_scaling": 2.5}
+GPT_OSS = {"head_dim": 8, "sliding_window": 9, "num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 1.5}
+GPT_OSS |= {"intermediate_size": 32, "rope_parameters": {"rope_theta": 1e4} | YARN | {"truncate": False}}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 # name -> (family, fields beside SMALL, dialect of config.json)
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -105,6 +107,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16},
         5,
     ),
+    "gpt_oss": ("gpt_oss", GPT_OSS, 5),
     "internlm2": ("llama", {"num_key_value_heads": 2, "num_attention_heads": 6, "hidden_size": 48}, 4),
 }
 PROMPT, NEW = 40, 12
@@ -143,6 +146,7 @@ def make(seed: int, family: str, fields: dict[str, Any]) -> dict[str, Any] | Non
         "falcon": transformers.FalconForCausalLM,
         "smollm3": transformers.SmolLM3ForCausalLM,
         "olmo2": transformers.Olmo2ForCausalLM,
+        "gpt_oss": transformers.GptOssForCausalLM,
         "mixtral": transformers.MixtralForCausalLM,
         "qwen3_moe": transformers.Qwen3MoeForCausalLM,
         "ministral": transformers.MinistralForCausalLM,

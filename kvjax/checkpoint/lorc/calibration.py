@@ -64,7 +64,7 @@ def _pass(
 ) -> tuple[Float[Array, "T D"], Float[Array, "2 C n n"]]:
     """A layer over one sequence, and the moments of its keys and values."""
     t = x.shape[0]
-    options = {"scale": spec.scale, "cap": spec.score_cap, "window": window}
+    options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "sink": layer.sink()}
 
     def attend(q: Array, k: Array, v: Array) -> Array:
         return prefill_attention(q[None], k[None], v[None], jnp.asarray([t]), **options)[0][0]
