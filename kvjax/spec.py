@@ -53,7 +53,7 @@ class RopeSpec:
     @property
     def follows_length(self) -> bool:
         """Whether the frequencies depend on how many tokens a sequence has."""
-        return self.type in ("dynamic", "longrope")
+        return self.type == "dynamic" or self.short_factors != self.long_factors
 
     def width(self, head_dim: int) -> int:
         """Values of a head that are rotated."""

@@ -1,9 +1,10 @@
-"""Read a Hugging Face checkpoint: local safetensors, one tensor at a time, whole or in parts.
+"""Read a checkpoint, one tensor at a time, whole or in parts: safetensors as in Hugging Face's directories, or GGUF.
 
 A part is what a decoder is cut into where it is too large to be held: the embedding, one layer, or the final norm with
 the head. Pickled weights are never opened.
 """
 
+import functools
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -19,8 +20,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from kvjax.checkpoint import mxfp4, names
+from kvjax.checkpoint import gguf, mxfp4, names
+from kvjax.checkpoint.header import Stored
 from kvjax.errors import InputError, say_once
+from kvjax.files.gguf import first_part, is_gguf
 from kvjax.files.text import read_json
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config
@@ -32,19 +35,10 @@ Progress = Callable[[int, int], None]  # (weights read, weights in all)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_OF_HUB = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _BLOCK = 2**18  # numbers that are compared or checked together: they and what is made of them stay in a CPU's cache
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-
-
-class Stored(NamedTuple):
-    """Where a tensor is and what it is, from its file's header."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    others: tuple["Stored", ...] = ()  # tensors of the other experts, where each has one; of MXFP4, the scales
 
 
 class Weights(NamedTuple):
@@ -56,25 +50,44 @@ class Weights(NamedTuple):
 
 
 def resolve(name: str) -> Path:
-    """The directory of a checkpoint: a local one, else a hub id `org/name`, which is downloaded."""
-    if os.path.isdir(name):  # unlike a Path's, these never raise, however long the name
-        return Path(name)
-    if os.path.lexists(name):
-        raise InputError(f"{name}: is a file, expected a directory in the Hugging Face layout")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise InputError(f"{name}: no such directory, and not a hub id of the form org/name")
+    """The directory of a checkpoint, or its GGUF file: a local one, else a hub id, which is downloaded.
+
+    A hub id is `org/name`, or `org/name/FILE.gguf` for a file of it.
+    """
+    if os.path.lexists(name):  # unlike a Path's, these never raise, however long the name
+        return local(Path(name))
+    named = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:/([\w./-]+\.gguf))?", name)
+    if named is None:
+        raise InputError(
+            f"{name}: no such directory or GGUF file, and not a hub id of the form org/name or org/name/FILE.gguf"
+        )
     import huggingface_hub
 
+    _, file = named.groups()
     try:
         found = huggingface_hub.snapshot_download(
-            name,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"],
-            ignore_patterns=["*/*", "consolidated*"],
+            named[1],
+            allow_patterns=_OF_HUB if file is None else [re.sub(r"-\d{5}-of-", "-*-of-", file)],
+            ignore_patterns=["*/*", "consolidated*"] if file is None else None,
         )
     except Exception as error:  # the client raises its transport's errors too, and those are no stable list
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{name}: no such directory, and the hub gave no such model: {reason}") from error
-    return Path(found)
+    return Path(found) if file is None else local(Path(found) / file)
+
+
+def local(path: Path) -> Path:
+    """A directory, or the GGUF file that is given or that is a directory's only weights."""
+    if is_gguf(path):
+        return first_part(path)
+    if not os.path.isdir(path):
+        raise InputError(f"{path}: is a file, expected a directory in the Hugging Face layout or a GGUF file")
+    if any((path / name).is_file() for name in (SINGLE, INDEX)):
+        return path
+    files = sorted({first_part(file) for file in path.glob("*.gguf") if not file.name.startswith("mmproj")})
+    if len(files) > 1:
+        raise InputError(f"{path}: has {len(files)} GGUF files: give one, such as {files[0]}")
+    return files[0] if files else path
 
 
 def abstract(spec: ModelSpec, dtype: DTypeLike) -> tuple[dict[str, jax.ShapeDtypeStruct], Any]:
@@ -198,7 +211,9 @@ def stored_dtype(weights: Weights) -> np.dtype:
 
 
 def headers(path: Path) -> dict[str, Stored]:
-    """What every tensor of a Hugging Face directory is, without reading one."""
+    """What every tensor of a checkpoint is, without reading one."""
+    if is_gguf(path):
+        return gguf.headers(path)
     if (path / SINGLE).is_file():
         if (path / INDEX).is_file():
             say_once(f"{path}: has both {SINGLE} and {INDEX}; the single file counts, as for transformers")
@@ -240,18 +255,21 @@ def _header(file: Path) -> dict[str, Stored]:
     try:
         with safe_open(file, "np") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-            return {name: Stored(file, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+            return {
+                name: Stored(file, name, s.get_dtype(), tuple(s.get_shape()), functools.partial(_read, file, name))
+                for name, s in slices.items()
+            }
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: is truncated or not a safetensors file ({error})") from None
 
 
-def _read(stored: Stored) -> np.ndarray:
+def _read(file: Path, name: str) -> np.ndarray:
     # Opened anew for each tensor: the mapping's pages count as ours for as long as it lives.
     try:
-        with safe_open(stored.file, "np") as tensors:
-            return tensors.get_tensor(stored.name)
+        with safe_open(file, "np") as tensors:
+            return tensors.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{stored.file}: tensor {stored.name} cannot be read ({error})") from None
+        raise InputError(f"{file}: tensor {name} cannot be read ({error})") from None
 
 
 def _array(target: str, weights: Weights, dtype: DTypeLike | None) -> np.ndarray:
@@ -260,7 +278,9 @@ def _array(target: str, weights: Weights, dtype: DTypeLike | None) -> np.ndarray
     packed, columns = names.rows(target, spec), names.columns(target, spec)
 
     def one(stored: Stored) -> np.ndarray:
-        array = mxfp4.numbers(_read(stored), _read(*stored.others)) if stored.dtype == mxfp4.NAME else _read(stored)
+        array = stored.read()
+        if stored.dtype == mxfp4.NAME:
+            array = mxfp4.numbers(array, stored.others[0].read())
         array = array if packed is None else array[packed]
         array = array if columns is None else array[..., columns]
         array = np.ascontiguousarray(array.T if names.is_transposed(target, spec) else array)

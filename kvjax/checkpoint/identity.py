@@ -8,7 +8,7 @@ import numpy as np
 
 from kvjax.checkpoint import digest, hf, orbax
 from kvjax.errors import InputError
-from kvjax.files.text import read_json
+from kvjax.models import small_files
 from kvjax.models.decoder import Decoder
 
 SAMPLE = 1024
@@ -21,13 +21,13 @@ def fingerprint(directory: Path) -> str:
     files that Orbax cuts it into. Tokenizer and generation settings do not count.
 
     Args:
-      directory: in the Hugging Face layout, or converted.
+      directory: in the Hugging Face layout, or converted; or a GGUF file.
 
     Cost: reads all weights once. Hugging Face files are hashed as they are, in a constant amount of memory, at the
       speed of the disk or else at 6 GB/s; of a converted checkpoint Orbax reads a part at a time, at 0.7 GB/s.
     """
     content = _converted(directory) if orbax.is_orbax(directory) else _files(directory)
-    described = [read_json(directory / "config.json"), content]
+    described = [small_files.config(directory), content]
     return digest.of_bytes(json.dumps(described, sort_keys=True).encode())
 
 

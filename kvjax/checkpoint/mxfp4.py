@@ -4,14 +4,12 @@ Source: OCP Microscaling Formats 1.0; transformers `convert_moe_packed_tensors`.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import UInt8
 
-if TYPE_CHECKING:
-    from kvjax.checkpoint.hf import Stored
+from kvjax.checkpoint.header import Stored
 
 NAME = "MXFP4"
 _BLOCK = 32  # numbers that share a power of two
@@ -19,7 +17,7 @@ _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _NUMBERS = np.asarray([*_HALF, *(-x for x in _HALF)], np.float32)
 
 
-def joined(stored: "Mapping[str, Stored]") -> "Mapping[str, Stored]":
+def joined(stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
     """Tensors by name, `NAME_blocks [E out groups 16]` and `NAME_scales [E out groups]` as `NAME [E in out]`."""
     found = dict(stored)
     for name, blocks in stored.items():

@@ -102,11 +102,15 @@ def part(target: str) -> str:
     return found[0] if found else "head"
 
 
+def modules(family: str, parallel_norms: int = 0) -> dict[str, str]:
+    """kvjax's modules, and what a checkpoint of a family calls them."""
+    found = _NAMES.get(family, _LLAMA)
+    return found | _FALCON_TWO_NORMS if family == "falcon" and parallel_norms == 2 else found
+
+
 def source(target: str, spec: ModelSpec) -> str:
     """The checkpoint's name of a parameter; `*` in it stands for an expert's number, each of which has a tensor."""
-    names = _NAMES.get(spec.family, _LLAMA)
-    if spec.family == "falcon" and spec.parallel_norms == 2:
-        names = names | _FALCON_TWO_NORMS
+    names = modules(spec.family, spec.parallel_norms)
     if target == "embedding":
         return f"{names[target]}.weight"
     module, _, leaf = target.rpartition(".")

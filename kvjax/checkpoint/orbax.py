@@ -26,6 +26,7 @@ from kvjax.checkpoint.quiet import quiet
 from kvjax.checkpoint.stage import staged
 from kvjax.errors import InputError
 from kvjax.files.text import read_json
+from kvjax.models import small_files
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config
 from kvjax.parallel import mesh
@@ -53,7 +54,7 @@ def save(dst: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: Mapp
 
     Args:
       dst: the directory to make; it must not exist.
-      src: the directory that the configuration and tokenizer files are copied from.
+      src: the directory that the configuration and tokenizer files are copied from, or a GGUF file.
       parts: (name, parameters by path) of every part, in the model's order.
       about: what to note in `kvjax.json` beside the format. Read after the last part, so that what is learned while
         parts are made can still be noted.
@@ -86,9 +87,8 @@ def _write(stage: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: 
     from orbax.checkpoint import v1 as ocp
 
     first, checksums, tied = jax.process_index() == 0, {}, True
-    for name in COPIED:
-        if first and (src / name).is_file():
-            shutil.copyfile(src / name, stage / name)
+    if first:
+        small_files.copy(src, COPIED, stage)
     for name, arrays in _grouped(parts):
         _check_finite(arrays)
         tied = tied and "head.kernel" not in arrays

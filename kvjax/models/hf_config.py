@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvjax.errors import InputError, say_once
-from kvjax.files.text import read_json
+from kvjax.files.gguf import is_gguf
+from kvjax.models import small_files
 from kvjax.models.config_fields import flag, given, number, positive, refuse_unknown, whole
 from kvjax.models.rope_config import parse_ropes
 from kvjax.spec import ExpertSpec, ModelSpec, RopeSpec
@@ -119,10 +120,16 @@ def read_config(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
     """The model that `config.json` in the directory `path` describes.
 
     Args:
-      path: a checkpoint directory.
+      path: a checkpoint directory, or a GGUF file.
       ignore: fields to treat as absent; `rope_scaling.NAME` for a field inside `rope_scaling`.
     """
-    return parse_config(read_json(path / "config.json"), ignore)
+    content = small_files.config(path)
+    try:
+        return parse_config(content, ignore)
+    except InputError as error:
+        if is_gguf(path):
+            raise InputError(f"{path}, read as {error}") from None
+        raise
 
 
 def parse_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> ModelSpec:
@@ -311,11 +318,12 @@ class Stop(NamedTuple):
 
 
 def read_generation_config(path: Path, vocab_size: int) -> Stop:
-    """The end-of-sequence ids that a checkpoint directory's generation_config.json names, else its config.json."""
+    """The end-of-sequence ids that a checkpoint's generation_config.json names, else its config.json."""
     for name in ("generation_config.json", "config.json"):
-        if not (path / name).is_file():
+        content = small_files.read_json(path, name)
+        if content is None:
             continue
-        found = given(read_json(path / name), "eos_token_id", [])
+        found = given(content, "eos_token_id", [])
         ids = found if isinstance(found, list) else [found]
         if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
             raise InputError(

@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 import tokenizers
 
 from kvjax.errors import InputError
-from kvjax.files.text import read_json, read_text
-from kvjax.models import chat_template
+from kvjax.models import chat_template, small_files
 
 T = TypeVar("T")
 LONGER = 32  # times that normalizers and their like may lengthen a text
@@ -40,13 +39,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer | None":
-        """The tokenizer of a checkpoint directory; None when it has no `tokenizer.json`."""
-        file = directory / "tokenizer.json"
-        if not file.is_file():
+        """The tokenizer of a checkpoint directory or a GGUF file; None when it has no `tokenizer.json`."""
+        text = small_files.read_text(directory, "tokenizer.json")
+        if text is None:
             return None
-        backend = _backend(file)
-        settings = directory / "tokenizer_config.json"
-        config = read_json(settings) if settings.is_file() else {}
+        backend = _backend(directory / "tokenizer.json", text)
+        config = small_files.read_json(directory, "tokenizer_config.json") or {}
         return cls(backend, _template(directory, config), _special(config))
 
     @property
@@ -164,11 +162,11 @@ class Stream:
         return piece
 
 
-def _backend(file: Path) -> tokenizers.Tokenizer:
-    """The `tokenizers` object of a file, once it has read a text and is sure to stay within bounds."""
+def _backend(file: Path, text: str) -> tokenizers.Tokenizer:
+    """The `tokenizers` object of a file's text, once it has read a text and is sure to stay within bounds."""
     problem = f"{file}: is not a tokenizer"
     with _silent():
-        backend = _guarded(problem, lambda: tokenizers.Tokenizer.from_file(str(file)))
+        backend = _guarded(problem, lambda: tokenizers.Tokenizer.from_str(text))
         _check_growth(file, backend)
         _check_ids(file, backend)
         _guarded(problem, lambda: _try(backend))
@@ -246,9 +244,9 @@ def _silent() -> Iterator[None]:
 
 def _template(directory: Path, config: dict[str, Any]) -> str | None:
     """The chat template: its own file first, then `tokenizer_config.json`, where it may be one of several."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return read_text(file)
+    own = small_files.read_text(directory, "chat_template.jinja")
+    if own is not None:
+        return own
     match config.get("chat_template"):
         case None | str() as template:
             return template

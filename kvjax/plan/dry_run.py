@@ -14,8 +14,9 @@ from jax.typing import DTypeLike
 from kvjax.cache import layout
 from kvjax.cache.layout import Cache
 from kvjax.cache.tier import Bytes
-from kvjax.checkpoint import orbax, shipped
+from kvjax.checkpoint import hf, orbax, shipped
 from kvjax.errors import InputError
+from kvjax.files.gguf import is_gguf
 from kvjax.files.text import read_json
 from kvjax.generation import prefill
 from kvjax.generation.accounting import cache_bytes, compare, full_bytes
@@ -25,7 +26,7 @@ from kvjax.generation.results import Compared
 from kvjax.methods import COMMON, METHODS
 from kvjax.methods.arguments import read_argument
 from kvjax.models.decoder import Decoder, native_dtype
-from kvjax.models.hf_config import parse_config
+from kvjax.models.hf_config import parse_config, read_config
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.policies.base import AMOUNTS, Recipe
 from kvjax.policies.layers import layer_recipe, rotates_at_read
@@ -100,8 +101,8 @@ def abstract_model(name: str | None, dtype: DTypeLike | None = None, ignore: Col
     """A model without weights, good for planning a cache and for making tokens of a text.
 
     Args:
-      name: a checkpoint directory, converted or not, of which `config.json` is enough, or the path of such a file; None
-        = the demo model.
+      name: a checkpoint directory, converted or not, of which `config.json` is enough, or the path of such a file, or a
+        GGUF file; None = the demo model.
       dtype: of weights and cache; None = `native_dtype`.
       ignore: config fields that may be ignored although kvjax does not know them.
     """
@@ -122,11 +123,14 @@ def without_weights(spec: ModelSpec, dtype: DTypeLike, tokenizer: Tokenizer | No
 
 
 def read_spec(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
-    """The model in a checkpoint directory, converted or not, or of a `config.json`."""
+    """The model in a checkpoint directory, converted or not, in a GGUF file, or of a `config.json`."""
     return _read_spec(path, ignore)[1]
 
 
 def _read_spec(path: Path, ignore: Collection[str]) -> tuple[Path, ModelSpec]:
+    path = hf.local(path) if path.is_dir() or is_gguf(path) else path
+    if is_gguf(path):
+        return path, read_config(path, ignore)
     folder, file = (path, path / "config.json") if path.is_dir() else (path.parent, path)
     converted = orbax.is_orbax(folder) and file == folder / "config.json"
     if converted:

@@ -1,0 +1,147 @@
+"""The tensors of a GGUF file under the names of a Hugging Face checkpoint, and as they are there.
+
+llama.cpp's conversion renames them, turns the rows of queries and keys where Llama's rotary embedding is meant, groups
+Falcon's packed rows by kind, and adds 1 to the norms of Gemma; all of it is undone where a tensor is read.
+
+Source: llama.cpp, `conversion/llama.py`, `falcon.py`, `gemma.py`, `internlm.py`.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Int
+
+from kvjax.checkpoint import names
+from kvjax.checkpoint.header import Stored
+from kvjax.errors import InputError
+from kvjax.files import gguf
+from kvjax.models import gguf_config
+
+# kvjax's module -> the GGUF's. Modules of a layer are relative to the layer.
+_NAMES = {
+    "embedding": "token_embd",
+    "norm": "output_norm",
+    "head": "output",
+    "attention_norm": "attn_norm",
+    "attention.q": "attn_q",
+    "attention.k": "attn_k",
+    "attention.v": "attn_v",
+    "attention.o": "attn_output",
+    "attention.q_norm": "attn_q_norm",
+    "attention.k_norm": "attn_k_norm",
+    "attention_post_norm": "post_attention_norm",
+    "mlp_norm": "ffn_norm",
+    "mlp.gate": "ffn_gate",
+    "mlp.up": "ffn_up",
+    "mlp.down": "ffn_down",
+    "mlp_post_norm": "post_ffw_norm",
+}
+_PACKED = dict.fromkeys(("attention.q", "attention.k", "attention.v"), "attn_qkv")
+_OTHERS = {"phi3": _PACKED | {"mlp.gate": "ffn_up"}, "falcon": _PACKED}
+_TWO_NORMS = {"attention_norm": "attn_norm_2", "mlp_norm": "attn_norm"}
+_ROPE = re.compile(r"(blk\.\d+\.)?(rope_\w+|attn_rot_embd)\.weight")  # frequencies, which the configuration has
+_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_TOGETHER = 2**20  # numbers that are dequantised at once
+
+Order = Callable[[int], Int[np.ndarray, " rows"]]  # which rows of so many are those of the Hugging Face tensor
+
+
+def headers(path: Path) -> dict[str, Stored]:
+    """What every tensor of a GGUF file would be in a Hugging Face directory, without reading one."""
+    file = gguf.read(path)
+    config = gguf_config.config(file)
+    kind = gguf_config.architecture(file)
+    renamed, orders = _renamed(file, kind, config["model_type"]), _orders(kind, config)
+    found: dict[str, Stored] = {}
+    for tensor in file.tensors.values():
+        if _ROPE.fullmatch(tensor.name):
+            continue
+        named = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
+        module = named and renamed.get((named[1] is not None, named[2]))
+        name = module.format(named[1], named[3]) if named and module else tensor.name
+        if not _is_readable(tensor.kind):
+            raise InputError(f"{tensor.file}: tensor {tensor.name} is {tensor.kind}, which nothing here dequantises")
+        shift = -1.0 if kind.startswith("gemma") and tensor.name.endswith("norm.weight") else 0.0
+        how = functools.partial(_read, tensor, orders.get(named[2]) if named else None, shift)
+        dtype = tensor.kind if tensor.kind in _PLAIN and not shift else "F32"
+        found[name] = Stored(tensor.file, tensor.name, dtype, tensor.shape, how)
+    return found
+
+
+def _renamed(file: gguf.Gguf, kind: str, family: str) -> dict[tuple[bool, str], str]:
+    """(whether it is of a layer, the GGUF's module) -> the Hugging Face name, with {} for the layer and the leaf."""
+    two = "blk.0.attn_norm_2.weight" in file.tensors
+    ours = _NAMES | _OTHERS.get(kind, {}) | (_TWO_NORMS if two else {})
+    theirs = names.modules(family, 2 if two else 0)
+    outside = ("embedding", "norm", "head")
+    return {
+        (module not in outside, ours[module]): f"{theirs[module]}.{{1}}"
+        if module in outside
+        else f"{theirs['layers']}.{{0}}.{theirs[module]}.{{1}}"
+        for module in theirs
+        if module in ours
+    }
+
+
+def _orders(kind: str, config: dict[str, Any]) -> dict[str, Order]:
+    """Modules whose rows are in another order."""
+    heads = config["num_attention_heads"]
+    if kind in ("llama", "internlm2"):
+        kv_heads = config["num_key_value_heads"]
+        return {"attn_q": functools.partial(_halves, heads), "attn_k": functools.partial(_halves, kv_heads)}
+    return {"attn_qkv": functools.partial(_groups, heads, config["num_kv_heads"])} if kind == "falcon" else {}
+
+
+def _halves(heads: int, rows: int) -> Int[np.ndarray, " rows"]:
+    """Rows of heads whose number `i` turns with `i + H / 2`, from those whose neighbours turn together."""
+    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _groups(heads: int, kv_heads: int, rows: int) -> Int[np.ndarray, " rows"]:
+    """Rows of each key/value head with its queries, from all queries, all keys, all values."""
+    width = rows // (heads + 2 * kv_heads)
+    q, k, v = np.split(np.arange(rows).reshape(-1, width), [heads, heads + kv_heads])
+    return np.concatenate([q.reshape(kv_heads, -1), k, v], axis=1).reshape(-1)
+
+
+def _read(tensor: gguf.Tensor, order: Order | None, shift: float) -> np.ndarray:
+    """A tensor's numbers, dequantised to float32 a few rows at a time."""
+    rows, width = (1, tensor.shape[0]) if len(tensor.shape) == 1 else (tensor.shape[0], int(np.prod(tensor.shape[1:])))
+    if tensor.kind in _PLAIN:
+        array = gguf.numbers(tensor).view(_PLAIN[tensor.kind])
+    else:
+        array = np.empty((rows, width), np.float32)
+        step = max(1, _TOGETHER // width)
+        for i in range(0, rows, step):
+            some = array[i : i + step]
+            nbytes = tensor.nbytes // rows
+            raw = gguf.numbers(tensor, i * nbytes, len(some) * nbytes).reshape(len(some), nbytes)
+            some[:] = _dequantised(raw, tensor.kind)
+    array = array.reshape(tensor.shape)
+    array = array if order is None else array[order(len(array))]
+    return array + np.float32(shift) if shift else array
+
+
+def _dequantised(raw: np.ndarray, kind: str) -> np.ndarray:
+    from gguf import GGMLQuantizationType, dequantize
+
+    with np.errstate(all="ignore"):  # what is not finite is seen by whoever asked
+        return dequantize(raw, GGMLQuantizationType[kind])
+
+
+@functools.cache
+def _is_readable(kind: str) -> bool:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        return (
+            kind in _PLAIN
+            or _dequantised(np.zeros((1, GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]), np.uint8), kind).size > 0
+        )
+    except NotImplementedError:
+        return False
