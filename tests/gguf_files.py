@@ -1,4 +1,4 @@
-"""GGUF files as llama.cpp's conversion writes them, from Hugging Face weights; its own renaming, by the `gguf` package."""
+"""GGUF files as llama.cpp's conversion writes them from Hugging Face weights; the `gguf` package has the names."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -35,15 +35,17 @@ def write(path: Path, config: Mapping[str, Any], weights: Mapping[str, np.ndarra
       path: the file, or of a model that is split the first one without its number.
       config: config.json.
       weights: under Hugging Face's names.
-      options: `kind` = how matrices are stored, "Q8_0" for example; `fields` = more of them, None takes one out;
-        `per_file` = tensors of a part.
+      options: `kind` = how matrices are stored whose rows fit, "Q8_0" for example; `fields` = more of them, None takes
+        one out; `per_file` = tensors of a part.
     """
     arch = ARCHITECTURES.get(config["model_type"], config["model_type"])
     writer = GGUFWriter(path, arch, split_max_tensors=options.get("per_file", 0))
     for key, value in (fields_of(arch, config) | options.get("fields", {})).items():
         add(writer, key if "." in key and key.split(".")[0] in ("general", "tokenizer") else f"{arch}.{key}", value)
     for name, array in tensors_of(arch, config, weights):
-        kind = GGMLQuantizationType[options.get("kind", "F32") if array.ndim > 1 else "F32"]
+        kind = GGMLQuantizationType[options.get("kind", "F32")]
+        if array.ndim == 1 or array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            kind = GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(array, np.float32), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

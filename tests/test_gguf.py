@@ -1,6 +1,7 @@
 """GGUF files: the same model, tokens and settings as the Hugging Face checkpoint that llama.cpp would convert."""
 
 import dataclasses
+import itertools
 import json
 import os
 import struct
@@ -19,7 +20,6 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 import kvjax
-import kvjax.generate
 from kvjax.checkpoint import fingerprint, gguf, hf, load_model
 from kvjax.checkpoint.convert import convert
 from kvjax.errors import InputError
@@ -300,12 +300,10 @@ def test_byte_level_tokens_are_those_of_the_source(tmp_path, pre):
 
 
 def sentence_piece(text: str, scores: dict[str, float]) -> list[str]:
-    """The definition: of all neighbours that make a token those with the best score are joined, the first ones first."""
+    """The definition: of all neighbours that make a token those with the best score are joined, the first of them."""
     pieces = list(text)
     while True:
-        joined = [
-            (scores[a + b], -i) for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False)) if a + b in scores
-        ]
+        joined = [(scores[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in scores]
         if not joined:
             return pieces
         i = -max(joined)[1]
@@ -353,11 +351,8 @@ def test_sentence_piece_tokens_are_those_of_the_definition(tmp_path, prefix):
         ids = found.encode(text)
         assert [found.name(i) for i in ids] == ["<s>", *flat]
         assert found.decode(ids) == text
-    assert [found.name(i) for i in found.encode("a  b[INST]", special=False)][-3:] == [
-        "  ",
-        *(["▁", "b"] if prefix else ["b"]),
-        "[INST]",
-    ][-3:]
+    whole = [found.name(i) for i in found.encode("a  b[INST]", special=False)]
+    assert whole == (["▁a", "  ", "▁", "b", "[INST]"] if prefix else ["a", "  ", "b", "[INST]"])
 
 
 def test_ends_and_templates(tmp_path):
@@ -393,7 +388,7 @@ def test_ends_and_templates(tmp_path):
     ({"attention.value_length": 4}, "attention_value_length = 4 is not supported"),
     ({"attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps = nan"),
     ({"rope.dimension_count": 4}, "partial_rotary_factor = 0.5 is not supported for llama models"),
-    ({"rope.scaling.type": "dynamic", "rope.scaling.factor": 2.0}, "factor"),
+    ({"rope.scaling.type": "ntk", "rope.scaling.factor": 2.0}, "rope_scaling.rope_type = 'ntk' is not supported"),
     ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.attn_factor": 0.5},
      "rope_scaling_attn_factor = 0.5"),
     ({"attention.clamp_kqv": 8.0}, "attention_clamp_kqv = 8.0 is not supported"),
@@ -439,12 +434,12 @@ def edited(file: Path, at: bytes, new: bytes, after: int = 0) -> Path:
     (b"tokenizer.ggml.token_type", struct.pack("<Q", 2**61), 8, "it claims 2,305,843,009,213,693,952 numbers"),
     (b"tokenizer.ggml.tokens", struct.pack("<I", 9), 4, "is of an unknown type"),
     (b"general.architecture", b"\xff", 12, "is not UTF-8"),
-    (b"llama.block_count", b"llama.block_coun", -17, "bytes"),
+    (b"llama.block_count", b"x", -1, "has no llama.block_count"),
     (b"token_embd.weight", struct.pack("<I", 5), 0, "tensor token_embd.weight has 5 dimensions"),
     (b"token_embd.weight", struct.pack("<Q", 0), 4, "tensor token_embd.weight has shape [97, 0]"),
     (b"token_embd.weight", struct.pack("<QQ", 2**63, 2**63), 4, "tensor token_embd.weight has"),
     (b"token_embd.weight", struct.pack("<I", 99), 20, "is of type 99, which the gguf package does not know"),
-    (b"token_embd.weight", struct.pack("<I", 26), 20, "tensor token_embd.weight is I32, which nothing here dequantises"),
+    (b"token_embd.weight", struct.pack("<I", 26), 20, "token_embd.weight is I32, which nothing here dequantises"),
     (b"token_embd.weight", struct.pack("<Q", 8), 24, "tensor token_embd.weight has 12,416 bytes at"),
     (b"token_embd.weight", struct.pack("<Q", 2**62), 24, "tensor token_embd.weight has 12,416 bytes at"),
     (b"blk.0.ffn_norm.weight", struct.pack("<Q", 0), 16, "overlaps another"),
@@ -453,13 +448,11 @@ def edited(file: Path, at: bytes, new: bytes, after: int = 0) -> Path:
 ])  # fmt: skip
 def test_damaged_files_are_one_line(tmp_path, at, new, after, words):
     file = gguf_files.write_golden("llama_gqa", tmp_path / "model.gguf", fields=VOCABULARY)
-    if after < 0 and at == b"llama.block_count":
-        after = -len(at)
     line = refusal(edited(file, at, new, after))
     assert words in line
 
 
-def test_truncated_empty_and_other_files(tmp_path, capsys):
+def test_truncated_empty_and_other_files(tmp_path):
     file = gguf_files.write_golden("llama_gqa", tmp_path / "model.gguf")
     whole = file.read_bytes()
     for size in (0, 3, 4, 10, 24, 100, 1000, len(whole) - 1):
@@ -467,10 +460,6 @@ def test_truncated_empty_and_other_files(tmp_path, capsys):
         assert "is truncated or not a GGUF file" in refusal(file)
     file.write_text("# This is a text\n" * 100)
     assert "does not begin with GGUF" in refusal(file)
-    with pytest.raises(SystemExit) as error:
-        kvjax.generate.main(["--model", str(file), "--prompt", "x"])
-    assert error.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_weights_that_are_not_finite(tmp_path):

@@ -9,6 +9,7 @@ from tests import (
     mutated_configs,
     mutated_data,
     mutated_flags,
+    mutated_gguf,
     mutated_params,
     mutated_tokenizers,
     mutated_toml,
@@ -18,6 +19,7 @@ from tests.mutate import explore
 
 FILES = (
     mutated_configs, mutated_weights, mutated_params, mutated_tokenizers, mutated_toml, mutated_data, mutated_flags,
+    mutated_gguf,
 )  # fmt: skip
 KINDS = {name: kind for file in FILES for name, kind in file.KINDS.items()}
 

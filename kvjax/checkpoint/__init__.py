@@ -1,4 +1,4 @@
-"""Checkpoints: Hugging Face safetensors in, Orbax in and out."""
+"""Checkpoints: Hugging Face safetensors and GGUF in, Orbax in and out."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -14,10 +14,10 @@ from kvjax.parallel.mesh import Size
 def load_model(
     name: str, dtype: DTypeLike | None = None, ignore: Collection[str] = (), size: Size | None = None
 ) -> tuple[Decoder, Path]:
-    """A decoder and the directory that its tokenizer and configuration are in.
+    """A decoder and the directory, or the GGUF file, that its tokenizer and configuration are in.
 
     Args:
-      name: a converted directory, a Hugging Face directory, or a hub id `org/name`.
+      name: a converted directory, a Hugging Face directory, a GGUF file, or a hub id; see `hf.resolve`.
       dtype: dtype of weights and activations; None = `native_dtype`.
       ignore: fields of `config.json` to treat as absent; a converted directory remembers those it was made with.
       size: of the mesh to put it on; None = one device.

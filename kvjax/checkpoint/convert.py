@@ -1,4 +1,4 @@
-"""Convert a Hugging Face checkpoint to Orbax, or an Orbax checkpoint to another dtype."""
+"""Convert a Hugging Face or GGUF checkpoint to Orbax, or an Orbax checkpoint to another dtype."""
 
 import functools
 from collections.abc import Collection, Iterator
@@ -28,9 +28,9 @@ def convert(
     """Convert the checkpoint `source` into the new directory `dst`, with a progress bar on stderr.
 
     Args:
-      source: a Hugging Face directory, a hub id, or a converted checkpoint that is wanted in another dtype.
+      source: a Hugging Face directory, a GGUF file, a hub id, or a converted checkpoint that is wanted in another dtype.
       dst: the directory to make.
-      dtype: one of `DTYPES`; None keeps each tensor's own.
+      dtype: one of `DTYPES`; None keeps each tensor's own, float32 where it is quantised.
       ignore: fields of `config.json` to treat as absent; noted in `dst`, so that loading it needs no flag.
       low_rank: make keys and values low-rank; None = as they are.
 

@@ -1,8 +1,8 @@
 """GGUF files: what a file says of itself, believed only as far as its size allows.
 
 A file is a magic, a version, fields, descriptions of tensors, then their data; a model may be split over several.
-The `gguf` package knows the tensor types. Its reader takes 12 s for the 262,144 tokens of Gemma 3, this one 0.3 s, and
-goes through as many elements as a file claims to have.
+The `gguf` package knows the tensor types. Its own reader takes twenty times as long for the 262,144 tokens of Gemma 3,
+and goes through as many elements as a file claims to have.
 
 Source: ggml, `docs/gguf.md`.
 """
@@ -43,7 +43,7 @@ class Gguf(NamedTuple):
     """What is in a GGUF file, and in the other parts of a model that is split; no weights."""
 
     path: Path
-    fields: dict[str, Any]  # numbers, texts, lists of texts, arrays of numbers
+    fields: dict[str, Any]  # numbers, texts, lists of either
     tensors: dict[str, Tensor]
 
 
@@ -158,7 +158,7 @@ class _Cursor:
             raise damaged(self.path, f"a field before byte {self.at:,} is of an unknown type")
         width = _PACKED[kind].size
         count = self.count("numbers", width)
-        return np.frombuffer(self.raw, np.dtype(_SCALARS[kind]), count, self.take(count * width)).copy()
+        return np.frombuffer(self.raw, np.dtype(_SCALARS[kind]), count, self.take(count * width)).tolist()
 
 
 def damaged(path: Path, why: str) -> InputError:

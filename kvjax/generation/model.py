@@ -241,8 +241,8 @@ def load(
     """Load a checkpoint.
 
     Args:
-      name: a Hugging Face directory, an Orbax directory made by `kvjax.convert`, a hub id, or a shipped checkpoint:
-        `demo` (None as well) or `demo-dmc`.
+      name: a Hugging Face directory, a GGUF file, an Orbax directory made by `kvjax.convert`, a hub id (`org/name`, or
+        `org/name/FILE.gguf`), or a shipped checkpoint: `demo` (None as well) or `demo-dmc`.
       dtype: of weights, activations and cache; None = float32 on CPU, bfloat16 elsewhere.
       ignore_config: config fields that may be ignored although kvjax does not know them.
       mesh: "data=2,model=4" takes 2 times 4 devices: sequences are split over 2, weights and key/value heads over 4.
@@ -263,7 +263,7 @@ def load_from(
     ignore_config: Sequence[str] = (),
     mesh: str | None = None,
 ) -> tuple[Model, Path]:
-    """Like `load`, and the directory that the checkpoint's files are in."""
+    """Like `load`, and the directory that the checkpoint's files are in, or its GGUF file."""
     size = None if mesh is None else meshes.parse(mesh)
     decoder, directory = checkpoint.load_model(str(shipped.find(name)), dtype, ignore_config, size)
     label = "demo" if name is None else str(name)

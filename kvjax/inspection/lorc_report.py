@@ -81,7 +81,7 @@ def energy(spectrum: Float[np.ndarray, "C n"], rank: int) -> float:
 
 
 def measure(src: Path, options: lorc.Options, ignore: Sequence[str], report: lorc.Report) -> Measured:
-    """What a Hugging Face directory would be converted to; reads keys' and values' projections beside `lorc.plan`."""
+    """What a checkpoint would be converted to; reads keys' and values' projections beside `lorc.plan`."""
     weights, found = hf.locate(src, read_config(src, ignore)), []
     made = lorc.plan(weights, src, options, report)
     for moments in lorc.grams(weights, made.n):
@@ -202,7 +202,7 @@ def picture(report: Mapping[str, Any]) -> Any:
 def parser() -> command.Parser:
     """The command line's flags; those about ranks are `kvjax.convert`'s."""
     p = command.Parser(prog=PROG, description=f"{__doc__} Without --lorc or --lorc-ranks: {DEFAULT}.")
-    where, drawn = "Hugging Face directory, hub id, or converted (default: demo)", "draw it (default: spectra.png)"
+    where, drawn = "Hugging Face directory, GGUF file, hub id, or converted (default: demo)", "draw it (default: spectra.png)"
     p.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=where)
     p.add_argument("--out", type=Path, nargs="?", const=Path("spectra.png"), metavar="FILE.png", help=drawn)
     p.add_argument("--json", action="store_true", help="print one JSON object, with all singular values")

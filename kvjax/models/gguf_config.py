@@ -120,7 +120,6 @@ def generation(file: Gguf) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """A field's value; a list that has one for each layer is that value where all are equal."""
-    value = value.tolist() if isinstance(value, np.ndarray) else value
     alike = isinstance(value, list) and value and not isinstance(value[0], bool) and value == value[:1] * len(value)
     return value[0] if alike else value
 

@@ -7,11 +7,10 @@ decides the tokens.
 Source: llama.cpp, `src/llama-vocab.cpp`; the rules as the models' own `tokenizer.json` have them.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
-
-import numpy as np
 
 from kvjax.errors import InputError
 from kvjax.files.gguf import Gguf
@@ -214,7 +213,7 @@ def _tokens(file: Gguf) -> list[str]:
 
 def _texts(file: Gguf, name: str) -> list[str]:
     found = file.fields.get(f"tokenizer.ggml.{name}")
-    if not isinstance(found, list):
+    if not isinstance(found, list) or (found and not isinstance(found[0], str)):
         raise InputError(f"{file.path}: has no list of texts tokenizer.ggml.{name}")
     return found
 
@@ -224,6 +223,7 @@ def _numbers(file: Gguf, name: str, count: int) -> list[Any] | None:
     found = file.fields.get(f"tokenizer.ggml.{name}")
     if found is None:
         return None
-    if not isinstance(found, np.ndarray) or len(found) != count or not np.isfinite(found).all():
+    fits = isinstance(found, list) and len(found) == count
+    if not fits or not all(isinstance(number, int | float) and math.isfinite(number) for number in found):
         raise InputError(f"{file.path}: tokenizer.ggml.{name} is not a list of {count} finite numbers")
-    return found.tolist()
+    return found

@@ -81,7 +81,7 @@ def parser() -> command.Parser:
 
     Programs are compiled for the chip ahead of time (pip install '.[aot]'), or with --estimate counted by formula."""
     p = command.Parser(prog=PROG, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", metavar="M", help=f"directory, config.json, cached hub id, or {', '.join(NAMED)}")
+    p.add_argument("--model", metavar="M", help=f"directory, GGUF file, config.json, cached hub id, or {', '.join(NAMED)}")
     p.add_argument("--chip", metavar="NAME", help=f"one of {', '.join(CHIPS)}")
     p.add_argument("--context", type=int, default=4096, metavar="N", help="prompt tokens (default: 4096)")
     p.add_argument("--new-tokens", type=int, default=1024, metavar="N", help="generated tokens (default: 1024)")
@@ -138,7 +138,7 @@ def find_model(name: str, ignore: Collection[str] = ()) -> tuple[ModelSpec, str]
     """The shape of a model and where it is from; nothing is downloaded.
 
     Args:
-      name: a directory or `config.json`, a key of `NAMED`, or a hub id whose config is in the hub's cache or whose
+      name: a directory, GGUF file or `config.json`, a key of `NAMED`, or a hub id whose config is in the hub's cache or whose
         shape is known.
       ignore: config fields that may be ignored although kvjax does not know them.
     """

@@ -45,7 +45,7 @@ def parser() -> command.Parser:
     """The command line's flags."""
     p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--model", metavar="SRC", help="Hugging Face directory, hub id or Orbax directory (default: demo)")
+    add("--model", metavar="SRC", help="Hugging Face directory, GGUF file, hub id or Orbax directory (default: demo)")
     add("--out", type=Path, metavar="DST", help="the directory to make, or to go on with")
     add(
         "--data", nargs="+", action="extend", metavar="FILE", help=".jsonl with text or tokens; others are one document"
