@@ -43,7 +43,9 @@ LENGTHS = {"short": (512, 1024), "natural": (2048, 4096)}
 def parser() -> command.Parser:
     """The command line's flags."""
     p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", metavar="M", help="Hugging Face directory, GGUF file, hub id or Orbax directory (default: demo)")
+    p.add_argument(
+        "--model", metavar="M", help="Hugging Face directory, GGUF file, hub id or Orbax directory (default: demo)"
+    )
     p.add_argument(
         "--reference", metavar="M", help="model that kl compares with, such as what --model was made from (default: it)"
     )

@@ -20,7 +20,9 @@ def add_shared_flags(p: argparse.ArgumentParser, *, method: str, many: str = "")
       method: the default one, for its help.
       many: what the help of a prompt begins with.
     """
-    p.add_argument("--model", metavar="M", help="Hugging Face directory, GGUF file, hub id or Orbax directory (default: demo)")
+    p.add_argument(
+        "--model", metavar="M", help="Hugging Face directory, GGUF file, hub id or Orbax directory (default: demo)"
+    )
     p.add_argument("--prompt", action="append", metavar="TEXT", help=f"{many}- reads standard input")
     p.add_argument("--prompt-file", action="append", metavar="FILE", help=f"{many}a prompt from a file")
     p.add_argument("--prompt-tokens", action="append", metavar="1,2,3", help=f"{many}a prompt as token ids")

@@ -202,7 +202,10 @@ def picture(report: Mapping[str, Any]) -> Any:
 def parser() -> command.Parser:
     """The command line's flags; those about ranks are `kvjax.convert`'s."""
     p = command.Parser(prog=PROG, description=f"{__doc__} Without --lorc or --lorc-ranks: {DEFAULT}.")
-    where, drawn = "Hugging Face directory, GGUF file, hub id, or converted (default: demo)", "draw it (default: spectra.png)"
+    where, drawn = (
+        "Hugging Face directory, GGUF file, hub id, or converted (default: demo)",
+        "draw it (default: spectra.png)",
+    )
     p.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=where)
     p.add_argument("--out", type=Path, nargs="?", const=Path("spectra.png"), metavar="FILE.png", help=drawn)
     p.add_argument("--json", action="store_true", help="print one JSON object, with all singular values")

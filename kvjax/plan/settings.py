@@ -81,7 +81,9 @@ def parser() -> command.Parser:
 
     Programs are compiled for the chip ahead of time (pip install '.[aot]'), or with --estimate counted by formula."""
     p = command.Parser(prog=PROG, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", metavar="M", help=f"directory, GGUF file, config.json, cached hub id, or {', '.join(NAMED)}")
+    p.add_argument(
+        "--model", metavar="M", help=f"directory, GGUF file, config.json, cached hub id, or {', '.join(NAMED)}"
+    )
     p.add_argument("--chip", metavar="NAME", help=f"one of {', '.join(CHIPS)}")
     p.add_argument("--context", type=int, default=4096, metavar="N", help="prompt tokens (default: 4096)")
     p.add_argument("--new-tokens", type=int, default=1024, metavar="N", help="generated tokens (default: 1024)")

@@ -1,0 +1,76 @@
+"""Real models from GGUF files say what transformers says; `make_expected.py` has asked it.
+
+The files are in the folder `$KVJAX_REAL_MODELS`; those that are not there are skipped.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import kvjax
+from kvjax.checkpoint.convert import convert
+from tests.real.make_expected import FILE, NEW, PROMPTS
+
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("optimized")]
+EXPECTED = json.loads(FILE.read_text())
+TEXTS = ["Hello world, it's 12345 tokens; WE'LL see!", " two  spaces ", "naïve café", "你好，世界 한국어 مرحبا", "🙂 👩‍👩‍👧",
+         "a\nb\tc\n\n\n   d", "def f(x):\n    return x**2 # $3.14\n", "<|im_start|>user\nhi<|im_end|>"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=PROMPTS)
+def file(request) -> Path:
+    path = Path(os.environ.get("KVJAX_REAL_MODELS", "")) / request.param
+    if not path.is_file():
+        pytest.skip(f"{request.param} is not in the folder $KVJAX_REAL_MODELS")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(file) -> kvjax.Model:
+    return kvjax.load(file, dtype=jnp.float32)
+
+
+def greedy(model: kvjax.Model, name: str, method: str, budget=None) -> list[list[int]]:
+    """What the model says to the prompts, all of them in one batch."""
+    prompts = [case["ids"] for case in EXPECTED[name]]
+    out = model.generate(prompts, method, budget, max_new_tokens=NEW, max_length=128)
+    return [sequence.tokens for sequence in out.sequences]
+
+
+def test_prompts_are_cut_as_transformers_cuts_them(file, model):
+    chat, _ = PROMPTS[file.name]
+    for case in EXPECTED[file.name]:
+        messages = [{"role": "user", "content": case["prompt"]}]
+        ids = model.tokenizer.chat(messages) if chat else model.tokenizer.encode(case["prompt"])
+        assert ids == case["ids"]
+
+
+def test_greedy_tokens_are_those_of_transformers(file, model):
+    expected = [case["tokens"] for case in EXPECTED[file.name]]
+    assert greedy(model, file.name, "full") == expected
+    assert greedy(model, file.name, "h2o", 128) == expected  # nothing has to leave
+
+
+def test_compressed_caches_say_something_like_it(file, model):
+    expected = [case["tokens"] for case in EXPECTED[file.name]]
+    alike = sum(a[:8] == b[:8] for a, b in zip(greedy(model, file.name, "full+store=int8"), expected, strict=True))
+    assert alike >= 4
+    assert all(len(tokens) > 1 for tokens in greedy(model, file.name, "h2o", "50%"))
+
+
+def test_the_converted_checkpoint_says_the_same(file, model, tmp_path):
+    convert(str(file), tmp_path / "dst")
+    found = kvjax.load(tmp_path / "dst", dtype=jnp.float32)
+    assert found.stop == model.stop
+    assert greedy(found, file.name, "full") == [case["tokens"] for case in EXPECTED[file.name]]
+    assert [found.tokenizer.encode(text) for text in TEXTS] == [model.tokenizer.encode(text) for text in TEXTS]
+
+
+def test_texts_are_cut_as_transformers_cuts_them(file, model):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    for text in TEXTS:
+        assert model.tokenizer.encode(text) == tokenizer(text)["input_ids"], text
