@@ -28,7 +28,7 @@ def convert(
     """Convert the checkpoint `source` into the new directory `dst`, with a progress bar on stderr.
 
     Args:
-      source: a Hugging Face directory, a GGUF file, a hub id, or a converted checkpoint that is wanted in another dtype.
+      source: a Hugging Face directory, a GGUF file, a hub id, or a converted checkpoint to have in another dtype.
       dst: the directory to make.
       dtype: one of `DTYPES`; None keeps each tensor's own, float32 where it is quantised.
       ignore: fields of `config.json` to treat as absent; noted in `dst`, so that loading it needs no flag.

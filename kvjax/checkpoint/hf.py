@@ -57,7 +57,7 @@ def resolve(name: str) -> Path:
     if os.path.lexists(name):  # unlike a Path's, these never raise, however long the name
         return local(Path(name))
     named = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:/([\w./-]+\.gguf))?", name)
-    if named is None:
+    if named is None or (named[2] is None and name.endswith(".gguf")):
         raise InputError(
             f"{name}: no such directory or GGUF file, and not a hub id of the form org/name or org/name/FILE.gguf"
         )
@@ -72,7 +72,7 @@ def resolve(name: str) -> Path:
         )
     except Exception as error:  # the client raises its transport's errors too, and those are no stable list
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{name}: no such directory, and the hub gave no such model: {reason}") from error
+        raise InputError(f"{name}: no such directory or file, and the hub gave no such model: {reason}") from error
     return Path(found) if file is None else local(Path(found) / file)
 
 

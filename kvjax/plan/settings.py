@@ -140,8 +140,8 @@ def find_model(name: str, ignore: Collection[str] = ()) -> tuple[ModelSpec, str]
     """The shape of a model and where it is from; nothing is downloaded.
 
     Args:
-      name: a directory, GGUF file or `config.json`, a key of `NAMED`, or a hub id whose config is in the hub's cache or whose
-        shape is known.
+      name: a directory, GGUF file or `config.json`, a key of `NAMED`, or a hub id whose config is in the hub's cache or
+        whose shape is known.
       ignore: config fields that may be ignored although kvjax does not know them.
     """
     path, known = Path(name), named(name)

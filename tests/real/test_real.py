@@ -16,8 +16,16 @@ from tests.real.make_expected import FILE, NEW, PROMPTS
 
 pytestmark = [pytest.mark.real, pytest.mark.usefixtures("optimized")]
 EXPECTED = json.loads(FILE.read_text())
-TEXTS = ["Hello world, it's 12345 tokens; WE'LL see!", " two  spaces ", "naïve café", "你好，世界 한국어 مرحبا", "🙂 👩‍👩‍👧",
-         "a\nb\tc\n\n\n   d", "def f(x):\n    return x**2 # $3.14\n", "<|im_start|>user\nhi<|im_end|>"]  # fmt: skip
+TEXTS = [
+    "Hello world, it's 12345 tokens; WE'LL see!",
+    " two  spaces ",
+    "naïve café",
+    "你好，世界 한국어 مرحبا",
+    "🙂 👩‍👩‍👧",
+    "a\nb\tc\n\n\n   d",
+    "def f(x):\n    return x**2 # $3.14\n",
+    "<|im_start|>user\nhi<|im_end|>",
+]
 
 
 @pytest.fixture(scope="module", params=PROMPTS)
