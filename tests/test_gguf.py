@@ -385,14 +385,15 @@ def test_ends_and_templates(tmp_path):
     ({"embedding_length": 2**31}, "read as config.json: hidden_size = 2147483648"),
     ({"attention.head_count": "4"}, "num_attention_heads = '4', expected a positive integer"),
     ({"attention.head_count_kv": [2, 4]}, "num_key_value_heads = [2, 4]"),
-    ({"attention.value_length": 4}, "attention_value_length = 4 is not supported"),
+    ({"attention.value_length": 4}, "llama_attention_value_length = 4 is not supported"),
     ({"attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps = nan"),
     ({"rope.dimension_count": 4}, "partial_rotary_factor = 0.5 is not supported for llama models"),
     ({"rope.scaling.type": "ntk", "rope.scaling.factor": 2.0}, "rope_scaling.rope_type = 'ntk' is not supported"),
     ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.attn_factor": 0.5},
-     "rope_scaling_attn_factor = 0.5"),
-    ({"attention.clamp_kqv": 8.0}, "attention_clamp_kqv = 8.0 is not supported"),
-    ({"expert_count": 8}, "expert_count = 8 is not supported"),
+     "llama_rope_scaling_attn_factor = 0.5"),
+    ({"attention.clamp_kqv": 8.0}, "llama_attention_clamp_kqv = 8.0 is not supported"),
+    ({"hidden_size": 64}, "llama_hidden_size = 64 is not supported"),
+    ({"expert_count": 8}, "llama_expert_count = 8 is not supported"),
     (VOCABULARY | {"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model = 'bert'; kvjax reads gpt2 and llama"),
     (VOCABULARY | {"tokenizer.ggml.pre": "default"}, "tokenizer.ggml.pre = 'default'"),
     (VOCABULARY | {"tokenizer.ggml.pre": None}, "tokenizer.ggml.pre = None"),
@@ -410,7 +411,7 @@ def test_what_cannot_be_done_right_is_refused(tmp_path, fields, words):
 
 def test_a_field_may_be_ignored(tmp_path):
     file = gguf_files.write_golden("llama_gqa", tmp_path / "model.gguf", fields={"attention.clamp_kqv": 8.0})
-    assert kvjax.load(file, ignore_config=["attention_clamp_kqv"]).spec.num_layers == 2
+    assert kvjax.load(file, ignore_config=["llama_attention_clamp_kqv"]).spec.num_layers == 2
 
 
 def edited(file: Path, at: bytes, new: bytes, after: int = 0) -> Path:

@@ -102,7 +102,7 @@ def config(file: Gguf) -> dict[str, Any]:
     if name in _DEEP:
         made |= _gemma(name, made, left)
     left = {key: value for key, value in left.items() if value not in _NEUTRAL.get(key, ())}
-    made |= {key.replace(".", "_"): value for key, value in left.items()}
+    made |= {f"{name}_{key.replace('.', '_')}": value for key, value in left.items()}
     return {field: value for field, value in made.items() if value is not None}
 
 
