@@ -62,10 +62,11 @@ def test_greedy_tokens_are_those_of_transformers(file, model):
     assert greedy(model, file.name, "h2o", 128) == expected  # nothing has to leave
 
 
-def test_compressed_caches_say_something_like_it(file, model):
-    expected = [case["tokens"] for case in EXPECTED[file.name]]
-    alike = sum(a[:8] == b[:8] for a, b in zip(greedy(model, file.name, "full+store=int8"), expected, strict=True))
-    assert alike >= 4
+def test_compressed_caches_are_close_to_the_full_one(file, model):
+    cases = EXPECTED[file.name]
+    prompts, said = ([case[what] for case in cases] for what in ("ids", "tokens"))
+    divergence, _ = model.divergence(prompts, said, "full+store=int8")
+    assert max(kl.mean() for kl in divergence) < 2e-3
     assert all(len(tokens) > 1 for tokens in greedy(model, file.name, "h2o", "50%"))
 
 
