@@ -12,6 +12,7 @@ from kvjax.errors import InputError
 from kvjax.generation.model import Model
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.policies.base import Recipe
+from tests import oracle
 from tests.matrix import BUDGET, VARIANTS, WITH_BUDGET, decoder, model_of, quick, reference, text
 
 TEXT, QUESTIONS = text(40, 0), (text(3, 1), text(5, 2), text(1, 3))
@@ -67,8 +68,8 @@ def test_questions_leave_a_context_as_it_is(method):
 
 def test_a_full_context_is_the_text():
     """Also through sliding windows: logits are those of a forward pass, and nothing is compiled for a second batch."""
-    for name in ("gqa", "capped", "latent"):
-        own = model(name)
+    sinks = Model(oracle.random_model(5, num_layers=2, max_position=128, sinks=True), None, (), "sinks")
+    for own in (model("gqa"), model("capped"), model("latent"), sinks):
         context = own.read(TEXT)
         out = context.ask(QUESTIONS, max_new_tokens=2)
         for question, logits in zip(QUESTIONS, out.logits, strict=True):

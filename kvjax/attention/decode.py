@@ -73,27 +73,29 @@ def decode_attention(
     def attend(chosen: Sequence[Bool[Array, "B K S"] | None], logits: bool, q: Array = q, only: slice = slice(None)):
         parts = [_part(q, *each) for each in zip(tiers[only], stores[only], chosen[only], strict=True)]
         options = dict(scale=read.scale, cap=read.cap, after=read.after, place=read.place, expand=read.expand)
-        found = _attend(parts, read.kernels, with_logits=logits, **options)
-        if read.sink is None:
-            return found
-        sink = jnp.broadcast_to(read.sink.astype(found.m.dtype), found.m.shape)
-        return merge([found, Partial(jnp.zeros_like(found.o), jnp.ones_like(found.l), sink)])
+        return _attend(parts, read.kernels, with_logits=logits, **options)
 
     chosen = [None] * len(tiers)
     if read.select is not None:
-        chosen = read.select(probabilities(attend(chosen, logits=True)))
+        chosen = read.select(probabilities(_with_sink(attend(chosen, logits=True), read.sink)))
     shared = sum(tier.length.shape[0] < q.shape[0] for tier in tiers)  # they come first
-    if (
-        shared
-        and not with_probabilities
-        and all(each is None for each in (read.select, read.after, read.place, read.expand))
-    ):
+    apart = with_probabilities or any(x is not None for x in (read.select, read.after, read.place, read.expand))
+    if shared and not apart:
         # Queries of all sequences as one group: what they share is read once.
         beside = attend(chosen, False, jnp.moveaxis(q, 0, 1).reshape(1, q.shape[1], -1, q.shape[3]), slice(shared))
         whole = merge([_each_sequence(beside, q.shape[0]), attend(chosen, False, only=slice(shared, None))])
     else:
         whole = attend(chosen, with_probabilities)
+    whole = _with_sink(whole, read.sink)
     return whole.o / whole.l[..., None], probabilities(whole) if with_probabilities else ()
+
+
+def _with_sink(found: Partial, sink: Float[Array, "K G"] | None) -> Partial:
+    """With one more logit of each query head, whose value is zero."""
+    if sink is None:
+        return found
+    logit = jnp.broadcast_to(sink.astype(found.m.dtype), found.m.shape)
+    return merge([found, Partial(jnp.zeros_like(found.o), jnp.ones_like(found.l), logit)])
 
 
 def _each_sequence(whole: Partial, batch: int) -> Partial:
