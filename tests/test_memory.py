@@ -10,7 +10,7 @@ import resource, sys
 import numpy as np
 import kvjax
 from flax import nnx
-from kvjax.generation.generation import Model
+from kvjax.generation.model import Model
 from kvjax.models.decoder import Decoder
 from kvjax.spec import ModelSpec
 
