@@ -8,6 +8,7 @@ from kvjax.errors import one_line
 
 COMMANDS = {
     "generate": "generate text with a compressed key/value cache",
+    "chat": "talk with a chat model on one growing, compressed cache",
     "convert": "convert a Hugging Face checkpoint to Orbax, once",
     "evaluate": "score methods at equal bytes",
     "inspect": "show which tokens a method keeps, or what its cache would cost",

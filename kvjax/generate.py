@@ -9,11 +9,10 @@ from pathlib import Path
 
 from kvjax import compilation
 from kvjax.cli import command
-from kvjax.cli.flags import SHOWCASE_METHOD, add_shared_flags
+from kvjax.cli.flags import SHOWCASE_METHOD, add_sampling_flags, add_shared_flags, sampling
 from kvjax.cli.prompts import read_ids, read_texts
 from kvjax.errors import InputError
 from kvjax.files import output
-from kvjax.generation.sampling import Sampling
 from kvjax.methods import METHODS, default_budget, make, of
 from kvjax.spec import PREFILL_CHUNK
 from kvjax.tasks.lines import ANSWER_TOKENS
@@ -36,12 +35,7 @@ def parser() -> command.Parser:
         "--prefill-chunk", type=int, default=PREFILL_CHUNK, metavar="N",
         help=f"most tokens of prompts that a layer reads at once, but for attention (default: {PREFILL_CHUNK})",
     )  # fmt: skip
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
-    p.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")
-    p.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
-    p.add_argument("--min-p", type=float, default=0.0, help="(default: 0)")
-    p.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off (default: 1)")
-    p.add_argument("--seed", type=int, default=0, help="of the first prompt; prompt i has SEED + i (default: 0)")
+    add_sampling_flags(p)
     p.add_argument(
         "--no-stream", action="store_true", help="print the text when it is complete (so are several prompts)"
     )
@@ -69,8 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = make(method, budget, args.arguments)
     if args.max_new_tokens is None:
         args.max_new_tokens = NEW_TOKENS if prompted else ANSWER_TOKENS
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
-    sampling.check()
+    how = sampling(args)
     _check(args, prompted)
     texts, ids = read_texts(args), [read_ids(text) for text in args.prompt_tokens or ()]
     command.begin(args)
@@ -78,11 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.context or args.save_context or args.question:
         from kvjax.cli import asking
 
-        asking.run(args, [*texts, *ids], method, budget, sampling)
+        asking.run(args, [*texts, *ids], method, budget, how)
         return
     from kvjax.cli import generating
 
-    generating.run(args, texts, ids, recipe, budget, sampling)
+    generating.run(args, texts, ids, recipe, budget, how)
 
 
 def _list_methods() -> None:

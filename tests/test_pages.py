@@ -1,7 +1,7 @@
 """The pages: what they take from the code is what it says, and their code runs.
 
-Blocks of Python are executed, page by page, in a folder where DIR is the demo model. Lines of shell are read by the
-parsers of the commands that they call.
+Blocks of Python are executed, page by page, in a folder where DIR is the demo model with a chat template. Lines of
+shell are read by the parsers of the commands that they call.
 """
 
 import argparse
@@ -111,6 +111,7 @@ def test_imports_are_there(path: Path):
 @pytest.mark.parametrize("path", [pages.ROOT / name for name in EXECUTED], ids=named)
 def test_python_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shutil.copytree(shipped.directory(), tmp_path / "DIR")
+    (tmp_path / "DIR" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     monkeypatch.chdir(tmp_path)
     found, names = blocks(path, "python"), {"__name__": "page"}
     assert found

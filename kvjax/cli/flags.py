@@ -6,6 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from kvjax.cli import command
+from kvjax.generation.sampling import Sampling
 from kvjax.methods import METHODS
 
 SHOWCASE_METHOD = "snapkv"  # of a run without a prompt
@@ -33,6 +34,23 @@ def add_shared_flags(p: argparse.ArgumentParser, *, method: str, many: str = "")
     command.add_distributed_flag(p)
     p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def add_sampling_flags(p: argparse.ArgumentParser) -> None:
+    """Flags that say how tokens are chosen; `sampling` reads them."""
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    p.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")
+    p.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
+    p.add_argument("--min-p", type=float, default=0.0, help="(default: 0)")
+    p.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off (default: 1)")
+    p.add_argument("--seed", type=int, default=0, help="of the first prompt; prompt i has SEED + i (default: 0)")
+
+
+def sampling(args: argparse.Namespace) -> Sampling:
+    """How tokens are chosen, once it makes sense."""
+    found = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    found.check()
+    return found
 
 
 def add_method_flags(p: argparse.ArgumentParser, *, method: str) -> None:

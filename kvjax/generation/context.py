@@ -32,6 +32,7 @@ from kvjax.policies.budgets.budget import Keep
 from kvjax.policies.layers import asking, layer_recipe
 from kvjax.spec import Lengths
 
+AT_ONCE = 64  # tokens that a context grows by in one call
 OnToken = Callable[[int, int], None]
 
 
@@ -190,12 +191,13 @@ class Context:
         context_file.save(self, Path(path))
 
     def _read(self, grown: "Context", ids: Sequence[int]) -> "Context":
-        """With tokens that the cache of `grown`, which is consumed, has room for."""
-        tokens = (*self.tokens, *ids)
-        logits, cache, _ = generating.read_continuations(
-            self.model, self.recipe, self.logits, grown.cache, [self.tokens], [ids]
-        )
-        return dataclasses.replace(grown, tokens=tokens, logits=logits, cache=cache)
+        """With tokens that the cache of `grown`, which is consumed, has room for; one program reads however many."""
+        tokens, logits, cache = list(self.tokens), self.logits, grown.cache
+        for start in range(0, len(ids), AT_ONCE):
+            some = list(ids[start : start + AT_ONCE])
+            logits, cache, _ = generating.read_continuations(self.model, self.recipe, logits, cache, [tokens], [some])
+            tokens += some
+        return dataclasses.replace(grown, tokens=tuple(tokens), logits=logits, cache=cache)
 
     def _with_room(self, new: int) -> "Context":
         """A copy with room for so many more tokens."""

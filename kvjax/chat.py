@@ -1,0 +1,53 @@
+"""Talk with a chat model on one growing, compressed key/value cache.
+
+Lines of standard input are what you say. /bytes shows what the cache takes, /reset begins another conversation, /quit
+or the end of the input ends the program.
+"""
+
+import argparse
+
+from kvjax import compilation
+from kvjax.cli import command
+from kvjax.cli.flags import DTYPES, add_method_flags, add_sampling_flags, sampling
+from kvjax.methods import make
+
+PROG = "kvjax.chat"
+NEW_TOKENS, LENGTH = 256, 4096
+
+
+def parser() -> command.Parser:
+    """The command line's flags."""
+    p = command.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "--model", metavar="M", required=True, help="Hugging Face directory, GGUF file, hub id or Orbax directory"
+    )
+    p.add_argument("--system", metavar="TEXT", help="what the system says first")
+    add_method_flags(p, method="full, or what a retrofitted checkpoint is made for")
+    p.add_argument(
+        "--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help=f"of an answer (default: {NEW_TOKENS})"
+    )
+    p.add_argument(
+        "--max-length", type=int, metavar="N",
+        help="most tokens of the conversation: the cache has this size from the start"
+        f" (default: {LENGTH}, or the context limit where that is less)",
+    )  # fmt: skip
+    add_sampling_flags(p)
+    p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
+    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    args = command.parse(parser(), argv)
+    if args.method is not None:
+        make(args.method, args.budget, args.arguments)  # what is wrong is said before anything is loaded
+    how = sampling(args)
+    compilation.enable_compilation_cache()
+    from kvjax.cli import chatting
+
+    chatting.run(args, how)
+
+
+if __name__ == "__main__":
+    command.run(PROG, main)

@@ -1,0 +1,95 @@
+"""A conversation on one context that grows: a turn reads what is new of it."""
+
+import dataclasses
+from typing import Any
+
+from kvjax.errors import InputError
+from kvjax.generation.context import Context, OnToken
+from kvjax.generation.model import Model
+from kvjax.generation.results import Generation
+from kvjax.generation.sampling import Sampling
+from kvjax.models.tokenizer import Tokenizer
+from kvjax.policies.base import Recipe
+from kvjax.policies.budgets.budget import Keep
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chat:
+    """A conversation with a chat model; a value, as its context is: every turn makes another one.
+
+    Attributes:
+      model: with a tokenizer and a chat template.
+      method, budget: as in `Model.generate`; budgets are of what the first turn reads.
+      max_length: most tokens of the conversation. The cache has this size from the first turn on, so that later ones
+        compile nothing.
+      messages: each with `role` and `content`; a system's message may stand there from the start.
+      context: what has been read; None before the first turn.
+      text: that is in it, as the chat template has shown it.
+      read: tokens that the last turn has read: what was new, or everything where the template shows earlier turns
+        otherwise than they were.
+
+    >>> import kvjax
+    >>> Chat(kvjax.load(), max_length=64).say("hello")
+    Traceback (most recent call last):
+    kvjax.errors.InputError: this checkpoint has no chat template; give a plain prompt instead
+    """
+
+    model: Model
+    method: str | Recipe | None = None
+    budget: Keep | None = None
+    _: dataclasses.KW_ONLY
+    max_length: int
+    messages: tuple[dict[str, Any], ...] = ()
+    context: Context | None = None
+    text: str = ""
+    read: int = 0
+
+    def say(
+        self,
+        words: str,
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        on_token: OnToken | None = None,
+    ) -> tuple[Generation, "Chat"]:
+        """The answer to a user's words, and the conversation with both.
+
+        Args:
+          words: what the user says.
+          max_new_tokens: fewer where `max_length` leaves fewer.
+          sampling, on_token: as in `Model.generate`.
+
+        Raises:
+          InputError: there is no chat template, or no room for an answer.
+        """
+        tokenizer = self.model.tokenizer
+        if tokenizer is None:
+            raise InputError(f"{self.model.name} has no tokenizer: a conversation needs one, and a chat template")
+        messages = (*self.messages, {"role": "user", "content": words})
+        text = tokenizer.render(messages)
+        rest = self._rest(tokenizer, text)
+        ids = tokenizer.encode(text, special=False) if rest is None else rest
+        before = 0 if rest is None or self.context is None else len(self.context.tokens)
+        left = self.max_length - before - len(ids)
+        if left < 1:
+            raise InputError(
+                f"the conversation has {before + len(ids)} tokens, max-length is {self.max_length}: give more, or begin"
+                " another one"
+            )
+        if rest is None or self.context is None:
+            context = self.model.read(ids, self.method, self.budget, max_length=self.max_length)
+        else:
+            context = self.context.extend(ids)
+        out, context = context.generate(max_new_tokens=min(max_new_tokens, left), sampling=sampling, on_token=on_token)
+        answer = out.sequences[0].text or ""
+        messages = (*messages, {"role": "assistant", "content": answer})
+        return out, dataclasses.replace(self, messages=messages, context=context, text=text + answer, read=len(ids))
+
+    def _rest(self, tokenizer: Tokenizer, text: str) -> list[int] | None:
+        """The tokens of a conversation that the context has not read yet; None if it has read others."""
+        if self.context is None or not text.startswith(self.text.rstrip()):  # templates strip what was said
+            return None
+        rest = text[len(self.text) if text.startswith(self.text) else len(self.text.rstrip()) :]
+        ids = tokenizer.encode(rest, special=False)
+        ended = self.context.tokens[-1] in self.model.stop and ids[:1] == [self.context.tokens[-1]]
+        return ids[1:] if ended else ids
