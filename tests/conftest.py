@@ -6,9 +6,12 @@ Compiling takes most of the time, so nothing is optimized, here and in the proce
 import gc
 import importlib.metadata
 import itertools
+import json
 import os
+import re
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes may share a GPU
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -23,12 +26,14 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests import strict
 
 if os.environ.get("KVJAX_TEST_SHAPES"):  # in every function that is traced, which takes a tenth of the time
     _hook = jaxtyping.install_import_hook(["kvjax", "pallas_kernels"], "beartype.beartype")
     _hook.__enter__()
+from kvjax.checkpoint import shipped
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -74,3 +79,25 @@ def forget_programs_of_long_modules():
     yield
     if next(_TESTS) % 40 == 0:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's first two layers, which compile in a third of the time."""
+    folder, source = tmp_path_factory.mktemp("shallow"), shipped.directory()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(source / name, folder)
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    weights = load_file(source / "model.safetensors")
+    first = {name: x for name, x in weights.items() if not re.search(r"layers\.[2-5]\.", name)}
+    save_file(first, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shallow_demo(shallow: Path):
+    """The demo model has two layers, for tests to which its answers do not matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shipped, "directory", lambda: shallow)
+        yield

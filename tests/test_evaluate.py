@@ -28,6 +28,7 @@ from kvjax.models.decoder import forward
 from kvjax.tasks.task import Sample
 from tests.test_tokenizer import STYLES, byte_level, write
 
+pytestmark = pytest.mark.usefixtures("shallow_demo")
 SMALL = ["--lengths", "128", "--samples", "3", "--batch", "2"]
 
 

@@ -30,7 +30,8 @@ from tests import golden
 from tests.matrix import quick
 
 PROG = "kvjax.generate"
-pytestmark = pytest.mark.usefixtures("optimized")  # as it is used
+optimized = pytest.mark.usefixtures("optimized")  # as it is used
+pytestmark = pytest.mark.usefixtures("shallow_demo")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,7 @@ def ids(tokens) -> str:
 SOME = ("falcon_7b", "gemma2", "llama3_scaling", "phi3_partial", "qwen2_window", "qwen3")
 
 
+@optimized
 @pytest.mark.parametrize("name", quick(golden.NAMES, SOME))
 def test_greedy_tokens_and_logits_are_those_of_transformers(name, tmp_path, capsys):
     want = golden.load(name)
@@ -444,6 +446,7 @@ def test_places_in_the_cache_stay_within_the_context_limit(model):
         model.generate([list(range(60))], recipe(budget=2 * limit), max_new_tokens=2 * limit)
 
 
+@optimized
 def test_the_cache_is_there_once_while_decoding(model):
     """Buffers that are alive, not only those that are counted."""
     prompt, alive = [list(range(90))], []

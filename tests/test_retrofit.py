@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import kvjax
-from kvjax.checkpoint import orbax, shipped
+from kvjax.checkpoint import orbax
 from kvjax.errors import InputError
 from kvjax.generate import main as generate
 from kvjax.generation import prefill
@@ -47,20 +46,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.dumps({"tokens": rng.integers(0, 4000, int(n)).tolist()}) for n in rng.integers(5, 60, 40)]
     file.write_text("\n".join(lines) + "\n")
     return file
-
-
-@pytest.fixture(scope="module")
-def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model's first two layers, which compile in a third of the time."""
-    folder = tmp_path_factory.mktemp("shallow")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(shipped.directory() / name, folder)
-    config = json.loads((shipped.directory() / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    weights = load_file(shipped.directory() / "model.safetensors")
-    first = {name: x for name, x in weights.items() if not re.search(r"layers\.[2-5]\.", name)}
-    save_file(first, folder / "model.safetensors")
-    return folder
 
 
 def packed(rng: np.random.Generator, rows: int, length: int, vocabulary: int = 97) -> Batch:
