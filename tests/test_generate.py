@@ -85,6 +85,22 @@ def test_greedy_tokens_and_logits_are_those_of_transformers(name, tmp_path, caps
         assert all(sorted(row[row >= 0].tolist()) == newest for row in rows)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_methods_run_on_every_family(name, tmp_path):
+    """Prompts of unequal lengths: a budget above them keeps all, and Orbax holds the same model."""
+    want, model = golden.load(name), kvjax.load(golden.write_checkpoint(name, tmp_path / "hf"))
+    prompts = [want.prompt.tolist(), want.prompt[3:20].tolist()]
+    run = lambda model, method="full", budget=None: model.generate(prompts, method, budget, max_new_tokens=6).sequences
+    full = run(model)
+    assert full[0].tokens == want.greedy[:6].tolist()
+    assert [one.tokens for one in run(model, "h2o", 64)] == [one.tokens for one in full]
+    assert [len(one.tokens) for one in run(model, "h2o", "25%")] == [6, 6]
+    assert [len(one.tokens) for one in run(model, kvjax.methods.full(store="int8"))] == [6, 6]
+    convert(str(tmp_path / "hf"), tmp_path / "orbax", None, ())
+    assert [one.tokens for one in run(kvjax.load(tmp_path / "orbax", dtype="float32"))] == [one.tokens for one in full]
+
+
 def test_an_orbax_checkpoint_generates_the_same(directory, tmp_path, capsys):
     convert(str(directory), tmp_path / "orbax", None, ())
     want = golden.load("llama_gqa")

@@ -13,6 +13,7 @@ from kvjax.cache.layout import layer_runs
 from kvjax.errors import InputError
 from kvjax.generation.model import find_stop
 from kvjax.models.hf_config import FAMILIES, parse_config, read_config, read_generation_config, to_config
+from kvjax.models.named import NAMED
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.spec import ExpertSpec, RopeSpec
 
@@ -234,6 +235,7 @@ def test_smollm3():
     fields |= {"layer_types": ["full_attention"] * 36, "no_rope_layers": [1, 1, 1, 0] * 9, "pretraining_tp": 2}
     spec = parse_config(fields | {"is_llama_config": True, "rope_interleaved": False, "sliding_window": None})
     assert (spec.windows, spec.no_rope) == ((), tuple(range(3, 36, 4)))
+    assert spec == NAMED["smollm3-3b"]
     assert [spec.rotary(layer).type for layer in range(4)] == ["default"] * 3 + ["none"]
     assert parse_config({"model_type": "smollm3"}).rope.theta == 2e6
     assert [run[0] for run in layer_runs(spec)] == sorted([*range(0, 36, 4), *range(3, 36, 4)])
@@ -315,6 +317,7 @@ def test_gpt_oss():
     assert (spec.sinks, spec.qkv_bias, spec.o_bias, spec.windows) == (True, True, True, (128, None) * 12)
     assert (spec.rope.truncate, spec.max_position, spec.rope.theta) == (False, 131072, 1.5e5)
     assert parse_config({"model_type": "gpt_oss"}).rope == spec.rope
+    assert spec == NAMED["gpt-oss-20b"]
 
 
 def test_phi3():

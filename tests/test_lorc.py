@@ -235,6 +235,13 @@ def test_full_rank_is_the_model_itself(name, converted):
 SETTLED = [name for name in golden.NAMES if name != "llama_dynamic"]
 
 
+def test_keys_that_are_normed_together_cannot_be_latents(tmp_path, capsys):
+    source = golden.write_checkpoint("olmo2", tmp_path / "source")
+    with pytest.raises(SystemExit):
+        kvjax.convert.main([str(source), str(tmp_path / "dst"), "--lorc", "keep=60%"])
+    assert "olmo2 models norm the keys of all heads together" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", quick(SETTLED, ("gemma3",)))
 def test_full_rank_of_every_family_is_the_model_itself(name, tmp_path):
     """24 greedy tokens of the original, of which transformers' are the first."""

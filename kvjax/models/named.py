@@ -3,10 +3,11 @@
 Source: the `config.json` of each checkpoint on the Hugging Face hub; `HUB` has its id.
 """
 
+import math
 import re
 from dataclasses import replace
 
-from kvjax.spec import ModelSpec, RopeSpec
+from kvjax.spec import ExpertSpec, ModelSpec, RopeSpec
 
 _LLAMA_2 = ModelSpec(
     vocab_size=32000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, mlp_dim=11008,
@@ -47,6 +48,28 @@ NAMED: dict[str, ModelSpec] = {
         vocab_size=151936, embed_dim=4096, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=12288,
         max_position=40960, rope=RopeSpec(theta=1000000.0), qk_norm=True, family="qwen3",
     ),
+    "smollm3-3b": ModelSpec(
+        vocab_size=128256, embed_dim=2048, num_layers=36, num_heads=16, num_kv_heads=4, head_dim=128, mlp_dim=11008,
+        max_position=65536, rope=RopeSpec(theta=5000000.0), no_rope=tuple(range(3, 36, 4)), tie_embeddings=True,
+        family="smollm3",
+    ),
+    "mixtral-8x7b": replace(
+        _LLAMA_3, vocab_size=32000, max_position=32768, rope=RopeSpec(theta=1000000.0), experts=ExpertSpec(8, 2),
+        family="mixtral",
+    ),
+    "qwen3-30b-a3b": ModelSpec(
+        vocab_size=151936, embed_dim=2048, num_layers=48, num_heads=32, num_kv_heads=4, head_dim=128, mlp_dim=768,
+        max_position=40960, rope=RopeSpec(theta=1000000.0), qk_norm=True, experts=ExpertSpec(128, 8),
+        family="qwen3_moe",
+    ),
+    "gpt-oss-20b": ModelSpec(
+        vocab_size=201088, embed_dim=2880, num_layers=24, num_heads=64, num_kv_heads=8, head_dim=64, mlp_dim=2880,
+        max_position=131072, norm_eps=1e-5, windows=(128, None) * 12, qkv_bias=True, o_bias=True, sinks=True,
+        experts=ExpertSpec(32, 4, bias=True, limit=7.0, slope=1.702), family="gpt_oss",
+        rope=RopeSpec(
+            150000.0, "yarn", 32.0, 4096, attention_factor=0.1 * math.log(32) + 1, truncate=False
+        ),
+    ),
 }  # fmt: skip
 
 HUB = {
@@ -62,6 +85,10 @@ HUB = {
     "mistral-7b": "mistralai/Mistral-7B-v0.3",
     "qwen2-7b": "Qwen/Qwen2-7B",
     "qwen3-8b": "Qwen/Qwen3-8B",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "gpt-oss-20b": "openai/gpt-oss-20b",
 }
 
 
