@@ -8,11 +8,11 @@ import argparse
 
 from kvjax import compilation
 from kvjax.cli import command
-from kvjax.cli.flags import DTYPES, add_method_flags, add_sampling_flags, sampling
+from kvjax.cli.flags import CHAT_LENGTH, DTYPES, add_method_flags, add_sampling_flags, sampling
 from kvjax.methods import make
 
 PROG = "kvjax.chat"
-NEW_TOKENS, LENGTH = 256, 4096
+NEW_TOKENS = 256
 
 
 def parser() -> command.Parser:
@@ -29,7 +29,7 @@ def parser() -> command.Parser:
     p.add_argument(
         "--max-length", type=int, metavar="N",
         help="most tokens of the conversation: the cache has this size from the start"
-        f" (default: {LENGTH}, or the context limit where that is less)",
+        f" (default: {CHAT_LENGTH}, or the context limit where that is less)",
     )  # fmt: skip
     add_sampling_flags(p)
     p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")

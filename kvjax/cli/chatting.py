@@ -3,9 +3,8 @@
 import argparse
 import sys
 
-from kvjax.chat import LENGTH
 from kvjax.cli.console import to_stdout
-from kvjax.cli.flags import DTYPES
+from kvjax.cli.flags import CHAT_LENGTH, DTYPES
 from kvjax.cli.generating import printer
 from kvjax.errors import InputError
 from kvjax.generation.chat import Chat
@@ -19,7 +18,7 @@ def run(args: argparse.Namespace, sampling: Sampling) -> None:
     model = load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
     name, arguments = read_entry(args.method or of(model.spec))
     entry = "+".join([name, *(f"{key}={value}" for key, value in (arguments | args.arguments).items())])
-    length = min(LENGTH, model.spec.max_position) if args.max_length is None else args.max_length
+    length = min(CHAT_LENGTH, model.spec.max_position) if args.max_length is None else args.max_length
     system = () if args.system is None else ({"role": "system", "content": args.system},)
     begun = chat = Chat(model, entry, args.budget, max_length=length, messages=system)
     while (line := _line()) is not None:

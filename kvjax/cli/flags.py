@@ -10,6 +10,7 @@ from kvjax.generation.sampling import Sampling
 from kvjax.methods import METHODS
 
 SHOWCASE_METHOD = "snapkv"  # of a run without a prompt
+CHAT_LENGTH = 4096  # tokens of a conversation, unless it is said
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
