@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import kvjax
+from kvjax import METHODS
 
 ROOT = Path(kvjax.__file__).parent
 
@@ -86,7 +87,8 @@ def test_the_design_says_where_every_module_is() -> None:
         rooms[here] = rooms.get(here, "") + line + " "
     for path in ROOT.rglob("*.py"):
         room = path.relative_to(ROOT).parts[0] if path.parent != ROOT else ""
-        if path.name not in ("__init__.py", "__main__.py"):
+        is_method = room == "methods" and path.stem in METHODS  # one file each
+        if path.name not in ("__init__.py", "__main__.py") and not is_method:
             assert re.search(rf"(?<!\w){path.name}", rooms.get(room, "")), f"{path} is not in docs/design.md, section 2"
 
 

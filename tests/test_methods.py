@@ -173,6 +173,29 @@ def streaming_llm(model, n, budget, *, sinks, positions, rotate, scores) -> Defi
     return Definition(select, insert, attend=attend if positions == "cache" else None)
 
 
+def keydiff(model, n, budget, *, split, recent, sinks) -> Definition:
+    """The first tokens, the newest, and of the others those whose keys are least like the mean of all directions."""
+    assert split == "row"
+    most = tokens(budget, n)
+    newest = min(recent, most)
+    first = min(sinks, most - newest)
+
+    def select(layer: int, prompt: LayerPrompt) -> Rows:
+        heads = model.num_kv_heads
+        if n <= most:
+            return [entries(prompt, k, range(n)) for k in range(heads)]
+        rows = []
+        for k in range(heads):
+            keys = prompt.key[:, k]
+            mean = np.mean([key / np.linalg.norm(key) for key in keys], axis=0)
+            far = np.array([1 - key @ mean / (np.linalg.norm(key) * np.linalg.norm(mean)) for key in keys])
+            others = [first + i for i in best(far[first : n - newest], most - newest - first)]
+            rows.append(entries(prompt, k, [*range(first), *others, *range(n - newest, n)]))
+        return rows
+
+    return Definition(select, append)
+
+
 @functools.cache
 def model_of(group: str, layers: int):
     return oracle.random_model(7, num_layers=layers, **GROUPS[group])
@@ -207,6 +230,9 @@ CASES = [
     (streaming_llm, "gqa", 2, "25%", dict(sinks=4, positions="absolute")),
     (streaming_llm, "gqa", 2, "10%", STREAMING),  # of 33 tokens: fewer than the sinks
     (streaming_llm, "mqa", 2, 12, dict(sinks=0, positions="cache")),
+    (keydiff, "gqa", 2, "25%", dict(split="row", recent=4, sinks=4)),
+    (keydiff, "gqa", 2, 6, dict(split="row", recent=4, sinks=4)),  # fewer than both together
+    (keydiff, "mqa", 2, 20, dict(split="row", recent=0, sinks=0)),
 ]  # fmt: skip
 
 

@@ -55,9 +55,9 @@ def run(folder: Path, *command: str) -> str:
 
 
 def test_the_page_adds_a_method(repository: Path):
-    files = ["tests/test_methods.py", "tests/test_configs.py", "tests/test_pages.py"]
-    chosen = "vatp or every_method or parts"
-    out = run(repository, "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *files, "-k", chosen)
+    files = [f"tests/test_{name}.py" for name in ("methods", "configs", "pages", "house")]
+    chosen = ("-m", "slow or not slow", "-k", "vatp or every_method or parts or design")
+    out = run(repository, "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *files, *chosen)
     assert re.search(r"^\d{2,} passed", out, re.MULTILINE), out
 
 
@@ -74,4 +74,4 @@ def test_the_page_is_in_the_projects_style(repository: Path):
 @pytest.mark.slow
 def test_the_laws_hold_for_it(repository: Path):
     every = ["pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
-    run(repository, *every, "tests/test_laws.py", "tests/test_loop.py", "-m", "slow or not slow", "-k", "vatp")
+    run(repository, *every, "tests", "-m", "slow or not slow", "-k", "vatp")

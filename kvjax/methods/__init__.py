@@ -19,6 +19,7 @@ from kvjax.methods.dms import dms
 from kvjax.methods.dynamickv import dynamickv
 from kvjax.methods.full import full
 from kvjax.methods.h2o import h2o
+from kvjax.methods.keydiff import keydiff
 from kvjax.methods.mikv import mikv
 from kvjax.methods.oracle import oracle
 from kvjax.methods.pyramidkv import pyramidkv
@@ -39,6 +40,7 @@ METHODS: dict[str, Callable[..., Recipe]] = {
     "pyramidkv": pyramidkv,
     "adakv": adakv,
     "dynamickv": dynamickv,
+    "keydiff": keydiff,
     "d2o": d2o,
     "mikv": mikv,
     "dmc": dmc,
@@ -62,6 +64,7 @@ __all__ = [
     "dynamickv",
     "full",
     "h2o",
+    "keydiff",
     "make",
     "mikv",
     "oracle",
