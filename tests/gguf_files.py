@@ -11,7 +11,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from tests import golden
 
-ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "olmo3": "olmo2", "ministral3": "mistral3"}
+TURNED = ("llama", "smollm3", "granite", "mistral3")  # whose conversions are Llama's
 COPIED = {
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
@@ -25,6 +26,10 @@ COPIED = {
     "layer_norm_epsilon": "attention.layer_norm_epsilon",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
 }
 
 
@@ -90,7 +95,7 @@ def fields_of(arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
         found |= {"rope.scaling.original_context_length": config["original_max_position_embeddings"]}
     else:
         found |= {"attention.key_length": size, "attention.value_length": size}
-    if arch in ("llama", "internlm2"):
+    if arch in ("internlm2", *TURNED):
         found |= {"vocab_size": config["vocab_size"], "rope.dimension_count": size}
     if arch.startswith("qwen"):
         found["attention.sliding_window"] = None  # llama.cpp has none
@@ -105,6 +110,12 @@ def fields_of(arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
             1 + np.log(limits) / np.log(config["original_max_position_embeddings"])
         ) ** 0.5
         found["rope.scaling.attn_factor"] = float(found["rope.scaling.attn_factor"])
+    if "layer_types" in config and arch == "olmo2":
+        found["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config["layer_types"]]
+        found["rope.freq_base_swa"] = config["rope_parameters"]["sliding_attention"]["rope_theta"]
+    if arch == "mistral3":
+        found["rope.scaling.yarn_log_multiplier"] = rope["mscale_all_dim"]
+        found["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
     return found
 
 
@@ -118,7 +129,7 @@ def tensors_of(
         if arch == "internlm2" and ".wqkv" in name:
             yield from unpacked(name, array, heads, config["num_key_value_heads"])
             continue
-        if arch == "llama" and re.search(r"\.[qk]_proj\.", name):
+        if arch in TURNED and re.search(r"\.[qk]_proj\.", name):
             array = permuted(array, heads if ".q_proj." in name else config["num_key_value_heads"])
         if arch == "falcon" and ".query_key_value." in name:
             kv_heads = config["num_kv_heads"] if config["new_decoder_architecture"] else 1
@@ -174,6 +185,12 @@ def golden_case(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[
         weights = {key: array for key, array in weights.items() if not re.search(r"(dense\w*|value)\.bias", key)}
     if name == "qwen2_window":
         config |= {"use_sliding_window": False, "layer_types": None}
+    if name == "smollm3":  # only every fourth layer lacks rotation
+        config |= {"num_hidden_layers": 4, "no_rope_layers": None, "no_rope_layer_interval": 4, "layer_types": None}
+        fourth = {key: array for key, array in weights.items() if "layers.0." in key}
+        weights |= {key.replace("layers.0.", "layers.3."): array for key, array in fourth.items()}
+    if name == "ministral3":  # as every Ministral 3 has them
+        config["rope_parameters"] = config["rope_parameters"] | {"mscale": 1.0, "mscale_all_dim": 1.0}
     if name.startswith("gemma"):
         fields["attention.scale"] = config["query_pre_attn_scalar"] ** -0.5
     if name == "gemma3":
@@ -183,9 +200,10 @@ def golden_case(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[
 
 
 FAMILIES = ("llama", "mistral", "internlm2", "qwen2", "qwen3", "phi3", "falcon", "gemma2", "gemma3_text")
+FAMILIES += ("smollm3", "granite", "olmo2", "olmo3", "ministral3")
 OTHERS = ("llama_dynamic", "falcon_sequential")  # llama.cpp has none of these
 NAMES = [name for name in golden.NAMES if golden.load(name).config["model_type"] in FAMILIES and name not in OTHERS]
-AS_THEY_ARE = [name for name in NAMES if name not in ("falcon_40b", "qwen2_window")]
+AS_THEY_ARE = [name for name in NAMES if name not in ("falcon_40b", "qwen2_window", "smollm3", "ministral3")]
 
 
 def write_golden(name: str, path: Path, **options: Any) -> Path:

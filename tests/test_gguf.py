@@ -88,7 +88,8 @@ def test_a_file_is_the_model_that_it_was_made_from(tmp_path, name):
     file = gguf_files.write_golden(name, tmp_path / "model.gguf")
     found, source = hf.load(file, jnp.float32), hf.load(hugging_face(tmp_path / "source", name), jnp.float32)
     assert_same(found, source, 3e-7 if "gemma" in name else 0.0)  # norms have had 1 added
-    differs = {field.name for field in dataclasses.fields(found.spec) if field.name not in ("family", "rope")}
+    fitted = ("family", "rope") if source.spec.rope.type in ("llama3", "longrope") else ("family",)
+    differs = {field.name for field in dataclasses.fields(found.spec) if field.name not in fitted}
     for field in differs:
         expected = getattr(source.spec, field)
         assert getattr(found.spec, field) == (pytest.approx(expected) if isinstance(expected, float) else expected)
@@ -145,6 +146,19 @@ def test_fields_that_follow_from_an_architecture(tmp_path):
     assert read_config(gguf_files.write_golden("gemma3", tmp_path / "m.gguf", fields=everywhere)).windows == (None,) * 3
     periodic = {"attention.sliding_window_pattern": 3}
     assert read_config(gguf_files.write_golden("gemma3", tmp_path / "m.gguf", fields=periodic)).windows == (9, 9, None)
+
+
+def test_what_only_some_files_of_an_architecture_say(tmp_path):
+    spec = lambda name, **fields: read_config(gguf_files.write_golden(name, tmp_path / "m.gguf", fields=fields))
+    olmo = spec("olmo3", **{"rope.scaling.yarn_attn_factor": 1.25, "rope.freq_base_swa": None})
+    assert (olmo.rope.attention_factor, olmo.rope.type) == (1.25, "yarn")
+    assert (olmo.window_rope.type, olmo.window_rope.theta) == ("default", olmo.rope.theta)
+    every_fourth = spec("olmo3", **{"attention.sliding_window_pattern": None})
+    assert every_fourth.windows == (9, 9)
+    plain = spec("ministral3", **{"attention.temperature_scale": None, "rope.scaling.yarn_log_multiplier": None})
+    assert (plain.rope.query_growth, plain.rope.attention_factor) == (0, pytest.approx(0.1 * np.log(4) + 1))
+    fourth = {"ssm.conv_kernel": 4, "expert_shared_feed_forward_length": 48, "rope.scaling.finetuned": True}
+    assert spec("granite", **fourth, expert_count=0) == spec("granite")
 
 
 def test_dtype_and_file_in_a_directory_or_by_its_first_bytes(tmp_path):
@@ -407,6 +421,19 @@ def test_ends_and_templates(tmp_path):
 ])  # fmt: skip
 def test_what_cannot_be_done_right_is_refused(tmp_path, fields, words):
     assert words in refusal(gguf_files.write_golden("llama_gqa", tmp_path / "model.gguf", fields=fields))
+
+
+@pytest.mark.parametrize("name, fields, words", [
+    ("granite", {"rope.scaling.finetuned": False}, "granite_rope_scaling_finetuned = False is not supported"),
+    ("granite", {"attention.scale": None}, "has no granite.attention.scale"),
+    ("granite", {"expert_count": 4}, "granite_expert_count = 4 is not supported"),
+    ("olmo3", {"rope.freq_base": None}, "has no olmo2.rope.freq_base"),
+    ("olmo3", {"attention.sliding_window_pattern": "all"}, "olmo2_attention_sliding_window_pattern = 'all'"),
+    ("ministral3", {"attention.temperature_length": 16}, "mistral3_attention_temperature_length = 16"),
+    ("ministral3", {"rope.scaling.type": "linear"}, "is not supported for ministral3 models"),
+])  # fmt: skip
+def test_what_an_architecture_does_not_have_is_refused(tmp_path, name, fields, words):
+    assert words in refusal(gguf_files.write_golden(name, tmp_path / "model.gguf", fields=fields))
 
 
 def test_a_field_may_be_ignored(tmp_path):

@@ -3,7 +3,8 @@
 llama.cpp's conversion renames them, turns the rows of queries and keys where Llama's rotary embedding is meant, groups
 Falcon's packed rows by kind, and adds 1 to the norms of Gemma; all of it is undone where a tensor is read.
 
-Source: llama.cpp, `conversion/llama.py`, `falcon.py`, `gemma.py`, `internlm.py`.
+Source: llama.cpp, `conversion/llama.py`, `falcon.py`, `gemma.py`, `internlm.py`, `smollm.py`, `granite.py`, `olmo.py`,
+  `mistral3.py`.
 """
 
 import functools
@@ -69,6 +70,7 @@ def headers(path: Path) -> dict[str, Stored]:
         shift = -1.0 if kind.startswith("gemma") and tensor.name.endswith("norm.weight") else 0.0
         how = functools.partial(_read, tensor, orders.get(named[2]) if named else None, shift)
         dtype = tensor.kind if tensor.kind in _PLAIN and not shift else "F32"
+        name = tensor.name if name in found else name
         found[name] = Stored(tensor.file, tensor.name, dtype, tensor.shape, how)
     return found
 
@@ -91,7 +93,7 @@ def _renamed(file: gguf.Gguf, kind: str, family: str) -> dict[tuple[bool, str], 
 def _orders(kind: str, config: dict[str, Any]) -> dict[str, Order]:
     """Modules whose rows are in another order."""
     heads = config["num_attention_heads"]
-    if kind in ("llama", "internlm2"):
+    if kind in gguf_config.LIKE_LLAMA:
         kv_heads = config["num_key_value_heads"]
         return {"attn_q": functools.partial(_halves, heads), "attn_k": functools.partial(_halves, kv_heads)}
     return {"attn_qkv": functools.partial(_groups, heads, config["num_kv_heads"])} if kind == "falcon" else {}

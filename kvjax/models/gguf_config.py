@@ -22,7 +22,12 @@ FAMILIES = {
     "falcon": "falcon",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "olmo2": "olmo2",
+    "mistral3": "llama",
 }
+LIKE_LLAMA = ("llama", "internlm2", "mistral3", "smollm3", "granite")  # biases or none; rows of queries and keys turned
 _RENAMED = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -40,6 +45,13 @@ _RENAMED = {
     "rope.freq_base_swa": "rope_local_base_freq",
 }
 _NEEDED = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count")
+_SURE = ("rope.freq_base", "attention.layer_norm_rms_epsilon")  # where llama.cpp and transformers have other defaults
+_NEEDED_OF = {
+    "smollm3": _SURE,
+    "granite": (*_SURE, "attention.scale", "logit_scale"),
+    "olmo2": _SURE,
+    "mistral3": _SURE,
+}
 _FALCON = {"num_key_value_heads": "num_kv_heads", "intermediate_size": "ffn_hidden_size"}
 # Fields that say nothing at these values.
 _NEUTRAL = {
@@ -49,6 +61,14 @@ _NEUTRAL = {
     "rope.scaling.yarn_ext_factor": (1,),
     "rope.scaling.finetuned": (True, False),
     "tensor_data_layout": ("jploski", "Meta AI original pth"),
+}
+_NEUTRAL_OF = {"granite": {"rope.scaling.finetuned": (True,)}}  # false: queries and keys do not turn
+_UNREAD = {"granite": ("ssm.", "expert_shared_feed_forward_length")}  # of Granite 4's relatives
+_GRANITE = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
 }
 DEEPEST = 10_000  # layers that a list is made for
 _DEEP = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose attention has a scale of its own
@@ -77,7 +97,7 @@ def config(file: Gguf) -> dict[str, Any]:
     """What `config.json` would be."""
     name = architecture(file)
     left = {key.removeprefix(f"{name}."): _plain(v) for key, v in file.fields.items() if key.startswith(f"{name}.")}
-    for key in _NEEDED:
+    for key in (*_NEEDED, *_NEEDED_OF.get(name, ())):
         if key not in left:
             raise InputError(f"{file.path}: has no {name}.{key}")
     if "token_embd.weight" not in file.tensors:
@@ -95,13 +115,21 @@ def config(file: Gguf) -> dict[str, Any]:
         made = {_FALCON.get(field, field): value for field, value in made.items()} | _falcon(file, made)
     else:
         made["head_dim"] = head_dim
-    if name in ("llama", "internlm2"):
+    if name in LIKE_LLAMA:
         made |= {"attention_bias": "blk.0.attn_q.bias" in file.tensors, "mlp_bias": "blk.0.ffn_up.bias" in file.tensors}
-        if made["sliding_window"]:
+        if made["sliding_window"] and made["model_type"] == "llama":
             made["model_type"] = "mistral"
+    made["layer_types"] = _layer_types(name, made, left)
     if name in _DEEP:
-        made |= _gemma(name, made, left)
-    left = {key: value for key, value in left.items() if value not in _NEUTRAL.get(key, ())}
+        made["query_pre_attn_scalar"] = _gemma_scale(name, made, left)
+    if name == "granite":
+        made |= {field: left.pop(key, None) for key, field in _GRANITE.items()}
+    if name == "olmo2" and made["sliding_window"]:
+        made |= _olmo3(made)
+    if name == "mistral3":
+        made |= _ministral3(made, left)
+    neutral, unread = _NEUTRAL | _NEUTRAL_OF.get(name, {}), _UNREAD.get(name, ())
+    left = {k: v for k, v in left.items() if v not in neutral.get(k, ()) and not k.startswith(unread)}
     made |= {f"{name}_{key.replace('.', '_')}": value for key, value in left.items()}
     return {field: value for field, value in made.items() if value is not None}
 
@@ -171,6 +199,8 @@ def _rope(file: Gguf, made: dict[str, Any], left: dict[str, Any]) -> dict[str, A
     block = {"type": kind, "factor": factor}
     if kind == "yarn":
         betas = {name: take(f"yarn_{name}") for name in ("beta_fast", "beta_slow")}
+        attention = take("yarn_attn_factor")  # config.json's, which llama.cpp does not look at; 1 where it has none
+        betas["attention_factor"] = None if attention == 1 else attention
         block |= {"original_max_position_embeddings": original} | {k: v for k, v in betas.items() if v is not None}
     return {"rope_scaling": block}
 
@@ -193,16 +223,41 @@ def _falcon(file: Gguf, made: dict[str, Any]) -> dict[str, Any]:
     return {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2 if two else 1}
 
 
-def _gemma(name: str, made: dict[str, Any], left: dict[str, Any]) -> dict[str, Any]:
-    """The attention scale and which layers slide."""
-    scale, layers = left.pop("attention.scale", None), made["num_hidden_layers"]
-    scale = 1 / scale if isinstance(scale, float) and scale > 0 else None
-    size = _share(made) if layers == _DEEP[name] else made["head_dim"]
-    period = left.pop("attention.sliding_window_pattern", None)
+def _layer_types(name: str, made: dict[str, Any], left: dict[str, Any]) -> list[str] | None:
+    """Which layers slide; None where a file does not say."""
+    layers, period = made["num_hidden_layers"], left.get("attention.sliding_window_pattern")
     slides = period if isinstance(period, list) else None
     if made["sliding_window"] is None and name == "gemma3":
         period = 1
     if type(period) is int and period > 0 and type(layers) is int and layers <= DEEPEST:
         slides = [(layer + 1) % period > 0 for layer in range(layers)]
-    types = None if slides is None else ["sliding_attention" if each else "full_attention" for each in slides]
-    return {"query_pre_attn_scalar": scale * scale if scale else size, "layer_types": types}
+    if slides is None:
+        return None
+    left.pop("attention.sliding_window_pattern", None)
+    return ["sliding_attention" if each else "full_attention" for each in slides]
+
+
+def _gemma_scale(name: str, made: dict[str, Any], left: dict[str, Any]) -> Any:
+    """What the square root of the attention scale is of."""
+    scale = left.pop("attention.scale", None)
+    if isinstance(scale, float) and scale > 0:
+        return (1 / scale) ** 2
+    return _share(made) if made["num_hidden_layers"] == _DEEP[name] else made["head_dim"]
+
+
+def _olmo3(made: dict[str, Any]) -> dict[str, Any]:
+    """OLMo 3: layers with a window have a rotary embedding that is not scaled."""
+    whole = {"rope_theta": made.pop("rope_theta")}
+    local = {"rope_theta": made.pop("rope_local_base_freq", whole["rope_theta"])}
+    both = {"full_attention": made.pop("rope_scaling", {}) | whole, "sliding_attention": local}
+    return {"model_type": "olmo3", "rope_parameters": both}
+
+
+def _ministral3(made: dict[str, Any], left: dict[str, Any]) -> dict[str, Any]:
+    """Ministral 3, whose queries grow with their position, and models before it without that."""
+    growth, weight = left.pop("attention.temperature_scale", 0), left.pop("rope.scaling.yarn_log_multiplier", 0)
+    block = made.get("rope_scaling", {})
+    block |= {"mscale": 1.0, "mscale_all_dim": weight} if weight else {}
+    if not growth:
+        return {"rope_scaling": block}
+    return {"model_type": "ministral3", "rope_scaling": block | {"llama_4_scaling_beta": growth}}
