@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from tests import golden
 
 ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "olmo3": "olmo2", "ministral3": "mistral3"}
+ARCHITECTURES |= {"mixtral": "llama", "qwen3_moe": "qwen3moe"}
 TURNED = ("llama", "smollm3", "granite", "mistral3")  # whose conversions are Llama's
 COPIED = {
     "max_position_embeddings": "context_length",
@@ -26,6 +27,9 @@ COPIED = {
     "layer_norm_epsilon": "attention.layer_norm_epsilon",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
+    "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
     "attention_multiplier": "attention.scale",
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
@@ -125,7 +129,7 @@ def tensors_of(
     """llama.cpp's names and numbers."""
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     renamed = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], layers)
-    for name, array in weights.items():
+    for name, array in stacked(weights).items():
         if arch == "internlm2" and ".wqkv" in name:
             yield from unpacked(name, array, heads, config["num_key_value_heads"])
             continue
@@ -143,6 +147,15 @@ def tensors_of(
         yield "rope_factors_short.weight", np.array(rope["short_factor"])
     if rope["rope_type"] == "llama3":
         yield "rope_freqs.weight", llama3(rope, config["hidden_size"] // heads)
+
+
+def stacked(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The matrices of a layer's experts in one."""
+    found: dict[str, list[np.ndarray]] = {}
+    for name, array in weights.items():
+        whole = re.sub(r"model\.(layers\.\d+)\.block_sparse_moe\.experts\.\d+", r"\1.feed_forward.experts", name)
+        found.setdefault(re.sub(r"mlp\.experts\.\d+", "mlp.experts", whole), []).append(array)
+    return {name: arrays[0] if len(arrays) == 1 else np.stack(arrays) for name, arrays in found.items()}
 
 
 def permuted(array: np.ndarray, heads: int) -> np.ndarray:
@@ -191,6 +204,8 @@ def golden_case(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[
         weights |= {key.replace("layers.0.", "layers.3."): array for key, array in fourth.items()}
     if name == "ministral3":  # as every Ministral 3 has them
         config["rope_parameters"] = config["rope_parameters"] | {"mscale": 1.0, "mscale_all_dim": 1.0}
+    if name == "qwen3_moe":  # llama.cpp's graph
+        config["norm_topk_prob"] = True
     if name.startswith("gemma"):
         fields["attention.scale"] = config["query_pre_attn_scalar"] ** -0.5
     if name == "gemma3":
@@ -200,10 +215,12 @@ def golden_case(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[
 
 
 FAMILIES = ("llama", "mistral", "internlm2", "qwen2", "qwen3", "phi3", "falcon", "gemma2", "gemma3_text")
-FAMILIES += ("smollm3", "granite", "olmo2", "olmo3", "ministral3")
+FAMILIES += ("smollm3", "granite", "olmo2", "olmo3", "ministral3", "mixtral", "qwen3_moe")
 OTHERS = ("llama_dynamic", "falcon_sequential")  # llama.cpp has none of these
 NAMES = [name for name in golden.NAMES if golden.load(name).config["model_type"] in FAMILIES and name not in OTHERS]
-AS_THEY_ARE = [name for name in NAMES if name not in ("falcon_40b", "qwen2_window", "smollm3", "ministral3")]
+AS_THEY_ARE = [
+    name for name in NAMES if name not in ("falcon_40b", "qwen2_window", "smollm3", "ministral3", "qwen3_moe")
+]
 
 
 def write_golden(name: str, path: Path, **options: Any) -> Path:

@@ -112,6 +112,15 @@ def test_weights_are_the_numbers_that_a_type_holds(tmp_path, kind):
     np.testing.assert_array_equal(cast, found.astype(jnp.bfloat16))
 
 
+def test_an_expert_is_its_rows_of_a_quantised_tensor(tmp_path):
+    config, weights, _ = gguf_files.golden_case("mixtral")
+    file = gguf_files.write(tmp_path / "model.gguf", config, weights, kind="Q8_0")
+    (whole,) = (tensor for tensor in header.read(file).tensors.values() if tensor.name == "blk.1.ffn_up_exps.weight")
+    assert (whole.kind, whole.shape) == ("Q8_0", (4, 24, 32))
+    ((_, found),) = hf.read(hf.locate(file, read_config(file)), ["layers.1.mlp.up.kernels"])
+    np.testing.assert_array_equal(found.swapaxes(1, 2), gguf._read(whole, None, 0.0))
+
+
 @pytest.mark.parametrize("kind", [kind.name for kind in GGMLQuantizationType if gguf._is_readable(kind.name)])
 def test_every_type_is_dequantised_in_pieces_as_it_is_at_once(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(gguf, "_TOGETHER", 1000)
@@ -407,7 +416,7 @@ def test_ends_and_templates(tmp_path):
      "llama_rope_scaling_attn_factor = 0.5"),
     ({"attention.clamp_kqv": 8.0}, "llama_attention_clamp_kqv = 8.0 is not supported"),
     ({"hidden_size": 64}, "llama_hidden_size = 64 is not supported"),
-    ({"expert_count": 8}, "llama_expert_count = 8 is not supported"),
+    ({"expert_count": 8}, "has no llama.expert_used_count"),
     (VOCABULARY | {"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model = 'bert'; kvjax reads gpt2 and llama"),
     (VOCABULARY | {"tokenizer.ggml.pre": "default"}, "tokenizer.ggml.pre = 'default'"),
     (VOCABULARY | {"tokenizer.ggml.pre": None}, "tokenizer.ggml.pre = None"),
@@ -431,6 +440,11 @@ def test_what_cannot_be_done_right_is_refused(tmp_path, fields, words):
     ("olmo3", {"attention.sliding_window_pattern": "all"}, "olmo2_attention_sliding_window_pattern = 'all'"),
     ("ministral3", {"attention.temperature_length": 16}, "mistral3_attention_temperature_length = 16"),
     ("ministral3", {"rope.scaling.type": "linear"}, "is not supported for ministral3 models"),
+    ("mixtral", {"expert_count": 3}, "experts.0.w1.weight is missing"),
+    ("mixtral", {"expert_count": 2**31}, "num_local_experts = 2147483648"),
+    ("mixtral", {"expert_gating_func": 2}, "llama_expert_gating_func = 2 is not supported for mixtral models"),
+    ("qwen3_moe", {"expert_count": 0}, "num_local_experts = 0"),
+    ("qwen3_moe", {"expert_feed_forward_length": None}, "has no qwen3moe.expert_feed_forward_length"),
 ])  # fmt: skip
 def test_what_an_architecture_does_not_have_is_refused(tmp_path, name, fields, words):
     assert words in refusal(gguf_files.write_golden(name, tmp_path / "model.gguf", fields=fields))

@@ -1,10 +1,11 @@
 """The tensors of a GGUF file under the names of a Hugging Face checkpoint, and as they are there.
 
 llama.cpp's conversion renames them, turns the rows of queries and keys where Llama's rotary embedding is meant, groups
-Falcon's packed rows by kind, and adds 1 to the norms of Gemma; all of it is undone where a tensor is read.
+Falcon's packed rows by kind, adds 1 to the norms of Gemma, and puts the matrices of all experts into one; all of it is
+undone where a tensor is read.
 
 Source: llama.cpp, `conversion/llama.py`, `falcon.py`, `gemma.py`, `internlm.py`, `smollm.py`, `granite.py`, `olmo.py`,
-  `mistral3.py`.
+  `mistral3.py`, `qwen.py`.
 """
 
 import functools
@@ -42,6 +43,7 @@ _NAMES = {
     "mlp.down": "ffn_down",
     "mlp_post_norm": "post_ffw_norm",
 }
+_EXPERTS = {"mlp.router": "ffn_gate_inp"} | {f"mlp.{each}": f"ffn_{each}_exps" for each in ("gate", "up", "down")}
 _PACKED = dict.fromkeys(("attention.q", "attention.k", "attention.v"), "attn_qkv")
 _OTHERS = {"phi3": _PACKED | {"mlp.gate": "ffn_up"}, "falcon": _PACKED}
 _TWO_NORMS = {"attention_norm": "attn_norm_2", "mlp_norm": "attn_norm"}
@@ -67,19 +69,33 @@ def headers(path: Path) -> dict[str, Stored]:
         name = module.format(named[1], named[3]) if named and module else tensor.name
         if not _is_readable(tensor.kind):
             raise InputError(f"{tensor.file}: tensor {tensor.name} is {tensor.kind}, which nothing here dequantises")
+        order = orders.get(named[2]) if named else None
         shift = -1.0 if kind.startswith("gemma") and tensor.name.endswith("norm.weight") else 0.0
-        how = functools.partial(_read, tensor, orders.get(named[2]) if named else None, shift)
-        dtype = tensor.kind if tensor.kind in _PLAIN and not shift else "F32"
-        name = tensor.name if name in found else name
-        found[name] = Stored(tensor.file, tensor.name, dtype, tensor.shape, how)
+        if "*" in name and len(tensor.shape) == 3 and tensor.shape[0] == config["num_local_experts"]:
+            found |= {name.replace("*", str(i)): _stored(one, order, shift) for i, one in enumerate(_rows(tensor))}
+        else:
+            found[tensor.name if name in found else name] = _stored(tensor, order, shift)
     return found
+
+
+def _stored(tensor: gguf.Tensor, order: Order | None, shift: float) -> Stored:
+    dtype = tensor.kind if tensor.kind in _PLAIN and not shift else "F32"
+    return Stored(tensor.file, tensor.name, dtype, tensor.shape, functools.partial(_read, tensor, order, shift))
+
+
+def _rows(tensor: gguf.Tensor) -> list[gguf.Tensor]:
+    """A tensor's parts along its first axis, such as those of the experts."""
+    count, *shape = tensor.shape
+    size = tensor.nbytes // count
+    part = tensor._replace(shape=tuple(shape), nbytes=size)
+    return [part._replace(offset=tensor.offset + i * size) for i in range(count)]
 
 
 def _renamed(file: gguf.Gguf, kind: str, family: str) -> dict[tuple[bool, str], str]:
     """(whether it is of a layer, the GGUF's module) -> the Hugging Face name, with {} for the layer and the leaf."""
     two = "blk.0.attn_norm_2.weight" in file.tensors
-    ours = _NAMES | _OTHERS.get(kind, {}) | (_TWO_NORMS if two else {})
     theirs = names.modules(family, 2 if two else 0)
+    ours = _NAMES | _OTHERS.get(kind, {}) | (_TWO_NORMS if two else {}) | (_EXPERTS if "mlp.router" in theirs else {})
     outside = ("embedding", "norm", "head")
     return {
         (module not in outside, ours[module]): f"{theirs[module]}.{{1}}"

@@ -26,6 +26,7 @@ FAMILIES = {
     "granite": "granite",
     "olmo2": "olmo2",
     "mistral3": "llama",
+    "qwen3moe": "qwen3_moe",
 }
 LIKE_LLAMA = ("llama", "internlm2", "mistral3", "smollm3", "granite")  # biases or none; rows of queries and keys turned
 _RENAMED = {
@@ -51,6 +52,7 @@ _NEEDED_OF = {
     "granite": (*_SURE, "attention.scale", "logit_scale"),
     "olmo2": _SURE,
     "mistral3": _SURE,
+    "qwen3moe": (*_SURE, "expert_count", "expert_used_count", "expert_feed_forward_length"),
 }
 _FALCON = {"num_key_value_heads": "num_kv_heads", "intermediate_size": "ffn_hidden_size"}
 # Fields that say nothing at these values.
@@ -119,6 +121,8 @@ def config(file: Gguf) -> dict[str, Any]:
         made |= {"attention_bias": "blk.0.attn_q.bias" in file.tensors, "mlp_bias": "blk.0.ffn_up.bias" in file.tensors}
         if made["sliding_window"] and made["model_type"] == "llama":
             made["model_type"] = "mistral"
+    if name == "qwen3moe" or (name == "llama" and left.get("expert_count")):
+        made |= _experts(file, name, left)
     made["layer_types"] = _layer_types(name, made, left)
     if name in _DEEP:
         made["query_pre_attn_scalar"] = _gemma_scale(name, made, left)
@@ -243,6 +247,16 @@ def _gemma_scale(name: str, made: dict[str, Any], left: dict[str, Any]) -> Any:
     if isinstance(scale, float) and scale > 0:
         return (1 / scale) ** 2
     return _share(made) if made["num_hidden_layers"] == _DEEP[name] else made["head_dim"]
+
+
+def _experts(file: Gguf, name: str, left: dict[str, Any]) -> dict[str, Any]:
+    """Experts, whose weights add up to 1 in llama.cpp's graphs of these architectures."""
+    if "expert_used_count" not in left:
+        raise InputError(f"{file.path}: has no {name}.expert_used_count")
+    made = {"num_local_experts": left.pop("expert_count"), "num_experts_per_tok": left.pop("expert_used_count")}
+    if name == "llama":
+        return made | {"model_type": "mixtral"}
+    return made | {"moe_intermediate_size": left.pop("expert_feed_forward_length"), "norm_topk_prob": True}
 
 
 def _olmo3(made: dict[str, Any]) -> dict[str, Any]:
