@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from tests import golden
 
 ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "olmo3": "olmo2", "ministral3": "mistral3"}
-ARCHITECTURES |= {"mixtral": "llama", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES |= {"mixtral": "llama", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
 TURNED = ("llama", "smollm3", "granite", "mistral3")  # whose conversions are Llama's
 COPIED = {
     "max_position_embeddings": "context_length",
@@ -114,6 +114,8 @@ def fields_of(arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
             1 + np.log(limits) / np.log(config["original_max_position_embeddings"])
         ) ** 0.5
         found["rope.scaling.attn_factor"] = float(found["rope.scaling.attn_factor"])
+    if arch == "gpt-oss":
+        found["expert_feed_forward_length"] = config["intermediate_size"]
     if "layer_types" in config and arch == "olmo2":
         found["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config["layer_types"]]
         found["rope.freq_base_swa"] = config["rope_parameters"]["sliding_attention"]["rope_theta"]
@@ -128,8 +130,8 @@ def tensors_of(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """llama.cpp's names and numbers."""
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-    renamed = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], layers)
-    for name, array in stacked(weights).items():
+    renamed = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper().replace("-", "_")], layers)
+    for name, array in (unwoven(weights) if arch == "gpt-oss" else stacked(weights)).items():
         if arch == "internlm2" and ".wqkv" in name:
             yield from unpacked(name, array, heads, config["num_key_value_heads"])
             continue
@@ -156,6 +158,20 @@ def stacked(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         whole = re.sub(r"model\.(layers\.\d+)\.block_sparse_moe\.experts\.\d+", r"\1.feed_forward.experts", name)
         found.setdefault(re.sub(r"mlp\.experts\.\d+", "mlp.experts", whole), []).append(array)
     return {name: arrays[0] if len(arrays) == 1 else np.stack(arrays) for name, arrays in found.items()}
+
+
+def unwoven(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """gpt-oss's experts, gates apart from what they multiply, as `Linear` has its weights."""
+    found: dict[str, np.ndarray] = {}
+    for name, array in weights.items():
+        whole = name.replace("_proj_bias", "_proj.bias").replace("sinks", "sinks.weight")
+        if "experts" in name and array.ndim == 3:
+            array, whole = array.swapaxes(1, 2), f"{name}.weight"
+        if "gate_up" in name:
+            found |= {whole.replace("gate_up", part): array[:, i::2] for i, part in enumerate(("gate", "up"))}
+        else:
+            found[whole] = array
+    return found
 
 
 def permuted(array: np.ndarray, heads: int) -> np.ndarray:
@@ -204,6 +220,8 @@ def golden_case(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[
         weights |= {key.replace("layers.0.", "layers.3."): array for key, array in fourth.items()}
     if name == "ministral3":  # as every Ministral 3 has them
         config["rope_parameters"] = config["rope_parameters"] | {"mscale": 1.0, "mscale_all_dim": 1.0}
+    if name == "gpt_oss":  # llama.cpp's graph
+        config["swiglu_limit"] = 7.0
     if name == "qwen3_moe":  # llama.cpp's graph
         config["norm_topk_prob"] = True
     if name.startswith("gemma"):
@@ -215,12 +233,11 @@ def golden_case(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[
 
 
 FAMILIES = ("llama", "mistral", "internlm2", "qwen2", "qwen3", "phi3", "falcon", "gemma2", "gemma3_text")
-FAMILIES += ("smollm3", "granite", "olmo2", "olmo3", "ministral3", "mixtral", "qwen3_moe")
+FAMILIES += ("smollm3", "granite", "olmo2", "olmo3", "ministral3", "mixtral", "qwen3_moe", "gpt_oss")
 OTHERS = ("llama_dynamic", "falcon_sequential")  # llama.cpp has none of these
 NAMES = [name for name in golden.NAMES if golden.load(name).config["model_type"] in FAMILIES and name not in OTHERS]
-AS_THEY_ARE = [
-    name for name in NAMES if name not in ("falcon_40b", "qwen2_window", "smollm3", "ministral3", "qwen3_moe")
-]
+CHANGED = ("falcon_40b", "qwen2_window", "smollm3", "ministral3", "qwen3_moe", "gpt_oss")
+AS_THEY_ARE = [name for name in NAMES if name not in CHANGED]
 
 
 def write_golden(name: str, path: Path, **options: Any) -> Path:

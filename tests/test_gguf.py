@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 import kvjax
-from kvjax.checkpoint import fingerprint, gguf, hf, load_model
+from kvjax.checkpoint import fingerprint, gguf, hf, load_model, mxfp4
 from kvjax.checkpoint.convert import convert
 from kvjax.errors import InputError
 from kvjax.files import gguf as header
@@ -121,6 +121,28 @@ def test_an_expert_is_its_rows_of_a_quantised_tensor(tmp_path):
     np.testing.assert_array_equal(found.swapaxes(1, 2), gguf._read(whole, None, 0.0))
 
 
+def test_experts_in_mxfp4_are_those_of_the_source(tmp_path):
+    config, weights, _ = gguf_files.golden_case("gpt_oss")
+    rng, packed = np.random.default_rng(0), dict(weights)
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, size, out = weights[name].shape
+        blocks = rng.integers(0, 256, (experts, out, size // 32, 16), np.uint8)
+        scales = rng.integers(110, 130, blocks.shape[:3], np.uint8)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        weights[name] = mxfp4.numbers(blocks, scales).astype(np.float32)
+        del packed[name]
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    save_file(packed, tmp_path / "source" / hf.SINGLE)
+    file = gguf_files.write(tmp_path / "model.gguf", config, weights, kind="MXFP4")  # these numbers fit
+    found, source = (hf.locate(path, read_config(path)) for path in (file, tmp_path / "source"))
+    kernels = [name for name in found.stored if name.endswith(".kernels")]
+    assert len(kernels) == 6
+    for (_, one), (_, other) in zip(hf.read(found, kernels), hf.read(source, kernels), strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("kind", [kind.name for kind in GGMLQuantizationType if gguf._is_readable(kind.name)])
 def test_every_type_is_dequantised_in_pieces_as_it_is_at_once(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(gguf, "_TOGETHER", 1000)
@@ -166,6 +188,10 @@ def test_what_only_some_files_of_an_architecture_say(tmp_path):
     assert every_fourth.windows == (9, 9)
     plain = spec("ministral3", **{"attention.temperature_scale": None, "rope.scaling.yarn_log_multiplier": None})
     assert (plain.rope.query_growth, plain.rope.attention_factor) == (0, pytest.approx(0.1 * np.log(4) + 1))
+    silent = dict.fromkeys(("type", "factor", "original_context_length", "yarn_beta_fast"))
+    unscaled = spec("gpt_oss", **{f"rope.scaling.{key}": value for key, value in silent.items()})
+    assert (unscaled.rope.type, unscaled.rope.factor) == ("default", 1.0)
+    assert spec("gpt_oss", **{"attention.sliding_window": 0}).windows == (None, None)
     fourth = {"ssm.conv_kernel": 4, "expert_shared_feed_forward_length": 48, "rope.scaling.finetuned": True}
     assert spec("granite", **fourth, expert_count=0) == spec("granite")
 
@@ -443,6 +469,8 @@ def test_what_cannot_be_done_right_is_refused(tmp_path, fields, words):
     ("mixtral", {"expert_count": 3}, "experts.0.w1.weight is missing"),
     ("mixtral", {"expert_count": 2**31}, "num_local_experts = 2147483648"),
     ("mixtral", {"expert_gating_func": 2}, "llama_expert_gating_func = 2 is not supported for mixtral models"),
+    ("gpt_oss", {"attention.sliding_window": None}, "has no gpt-oss.attention.sliding_window"),
+    ("gpt_oss", {"expert_count": 3}, "ffn_down_exps.bias has shape [4, 32], config.json gives [3, 32]"),
     ("qwen3_moe", {"expert_count": 0}, "num_local_experts = 0"),
     ("qwen3_moe", {"expert_feed_forward_length": None}, "has no qwen3moe.expert_feed_forward_length"),
 ])  # fmt: skip
@@ -492,6 +520,16 @@ def test_damaged_files_are_one_line(tmp_path, at, new, after, words):
     file = gguf_files.write_golden("llama_gqa", tmp_path / "model.gguf", fields=VOCABULARY)
     line = refusal(edited(file, at, new, after))
     assert words in line
+
+
+@pytest.mark.parametrize("name, tensor, missing", [
+    ("gpt_oss", b"blk.0.ffn_up_exps.weight", "mlp.experts.gate_up_proj is missing"),
+    ("gpt_oss", b"blk.1.attn_sinks.weight", "self_attn.sinks is missing"),
+    ("mixtral", b"blk.0.ffn_down_exps.weight", "block_sparse_moe.experts.0.w2.weight is missing"),
+])  # fmt: skip
+def test_a_tensor_of_an_unknown_name(tmp_path, name, tensor, missing):
+    file = gguf_files.write_golden(name, tmp_path / "model.gguf")
+    assert missing in refusal(edited(file, tensor, b"X", -len(b".weight") - 1))
 
 
 def test_truncated_empty_and_other_files(tmp_path):

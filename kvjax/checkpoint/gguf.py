@@ -5,7 +5,7 @@ Falcon's packed rows by kind, adds 1 to the norms of Gemma, and puts the matrice
 undone where a tensor is read.
 
 Source: llama.cpp, `conversion/llama.py`, `falcon.py`, `gemma.py`, `internlm.py`, `smollm.py`, `granite.py`, `olmo.py`,
-  `mistral3.py`, `qwen.py`.
+  `mistral3.py`, `qwen.py`, `gpt_oss.py`.
 """
 
 import functools
@@ -46,9 +46,11 @@ _NAMES = {
 _EXPERTS = {"mlp.router": "ffn_gate_inp"} | {f"mlp.{each}": f"ffn_{each}_exps" for each in ("gate", "up", "down")}
 _PACKED = dict.fromkeys(("attention.q", "attention.k", "attention.v"), "attn_qkv")
 _OTHERS = {"phi3": _PACKED | {"mlp.gate": "ffn_up"}, "falcon": _PACKED}
+_OTHERS |= {"gpt-oss": {"attention": "attn_sinks", "mlp_norm": "post_attention_norm"}}
 _TWO_NORMS = {"attention_norm": "attn_norm_2", "mlp_norm": "attn_norm"}
 _ROPE = re.compile(r"(blk\.\d+\.)?(rope_\w+|attn_rot_embd)\.weight")  # frequencies, which the configuration has
 _PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_EXACT = {"MXFP4": "BF16"}  # types all of whose numbers a smaller one than float32 has
 _TOGETHER = 2**20  # numbers that are dequantised at once
 
 Order = Callable[[int], Int[np.ndarray, " rows"]]  # which rows of so many are those of the Hugging Face tensor
@@ -61,6 +63,7 @@ def headers(path: Path) -> dict[str, Stored]:
     kind = gguf_config.architecture(file)
     renamed, orders = _renamed(file, kind, config["model_type"]), _orders(kind, config)
     found: dict[str, Stored] = {}
+    stacks: dict[str, list[gguf.Tensor]] = {}
     for tensor in file.tensors.values():
         if _ROPE.fullmatch(tensor.name):
             continue
@@ -71,15 +74,49 @@ def headers(path: Path) -> dict[str, Stored]:
             raise InputError(f"{tensor.file}: tensor {tensor.name} is {tensor.kind}, which nothing here dequantises")
         order = orders.get(named[2]) if named else None
         shift = -1.0 if kind.startswith("gemma") and tensor.name.endswith("norm.weight") else 0.0
-        if "*" in name and len(tensor.shape) == 3 and tensor.shape[0] == config["num_local_experts"]:
+        if kind == "gpt-oss" and "_exps." in tensor.name:
+            stacks.setdefault(name, []).append(tensor)
+        elif "*" in name and len(tensor.shape) == 3 and tensor.shape[0] == config["num_local_experts"]:
             found |= {name.replace("*", str(i)): _stored(one, order, shift) for i, one in enumerate(_rows(tensor))}
         else:
             found[tensor.name if name in found else name] = _stored(tensor, order, shift)
+    return _gpt_oss(found, stacks) if kind == "gpt-oss" else found
+
+
+def _gpt_oss(found: dict[str, Stored], stacks: dict[str, list[gguf.Tensor]]) -> dict[str, Stored]:
+    """The tensors of gpt-oss: experts in one, kernels `[E in out]`, gates and what they multiply in turns."""
+    found = {re.sub(r"self_attn\.weight$", "self_attn.sinks", name): one for name, one in found.items()}
+    for name, tensors in stacks.items():
+        first, *others = sorted(tensors, key=lambda tensor: tensor.name)
+        dtype = _dtype(first.kind) if all(one.kind == first.kind for one in others) else "F32"
+        experts, *shape = first.shape
+        if len(tensors) != 1 + ("gate_up" in name) or any(one.shape != first.shape for one in others) or not shape:
+            found[first.name] = _stored(first, None, 0.0)  # named as what has no place
+            continue
+        whole = (experts, *shape[:0:-1], shape[0] * len(tensors))
+        how = functools.partial(_in_turns, [first, *others], whole, _PLAIN[dtype])
+        found[name.removesuffix(".weight").replace(".bias", "_bias")] = Stored(
+            first.file, first.name, dtype, whole, how
+        )
     return found
 
 
+def _in_turns(tensors: list[gguf.Tensor], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Matrices of each expert, transposed; the columns of several in turns."""
+    whole = np.empty(shape, dtype)
+    for i, tensor in enumerate(tensors):
+        for expert, one in enumerate(_rows(tensor)):
+            whole[expert, ..., i :: len(tensors)] = _read(one, None, 0.0).T
+    return whole
+
+
+def _dtype(kind: str) -> str:
+    """What the numbers of a type become."""
+    return kind if kind in _PLAIN else _EXACT.get(kind, "F32")
+
+
 def _stored(tensor: gguf.Tensor, order: Order | None, shift: float) -> Stored:
-    dtype = tensor.kind if tensor.kind in _PLAIN and not shift else "F32"
+    dtype = "F32" if shift else _dtype(tensor.kind)
     return Stored(tensor.file, tensor.name, dtype, tensor.shape, functools.partial(_read, tensor, order, shift))
 
 
@@ -128,12 +165,12 @@ def _groups(heads: int, kv_heads: int, rows: int) -> Int[np.ndarray, " rows"]:
 
 
 def _read(tensor: gguf.Tensor, order: Order | None, shift: float) -> np.ndarray:
-    """A tensor's numbers, dequantised to float32 a few rows at a time."""
+    """A tensor's numbers, dequantised a few rows at a time."""
     rows, width = (1, tensor.shape[0]) if len(tensor.shape) == 1 else (tensor.shape[0], int(np.prod(tensor.shape[1:])))
     if tensor.kind in _PLAIN:
         array = gguf.numbers(tensor).view(_PLAIN[tensor.kind])
     else:
-        array = np.empty((rows, width), np.float32)
+        array = np.empty((rows, width), _PLAIN[_dtype(tensor.kind)])
         step = max(1, _TOGETHER // width)
         for i in range(0, rows, step):
             some = array[i : i + step]

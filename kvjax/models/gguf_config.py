@@ -27,6 +27,7 @@ FAMILIES = {
     "olmo2": "olmo2",
     "mistral3": "llama",
     "qwen3moe": "qwen3_moe",
+    "gpt-oss": "gpt_oss",
 }
 LIKE_LLAMA = ("llama", "internlm2", "mistral3", "smollm3", "granite")  # biases or none; rows of queries and keys turned
 _RENAMED = {
@@ -47,12 +48,14 @@ _RENAMED = {
 }
 _NEEDED = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count")
 _SURE = ("rope.freq_base", "attention.layer_norm_rms_epsilon")  # where llama.cpp and transformers have other defaults
+_EXPERTS = ("expert_count", "expert_used_count", "expert_feed_forward_length")
 _NEEDED_OF = {
     "smollm3": _SURE,
     "granite": (*_SURE, "attention.scale", "logit_scale"),
     "olmo2": _SURE,
     "mistral3": _SURE,
-    "qwen3moe": (*_SURE, "expert_count", "expert_used_count", "expert_feed_forward_length"),
+    "qwen3moe": (*_SURE, *_EXPERTS),
+    "gpt-oss": (*_SURE, *_EXPERTS, "attention.sliding_window"),
 }
 _FALCON = {"num_key_value_heads": "num_kv_heads", "intermediate_size": "ffn_hidden_size"}
 # Fields that say nothing at these values.
@@ -121,7 +124,7 @@ def config(file: Gguf) -> dict[str, Any]:
         made |= {"attention_bias": "blk.0.attn_q.bias" in file.tensors, "mlp_bias": "blk.0.ffn_up.bias" in file.tensors}
         if made["sliding_window"] and made["model_type"] == "llama":
             made["model_type"] = "mistral"
-    if name == "qwen3moe" or (name == "llama" and left.get("expert_count")):
+    if name in ("qwen3moe", "gpt-oss") or (name == "llama" and left.get("expert_count")):
         made |= _experts(file, name, left)
     made["layer_types"] = _layer_types(name, made, left)
     if name in _DEEP:
@@ -132,6 +135,8 @@ def config(file: Gguf) -> dict[str, Any]:
         made |= _olmo3(made)
     if name == "mistral3":
         made |= _ministral3(made, left)
+    if name == "gpt-oss":
+        made["rope_scaling"] = _gpt_oss(made.get("rope_scaling", {"type": "default"}))
     neutral, unread = _NEUTRAL | _NEUTRAL_OF.get(name, {}), _UNREAD.get(name, ())
     left = {k: v for k, v in left.items() if v not in neutral.get(k, ()) and not k.startswith(unread)}
     made |= {f"{name}_{key.replace('.', '_')}": value for key, value in left.items()}
@@ -231,7 +236,7 @@ def _layer_types(name: str, made: dict[str, Any], left: dict[str, Any]) -> list[
     """Which layers slide; None where a file does not say."""
     layers, period = made["num_hidden_layers"], left.get("attention.sliding_window_pattern")
     slides = period if isinstance(period, list) else None
-    if made["sliding_window"] is None and name == "gemma3":
+    if made["sliding_window"] is None and name in ("gemma3", "gpt-oss"):
         period = 1
     if type(period) is int and period > 0 and type(layers) is int and layers <= DEEPEST:
         slides = [(layer + 1) % period > 0 for layer in range(layers)]
@@ -256,7 +261,18 @@ def _experts(file: Gguf, name: str, left: dict[str, Any]) -> dict[str, Any]:
     made = {"num_local_experts": left.pop("expert_count"), "num_experts_per_tok": left.pop("expert_used_count")}
     if name == "llama":
         return made | {"model_type": "mixtral"}
-    return made | {"moe_intermediate_size": left.pop("expert_feed_forward_length"), "norm_topk_prob": True}
+    size = left.pop("expert_feed_forward_length")
+    if name == "gpt-oss":
+        return made | {"intermediate_size": size}
+    return made | {"moe_intermediate_size": size, "norm_topk_prob": True}
+
+
+def _gpt_oss(block: dict[str, Any]) -> dict[str, Any]:
+    """The scaling of gpt-oss, which its own `config.json` does not round.
+
+    Differs: llama.cpp rounds where yarn's ramp begins and ends, for every model.
+    """
+    return block | {"truncate": False} if block["type"] == "yarn" else block
 
 
 def _olmo3(made: dict[str, Any]) -> dict[str, Any]:
