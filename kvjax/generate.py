@@ -107,9 +107,9 @@ def _check(args: argparse.Namespace, prompted: bool) -> None:
     if args.context is not None:
         named = (args.method, args.budget, args.max_length, args.save_context, args.mesh)
         if given or args.chat or args.arguments or any(flag is not None for flag in named):
-            raise InputError("--context has a text, a method and a budget of its own: give it --question alone")
+            raise InputError("--context has a text, a method, a budget and --chat of its own: leave them out")
         if not args.question:
-            raise InputError("give --context a --question, repeatable")
+            raise InputError("--context is to be asked: give --question, as often as there are questions")
     elif (args.question or args.save_context) and given != 1:
         raise InputError("--question and --save-context are for one prompt: --prompt, --prompt-file or --prompt-tokens")
     for path in (args.dump_cache, args.save_context):

@@ -7,6 +7,7 @@ from kvjax.cli.console import to_stdout
 from kvjax.cli.flags import DTYPES
 from kvjax.cli.generating import dump, print_all, printer
 from kvjax.cli.tables import describe, dtype_of, heading, summary
+from kvjax.generation.accounting import compare
 from kvjax.generation.context import Context
 from kvjax.generation.model import load
 from kvjax.generation.sampling import Sampling
@@ -33,8 +34,9 @@ def run(
     console = to_stdout()
     if args.save_context is not None:
         context.save(args.save_context)
-        if not args.json:
-            console.print(f"{args.save_context}: {_size(context)}", soft_wrap=True, highlight=False)
+    if not args.json:
+        name = args.context or args.save_context or "the prompt"
+        console.print(f"{name}: {_size(context)}", soft_wrap=True, highlight=False)
     if not args.question:
         return
     streaming = len(args.question) == 1 and not args.json and not args.no_stream
@@ -45,7 +47,7 @@ def run(
     if streaming:
         finish()
     elif not args.json:
-        print_all(out)
+        print_all(out, [" ".join(question.split()) for question in args.question])
     if args.json:
         print(json.dumps(describe(model, out, budget)), flush=True)
     else:
@@ -56,4 +58,8 @@ def run(
 
 def _size(context: Context) -> str:
     held, full = context.bytes.total, context.full_bytes
-    return f"{len(context.tokens):,} tokens in {held:,} bytes, where the full cache has {full:,}"
+    share = compare(context.model, context.cache, [len(context.tokens)]).share
+    return (
+        f"{len(context.tokens):,} tokens, {context.recipe.name}, {held:,} bytes; the full cache {full:,};"
+        f" {share:.1%} of it, both in 16 bits"
+    )

@@ -3,7 +3,7 @@
 import argparse
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,9 +82,9 @@ def printer(model: Model) -> tuple[Callable[[int, int], None], Callable[[], None
     return show, finish
 
 
-def print_all(out: Generation) -> None:
-    """Print all texts, numbered if there are several."""
+def print_all(out: Generation, titles: Sequence[str] = ()) -> None:
+    """Print all texts under their titles, or numbered if there are several."""
     for i, sequence in enumerate(out.sequences):
-        if len(out.sequences) > 1:
-            print(f"--- {i + 1}")
+        if titles or len(out.sequences) > 1:
+            print(f"--- {titles[i] if titles else i + 1}")
         print(" ".join(map(str, sequence.tokens)) if sequence.text is None else sequence.text)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,10 @@ class Model:
     stop: tuple[int, ...]
     name: str
     stop_source: str = ""
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        return f"Model({self.name!r}, {spec.family}, {spec.num_layers} layers, {jnp.dtype(self.decoder.dtype).name})"
 
     @property
     def spec(self) -> ModelSpec:
@@ -292,7 +297,7 @@ def encode_prompt(model: Model, prompt: str | Sequence[int]) -> list[int]:
         try:
             return [operator.index(i) for i in prompt]
         except TypeError:
-            raise InputError(f"prompt {prompt!r} is not a text or a list of token ids") from None
+            raise InputError(f"prompt {reprlib.repr(prompt)} is not a text or a list of token ids") from None
     if model.tokenizer is None:
         raise InputError(f"{model.name} has no tokenizer.json: give token ids instead (--prompt-tokens 1,2,3)")
     if not prompt:
