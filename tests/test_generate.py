@@ -109,6 +109,16 @@ def test_an_orbax_checkpoint_generates_the_same(directory, tmp_path, capsys):
     assert out["sequences"][0]["tokens"] == want.greedy.tolist()
 
 
+def test_sixteen_bits_of_either_kind_generate(directory, capsys):
+    want = golden.load("llama_gqa")
+    flags = ["--model", directory, "--prompt-tokens", ids(want.prompt), "--max-new-tokens", 4]
+    for dtype in ("float16", "bfloat16"):
+        out = run_json(capsys, *flags, "--dtype", dtype)
+        assert out["dtype"] == dtype and out["cache"]["bytes"]["payload"] % 2 == 0
+        if dtype == "float16":  # three more bits than bfloat16
+            assert out["sequences"][0]["tokens"] == want.greedy.tolist()[:4]
+
+
 def test_json_says_what_was_run(directory, capsys):
     flags = ["--model", directory, "--method", "h2o", "--budget", "25%", "--max-new-tokens", 5]
     out = run_json(capsys, *flags, "--prompt-tokens", ids(range(40)), "--prompt-tokens", ids(range(20)))

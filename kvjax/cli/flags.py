@@ -11,7 +11,7 @@ from kvjax.methods import METHODS
 
 SHOWCASE_METHOD = "snapkv"  # of a run without a prompt
 CHAT_LENGTH = 4096  # tokens of a conversation, unless it is said
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 def add_shared_flags(p: argparse.ArgumentParser, *, method: str, many: str = "") -> None:

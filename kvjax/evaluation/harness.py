@@ -56,7 +56,7 @@ class HarnessModel(TemplateLM):
       pretrained: as in `kvjax.load`: a directory or a hub id; None = the demo model.
       method: a key of `kvjax.METHODS`.
       budget: `512` or `20%`; None = the method's default.
-      dtype: `float32` or `bfloat16`, of weights and cache.
+      dtype: `float32`, `bfloat16` or `float16`, of weights and cache.
       max_length: tokens that longer contexts are cut to, from the left; None = the context limit.
       max_gen_toks: most tokens to generate where a task does not say.
       batch_size: sequences that are run together; the last batch is filled up with copies.

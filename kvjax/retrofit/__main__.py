@@ -20,7 +20,6 @@ from rich.progress import Progress as Bar
 from kvjax import compilation
 from kvjax.attention import dispatch
 from kvjax.cli import command
-from kvjax.cli.flags import DTYPES
 from kvjax.errors import InputError
 from kvjax.methods import KERNELS
 from kvjax.models.decoder import native_dtype
@@ -74,7 +73,7 @@ def parser() -> command.Parser:
     train.add_argument("--distill", action=argparse.BooleanOptionalAction, help="be like SRC (default: only for dms)")
     train.add_argument("--teacher", metavar="M", help="--distill: be like this model instead (default: SRC)")
     train.add_argument("--penalty", type=float, default=1.0, help="weight of too many slots (default: 1)")
-    train.add_argument("--dtype", choices=DTYPES, help="(default: float32 on CPU, else bfloat16)")
+    train.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: float32 on CPU, else bfloat16)")
     train.add_argument("--weight-decay", type=float, help="(default: 0.1; dms: 0)")
     train.add_argument("--clip", type=float, default=1.0, help="largest norm of a gradient (default: 1)")
     train.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True, help="save memory (default)")
