@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def write(path: Path, content: bytes) -> None:
     """Write a file: it is complete, or as it was before."""
     target = path.resolve()
     regular = target.is_file() or not target.exists()  # /dev/stdout is not
-    new = target.with_name(f".kvjax-{os.getpid()}.partial") if regular else target
+    new = target.with_name(f".kvjax-{os.getpid()}-{threading.get_ident()}.partial") if regular else target
     try:
         with interrupts.removing(new) if regular else contextlib.nullcontext():
             try:
