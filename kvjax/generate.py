@@ -60,11 +60,11 @@ def main(argv: list[str] | None = None) -> None:
     prompted = bool(args.prompt or args.prompt_file or args.prompt_tokens or args.context)
     method = args.method or (_made_for(args.model) if prompted else SHOWCASE_METHOD)
     budget = args.budget if args.budget is not None else default_budget(method)
+    _check(args, prompted)
     recipe = make(method, budget, args.arguments)
     if args.max_new_tokens is None:
         args.max_new_tokens = NEW_TOKENS if prompted else ANSWER_TOKENS
     how = sampling(args)
-    _check(args, prompted)
     texts, ids = read_texts(args), [read_ids(text) for text in args.prompt_tokens or ()]
     command.begin(args)
     compilation.enable_compilation_cache()
@@ -112,6 +112,10 @@ def _check(args: argparse.Namespace, prompted: bool) -> None:
             raise InputError("--context is to be asked: give --question, as often as there are questions")
     elif (args.question or args.save_context) and given != 1:
         raise InputError("--question and --save-context are for one prompt: --prompt, --prompt-file or --prompt-tokens")
+    if args.save_context and not args.question and (args.json or args.dump_cache):
+        raise InputError("--json and --dump-cache are for answers: give --save-context a --question, or leave them out")
+    if args.dump_cache is not None and args.dump_cache in (args.context, args.save_context):
+        raise InputError(f"{args.dump_cache} is to be a context and --dump-cache: give another name")
     for path in (args.dump_cache, args.save_context):
         if path is not None:
             output.check_writable(path)
