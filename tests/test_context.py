@@ -1,14 +1,19 @@
 """Contexts: read once, asked often, changed by nothing."""
 
 import dataclasses
+import json
+import threading
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import kvjax
-from kvjax import methods
+from kvjax import generate, methods
 from kvjax.errors import InputError
+from kvjax.generation import context_file
+from kvjax.generation.context import Context
 from kvjax.generation.model import Model
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.policies.base import Recipe
@@ -79,6 +84,37 @@ def test_a_full_context_is_the_text():
             context.extend(QUESTIONS[0]).extend(QUESTIONS[1]).logits,
             own.read(TEXT + QUESTIONS[0] + QUESTIONS[1]).logits,
         )
+
+
+def test_sinks_count_once_for_all_that_is_read():
+    own = Model(oracle.random_model(5, num_layers=1, sinks=True), None, (), "sinks")
+    out = own.read(TEXT).ask(QUESTIONS, max_new_tokens=2)
+    for question, logits in zip(QUESTIONS, out.logits, strict=True):
+        close(logits, reference(own.decoder, TEXT + question)[-1])
+
+
+@pytest.mark.parametrize("method", quick(("snapkv", "adakv", "dynamickv"), ("snapkv",)))
+def test_a_context_that_grows_in_small_steps_loses_nothing(method):
+    """Of a budget's share of the prompt and all that follows it."""
+    own, more = model("gqa"), text(80, 7)
+    context = own.read(TEXT, f"{method}+window=4", "50%")
+    for at in range(0, len(more), 16):
+        context = context.extend(more[at : at + 16])
+    read = own.generate([TEXT], f"{method}+window=4", "50%", questions=[more], max_new_tokens=1)
+    close(context.logits, read.logits)
+    assert context.kept == read.slots[0]
+
+
+def test_places_in_the_cache_reach_beyond_the_limit(tmp_path):
+    """While it generates; questions are kept whole, and so have the limit."""
+    own = Model(oracle.random_model(5, num_layers=1, max_position=64), None, (), "short")
+    context = own.read(TEXT, "streaming_llm", 16)
+    _, far = context.generate(max_new_tokens=60)
+    assert len(far.tokens) == far.room == 100 and far.kept == [16]
+    far.save(tmp_path / "far.kv")
+    assert own.load_context(tmp_path / "far.kv").room == 100
+    with pytest.raises(InputError, match="context limit"):
+        context.ask([[1]], max_new_tokens=2**28)
 
 
 def test_a_context_that_grows_within_its_length_compiles_nothing():
@@ -172,3 +208,74 @@ def test_a_question_ends_what_a_user_says(tmp_path):
     )
     context.save(tmp_path / "chat.kv")
     assert tokens(talking.load_context(tmp_path / "chat.kv").ask(["of mine"], max_new_tokens=2)) == tokens(out)
+
+
+def test_a_file_that_says_what_cannot_be_is_refused(tmp_path):
+    """In one line, though its checksum is right."""
+    own, file = model("gqa"), tmp_path / "text.kv"
+    own.read(TEXT).save(file)
+    about, content = context_file._read(file)
+    del about["digest"]
+    ((_, width),) = about["pools"][0]
+    keys = next(name for name in content if name.endswith(".k"))
+    named = about.keys() - {"chat"}  # which may be anything
+    headers = [{**about, key: value} for key in named for value in (-1, "x", [], {}, float("inf"))]
+    headers += [{**about, "pools": pools} for pools in ([[[2**40, width]]], [[[10**8, width]]], [[[]]])]
+    headers += [{**about, "dtypes": about["dtypes"] | {name: "V4"}} for name in ("tokens", "logits", keys)]
+    cases = [(header, content) for header in headers]
+    cases += [(about, content | {keys: content[keys].reshape(shape)}) for shape in (-1, (1, -1))]
+    cases += [(about, content | {"tokens": x}) for x in (content["tokens"][None], content["tokens"] + 97)]
+
+    def write(header: str, arrays: dict[str, np.ndarray]) -> None:
+        file.write_bytes(safetensors.numpy.save(arrays, {context_file.HEADER: header}))
+
+    for header, arrays in cases:
+        write(json.dumps(header | {"digest": context_file._digest(header, arrays)}), arrays)
+        with pytest.raises(InputError):
+            own.load_context(file)
+    for header in ("[" * 100_000, "null", "3"):
+        write(header, content)
+        with pytest.raises(InputError):
+            own.load_context(file)
+
+
+def test_a_context_lies_on_one_device(tmp_path):
+    kvjax.load().read([1, 2, 3]).save(tmp_path / "text.kv")
+    split = kvjax.load(mesh="data=1")
+    for use in (lambda: split.read([1]), lambda: split.load_context(tmp_path / "text.kv")):
+        with pytest.raises(InputError, match="one device"):
+            use()
+
+
+def test_threads_save_contexts_side_by_side(tmp_path):
+    own = model("gqa")
+    contexts = [own.read(text(length, 0)) for length in (10, 12, 14)]
+
+    def save(context: Context) -> None:
+        for _ in range(5):
+            context.save(tmp_path / str(len(context.tokens)))
+
+    threads = [threading.Thread(target=save, args=(context,)) for context in contexts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "12", "14"]
+    for context in contexts:
+        assert own.load_context(tmp_path / str(len(context.tokens))).tokens == context.tokens
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--prompt a --save-context a.kv --json", "give --save-context a --question"),
+        ("--prompt a --save-context a.kv --dump-cache a.npz", "give --save-context a --question"),
+        ("--prompt a --question b --save-context a.kv --dump-cache a.kv", "another name"),
+        ("--context a.kv --question b --dump-cache a.kv", "another name"),
+        ("--context a.kv --question b --set window=4", "of its own"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        generate.main(flags.split())

@@ -118,7 +118,7 @@ class Context:
         ids = [list(self.tokens)] * len(after)
         generating.check_prompts(model.spec, ids, after)
         for question in after:
-            self._check_reach(len(question) + max_new_tokens, max_new_tokens)
+            self._check_reach(recipe, len(question) + max_new_tokens, max_new_tokens)
         if self.recipe.positions is not None and self.recipe.windowed != "whole" and any(model.spec.windows):
             raise InputError(
                 f"{self.recipe.name}: a sliding window counts places in its cache, which questions beside it have not:"
@@ -153,7 +153,7 @@ class Context:
         if not ids:
             return self
         generating.check_prompts(self.model.spec, [self.tokens], [ids])
-        self._check_reach(len(ids), 0)
+        self._check_reach(self.recipe, len(ids), 0)
         return self._read(self._with_room(len(ids)), ids)
 
     def generate(
@@ -165,7 +165,7 @@ class Context:
           max_new_tokens, sampling, on_token: as in `Model.generate`.
         """
         model, sampling = self.model, _checked(sampling, max_new_tokens)
-        self._check_reach(max_new_tokens, max_new_tokens)
+        self._check_reach(self.recipe, max_new_tokens, max_new_tokens)
         whole = [list(self.tokens)]
         with Stopwatch() as watch:
             grown = self._with_room(max_new_tokens)
@@ -204,9 +204,9 @@ class Context:
         need = len(self.tokens) + new
         if need <= self.room:
             return dataclasses.replace(self, cache=jax.tree.map(jnp.copy, self.cache))
-        spec, room = self.model.spec, min(pages.ladder(need, steps=2, smallest=64), self.model.spec.max_position)
-        # Beside what is held: a prompt as long as the text would need no more.
-        lengths = Lengths((len(self.tokens),), room - len(self.tokens), padded_length(len(self.tokens)))
+        spec = self.model.spec
+        room = max(need, min(pages.ladder(need, steps=2, smallest=64), spec.max_position))
+        lengths = Lengths((self.prompt,), room - self.prompt, padded_length(self.prompt))
         wanted = jax.eval_shape(lambda: allocate(self.model.decoder, self.recipe, lengths))
         cache = []
         for group, tiers, want in zip(layout.layer_groups(spec), self.cache, wanted, strict=True):
@@ -216,10 +216,10 @@ class Context:
         cache = tuple(cache)
         return dataclasses.replace(self, cache=cache, room=room)
 
-    def _check_reach(self, more: int, new: int) -> None:
-        """Raise `InputError` for more tokens, of which the `new` last ones are generated, than can follow."""
+    def _check_reach(self, recipe: Recipe, more: int, new: int) -> None:
+        """Raise `InputError` for more tokens, of which the `new` last ones are generated, than a recipe can cache."""
         spec, length = self.model.spec, len(self.tokens)
-        generating.check_new(spec, self.recipe, length, more - new, new)
+        generating.check_new(spec, recipe, length, more - new, new)
         check_turn(spec, self.recipe, self.prompt, length + more - 1)
 
 
@@ -239,8 +239,7 @@ def read(
         ids = model.tokenizer.encode(model.tokenizer.around(prompt)[0], special=False)
     else:
         ids = encode_prompt(model, prompt)
-    if model.mesh is not None:
-        raise InputError("a context lies on one device: load the model without a mesh")
+    check_one_device(model)
     if max_length is not None:
         generating.check_total(model.spec, max_length, [ids], [[]], 0)
     generating.check_prompts(model.spec, [ids], [[]])
@@ -249,6 +248,12 @@ def read(
     new = 1 if max_length is None else max_length - 1
     logits, cache = generating.read_prompts(model, recipe, [ids], new, prefill_chunk, max_length)
     return Context(model, recipe, tuple(ids), logits, cache, len(ids), max_length or len(ids) + 1, named, chat)
+
+
+def check_one_device(model: Model) -> None:
+    """Raise `InputError` for a model whose weights are split."""
+    if model.mesh is not None:
+        raise InputError("a context lies on one device: load the model without a mesh")
 
 
 def _checked(sampling: Sampling | None, new: int) -> Sampling:

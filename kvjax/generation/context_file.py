@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from kvjax.cache import pages
 from kvjax.cache import tier as tiers_
 from kvjax.cache.layout import Cache
 from kvjax.cache.tier import Tier
@@ -21,7 +22,7 @@ from kvjax.checkpoint import digest, identity
 from kvjax.errors import InputError
 from kvjax.files import output
 from kvjax.generation.allocate import allocate
-from kvjax.generation.context import Context
+from kvjax.generation.context import Context, check_one_device
 from kvjax.generation.model import Model
 from kvjax.generation.prefill import padded_length
 from kvjax.methods import resolve
@@ -61,6 +62,7 @@ def load(model: Model, path: Path) -> Context:
     Raises:
       InputError: it is damaged, or of another model, and never read anew in silence.
     """
+    check_one_device(model)
     about, content = _read(path)
     if about.get("version") != VERSION:
         raise InputError(f"{path}: is a context of another version of kvjax ({about.get('version')}, not {VERSION})")
@@ -76,12 +78,18 @@ def load(model: Model, path: Path) -> Context:
         tokens, logits = arrays.pop("tokens"), arrays.pop("logits")
         if logits.shape != (1, model.spec.vocab_size) or not 1 <= prompt <= tokens.size <= room:
             raise ValueError("its parts do not belong together")
+        if (
+            tokens.dtype != np.int32
+            or tokens.ndim != 1
+            or not 0 <= tokens.min() <= tokens.max() < model.spec.vocab_size
+        ):
+            raise ValueError("its tokens are not those of the model")
         lengths = Lengths((prompt,), max(room - prompt, 1), padded_length(prompt))
         expected = jax.eval_shape(lambda: allocate(model.decoder, recipe, lengths))
         cache = _assembled(expected, arrays, pools)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        return Context(model, recipe, tuple(tokens.tolist()), jnp.asarray(logits), cache, prompt, room, named, chat)
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: is not a context that this version can read ({error})") from None
-    return Context(model, recipe, tuple(tokens.tolist()), jnp.asarray(logits), cache, prompt, room, named, chat)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -89,7 +97,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         with safetensors.safe_open(path, "np") as file:
             about = json.loads((file.metadata() or {}).get(HEADER, "{}"))
             content = {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as a context ({error})") from None
     if not isinstance(about, dict) or not about:
         raise InputError(f"{path}: is not a context of kvjax")
@@ -140,6 +148,8 @@ def _checked(tier: Tier, expected: Tier, pool: Sequence[int]) -> Tier:
             shape = {"free": (size,), "table": (*y.shape[:-1], width)}.get(name, shape)
             if x.shape != shape or x.dtype != y.dtype:
                 raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, not {y.dtype}{list(shape)}")
-    if int(tier.length.max()) > tier.capacity or not size <= int(pool[0]) or int(pool[1]) != width:
+    if int(tier.length.max()) > tier.capacity or int(pool[1]) != width:
         raise ValueError("a row holds more than it can")
+    if not size <= int(pool[0]) <= 2 * tier.table.size + pages.SMALLEST_PAGE:  # shapes are rounded up
+        raise ValueError("its pool has other pages than its rows")
     return tiers_.resize(tier, int(pool[0]))
