@@ -62,6 +62,9 @@ class Context:
     named: tuple[str, str | None] | None = None
     chat: bool = False
 
+    def __repr__(self) -> str:
+        return f"Context({len(self.tokens)} tokens, {self.recipe.name}, {self.bytes.total} bytes)"
+
     @property
     def bytes(self) -> Bytes:
         """Allocated for the context's cache."""
@@ -109,6 +112,8 @@ class Context:
         """
         if isinstance(questions, str):
             raise InputError("questions is one text: give a list of questions")
+        if not len(questions):
+            raise InputError("there is no question")
         model, sampling, recipe = self.model, _checked(sampling, max_new_tokens), asking(self.recipe)
         ending = ""
         if self.chat and model.tokenizer is not None:

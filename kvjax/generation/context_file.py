@@ -44,6 +44,7 @@ def save(context: Context, path: Path) -> None:
     about = {
         "version": VERSION,
         "model": identity.of_model(context.model.decoder),
+        "called": _called(context.model),
         "method": method,
         "budget": budget,
         "chat": context.chat,
@@ -69,7 +70,7 @@ def load(model: Model, path: Path) -> Context:
     if about.pop("digest", "") != _digest(about, content):
         raise InputError(f"{path}: is damaged: it is not what was written")
     if about.get("model") != identity.of_model(model.decoder):
-        raise InputError(f"{path}: was made by another model than {model.name}, or in another dtype")
+        raise InputError(f"{path}: was made by {about.get('called')}, which is not this model, {_called(model)}")
     try:
         named, prompt, room = (str(about["method"]), about["budget"]), int(about["prompt"]), int(about["room"])
         pools, dtypes, chat = about["pools"], about["dtypes"], bool(about["chat"])
@@ -90,6 +91,10 @@ def load(model: Model, path: Path) -> Context:
         return Context(model, recipe, tuple(tokens.tolist()), jnp.asarray(logits), cache, prompt, room, named, chat)
     except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: is not a context that this version can read ({error})") from None
+
+
+def _called(model: Model) -> str:
+    return f"{model.name} in {jnp.dtype(model.decoder.dtype).name}"
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
