@@ -433,6 +433,8 @@ def test_ends_and_templates(tmp_path):
     ({"block_count": 3}, "has weights of 2 layers, config.json gives 3"),
     ({"embedding_length": 2**31}, "read as config.json: hidden_size = 2147483648"),
     ({"attention.head_count": "4"}, "num_attention_heads = '4', expected a positive integer"),
+    ({"attention.head_count": [4, 2], "attention.key_length": None, "attention.value_length": None},
+     "num_attention_heads = [4, 2], expected a positive integer"),
     ({"attention.head_count_kv": [2, 4]}, "num_key_value_heads = [2, 4]"),
     ({"attention.value_length": 4}, "llama_attention_value_length = 4 is not supported"),
     ({"attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps = nan"),

@@ -167,10 +167,12 @@ def _heads(made: dict[str, Any], left: dict[str, Any]) -> Any:
     size = given[0] if given else _share(made)
     if len(given) == 2 and given[1] != size:
         left["attention.value_length"] = given[1]
+    turn = left.pop("rope.dimension_count", size)
+    if size is None:  # what it follows from will be refused
+        return None
     for key in ("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa"):
         if left.get(key) == size:
             del left[key]
-    turn = left.pop("rope.dimension_count", size)
     if turn != size:
         made["partial_rotary_factor"] = turn / size if type(turn) is type(size) is int and size else turn
     return size
