@@ -148,7 +148,7 @@ def test_a_config_file_and_flags_over_it(directory, tmp_path, capsys):
 CONFIGS = {
     "is not a number of tokens": "method = 'h2o'\nbudget = 0.5",
     "keeps nothing": "method = 'h2o'\nbudget = 0",
-    "argument --dtype": "dtype = 'float16'",
+    "argument --dtype": "dtype = 'float64'",
     "argument --max-new-tokens: invalid int value: '2.5'": "max_new_tokens = 2.5",
     "argument --temperature: invalid float value: 'hot'": "temperature = 'hot'",
     "temperature = True is not a string or a number": "temperature = true",
