@@ -101,3 +101,16 @@ def shallow_demo(shallow: Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shipped, "directory", lambda: shallow)
         yield
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """What the hub was asked for; it gives the test's folder."""
+    found = {}
+
+    def download(name, **options):
+        found.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return found

@@ -370,16 +370,9 @@ def test_resolve_local(source, monkeypatch):
     assert hf.resolve(f"{source.parent.name}/source") == Path(source.parent.name) / "source"
 
 
-def test_resolve_hub(monkeypatch, tmp_path):
+def test_resolve_hub(asked, monkeypatch, tmp_path):
     import huggingface_hub
 
-    asked = {}
-
-    def download(name, **options):
-        asked.update(options, name=name)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hf.resolve("org/model-1.0") == tmp_path
     assert asked["name"] == "org/model-1.0"
     assert "*.safetensors" in asked["allow_patterns"] and "*.json" in asked["allow_patterns"]

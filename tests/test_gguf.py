@@ -226,16 +226,7 @@ def test_a_model_in_parts(tmp_path):
     assert "is not part 2 of 3 of a model" in refusal(files[0])
 
 
-def test_a_hub_id_may_name_a_file(monkeypatch, tmp_path):
-    import huggingface_hub
-
-    asked = {}
-
-    def download(name, **options):
-        asked.update(options, name=name)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+def test_a_hub_id_may_name_a_file(asked, tmp_path):
     gguf_files.write_golden("llama_gqa", tmp_path / "q.gguf")
     assert hf.resolve("org/model-GGUF/q.gguf") == tmp_path / "q.gguf"
     assert (asked["name"], asked["allow_patterns"]) == ("org/model-GGUF", ["q.gguf"])

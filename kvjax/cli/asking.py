@@ -11,6 +11,7 @@ from kvjax.generation.accounting import compare
 from kvjax.generation.context import Context
 from kvjax.generation.model import load
 from kvjax.generation.sampling import Sampling
+from kvjax.methods import write_entry
 
 
 def run(
@@ -27,10 +28,10 @@ def run(
         assert context.named is not None
         budget = context.named[1]
     else:
-        entry = "+".join([method, *(f"{key}={value}" for key, value in args.arguments.items())])
         context = model.read(
-            prompts[0], entry, budget, prefill_chunk=args.prefill_chunk, max_length=args.max_length, chat=args.chat
-        )
+            prompts[0], write_entry(method, args.arguments), budget, prefill_chunk=args.prefill_chunk,
+            max_length=args.max_length, chat=args.chat,
+        )  # fmt: skip
     console = to_stdout()
     if args.save_context is not None:
         context.save(args.save_context)

@@ -10,14 +10,13 @@ from kvjax.errors import InputError
 from kvjax.generation.chat import Chat
 from kvjax.generation.model import load
 from kvjax.generation.sampling import Sampling
-from kvjax.methods import of, read_entry
+from kvjax.methods import of, write_entry
 
 
 def run(args: argparse.Namespace, sampling: Sampling) -> None:
     """Answer every line of standard input until it ends."""
     model = load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
-    name, arguments = read_entry(args.method or of(model.spec))
-    entry = "+".join([name, *(f"{key}={value}" for key, value in (arguments | args.arguments).items())])
+    entry = write_entry(args.method or of(model.spec), args.arguments)
     length = min(CHAT_LENGTH, model.spec.max_position) if args.max_length is None else args.max_length
     system = () if args.system is None else ({"role": "system", "content": args.system},)
     begun = chat = Chat(model, entry, args.budget, max_length=length, messages=system)

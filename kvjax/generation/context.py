@@ -213,13 +213,12 @@ class Context:
         room = max(need, min(pages.ladder(need, steps=2, smallest=64), spec.max_position))
         lengths = Lengths((self.prompt,), room - self.prompt, padded_length(self.prompt))
         wanted = jax.eval_shape(lambda: allocate(self.model.decoder, self.recipe, lengths))
-        cache = []
+        cache: list[layout.Tiers] = []
         for group, tiers, want in zip(layout.layer_groups(spec), self.cache, wanted, strict=True):
             extend = layer_recipe(spec, self.recipe, group.index[0]).policy.pool_hooks.extend
             grown = tuple(_resized(t, w.free.shape[0] * w.page, w.capacity) for t, w in zip(tiers, want, strict=True))
             cache.append(grown if extend is None else extend(grown, len(self.tokens), room - self.room))
-        cache = tuple(cache)
-        return dataclasses.replace(self, cache=cache, room=room)
+        return dataclasses.replace(self, cache=tuple(cache), room=room)
 
     def _check_reach(self, recipe: Recipe, more: int, new: int) -> None:
         """Raise `InputError` for more tokens, of which the `new` last ones are generated, than a recipe can cache."""

@@ -163,6 +163,15 @@ def read_entry(text: str) -> tuple[str, dict[str, str]]:
     return name, found
 
 
+def write_entry(name: str, arguments: Mapping[str, object]) -> str:
+    """A method and its arguments as `read_entry` reads them.
+
+    >>> write_entry("mikv", {"low_store": "int4", "recent": 0.25})
+    'mikv+low_store=int4+recent=0.25'
+    """
+    return "+".join([name, *(f"{key}={value}" for key, value in arguments.items())])
+
+
 def of(spec: ModelSpec) -> str:
     """The method that a model is made for: what its gate decides, or the full cache.
 
