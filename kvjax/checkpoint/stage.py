@@ -6,6 +6,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -60,7 +61,7 @@ def _alone(hidden: Path, dst: Path) -> Iterator[None]:
             with interrupts.removing(hidden / "stage"), interrupts.removing(hidden):  # one after the other
                 yield
         finally:
-            shutil.rmtree(hidden / "stage", ignore_errors=True)
+            _remove(hidden / "stage")
             (hidden / "lock").unlink(
                 missing_ok=True
             )  # last of all: who finds no lock, or one of its own, meets no files of ours
@@ -68,6 +69,15 @@ def _alone(hidden: Path, dst: Path) -> Iterator[None]:
                 hidden.rmdir()
     finally:
         os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, if it is there, into which threads of an Orbax call that has failed may go on writing."""
+    for _ in range(100):
+        if not folder.exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)  # what they have begun takes them milliseconds
 
 
 def _take(lock: int, hidden: Path, dst: Path, made: bool) -> None:
