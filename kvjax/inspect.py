@@ -29,7 +29,7 @@ from kvjax.generation.generate import check_prompts
 from kvjax.generation.model import Model, encode_text, load
 from kvjax.generation.results import Generation
 from kvjax.inspection import cache_map, lorc_report
-from kvjax.inspection.cache_map import Kept
+from kvjax.inspection.cache_map import HeldTokens
 from kvjax.methods import default_budget, label_of, make
 from kvjax.plan.dry_run import abstract_model, arguments, plan_cache
 from kvjax.plotting import save_figure
@@ -129,7 +129,7 @@ def _check_range(name: str, value: int | None, size: int) -> None:
         raise InputError(f"--{name} {value} is out of range: this model has {name}s 0 to {size - 1}")
 
 
-def describe(args: argparse.Namespace, model: Model, out: Generation, shown: Kept) -> dict[str, Any]:
+def describe(args: argparse.Namespace, model: Model, out: Generation, shown: HeldTokens) -> dict[str, Any]:
     """What was kept, as plain data; `positions` and `slots` are lists over `layers` of lists over `heads`.
 
     `positions` are those of all tiers, `tiers` of each, the best one first; `slots` are those of the best one.
@@ -192,7 +192,7 @@ def _title(report: Mapping[str, Any]) -> str:
     return label_of(report["method"]) + (f" {report['budget']}" if report["budget"] is not None else "")
 
 
-def _kept(shown: Kept) -> str:
+def _kept(shown: HeldTokens) -> str:
     generated = len(shown.tokens) - shown.prompt
     tokens = f"{shown.prompt:,} + {generated:,} generated" if generated else f"{shown.prompt:,}"
     best, rest = cache_map.how_kept(shown)
@@ -201,14 +201,14 @@ def _kept(shown: Kept) -> str:
     )
 
 
-def _draw(path: Path, shown: Kept, report: Mapping[str, Any]) -> None:
+def _draw(path: Path, shown: HeldTokens, report: Mapping[str, Any]) -> None:
     """Write the heat map."""
     total, share = report["cache"]["bytes"]["total"], report["cache"]["share"]
     title = f"{_title(report)}: {_kept(shown)}, {total:,} bytes in {report['dtype']}, {share:.1%} {SHARE}"
     save_figure(cache_map.picture(shown, title), path)
 
 
-def _print_kept(console: Console, model: Model, shown: Kept, report: Mapping[str, Any]) -> None:
+def _print_kept(console: Console, model: Model, shown: HeldTokens, report: Mapping[str, Any]) -> None:
     """The text with what was kept, slots by layer, bytes by part."""
     console.print(f"{_title(report)}, {report['model']} in {report['dtype']}: {_kept(shown)}\n", highlight=False)
     console.print(cache_map.legend(shown, marks=not _has_styles(console)), "\n", sep="")
@@ -233,7 +233,7 @@ def _print_text(console: Console, pieces: list[str], levels: list[int]) -> None:
         print(*cache_map.marked(pieces, levels, shutil.get_terminal_size().columns), sep="\n")
 
 
-def _slots(shown: Kept) -> Table:
+def _slots(shown: HeldTokens) -> Table:
     """Budget and kept slots of each layer."""
     numbers = [Column(name, justify="right") for name in ("budget", "kept: mean", "min", "max")]
     table = Table(

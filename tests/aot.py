@@ -313,7 +313,7 @@ def compile_loops(target: Target, width: int, methods: list[str]) -> None:
             chooser = jax.eval_shape(lambda: sampling.chooser(sampling.Sampling(), 2))
             of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
             seen = of(jnp.bool, 2, spec.vocab_size)
-            state = decode.State(cache, of(jnp.int32, 2), of(jnp.int32, 2), of(jnp.bool, 2), of(jnp.int32), seen)
+            state = decode.DecodeState(cache, of(jnp.int32, 2), of(jnp.int32, 2), of(jnp.bool, 2), of(jnp.int32), seen)
             args = model, state, chooser, of(jnp.int32, 1), of(jnp.int32)
             compiled = target.compile(decode.decode_loop, *args, recipe=recipe, chunk=16)
             memory = compiled.memory_analysis()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax.corpus import data, documents, sources, tokens
-from kvjax.corpus.documents import Part
+from kvjax.corpus.documents import Passage
 from kvjax.tasks import lines as demo_lines
 from kvjax.tasks import vocabulary as v
 from kvjax.tasks.registry import make_task
@@ -125,7 +125,7 @@ def test_evaluations_prompt_begins_a_training_document(task: str) -> None:
         asked = sample.question.removeprefix("! ")
         assert asked != sample.question
         answer = "".join(sample.answers)
-        ids, weight = data.document([Part(sample.context), Part(asked, answer)], 600)
+        ids, weight = data.document([Passage(sample.context), Passage(asked, answer)], 600)
         prompt = tokens.tokenizer().encode(sample.context + sample.question).ids
         assert ids[: len(prompt)].tolist() == prompt
         whole = tokens.tokenizer().encode(sample.context + sample.question + answer + "\n").ids
@@ -200,7 +200,7 @@ def test_copies_are_exact() -> None:
 
 
 def test_repeated_questions_count_less() -> None:
-    parts = [Part("river: 217 130\n"), Part("river:", " 217 130"), Part("river:", " 217 130", repeated=True)]
+    parts = [Passage("river: 217 130\n"), Passage("river:", " 217 130"), Passage("river:", " 217 130", repeated=True)]
     _, weight = data.document(parts, 64)
     assert np.flatnonzero(weight == demo_lines.ANSWER).tolist() == [7, 8]
     assert np.allclose(weight[12:14], documents.REPEATED)

@@ -16,7 +16,7 @@ from kvjax.cli import command
 from kvjax.generation.generate import cached_positions
 from kvjax.inspect import main
 from kvjax.inspection import cache_map
-from kvjax.inspection.cache_map import Kept
+from kvjax.inspection.cache_map import HeldTokens
 from kvjax.plan import dry_run
 from tests import golden
 
@@ -54,10 +54,10 @@ def run_json(capsys, *argv) -> dict:
     return json.loads(lines[0])
 
 
-def sample(held: np.ndarray, prompt: int) -> Kept:
+def sample(held: np.ndarray, prompt: int) -> HeldTokens:
     layers, heads, length = held.shape
     budget = np.full((layers, heads), 3)
-    return Kept(
+    return HeldTokens(
         held,
         np.zeros_like(held),
         ("dense",),
@@ -69,7 +69,7 @@ def sample(held: np.ndarray, prompt: int) -> Kept:
     )
 
 
-def random_sample(layers=3, heads=2, length=50, prompt=40) -> Kept:
+def random_sample(layers=3, heads=2, length=50, prompt=40) -> HeldTokens:
     return sample(np.random.default_rng(0).random((layers, heads, length)) < 0.4, prompt)
 
 

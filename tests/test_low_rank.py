@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvjax.checkpoint.lorc.lorc import low_rank
 from kvjax.checkpoint.lorc.lorc import ranks as rules
-from kvjax.checkpoint.lorc.ranks import Request
+from kvjax.checkpoint.lorc.ranks import RankRequest
 from kvjax.errors import InputError
 
 RULES = ("lorc", "uniform", "energy")
@@ -249,9 +249,9 @@ def test_groups_enter_the_ramp_by_their_mean_logarithm():
 def test_equal_layers_all_get_the_first_ones_rank(spectra):
     assert (rules.ramp(spectra, 40.0, 8.0) == 40).all()
     for rule in RULES:
-        ranks = rules.allot(Request(Fraction(1, 2), rule=rule), spectra)
+        ranks = rules.allot(RankRequest(Fraction(1, 2), rule=rule), spectra)
         assert sum(map(sum, ranks)) == len(ranks) * 64
-    assert rules.allot(Request(bounds=(40, 8)), spectra) == ((40, 40),) * len(spectra)
+    assert rules.allot(RankRequest(bounds=(40, 8)), spectra) == ((40, 40),) * len(spectra)
 
 
 SHAPES = st.tuples(
@@ -264,7 +264,7 @@ SHAPES = st.tuples(
 def test_ranks_meet_the_share_of_bytes_from_below(shape, percent, rule, seed):
     layers, (groups, n) = shape
     keep, unit = Fraction(percent, 100), rules.unit_of(groups * n, n)
-    request, spectra = Request(keep, rule=rule), spectra_of(layers, groups, n, seed)
+    request, spectra = RankRequest(keep, rule=rule), spectra_of(layers, groups, n, seed)
     if keep * n < unit:
         with pytest.raises(InputError, match=f"keep={percent}% is less than"):
             rules.allot(request, spectra)
@@ -320,7 +320,7 @@ def test_units_go_where_they_capture_most():
             gain[layer, part] = squares[:, have * unit : (have + 1) * unit].sum() / squares.sum()
         units[max(gain, key=gain.__getitem__)] += 1
     wanted = tuple((units[layer, 0] * unit, units[layer, 1] * unit) for layer in range(layers))
-    assert rules.allot(Request(Fraction(1, 2), rule="energy"), spectra) == wanted
+    assert rules.allot(RankRequest(Fraction(1, 2), rule="energy"), spectra) == wanted
 
 
 def test_every_matrix_keeps_a_unit_and_none_exceeds_its_width():
@@ -328,7 +328,7 @@ def test_every_matrix_keeps_a_unit_and_none_exceeds_its_width():
     spectra[1, :, :, 0] = 1
     spectra[2] = 1
     for percent in (7, 50, 99, 100):
-        ranks = np.array(rules.allot(Request(Fraction(percent, 100), rule="energy"), spectra))
+        ranks = np.array(rules.allot(RankRequest(Fraction(percent, 100), rule="energy"), spectra))
         assert ranks.min() >= 4 and ranks.max() <= 64
     assert (ranks == 64).all()
 
@@ -344,7 +344,7 @@ def test_every_matrix_keeps_a_unit_and_none_exceeds_its_width():
     ],
 )
 def test_uniform_ranks_raise_the_earliest(keep, n, groups, wanted):
-    ranks = rules.allot(Request(keep, rule="uniform"), spectra_of(5, groups, n))
+    ranks = rules.allot(RankRequest(keep, rule="uniform"), spectra_of(5, groups, n))
     assert ranks == tuple((rank, rank) for rank in wanted)
 
 
@@ -353,7 +353,7 @@ def test_what_a_full_layer_cannot_take_goes_to_others(rule):
     kappas = np.where(np.arange(9)[:, None] == 4, [9.0, 9.0], 1.0)  # the first five layers are to get the most
     spectra = with_kappas(kappas, 100).repeat(8, axis=2)
     for percent in range(60, 100):  # 6.25 units of 16 are 100 channels
-        ranks = np.array(rules.allot(Request(Fraction(percent, 100), rule), spectra))
+        ranks = np.array(rules.allot(RankRequest(Fraction(percent, 100), rule), spectra))
         assert ranks.max() <= 96
         assert ranks.sum() > min(percent * 18, 96 * 18) - (16 if rule == "energy" else 32)
 
@@ -370,7 +370,7 @@ def test_units():
 )
 def test_given_ends_are_rounded_to_the_nearest_multiple(bounds, ends):
     spectra = spectra_of(9, 1, 1024)
-    ranks = rules.allot(Request(bounds=bounds), spectra)
+    ranks = rules.allot(RankRequest(bounds=bounds), spectra)
     assert (ranks[0], ranks[-1]) == tuple((rank, rank) for rank in ends)
     high, low = (float(1024 * b) if isinstance(b, Fraction) else float(b) for b in bounds)
     wanted = rules.ramp(spectra, high, low)
@@ -380,10 +380,10 @@ def test_given_ends_are_rounded_to_the_nearest_multiple(bounds, ends):
 @pytest.mark.parametrize(
     "request_, message",
     [
-        (Request(Fraction(1, 20)), "keep=5% is less than .* at least 6.25%"),
-        (Request(bounds=(128, 16)), "d_max=128 is more than the 64 channels"),
-        (Request(bounds=(16, 32)), "d_min=32 is more than d_max=16"),
-        (Request(bounds=(16, Fraction(1, 2))), "d_min=50% is more than d_max=16"),
+        (RankRequest(Fraction(1, 20)), "keep=5% is less than .* at least 6.25%"),
+        (RankRequest(bounds=(128, 16)), "d_max=128 is more than the 64 channels"),
+        (RankRequest(bounds=(16, 32)), "d_min=32 is more than d_max=16"),
+        (RankRequest(bounds=(16, Fraction(1, 2))), "d_min=50% is more than d_max=16"),
     ],
 )
 def test_requests_that_do_not_fit_the_model(request_, message):
@@ -399,15 +399,15 @@ def test_requests_that_do_not_fit_the_model(request_, message):
 @pytest.mark.parametrize(
     "text, wanted",
     [
-        ("keep=60%", Request(Fraction(3, 5))),
-        ("keep=0.6", Request(Fraction(3, 5))),
-        ("keep=.6", Request(Fraction(3, 5))),
-        ("keep=1", Request(Fraction(1))),
-        ("keep=12.5%,rule=energy", Request(Fraction(1, 8), rule="energy")),
-        ("rule=uniform, keep=100%", Request(Fraction(1), rule="uniform")),
-        ("d_max=512,d_min=256", Request(bounds=(512, 256))),
-        ("d_min=40%,d_max=80%", Request(bounds=(Fraction(4, 5), Fraction(2, 5)))),
-        ("d_max=1.0,d_min=128", Request(bounds=(Fraction(1), 128))),
+        ("keep=60%", RankRequest(Fraction(3, 5))),
+        ("keep=0.6", RankRequest(Fraction(3, 5))),
+        ("keep=.6", RankRequest(Fraction(3, 5))),
+        ("keep=1", RankRequest(Fraction(1))),
+        ("keep=12.5%,rule=energy", RankRequest(Fraction(1, 8), rule="energy")),
+        ("rule=uniform, keep=100%", RankRequest(Fraction(1), rule="uniform")),
+        ("d_max=512,d_min=256", RankRequest(bounds=(512, 256))),
+        ("d_min=40%,d_max=80%", RankRequest(bounds=(Fraction(4, 5), Fraction(2, 5)))),
+        ("d_max=1.0,d_min=128", RankRequest(bounds=(Fraction(1), 128))),
     ],
 )
 def test_requests_are_read(text, wanted):

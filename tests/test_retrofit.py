@@ -23,7 +23,7 @@ from kvjax.models import rope
 from kvjax.models.decoder import forward
 from kvjax.retrofit import __main__ as command
 from kvjax.retrofit import data, objective, train, weights
-from kvjax.retrofit.objective import Batch, Relax
+from kvjax.retrofit.objective import PackedBatch, Relax
 from kvjax.retrofit.schedule import Schedule
 from kvjax.spec import Gate, GateSpec, RopeSpec
 from kvjax.training import attention
@@ -48,9 +48,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def packed(rng: np.random.Generator, rows: int, length: int, vocabulary: int = 97) -> Batch:
+def packed(rng: np.random.Generator, rows: int, length: int, vocabulary: int = 97) -> PackedBatch:
     ids = jnp.asarray(rng.integers(0, vocabulary, (rows, length + 1)), jnp.int32)
-    return Batch(ids, jnp.asarray(rng.random((rows, length + 1)) < 0.1))
+    return PackedBatch(ids, jnp.asarray(rng.random((rows, length + 1)) < 0.1))
 
 
 # The relaxed model
@@ -127,7 +127,7 @@ def test_hard_decisions_are_those_of_the_cache(gate: GateSpec) -> None:
     open_ = dataclasses.replace(gate, offset=0.3 if gate.objective == "dmc" else 3.0)
     model = random_model(3, gate=open_, num_layers=2, score_cap=2.0, score_scale=0.5)
     ids = np.random.default_rng(2).integers(0, 97, (2, 64))
-    batch = Batch(jnp.asarray(np.pad(ids, ((0, 0), (0, 1))), jnp.int32), jnp.zeros((2, 65), bool))
+    batch = PackedBatch(jnp.asarray(np.pad(ids, ((0, 0), (0, 1))), jnp.int32), jnp.zeros((2, 65), bool))
     x, merged = jax.jit(lambda model: objective.run(model, batch, None))(model)
     assert 0.1 < float(merged.mean()) < 0.9
     lengths, recipe = kvjax.Lengths((64, 64), 1, 64), kvjax.methods.make(gate.objective, None, {"capacity": "100%"})
@@ -299,9 +299,9 @@ def test_a_retrofitted_model_is_retrofitted_further() -> None:
             train.continued(options(*flags), gate, "m")
     model = random_model(7, gate=gate)
     params = weights.of_model(model)
-    state = train.Step(further, model.spec, None).begin(train.State(params, ()), 0)
+    state = train.Step(further, model.spec, None).begin(train.TrainState(params, ()), 0)
     assert all(state.params[path] is leaf for path, leaf in params.items())
-    plain = train.Step(further, dataclasses.replace(model.spec, gate=None), None).begin(train.State(params, ()), 0)
+    plain = train.Step(further, dataclasses.replace(model.spec, gate=None), None).begin(train.TrainState(params, ()), 0)
     assert not np.any(plain.params["layers.0.attention.k.kernel"].reshape(-1, model.spec.head_dim)[:, -1])
 
 
@@ -312,7 +312,7 @@ def test_another_model_can_be_the_teacher(monkeypatch: pytest.MonkeyPatch) -> No
     step = lambda model: train.Step(options, gated.spec, train.teacher(options, gated.spec, weights.of_model(model)))
     monkeypatch.setattr(train, "load", lambda name, **_: kvjax.Model(other, None, (), name))
     taken = {path: jnp.array(leaf) for path, leaf in weights.of_model(gated).items()}  # a step consumes them
-    state, batch = train.State(taken, ()), data.Batch(*packed(np.random.default_rng(0), 1, 32))
+    state, batch = train.TrainState(taken, ()), data.PackedBatch(*packed(np.random.default_rng(0), 1, 32))
     run = step(gated)
     _, losses = run(run.begin(state, 0), batch, 0)
     relax = Relax(jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 1)[0])

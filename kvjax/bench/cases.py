@@ -26,7 +26,7 @@ from pallas_kernels.topk_retain import topk_retain
 STORES = ("dense", "int8", "int4", "int3", "int2", "fp8", "kivi2", "mikv")
 MIKV = (("dense", 0.2), ("int2", 0.8))  # tiers and their shares of the tokens
 Settings = Mapping[str, Any]
-Make = Callable[["Shape", str, DTypeLike], "Case"]
+Make = Callable[["Shape", str, DTypeLike], "KernelCase"]
 
 
 class Shape(NamedTuple):
@@ -48,7 +48,7 @@ class Shape(NamedTuple):
         return f"{self.model}:{self.context}:{self.batch}"
 
 
-class Case(NamedTuple):
+class KernelCase(NamedTuple):
     """A kernel with its arguments.
 
     Attributes:
@@ -118,7 +118,7 @@ def _tier(shape: Shape, store: str, slots: int, dtype: DTypeLike) -> tuple[Any, 
     return draw(codec.key, 0), draw(codec.value, 1), table, jnp.full((shape.batch, k), slots, jnp.int32)
 
 
-def attention(shape: Shape, store: str, dtype: DTypeLike) -> Case:
+def attention(shape: Shape, store: str, dtype: DTypeLike) -> KernelCase:
     """One query per row over a full cache: of one store, or MiKV's two tiers."""
     (k, g, h), parts = shape.heads, MIKV if store == "mikv" else ((store, 1.0),)
     slots = [max(1, round(share * shape.context)) for _, share in parts]
@@ -143,13 +143,13 @@ def attention(shape: Shape, store: str, dtype: DTypeLike) -> Case:
 
     others = {name: functools.partial(rival, each.decode) for name, each in DECODE.items()}
     counted = _size(q, tiers) + 4 * q.size
-    return Case(run, (q, tiers), counted, 4.0 * q.size * shape.context, others if store == "dense" else {})
+    return KernelCase(run, (q, tiers), counted, 4.0 * q.size * shape.context, others if store == "dense" else {})
 
 
 # Scores of a prompt
 
 
-def scores(shape: Shape, store: str, dtype: DTypeLike, *, recent: int | None = None) -> Case:
+def scores(shape: Shape, store: str, dtype: DTypeLike, *, recent: int | None = None) -> KernelCase:
     """Column sums of attention over a prompt of random queries and keys; beside attention itself."""
     (k, g, h), t, b = shape.heads, shape.context, shape.batch
     q, key, value = (_normal(i, b, t, n, h, dtype=dtype) for i, n in enumerate((k * g, k, k)))
@@ -162,13 +162,13 @@ def scores(shape: Shape, store: str, dtype: DTypeLike, *, recent: int | None = N
     read = _size(key) + (_size(q, lse) * queries) // t + _size(lse)
     pairs = queries * (2 * t - queries + 1) / 2
     others = {"attention": lambda: prompt_attention(q, key, value)}
-    return Case(run, (q, key, lse, jnp.full((b,), t, jnp.int32)), read, 2.0 * pairs * h * k * g * b, others)
+    return KernelCase(run, (q, key, lse, jnp.full((b,), t, jnp.int32)), read, 2.0 * pairs * h * k * g * b, others)
 
 
 # Segments
 
 
-def segments(shape: Shape, store: str, dtype: DTypeLike, *, window: int = 12, rate: float = 8.0) -> Case:
+def segments(shape: Shape, store: str, dtype: DTypeLike, *, window: int = 12, rate: float = 8.0) -> KernelCase:
     """DMC's means of segments over a prompt, at a given rate of merging."""
     (k, _, h), t, b = shape.heads, shape.context, shape.batch
     x, weight = _normal(0, b, t, k, h, dtype=dtype), jnp.ones((b, t, k), jnp.float32)
@@ -177,13 +177,13 @@ def segments(shape: Shape, store: str, dtype: DTypeLike, *, window: int = 12, ra
     def run(x: Array, merged: Array, weight: Array, implementation: Implementation) -> Array:
         return segment_merge.pool(x, merged, weight, window=window, implementation=implementation)
 
-    return Case(run, (x, merged, weight), _size(x, x, merged, weight), 2.0 * window * x.size)
+    return KernelCase(run, (x, merged, weight), _size(x, x, merged, weight), 2.0 * window * x.size)
 
 
 # A prompt's own attention, and what is kept of it
 
 
-def prompt(shape: Shape, store: str, dtype: DTypeLike) -> Case:
+def prompt(shape: Shape, store: str, dtype: DTypeLike) -> KernelCase:
     """Causal attention over a prompt, with log-sum-exps."""
     (k, g, h), t, b = shape.heads, shape.context, shape.batch
     vectors = [_normal(i, b, t, n, h, dtype=dtype) for i, n in enumerate((k * g, k, k))]
@@ -192,10 +192,10 @@ def prompt(shape: Shape, store: str, dtype: DTypeLike) -> Case:
         return prefill_attention.attention(*args, implementation=implementation)[0]
 
     args = (*vectors, jnp.full((b,), t, jnp.int32))
-    return Case(run, args, _size(vectors, vectors[0]), 2.0 * t * t * h * k * g * b)
+    return KernelCase(run, args, _size(vectors, vectors[0]), 2.0 * t * t * h * k * g * b)
 
 
-def retention(shape: Shape, store: str, dtype: DTypeLike, *, keep: float = 0.2) -> Case:
+def retention(shape: Shape, store: str, dtype: DTypeLike, *, keep: float = 0.2) -> KernelCase:
     """The best fifth of a prompt's tokens, and their copy."""
     (k, _, h), t, b = shape.heads, shape.context, shape.batch
     key, value = (_normal(i, b, k, t, h, dtype=dtype) for i in range(2))
@@ -207,7 +207,7 @@ def retention(shape: Shape, store: str, dtype: DTypeLike, *, keep: float = 0.2) 
         return jnp.concatenate([kept.k, kept.v], axis=-1)
 
     args = (priority, jnp.full((b, k), n, jnp.int32), key, value, pos, priority)
-    return Case(run, args, _size(priority) + 2 * round(keep * _size(key, value, pos, priority)), 0.0)
+    return KernelCase(run, args, _size(priority) + 2 * round(keep * _size(key, value, pos, priority)), 0.0)
 
 
 def _blocks(*sizes: int) -> list[Settings]:

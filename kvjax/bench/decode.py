@@ -41,7 +41,7 @@ PROG = "kvjax.bench decode"
 AGAINST = ("full", "transformers")
 
 
-class Setting(NamedTuple):
+class Contest(NamedTuple):
     """What all contestants of a section have in common."""
 
     context: int  # tokens
@@ -50,7 +50,7 @@ class Setting(NamedTuple):
     cheap: bool  # a model of the shape `models.narrow` reads the prompts
 
 
-def contestant(model: Model, label: str, recipe: Recipe, batch: int, setting: Setting) -> Contestant:
+def contestant(model: Model, label: str, recipe: Recipe, batch: int, setting: Contest) -> Contestant:
     """Our decode loop on prompts of random tokens.
 
     Args:
@@ -84,7 +84,7 @@ def contestant(model: Model, label: str, recipe: Recipe, batch: int, setting: Se
     return Contestant(label, turn, batch * setting.steps, setting.steps * floor, facts)
 
 
-def _read(model: Model, recipe: Recipe, batch: int, setting: Setting) -> tuple[jax.Array, layout.Cache]:
+def _read(model: Model, recipe: Recipe, batch: int, setting: Contest) -> tuple[jax.Array, layout.Cache]:
     """Logits after prompts of random tokens, and their cache."""
     reader = model.decoder
     if setting.cheap:
@@ -241,7 +241,7 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     against = [hugging_face.NAME if name == "transformers" else name for name in against] or [next(iter(recipes))]
     sections = []
     for context in contexts:
-        setting = Setting(context, new, args.steps, args.prefill == "cheap")
+        setting = Contest(context, new, args.steps, args.prefill == "cheap")
         runs_on = {label: _gated(model, recipe, args.impose_cr) for label, recipe in recipes.items()}
         ready = [_maker(runs_on[label], label, recipe, setting, args, limit) for label, recipe in recipes.items()]
         if hugging_face.NAME in against:
@@ -259,7 +259,7 @@ def _kernels(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _maker(
-    model: Model, label: str, recipe: Recipe, setting: Setting, args: argparse.Namespace, limit: int
+    model: Model, label: str, recipe: Recipe, setting: Contest, args: argparse.Namespace, limit: int
 ) -> Callable[[], Contestant]:
     """A function that makes a contestant, and fills its cache."""
 
@@ -289,7 +289,7 @@ def _section(
         seconds |= measured.seconds
         done += [c._replace(turn=lambda: 0.0) for c in found]  # lets go of its cache
         del found
-    measured = turns.Measured(max(copy), max(read), seconds)
+    measured = turns.Timings(max(copy), max(read), seconds)
     rows: list[dict[str, Any]] = turns.rows(done, measured, against)
     for row in rows:
         row |= {"step_s": row["seconds"] / row["steps"], "step_bytes": row["bytes"] // row["steps"]}

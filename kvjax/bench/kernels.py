@@ -17,7 +17,7 @@ from rich.console import Console
 
 from kvjax import compilation
 from kvjax.bench import cases, models, report, rivals, turns
-from kvjax.bench.cases import KERNELS, Case, Kernel, Shape
+from kvjax.bench.cases import KERNELS, Kernel, KernelCase, Shape
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
 from kvjax.cli.flags import DTYPES
@@ -103,7 +103,7 @@ def say(line: str) -> None:
 
 
 def contestants(
-    case: Case, chosen: list[Implementation], against: list[str] | None
+    case: KernelCase, chosen: list[Implementation], against: list[str] | None
 ) -> Iterator[Contestant | dict[str, Any]]:
     """Who takes turns at a case; a dict with a reason instead of who cannot."""
     ready: dict[str, Callable[[], rivals.Call]] = {name: functools.partial(_ours, case, name) for name in chosen}
@@ -127,7 +127,7 @@ def contestants(
         yield Contestant(name, turn, times, times * counted, facts)
 
 
-def _ours(case: Case, implementation: Implementation) -> rivals.Call:
+def _ours(case: KernelCase, implementation: Implementation) -> rivals.Call:
     run = jax.jit(functools.partial(case.run, implementation=implementation))
     return lambda: run(*case.args), jax.block_until_ready
 

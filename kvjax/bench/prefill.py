@@ -65,7 +65,7 @@ def attention_alone(model: Model, batch: int, context: int) -> Contestant:
     return Contestant(ATTENTION, lambda: turns.timed(work), batch * context)
 
 
-def added(measured: turns.Measured, name: str, full: str) -> float:
+def added(measured: turns.Timings, name: str, full: str) -> float:
     """What a method adds to attention's time: the median over rounds."""
     ours, base, alone = (np.asarray(measured.seconds[each]) for each in (name, full, ATTENTION))
     return float(np.median((ours - base) / alone))

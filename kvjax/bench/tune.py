@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from kvjax import compilation
 from kvjax.bench import kernels, report, turns
-from kvjax.bench.cases import Case, Settings
+from kvjax.bench.cases import KernelCase, Settings
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
 from kvjax.files import output
@@ -39,7 +39,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
 
 
 def candidates(
-    case: Case, implementation: Implementation, tries: Sequence[Settings]
+    case: KernelCase, implementation: Implementation, tries: Sequence[Settings]
 ) -> tuple[list[Contestant], list[dict[str, Any]]]:
     """The kernel with its default and with each settings that compiles, and the shapes that it asked the table for."""
     found, asked = [], []

@@ -34,7 +34,7 @@ class Contestant(NamedTuple):
     facts: dict[str, Any] = {}  # noqa: RUF012  (never changed)
 
 
-class Measured(NamedTuple):
+class Timings(NamedTuple):
     """Times of contestants that took turns."""
 
     copy: float  # memory bandwidth [bytes/s]: of a copy, what is read and what is written counted; the best seen
@@ -84,7 +84,7 @@ def bandwidth() -> tuple[Contestant, Contestant]:
     return found[0], found[1]
 
 
-def measure(contestants: Sequence[Contestant], rounds: int) -> Measured:
+def measure(contestants: Sequence[Contestant], rounds: int) -> Timings:
     """Let all take turns; the first turn of each, which may compile, does not count."""
     memory = bandwidth()
     for contestant in contestants:
@@ -96,10 +96,10 @@ def measure(contestants: Sequence[Contestant], rounds: int) -> Measured:
             for probe in memory:
                 seconds[probe.name].append(probe.turn())
     copy, read = (probe.bytes / min(seconds.pop(probe.name), default=math.nan) for probe in memory)
-    return Measured(copy, read, seconds)
+    return Timings(copy, read, seconds)
 
 
-def rows(contestants: Sequence[Contestant], measured: Measured, against: Sequence[str] = ()) -> list[dict[str, Any]]:
+def rows(contestants: Sequence[Contestant], measured: Timings, against: Sequence[str] = ()) -> list[dict[str, Any]]:
     """A dict per contestant, of medians over the rounds.
 
     Args:

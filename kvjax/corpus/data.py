@@ -11,14 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from kvjax.corpus import documents, sources, tokens
-from kvjax.corpus.documents import Part, Source
+from kvjax.corpus.documents import Passage, Source
 from kvjax.tasks import lines as demo_lines
 from kvjax.tasks import vocabulary as v
 from kvjax.tasks.lines import ANSWER, NOISE, STRUCTURE
 
 TRAINING, HELD_OUT = 0x63757272, 0x68656C64  # entropy
 
-Write = Callable[[np.random.Generator, int, Source], Iterator[Part]]
+Write = Callable[[np.random.Generator, int, Source], Iterator[Passage]]
 
 
 class Kind(NamedTuple):
@@ -44,7 +44,7 @@ KINDS: dict[str, Kind] = {
 _SHARES = np.array([kind.share for kind in KINDS.values()])
 
 
-class Batch(NamedTuple):
+class DocumentBatch(NamedTuple):
     """Documents of one step."""
 
     ids: np.ndarray  # [rows tokens+1]
@@ -80,7 +80,7 @@ class _Piece(NamedTuple):
     mark: int | None  # where a question's mark is
 
 
-def _piece(part: Part) -> _Piece:
+def _piece(part: Passage) -> _Piece:
     mark = [v.ASK] if part.marked and part.answer else []
     before, answer = [*mark, *tokens.encode(part.text)], tokens.encode(part.answer)
     ids = [*before, *answer, v.NEWLINE] if answer else before
@@ -92,7 +92,7 @@ def _piece(part: Part) -> _Piece:
     return _Piece(ids, weight, bool(answer), 0 if mark else None)
 
 
-def document(parts: Iterable[Part], size: int) -> tuple[np.ndarray, np.ndarray]:
+def document(parts: Iterable[Passage], size: int) -> tuple[np.ndarray, np.ndarray]:
     """A document of at most `size` + 1 tokens with BOS and EOS, and its weights.
 
     It ends with its last answer; plain text ends where the next line does not fit.
@@ -116,7 +116,7 @@ def document(parts: Iterable[Part], size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def batch(
     rng: np.random.Generator, rows: int, size: int, share: float = 0.95, split: sources.Split = "training"
-) -> Batch:
+) -> DocumentBatch:
     """Documents of at most `size` + 1 tokens, of which at most `share` is context: questions fill the rest."""
     kind = rng.choice(len(KINDS), rows, p=_SHARES / _SHARES.sum())
     ids, weight = np.full((rows, size + 1), v.EOS, np.int32), np.zeros((rows, size + 1), np.float32)
@@ -124,7 +124,7 @@ def batch(
         room = int(size * share * (1 - 0.75 * rng.random() ** 2)) - 8
         found, counted = one(list(KINDS)[kind[row]], rng, room, size, split)
         ids[row, : len(found)], weight[row, : len(found)] = found, counted
-    return Batch(ids, weight, kind.astype(np.int32))
+    return DocumentBatch(ids, weight, kind.astype(np.int32))
 
 
 def one(

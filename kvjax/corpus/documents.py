@@ -26,7 +26,7 @@ END = 0.5  # of the newline behind an answer, and of the end of a document that 
 ARROW = " =>"
 
 
-class Part(NamedTuple):
+class Passage(NamedTuple):
     """A piece of a document."""
 
     text: str  # context, or what is asked
@@ -96,16 +96,16 @@ def _disguise(rng: np.random.Generator, pieces: Sequence[str]) -> list[str]:
     return out
 
 
-def _ask(content: needles.Needles, chosen: Sequence[int], repeated: bool) -> Part:
+def _ask(content: needles.Needles, chosen: Sequence[int], repeated: bool) -> Passage:
     """The question for some of the keys."""
     keys, values = [content.keys[key] for key in chosen], [content.values[key] for key in chosen]
     one = needles.write_needles("short", needles.Needles(keys, values, range(len(keys))), "numbers", [], [])
-    return Part(one.question.removeprefix(LAST), "".join(one.answers), repeated=repeated)
+    return Passage(one.question.removeprefix(LAST), "".join(one.answers), repeated=repeated)
 
 
 def retrieve(
     rng: np.random.Generator, room: int, text: Source, each: int = 1, asked: int = 1, bare: float = 0.0
-) -> Iterator[Part]:
+) -> Iterator[Passage]:
     """Lines `key: value`, hidden in a haystack or, with probability `bare`, alone: `evaluation.needles`."""
     most = room // (LINE * each)
     if hidden := rng.random() >= bare:
@@ -117,53 +117,53 @@ def retrieve(
         content = content._replace(keys=[retrieval.SECRET, *content.keys[1:]])
     pieces = hay(rng, room - LINE * each * count, text) if hidden else []
     depths = needles.draw_depths(rng, count * each) if pieces else []
-    yield Part(needles.write_needles("short", content, "numbers", pieces, depths).context)
+    yield Passage(needles.write_needles("short", content, "numbers", pieces, depths).context)
     for turn in itertools.count():
         order = rng.permutation(count)[: count - count % asked].reshape(-1, asked)
         for chosen in order.tolist():
             yield _ask(content, chosen, turn > 0)
 
 
-def lines(rng: np.random.Generator, room: int, text: Source) -> Iterator[Part]:
+def lines(rng: np.random.Generator, room: int, text: Source) -> Iterator[Passage]:
     """A list of lines and questions: the text of `kvjax.tasks.lines`."""
     return retrieve(rng, room, text, bare=1.0)
 
 
-def multi_value(rng: np.random.Generator, room: int, text: Source) -> Iterator[Part]:
+def multi_value(rng: np.random.Generator, room: int, text: Source) -> Iterator[Passage]:
     """Keys with several values, all asked for."""
     return retrieve(rng, room, text, each=int(rng.integers(2, 5)), bare=0.3)
 
 
-def multi_query(rng: np.random.Generator, room: int, text: Source) -> Iterator[Part]:
+def multi_query(rng: np.random.Generator, room: int, text: Source) -> Iterator[Passage]:
     """Questions for several keys at once."""
     return retrieve(rng, room, text, asked=int(rng.integers(2, 5)), bare=0.3)
 
 
-def chains(rng: np.random.Generator, room: int, text: Source) -> Iterator[Part]:
+def chains(rng: np.random.Generator, room: int, text: Source) -> Iterator[Passage]:
     """Variable tracking: every chain is asked for before one is asked for again."""
     hops = int(rng.integers(1, 5))
     cost = LINE + (LINE - 1) * hops
     count = _log_uniform(rng, 1, min(room // cost, v.NUM_KEYS // (hops + 1)))
     content = aggregation.draw_chains(rng, "short", count, hops)
     pieces = synthetic.noise(max(0, room - cost * count) // NOISE_TOKENS)
-    yield Part(aggregation.scatter_chains(rng, "short", content, pieces))
+    yield Passage(aggregation.scatter_chains(rng, "short", content, pieces))
     for turn in itertools.count():
         for chain in map(int, rng.permutation(count)):
             one = aggregation.Chains([content.names[chain]], [content.values[chain]])
             written = aggregation.write_chains("short", one, "")
-            yield Part(written.question.removeprefix(LAST), "".join(written.answers), repeated=turn > 0)
+            yield Passage(written.question.removeprefix(LAST), "".join(written.answers), repeated=turn > 0)
 
 
-def _sections(rng: np.random.Generator, room: int, write: Callable[[int], synthetic.Written]) -> Iterator[Part]:
+def _sections(rng: np.random.Generator, room: int, write: Callable[[int], synthetic.Written]) -> Iterator[Passage]:
     """Lists of words, each with its one question: as long as fits, or several shorter ones."""
     least = room if rng.random() < 0.5 else min(room, 48)
     while True:
         written = write(_log_uniform(rng, least, room))
-        yield Part(written.context)
-        yield Part(written.question.removeprefix(LAST), "".join(written.answers))
+        yield Passage(written.context)
+        yield Passage(written.question.removeprefix(LAST), "".join(written.answers))
 
 
-def common(rng: np.random.Generator, room: int, text: Source) -> Iterator[Part]:
+def common(rng: np.random.Generator, room: int, text: Source) -> Iterator[Passage]:
     """The words that are repeated more often than others, in the order of their first appearance."""
 
     def write(size: int) -> synthetic.Written:
@@ -176,7 +176,7 @@ def common(rng: np.random.Generator, room: int, text: Source) -> Iterator[Part]:
     return _sections(rng, room, write)
 
 
-def frequent(rng: np.random.Generator, room: int, text: Source) -> Iterator[Part]:
+def frequent(rng: np.random.Generator, room: int, text: Source) -> Iterator[Passage]:
     """The three most frequent words after the noise."""
 
     def write(size: int) -> synthetic.Written:
@@ -191,7 +191,7 @@ def _item(index: int, word: bool) -> str:
     return v.keys()[index] if word else v.number(index)
 
 
-def copy(rng: np.random.Generator, room: int, text: Source) -> Iterator[Part]:
+def copy(rng: np.random.Generator, room: int, text: Source) -> Iterator[Passage]:
     """A passage and, after its first piece, the passage again: random words and numbers, or lines of text."""
     room //= 2
     if rng.random() < 0.5:
@@ -200,8 +200,8 @@ def copy(rng: np.random.Generator, room: int, text: Source) -> Iterator[Part]:
         pieces = [_item(index, word) for index, word in zip(drawn, words, strict=True)] + ["\n"]
     else:
         pieces = [*synthetic.essay(rng, "short", text.haystack, 1), *hay(rng, room, text)]
-    yield Part("".join(pieces))
-    yield Part(pieces[0], "".join(pieces[1:]).removesuffix("\n"), marked=False)
+    yield Passage("".join(pieces))
+    yield Passage(pieces[0], "".join(pieces[1:]).removesuffix("\n"), marked=False)
 
 
 RULES: tuple[Callable[[list[str]], list[str]], ...] = (
@@ -217,7 +217,7 @@ RULES: tuple[Callable[[list[str]], list[str]], ...] = (
 )
 
 
-def patterns(rng: np.random.Generator, room: int, text: Source) -> Iterator[Part]:
+def patterns(rng: np.random.Generator, room: int, text: Source) -> Iterator[Passage]:
     """Few-shot patterns: examples of a rule, which change after a blank line; the first example shows it."""
     while True:
         rule, width, word = RULES[int(rng.integers(len(RULES)))], int(rng.integers(2, 5)), rng.random() < 0.5
@@ -225,11 +225,11 @@ def patterns(rng: np.random.Generator, room: int, text: Source) -> Iterator[Part
             drawn = rng.choice(v.NUM_NUMBERS, width, replace=False).tolist()
             items = [_item(index, bool(word)) for index in drawn]
             given, answer = "".join(items) + ARROW, "".join(rule(items))
-            yield Part(given, answer, marked=False) if example else Part(f"{given}{answer}\n")
-        yield Part("\n")
+            yield Passage(given, answer, marked=False) if example else Passage(f"{given}{answer}\n")
+        yield Passage("\n")
 
 
-def text(rng: np.random.Generator, room: int, text: Source) -> Iterator[Part]:
+def text(rng: np.random.Generator, room: int, text: Source) -> Iterator[Passage]:
     """Plain text: a module or its documentation from a random line on, or generated sentences."""
     if rng.random() < 0.15:
         written = sources.sentences(rng, 4 + 8 * room // 64)
@@ -238,4 +238,4 @@ def text(rng: np.random.Generator, room: int, text: Source) -> Iterator[Part]:
         start = whole.find("\n", int(rng.integers(max(1, len(whole) - 4 * room)))) + 1
         written = whole[start : start + 40 * room]
     for line in written.splitlines(keepends=True):
-        yield Part(line, weight=TEXT)
+        yield Passage(line, weight=TEXT)

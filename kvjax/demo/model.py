@@ -112,7 +112,9 @@ def forward(model: Decoder, ids: Int[Array, "B T"], how: Attend = "blocks") -> F
     return model.logits(x)
 
 
-def loss(model: Decoder, batch: data.Batch, how: Attend = "blocks") -> tuple[Float[Array, ""], Float[Array, "kinds 4"]]:
+def loss(
+    model: Decoder, batch: data.DocumentBatch, how: Attend = "blocks"
+) -> tuple[Float[Array, ""], Float[Array, "kinds 4"]]:
     """Weighted cross-entropy [nats] of the next tokens, and sums for each kind of document.
 
     The sums: tokens asked for, those of them that are exact, weighted cross-entropy, weight.

@@ -69,7 +69,7 @@ def accuracy(decoder: Decoder, kind: str, size: int, rows: int, seed: int = 0) -
         found, weight = data.one(kind, rng, int(size * 0.8), size, "held-out")
         ids, weights = np.full((1, size + 1), v.EOS, np.int32), np.zeros((1, size + 1), np.float32)
         ids[0, : len(found)], weights[0, : len(found)] = found, weight
-        sums += np.asarray(judge(decoder, data.Batch(ids, weights, np.zeros(1, np.int32))))[0]
+        sums += np.asarray(judge(decoder, data.DocumentBatch(ids, weights, np.zeros(1, np.int32))))[0]
     return float(sums[1] / sums[0])
 
 

@@ -101,7 +101,7 @@ def optimizer(peak: float, steps: int, decay: float) -> optax.GradientTransforma
 def make_step(graph: nnx.GraphDef, optimize: optax.GradientTransformation, args: argparse.Namespace) -> Callable:
     """The jitted update: `(params, opt, sums, batch) -> (params, opt, sums)`; compiled once per length."""
 
-    def step(params: Any, opt: Any, sums: Array, batch: data.Batch) -> tuple[Any, Any, Array]:
+    def step(params: Any, opt: Any, sums: Array, batch: data.DocumentBatch) -> tuple[Any, Any, Array]:
         def of_params(params: Any) -> tuple[Array, Array]:
             narrow = jax.tree.map(lambda x: x.astype(args.dtype), params)
             return model.loss(nnx.merge(graph, narrow), batch, args.attention)
@@ -131,17 +131,17 @@ class Programs:
         shape = lambda *sizes, dtype: jax.ShapeDtypeStruct(sizes, dtype)
         rows = max(1, self._args.tokens_per_batch // length)
         ids, weight = (shape(rows, length + 1, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
-        batch = data.Batch(ids, weight, shape(rows, dtype=jnp.int32))  # pyright: ignore[reportArgumentType]
+        batch = data.DocumentBatch(ids, weight, shape(rows, dtype=jnp.int32))  # pyright: ignore[reportArgumentType]
         sums = shape(len(data.KINDS), 4, dtype=jnp.float32)
         params, opt = jax.tree.map(jax.typeof, (state.params, state.opt))
         return self._step.lower(params, opt, sums, batch).compile()
 
-    def __call__(self, params: Any, opt: Any, sums: Array, batch: data.Batch) -> tuple[Any, Any, Array]:
+    def __call__(self, params: Any, opt: Any, sums: Array, batch: data.DocumentBatch) -> tuple[Any, Any, Array]:
         """The update for a batch."""
         return self._found[batch.ids.shape[1] - 1].result()(params, opt, sums, batch)
 
 
-def make_batch(seed: int, step: int, stage: int, tokens: int, longest: int) -> data.Batch:
+def make_batch(seed: int, step: int, stage: int, tokens: int, longest: int) -> data.DocumentBatch:
     """The documents of a step."""
     rows, length = course.shape(seed, step, stage, tokens, longest)
     return data.batch(data.training_rng(seed, step), rows, length, course.COURSE[stage].share)
@@ -157,7 +157,7 @@ class Writers:
             os.environ["JAX_PLATFORMS"] = "cpu"  # for them: this process has read it
             self._pool = concurrent.futures.ProcessPoolExecutor(args.workers, context)
 
-    def batches(self, steps: range, stage: int) -> Iterator[data.Batch]:
+    def batches(self, steps: range, stage: int) -> Iterator[data.DocumentBatch]:
         """The batches of a block."""
         each = [(self._args.seed, step, stage, self._args.tokens_per_batch, self._args.max_length) for step in steps]
         yield from (self._pool.map if self._pool else map)(make_batch, *zip(*each, strict=True))

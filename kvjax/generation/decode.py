@@ -275,7 +275,7 @@ def feed(
     return jnp.where((count > 0)[:, None], model.logits(last), logits), cache, measured
 
 
-class State(NamedTuple):
+class DecodeState(NamedTuple):
     """What the decode loop carries."""
 
     cache: Cache
@@ -293,10 +293,10 @@ def first_token(
     chooser: sampling.Chooser,
     stop: Int[Array, " E"],
     seen: Bool[Array, "B V"],
-) -> State:
+) -> DecodeState:
     """The loop's state after prefill, with the first token chosen; `NOT_FINITE` as in `decode_loop`."""
     # The cache stays outside: what goes through jit without donation is copied.
-    return State(cache, *_first_token(logits, length, chooser, stop, seen))
+    return DecodeState(cache, *_first_token(logits, length, chooser, stop, seen))
 
 
 @jax.jit
@@ -311,9 +311,9 @@ def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
     return jnp.isfinite(logits).all(axis=-1)
 
 
-def _parts_of_state(state: State) -> State:
+def _parts_of_state(state: DecodeState) -> DecodeState:
     each = dict.fromkeys(("token", "pos", "done", "seen"), SEQUENCES)
-    return State(cache=sharding.cache(state.cache), step=EVERYWHERE, **each)  # pyright: ignore[reportArgumentType]
+    return DecodeState(cache=sharding.cache(state.cache), step=EVERYWHERE, **each)  # pyright: ignore[reportArgumentType]
 
 
 def _parts_of_chooser(chooser: sampling.Chooser) -> sampling.Chooser:
@@ -329,7 +329,7 @@ def _parts_of_chooser(chooser: sampling.Chooser) -> sampling.Chooser:
 )
 def decode_loop(
     model: Decoder,
-    state: State,
+    state: DecodeState,
     chooser: sampling.Chooser,
     stop: Int[Array, " E"],
     limit: Int[Array, ""],
@@ -337,7 +337,7 @@ def decode_loop(
     *,
     recipe: Recipe,
     chunk: int,
-) -> tuple[State, Int[Array, "B chunk"]]:
+) -> tuple[DecodeState, Int[Array, "B chunk"]]:
     """Generate up to `chunk` tokens per sequence, fewer when `limit` tokens are chosen or all sequences have stopped.
 
     Args:
@@ -357,7 +357,7 @@ def decode_loop(
 
     running = lambda state: add(jnp.sum(~state.done, dtype=jnp.int32), DATA) > 0  # on any device
 
-    def body(carry: tuple[State, Array, Array, Array]) -> tuple[State, Array, Array, Array]:
+    def body(carry: tuple[DecodeState, Array, Array, Array]) -> tuple[DecodeState, Array, Array, Array]:
         state, out, i, _ = carry
         logits, cache = decode_step(model, recipe, state.cache, state.token, state.pos, ~state.done, shared)
         token = sampling.choose(logits, chooser, state.step, state.seen)
@@ -366,10 +366,10 @@ def decode_loop(
         done = state.done | ~finite | jnp.isin(token, stop)
         pos = state.pos + jnp.where(state.done, 0, 1)
         token = jnp.where(state.done, state.token, token)
-        state = State(cache, token, pos, done, state.step + 1, _mark(state.seen, token))
+        state = DecodeState(cache, token, pos, done, state.step + 1, _mark(state.seen, token))
         return state, out, i + 1, running(state)
 
-    def more(carry: tuple[State, Array, Array, Array]) -> Array:
+    def more(carry: tuple[DecodeState, Array, Array, Array]) -> Array:
         state, _, i, running = carry
         return (i < chunk) & (state.step < limit) & running
 

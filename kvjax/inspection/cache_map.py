@@ -25,7 +25,7 @@ LOW = 0.4  # shade of a token in another than the best tier
 COLUMNS = 1500  # of a picture; longer sequences put several positions into one
 
 
-class Kept(NamedTuple):
+class HeldTokens(NamedTuple):
     """The tokens that the rows of one sequence's cache hold."""
 
     held: Bool[np.ndarray, "L K T"]  # whether a row holds the token at a position, in its best tier
@@ -53,7 +53,7 @@ class Kept(NamedTuple):
         return np.sum([count > 0, 2 * count >= self.rows, count == self.rows], axis=0).tolist()
 
 
-def read(model: Model, out: Generation, prompt: Sequence[int]) -> Kept:
+def read(model: Model, out: Generation, prompt: Sequence[int]) -> HeldTokens:
     """What the cache of a generation from one prompt holds. The last generated token was never read: it has no place.
 
     >>> import kvjax
@@ -77,7 +77,7 @@ def read(model: Model, out: Generation, prompt: Sequence[int]) -> Kept:
                 np.put_along_axis(held[place, layer], positions, True, axis=-1)  # empty ones, -1: the spare column
     best, low = held[..., :-1]
     names = tuple(stores[tier].name for tier in order)
-    return Kept(best, low, names, budget, tuple(range(layers)), tuple(range(heads)), tokens, len(prompt))
+    return HeldTokens(best, low, names, budget, tuple(range(layers)), tuple(range(heads)), tokens, len(prompt))
 
 
 def _best_first(stores: Sequence[KVStore]) -> list[int]:
@@ -85,7 +85,7 @@ def _best_first(stores: Sequence[KVStore]) -> list[int]:
     return sorted(range(len(stores)), key=lambda tier: not stores[tier].is_dense)
 
 
-def only(kept: Kept, layer: int | None, head: int | None) -> Kept:
+def only(kept: HeldTokens, layer: int | None, head: int | None) -> HeldTokens:
     """One layer, one head, or both; None = all of them."""
     layers = slice(None) if layer is None else slice(layer, layer + 1)
     heads = slice(None) if head is None else slice(head, head + 1)
@@ -146,7 +146,7 @@ def marked(texts: Sequence[str], levels: Sequence[int], width: int) -> Iterator[
     yield from filter(None, (line, marks.rstrip()))
 
 
-def legend(kept: Kept, marks: bool) -> Text:
+def legend(kept: HeldTokens, marks: bool) -> Text:
     """What the styles, or the marks, say."""
     best, gone = how_kept(kept)
     names = {3: f"all {kept.rows} rows (layer x head)", 2: "half or more", 1: "fewer", 0: "none"}
@@ -157,7 +157,7 @@ def legend(kept: Kept, marks: bool) -> Text:
     return Text("" if kept.rows == 1 else f"{best} in  ") + Text("   ").join(entries)
 
 
-def how_kept(kept: Kept) -> tuple[str, str]:
+def how_kept(kept: HeldTokens) -> tuple[str, str]:
     """What is said of tokens in the best tier, and of the others."""
     return ("kept", "evicted") if len(kept.stores) == 1 else (f"kept {kept.stores[0]}", f"kept {kept.stores[1]}")
 
@@ -179,7 +179,7 @@ def _visible(text: str) -> str:
     return "".join(show(letter) if control(letter) else letter for letter in text)
 
 
-def heat(kept: Kept, columns: int = COLUMNS) -> tuple[Float[np.ndarray, "rows bins"], int]:
+def heat(kept: HeldTokens, columns: int = COLUMNS) -> tuple[Float[np.ndarray, "rows bins"], int]:
     """The kept fraction by row and bin of positions, and the positions of a bin: 1 if `columns` suffice.
 
     A token in another than the best tier counts as `LOW`.
@@ -208,7 +208,7 @@ def check_matplotlib() -> None:
         raise InputError("pictures need matplotlib: pip install 'kvjax[eval]'") from None
 
 
-def picture(kept: Kept, title: str) -> Any:
+def picture(kept: HeldTokens, title: str) -> Any:
     """A matplotlib `Figure` with a row per layer and head and a column per position: dark = kept, light = evicted.
 
     With two tiers, dark is the best one and grey the other. Bars beside it show how many slots each row holds.
@@ -237,7 +237,7 @@ def picture(kept: Kept, title: str) -> Any:
     return figure
 
 
-def _label_layers(axes: Any, kept: Kept) -> None:
+def _label_layers(axes: Any, kept: HeldTokens) -> None:
     heads, last = len(kept.heads), kept.heads[-1]
     for layer in range(1, len(kept.layers)):
         axes.axhline(layer * heads - 0.5, color="0.5", linewidth=0.6)
@@ -246,7 +246,7 @@ def _label_layers(axes: Any, kept: Kept) -> None:
     axes.set_ylabel(f"layer (in each: heads {kept.heads[0]} to {last})" if heads > 1 else f"layer (head {last})")
 
 
-def _draw_slots(axes: Any, kept: Kept) -> None:
+def _draw_slots(axes: Any, kept: HeldTokens) -> None:
     """A bar for each row's filled slots."""
     axes.barh(range(kept.rows), kept.slots.reshape(-1), height=1, color="0.45", edgecolor="1.0", linewidth=0.3)
     for layer in range(1, len(kept.layers)):
@@ -257,7 +257,7 @@ def _draw_slots(axes: Any, kept: Kept) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _mark_generated(axes: Any, kept: Kept) -> None:
+def _mark_generated(axes: Any, kept: HeldTokens) -> None:
     """A dashed line at the prompt's end, and a bar above the tokens that were generated after it."""
     from matplotlib.transforms import offset_copy  # pyright: ignore[reportMissingImports]
 

@@ -41,7 +41,7 @@ class Cost(NamedTuple):
     flop: int  # of a decode step; a multiply-add is 2
 
 
-class Measured(NamedTuple):
+class LowRankModel(NamedTuple):
     """A model with low-rank keys and values, or what would be one; singular values of each layer's keys and values."""
 
     spec: ModelSpec  # with latents
@@ -80,7 +80,7 @@ def energy(spectrum: Float[np.ndarray, "C n"], rank: int) -> float:
     return float(squares[:, :rank].sum() / squares.sum()) if squares.any() else 1.0
 
 
-def measure(src: Path, options: lorc.Options, ignore: Sequence[str], report: lorc.Report) -> Measured:
+def measure(src: Path, options: lorc.Options, ignore: Sequence[str], report: lorc.Report) -> LowRankModel:
     """What a checkpoint would be converted to; reads keys' and values' projections beside `lorc.plan`."""
     weights, found = hf.locate(src, read_config(src, ignore)), []
     made = lorc.plan(weights, src, options, report)
@@ -88,10 +88,10 @@ def measure(src: Path, options: lorc.Options, ignore: Sequence[str], report: lor
         found.append(list(lorc.spectra(moments)))
         report("measuring", len(found), weights.spec.num_layers)
     outputs = None if made.moments is None else [list(lorc.spectra(moments)) for moments in made.moments]
-    return Measured(replace(weights.spec, latent=made.latent), lorc.about(made, options)["lorc"], found, outputs)
+    return LowRankModel(replace(weights.spec, latent=made.latent), lorc.about(made, options)["lorc"], found, outputs)
 
 
-def measure_converted(path: Path, ignore: Sequence[str]) -> Measured:
+def measure_converted(path: Path, ignore: Sequence[str]) -> LowRankModel:
     """What a converted checkpoint holds. As the rows of `up` are orthonormal, its singular values are those of `down`.
 
     Cost: reads `down` of all layers, and holds those of a part (`kvjax.checkpoint.orbax`) at a time.
@@ -104,10 +104,10 @@ def measure_converted(path: Path, ignore: Sequence[str]) -> Measured:
     chosen = orbax.read(path, [name for both in names for name in both])
     found = {name: spectrum(down) for name, down in chosen}
     spectra = [[found[name] for name in both] for both in names]
-    return Measured(spec, orbax.read_about(path).get("lorc", {}), spectra, converted=True)
+    return LowRankModel(spec, orbax.read_about(path).get("lorc", {}), spectra, converted=True)
 
 
-def describe(name: str, found: Measured) -> dict[str, Any]:
+def describe(name: str, found: LowRankModel) -> dict[str, Any]:
     """All of it as plain data: `latent` and `lorc` as in kvjax.json; `total` and `dense` are sums over layers.
 
     Of a layer's keys and values: `ranks`; `energy`, null once converted; `condition` and `spectra` of each group. The
@@ -228,7 +228,7 @@ def main(argv: list[str]) -> None:
         console.print(f"drawn in {args.out}", highlight=False, markup=False)
 
 
-def _measured(args: argparse.Namespace) -> Measured:
+def _measured(args: argparse.Namespace) -> LowRankModel:
     source = str(shipped.find(args.checkpoint))
     if orbax.is_orbax(Path(source)):
         for name, value in vars(args).items():

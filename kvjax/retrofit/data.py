@@ -13,10 +13,10 @@ import numpy as np
 from kvjax.errors import InputError
 from kvjax.files.text import parse_json
 from kvjax.generation.model import Model
-from kvjax.retrofit.objective import Batch
+from kvjax.retrofit.objective import PackedBatch
 
 
-class Stream(NamedTuple):
+class DocumentStream(NamedTuple):
     """Documents one after the other."""
 
     tokens: np.ndarray  # [n] int32
@@ -30,7 +30,7 @@ class Stream(NamedTuple):
         return digest.hexdigest()[:16]
 
 
-def read(files: Sequence[Path], model: Model, length: int) -> Stream:
+def read(files: Sequence[Path], model: Model, length: int) -> DocumentStream:
     """Tokens of all documents of all files.
 
     Args:
@@ -47,10 +47,10 @@ def read(files: Sequence[Path], model: Model, length: int) -> Stream:
         raise InputError(f"{names}: {total} tokens are less than a sequence (--length {length}, and one more)")
     starts = np.zeros(total, bool)
     starts[np.cumsum([0, *map(len, pieces)])[:-1]] = True
-    return Stream(np.concatenate(pieces), starts)
+    return DocumentStream(np.concatenate(pieces), starts)
 
 
-def batch(stream: Stream, seed: int, step: int, rows: int, length: int) -> Batch:
+def batch(stream: DocumentStream, seed: int, step: int, rows: int, length: int) -> PackedBatch:
     """The sequences of a step, a function of its arguments alone; every epoch has an order of its own."""
     each = (len(stream.tokens) - 1) // length
     ids = np.empty((rows, length + 1), np.int32)
@@ -62,7 +62,7 @@ def batch(stream: Stream, seed: int, step: int, rows: int, length: int) -> Batch
             orders[epoch] = np.random.default_rng([seed, epoch]).permutation(each)
         at = int(orders[epoch][place]) * length
         ids[row], starts[row] = stream.tokens[at : at + length + 1], stream.starts[at : at + length + 1]
-    return Batch(ids, starts)  # pyright: ignore[reportArgumentType]
+    return PackedBatch(ids, starts)  # pyright: ignore[reportArgumentType]
 
 
 def _documents(file: Path, model: Model) -> Iterator[list[int]]:

@@ -31,7 +31,7 @@ from pallas_kernels.implementation import Implementation
 LOGITS = 2**25  # of a sequence that are held at once
 
 
-class Batch(NamedTuple):
+class PackedBatch(NamedTuple):
     """Sequences of packed documents."""
 
     ids: Int[Array, "B T+1"]
@@ -126,7 +126,7 @@ def fade(layer: Layer, x: Array, keep: Array, turn: Turn, spec: ModelSpec, gate:
 
 def run(
     model: Decoder,
-    batch: Batch,
+    batch: PackedBatch,
     relax: Relax | None,
     *,
     remat: bool = False,
@@ -174,7 +174,7 @@ def _plain(layer: Layer, x: Array, turn: Turn, spec: ModelSpec, window: int | No
 
 def losses(
     model: Decoder,
-    batch: Batch,
+    batch: PackedBatch,
     rate: Array,
     relax: Relax | None,
     *,

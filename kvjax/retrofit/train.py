@@ -25,8 +25,8 @@ from kvjax.generation.model import load, load_from
 from kvjax.parallel import mesh
 from kvjax.parallel.collectives import DATA
 from kvjax.retrofit import data, objective, weights
-from kvjax.retrofit.data import Stream
-from kvjax.retrofit.objective import Batch, Losses, Relax
+from kvjax.retrofit.data import DocumentStream
+from kvjax.retrofit.objective import Losses, PackedBatch, Relax
 from kvjax.retrofit.schedule import Schedule
 from kvjax.retrofit.weights import Params
 from kvjax.spec import GateSpec, ModelSpec
@@ -75,7 +75,7 @@ class Options:
         return json.loads(json.dumps(found | {"schedule": self.schedule._asdict(), "model": str(self.model)}))
 
 
-class State(NamedTuple):
+class TrainState(NamedTuple):
     """What a step changes."""
 
     params: Params
@@ -114,7 +114,7 @@ class Step:
         self._run = jax.jit(self._update, static_argnames="fading", donate_argnames=("params", "opt"))
         self._merged = jax.jit(self._measure, static_argnames="spec")
 
-    def __call__(self, state: State, batch: Batch, step: int) -> tuple[State, Losses]:
+    def __call__(self, state: TrainState, batch: PackedBatch, step: int) -> tuple[TrainState, Losses]:
         """One step."""
         schedule = self._options.schedule
         numbers = (schedule.target(step), schedule.learning_rate(step), schedule.keep(step))
@@ -124,10 +124,10 @@ class Step:
             params, opt, losses = self._run(
                 state.params, state.opt, self._base, batch, key, *map(np.float32, numbers), fading=fading
             )
-        return State(params, opt), losses
+        return TrainState(params, opt), losses
 
     def _update(
-        self, params: Params, opt: Any, base: Params | None, batch: Batch, key: Array, target: Array,
+        self, params: Params, opt: Any, base: Params | None, batch: PackedBatch, key: Array, target: Array,
         learning_rate: Array, keep: Array, *, fading: bool,
     ) -> tuple[Params, Any, Losses]:  # fmt: skip
         options, gate = self._options, self._options.gate
@@ -135,7 +135,7 @@ class Step:
         frozen = {name: leaf for name, leaf in params.items() if name not in names}
         teacher = None if base is None else weights.to_model(base, self._teacher, options.dtype)
 
-        def loss(trained: Params, batch: Batch, key: Array) -> tuple[Array, Losses]:
+        def loss(trained: Params, batch: PackedBatch, key: Array) -> tuple[Array, Losses]:
             spec = self._source if fading else self.gated
             model = weights.to_model(frozen | trained, spec, options.dtype)
             relax = Relax(key, options.temperature)
@@ -150,7 +150,7 @@ class Step:
         batches = mesh.constrain(jax.tree.map(some, batch), mesh.STEPS)
         keys = jax.random.split(key, batches.ids.shape[0])
 
-        def add(total: Any, one: tuple[Batch, Array]) -> tuple[Any, None]:
+        def add(total: Any, one: tuple[PackedBatch, Array]) -> tuple[Any, None]:
             (_, found), grads = jax.value_and_grad(loss, has_aux=True)(trained, *one)
             return jax.tree.map(jnp.add, total, (grads, found)), None
 
@@ -166,16 +166,16 @@ class Step:
         trained = {name: mesh.constrain(leaf, mesh.weight_spec(name, leaf.shape)) for name, leaf in trained.items()}
         return frozen | trained, opt, found
 
-    def measure(self, params: Params, batches: Sequence[Batch], offset: float) -> Float[np.ndarray, "L K"]:
+    def measure(self, params: Params, batches: Sequence[PackedBatch], offset: float) -> Float[np.ndarray, "L K"]:
         """Share of the tokens that take no slot of their own, without noise."""
         spec = dataclasses.replace(self.gated, gate=dataclasses.replace(self._options.gate, offset=offset))
         with mesh.on(mesh.of(params)):
             return np.mean([mesh.read(self._merged(params, batch, spec=spec)) for batch in batches], axis=0)
 
-    def _measure(self, params: Params, batch: Batch, *, spec: ModelSpec) -> Array:
+    def _measure(self, params: Params, batch: PackedBatch, *, spec: ModelSpec) -> Array:
         return objective.run(weights.to_model(params, spec, self._options.dtype), batch, None)[1].mean(axis=1)
 
-    def begin(self, state: State, step: int) -> State:
+    def begin(self, state: TrainState, step: int) -> TrainState:
         """The state with which a step begins: in the first of a stage the optimiser starts anew, and gates are made."""
         schedule = self._options.schedule
         if not schedule.begins(step):
@@ -185,7 +185,7 @@ class Step:
             params = weights.begin_gates(params, self.gated)
         fading = schedule.stage(step)[0] == "fade"
         names = [name for name in params if fading or weights.trained(name, self._options.gate)]
-        return State(params, self.optimize.init({name: params[name] for name in names}))
+        return TrainState(params, self.optimize.init({name: params[name] for name in names}))
 
 
 def retrofit(options: Options, out: Path, show: Callable[[Progress, int], None] = lambda progress, steps: None) -> bool:
@@ -236,7 +236,7 @@ def retrofit(options: Options, out: Path, show: Callable[[Progress, int], None] 
     return done == schedule.steps
 
 
-def _prepare(options: Options) -> tuple[Options, Params, ModelSpec, Stream, Path]:
+def _prepare(options: Options) -> tuple[Options, Params, ModelSpec, DocumentStream, Path]:
     """The options, with the rate that the model has; its weights and shape, the data, and where the model came from."""
     model, src = load_from(options.model, dtype=jnp.float32, ignore_config=options.ignore, mesh=options.mesh)
     spec, gate = model.spec, options.gate
@@ -297,11 +297,11 @@ def continued(options: Options, gate: GateSpec, name: str) -> Options:
     return dataclasses.replace(options, gate=goes_on, schedule=options.schedule._replace(start=gate.rate))
 
 
-def _resume(run: runs.Run, step: Step, source: Params, schedule: Schedule) -> tuple[State, int]:
+def _resume(run: runs.Run, step: Step, source: Params, schedule: Schedule) -> tuple[TrainState, int]:
     """The state of the newest checkpoint, or the first one."""
-    state, done = State(source, ()), run.checkpoints.latest_step() or 0
+    state, done = TrainState(source, ()), run.checkpoints.latest_step() or 0
     if done:  # shapes only: the optimiser's state is twice as large as the weights
-        state = jax.eval_shape(lambda params: step.begin(State(params, ()), 0), source)
+        state = jax.eval_shape(lambda params: step.begin(TrainState(params, ()), 0), source)
     if done > schedule.fade:
         state = jax.eval_shape(lambda state: step.begin(state, schedule.fade), state)
     one, where = jax.sharding.SingleDeviceSharding(jax.devices()[0]), mesh.of(source)
@@ -378,7 +378,7 @@ def calibrated(
 
 
 def _export(
-    dst: Path, src: Path, options: Options, gate: GateSpec, step: Step, params: Params, stream: Stream, *,
+    dst: Path, src: Path, options: Options, gate: GateSpec, step: Step, params: Params, stream: DocumentStream, *,
     into: bool = False,
 ) -> None:  # fmt: skip
     """Write a checkpoint that `generate` can use; `gate.rate` is the target."""

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from kvjax.checkpoint import hf
 from kvjax.checkpoint.lorc import calibration, low_rank, ranks
-from kvjax.checkpoint.lorc.ranks import Request
+from kvjax.checkpoint.lorc.ranks import RankRequest
 from kvjax.errors import InputError
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.spec import LatentSpec, ModelSpec
@@ -36,14 +36,14 @@ class Options(NamedTuple):
       hadamard: turn the latents for low-bit stores.
     """
 
-    request: Request | Path
+    request: RankRequest | Path
     heads: int | None = None
     basis: Basis = BASIS
     text: Path | None = None
     hadamard: bool = False
 
 
-class Plan(NamedTuple):
+class Preparation(NamedTuple):
     """What is known before the parts of a model are factored.
 
     Attributes:
@@ -59,7 +59,7 @@ class Plan(NamedTuple):
     hadamard: bool
 
 
-def plan(weights: hf.Weights, src: Path, options: Options, report: Report) -> Plan:
+def plan(weights: hf.Weights, src: Path, options: Options, report: Report) -> Preparation:
     """Decide the ranks, and collect the moments of keys and values on a text where that is wanted.
 
     Args:
@@ -78,11 +78,11 @@ def plan(weights: hf.Weights, src: Path, options: Options, report: Report) -> Pl
         ids = _calibration_ids(src, options.text, spec)
         found = list(counted("calibrating", calibration.moments(weights, ids, n)))
     if given is None:
-        assert isinstance(options.request, Request)
+        assert isinstance(options.request, RankRequest)
         of_outputs = options.request.rule == "energy" and found
         source = of_outputs or counted("measuring", grams(weights, n))
         given = ranks.allot(options.request, np.stack([spectra(moments) for moments in source]))
-    return Plan(LatentSpec(heads, given), n, found, options.hadamard)
+    return Preparation(LatentSpec(heads, given), n, found, options.hadamard)
 
 
 def _calibration_ids(src: Path, text: Path | None, spec: ModelSpec) -> Int[np.ndarray, "B T"]:
@@ -112,7 +112,7 @@ def _settled(spec: ModelSpec, options: Options) -> tuple[int, ranks.Ranks | None
         raise InputError(f"{said} does not divide the model's {spec.num_kv_heads} key/value heads")
     n = heads * spec.head_dim
     if given is None:
-        assert isinstance(options.request, Request)
+        assert isinstance(options.request, RankRequest)
         ranks.check(options.request, spec.num_kv_heads * spec.head_dim, n)
     elif len(given) != spec.num_layers or max(map(max, given)) > n:
         raise InputError(
@@ -134,7 +134,7 @@ def spectra(moments: Float[np.ndarray, "2 C n n"]) -> Float[np.ndarray, "2 C n"]
     return np.stack([low_rank.spectrum(one.astype(np.float64)) for one in moments])
 
 
-def factor(parts: Iterable[tuple[str, hf.Part]], made: Plan) -> Iterator[tuple[str, hf.Part]]:
+def factor(parts: Iterable[tuple[str, hf.Part]], made: Preparation) -> Iterator[tuple[str, hf.Part]]:
     """The parts of a model with low-rank keys and values: `kvjax.models.decoder.LowRank` in place of their kernels."""
     for name, part in parts:
         kind, _, layer = name.partition(".")
@@ -149,7 +149,7 @@ def factor(parts: Iterable[tuple[str, hf.Part]], made: Plan) -> Iterator[tuple[s
         del part
 
 
-def about(made: Plan, options: Options) -> dict[str, Any]:
+def about(made: Preparation, options: Options) -> dict[str, Any]:
     """What is noted of it in a converted checkpoint."""
     text = None if options.basis == "plain" else "a sample" if options.text is None else options.text.name
     asked = options.request.name if isinstance(options.request, Path) else ranks.write(options.request)

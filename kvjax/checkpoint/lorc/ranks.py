@@ -18,7 +18,7 @@ FLAT = 1e-6  # layers whose condition numbers' logarithms differ less are equal
 Ranks = tuple[tuple[int, int], ...]  # of keys and of values, layer by layer
 
 
-class Request(NamedTuple):
+class RankRequest(NamedTuple):
     """How many channels are to be cached.
 
     Attributes:
@@ -42,7 +42,7 @@ def unit_of(outputs: int, n: int) -> int:
     return min(16 if outputs >= 512 else 4, n)
 
 
-def check(request: Request, outputs: int, n: int) -> None:
+def check(request: RankRequest, outputs: int, n: int) -> None:
     """Raises `InputError` for a request that groups of n of K*H outputs cannot serve; needs no weights."""
     unit = unit_of(outputs, n)
     if request.bounds is None:
@@ -57,7 +57,7 @@ def check(request: Request, outputs: int, n: int) -> None:
         raise InputError(f"--lorc d_min={_show(low)} is more than d_max={_show(high)}")
 
 
-def allot(request: Request, spectra: Float[np.ndarray, "L 2 C n"]) -> Ranks:
+def allot(request: RankRequest, spectra: Float[np.ndarray, "L 2 C n"]) -> Ranks:
     """Ranks of a group's keys and values in each layer, from the singular values of all.
 
     They are multiples of `unit_of` below n, or n where all is to be kept: ends that were given are rounded to the
@@ -172,7 +172,7 @@ def _channels(bound: int | Fraction, n: int) -> int | Fraction:
     return bound * n if isinstance(bound, Fraction) else bound
 
 
-def parse(text: str) -> Request:
+def parse(text: str) -> RankRequest:
     """The value of `--lorc`: what to keep, and by which of `RULES`, or the ends of LoRC's ramp.
 
     A whole number of d_max and d_min is a number of channels, one with a point or a percent sign is a share.
@@ -187,14 +187,14 @@ def parse(text: str) -> Request:
             rule = given.get("rule", "lorc")
             if rule not in RULES:
                 raise InputError(f"--lorc rule={rule} is not one of {', '.join(RULES)}")
-            return Request(Fraction(_amount("keep", given["keep"], share=True)), rule)
+            return RankRequest(Fraction(_amount("keep", given["keep"], share=True)), rule)
         case ["d_max", "d_min"]:
-            return Request(bounds=(_amount("d_max", given["d_max"]), _amount("d_min", given["d_min"])))
+            return RankRequest(bounds=(_amount("d_max", given["d_max"]), _amount("d_min", given["d_min"])))
     rules = "|".join(RULES)
     raise InputError(f"--lorc {text!r}: expected keep=60% or keep=60%,rule={rules} or d_max=80%,d_min=40%")
 
 
-def write(request: Request) -> str:
+def write(request: RankRequest) -> str:
     """The value of `--lorc` that is read as this request.
 
     >>> write(parse("keep=0.6"))
