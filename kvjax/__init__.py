@@ -11,6 +11,7 @@ from kvjax import interrupts  # noqa: F401  # first: it hears Ctrl-C
 if TYPE_CHECKING:
     from kvjax import methods
     from kvjax.compilation import enable_compilation_cache
+    from kvjax.engine.engine import Engine
     from kvjax.errors import InputError
     from kvjax.generation.allocate import init_cache
     from kvjax.generation.context import Context
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "METHODS": "methods",
     "Context": "generation.context",
+    "Engine": "engine.engine",
     "Generation": "generation.results",
     "InputError": "errors",
     "Lengths": "spec",
@@ -42,6 +44,7 @@ _HOMES = {
 __all__ = [
     "METHODS",
     "Context",
+    "Engine",
     "Generation",
     "InputError",
     "Lengths",

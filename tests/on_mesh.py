@@ -62,7 +62,7 @@ def collectives(model: Decoder, recipe: Recipe) -> dict[str, int]:
     cache = init_cache(model, recipe, Lengths((40,), 8, 64))
     state = decode.first_token(
         jnp.zeros((1, model.spec.vocab_size)), cache, jnp.asarray([40]), sampling.chooser(sampling.Sampling(), 1),
-        jnp.zeros(0, jnp.int32), jnp.zeros((1, model.spec.vocab_size), bool),
+        decode.ends((), 9, 1), jnp.zeros((1, model.spec.vocab_size), bool),
     )  # fmt: skip
     with mesh.on(mesh.of(model)):
         step = jax.jit(decode.decode_step, static_argnames=("recipe",), donate_argnames=("cache",))

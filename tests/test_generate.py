@@ -433,7 +433,7 @@ def test_only_allowed_tokens_are_drawn_and_all_of_them(how):
     marks = jnp.zeros((1, 30), bool).at[0, jnp.asarray(sorted(seen))].set(True)
     chooser = sampling.chooser(how, 1)
     draw = jax.jit(lambda step: sampling.choose(jnp.asarray(logits)[None], chooser, step, marks)[0])
-    drawn = {int(draw(jnp.asarray(step))) for step in range(3000)}
+    drawn = {int(draw(jnp.asarray([step]))) for step in range(3000)}
     assert drawn == allowed(logits, how, seen)
 
 

@@ -48,16 +48,15 @@ def run(model, recipe: Recipe, seed: int = 0) -> Run:
     padded = np.zeros((len(prompts), lengths.padded), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    length, stop = jnp.asarray(PROMPTS, jnp.int32), jnp.zeros((0,), jnp.int32)
+    length, ends = jnp.asarray(PROMPTS, jnp.int32), decode.ends((), NEW, len(prompts))
     cache = init_cache(model, recipe, lengths)
     logits, cache = prefill.prefill(model, recipe, jnp.asarray(padded), length, cache)
     prefilled = jax.tree.map(jnp.copy, cache)
     chooser = sampling.chooser(sampling.Sampling(), len(prompts))
-    state = decode.first_token(logits, cache, length, chooser, stop, jnp.zeros(logits.shape, bool))
+    state = decode.first_token(logits, cache, length, chooser, ends, jnp.zeros(logits.shape, bool))
     tokens = [np.asarray(state.token)[:, None]]
     for _ in range(2):
-        limit = jnp.asarray(NEW, jnp.int32)
-        state, out = decode.decode_loop(model, state, chooser, stop, limit, recipe=recipe, chunk=16)
+        state, out = decode.decode_loop(model, state, chooser, ends, recipe=recipe, chunk=16)
         tokens.append(np.asarray(out))
     chosen = np.concatenate(tokens, axis=1)
     return Run(prompts, chosen[:, :NEW], prefilled, state.cache)

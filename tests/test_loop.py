@@ -53,15 +53,15 @@ CHUNK, CHUNKS = 3, 3
 
 def loop(model: Decoder, recipe: Recipe, prompts, stop: int) -> tuple[np.ndarray, layout.Cache]:
     """Tokens `[B 1 + CHUNKS x CHUNK]` of the compiled loop, which must keep its shapes and stay on the device."""
-    chooser, stops = sampling.chooser(Sampling(), len(prompts)), jnp.asarray([stop], jnp.int32)
-    limit = jnp.asarray(1 + CHUNK * CHUNKS, jnp.int32)
+    chooser = sampling.chooser(Sampling(), len(prompts))
+    ends = decode.ends([stop], 1 + CHUNK * CHUNKS, len(prompts))
     logits, cache = oracle.start(model, recipe, prompts, 1 + CHUNK * CHUNKS)
     length = jnp.asarray([len(p) for p in prompts], jnp.int32)
-    state = decode.first_token(logits, cache, length, chooser, stops, jnp.zeros(logits.shape, bool))
+    state = decode.first_token(logits, cache, length, chooser, ends, jnp.zeros(logits.shape, bool))
     before, tokens = describe(state), [state.token[:, None] + 0]
     for _ in range(CHUNKS):
         with jax.transfer_guard("disallow"):
-            state, chunk = decode.decode_loop(model, state, chooser, stops, limit, recipe=recipe, chunk=CHUNK)
+            state, chunk = decode.decode_loop(model, state, chooser, ends, recipe=recipe, chunk=CHUNK)
         assert describe(state) == before
         tokens.append(chunk)
     return np.concatenate(tokens, axis=1), jax.device_get(state.cache)

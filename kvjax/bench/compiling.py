@@ -23,12 +23,12 @@ def seconds(recipe: Recipe, layers: int) -> tuple[float, float]:
         max_position=2048,
     )  # fmt: skip
     model, lengths = Decoder(spec, rngs=nnx.Rngs(0)), Lengths((100,), 64, 128)
-    chooser, stop = sampling.chooser(sampling.Sampling(), 1), jnp.zeros((0,), jnp.int32)
+    chooser, ends = sampling.chooser(sampling.Sampling(), 1), decode.ends((), 64, 1)
     length, logits = jnp.full((1,), 100, jnp.int32), jnp.zeros((1, spec.vocab_size))
     cache = init_cache(model, recipe, lengths)
-    state = decode.first_token(logits, cache, length, chooser, stop, jnp.zeros(logits.shape, bool))
+    state = decode.first_token(logits, cache, length, chooser, ends, jnp.zeros(logits.shape, bool))
     start = time.perf_counter()
-    lowered = decode.decode_loop.lower(model, state, chooser, stop, jnp.asarray(64, jnp.int32), recipe=recipe, chunk=16)
+    lowered = decode.decode_loop.lower(model, state, chooser, ends, recipe=recipe, chunk=16)
     traced = time.perf_counter()
     lowered.compile()
     return traced - start, time.perf_counter() - traced

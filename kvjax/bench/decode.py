@@ -24,6 +24,7 @@ from kvjax.bench import compiling, hugging_face, memory, models, report, turns
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
 from kvjax.cache import layout
+from kvjax.cache.pages import LARGEST
 from kvjax.cli import command
 from kvjax.cli.flags import DTYPES
 from kvjax.errors import InputError
@@ -61,17 +62,16 @@ def contestant(model: Model, label: str, recipe: Recipe, batch: int, setting: Co
     """
     logits, cache = _read(model, recipe, batch, setting)
     length, chooser = jnp.full((batch,), setting.context, jnp.int32), sampling.chooser(sampling.Sampling(), batch)
-    stop = jnp.zeros((0,), jnp.int32)
+    ends = decode.ends((), LARGEST, batch)
     size, kept = cache_bytes(cache), np.mean(kept_slots(model.spec, recipe, cache))
     refused = forced(cache)
-    carried = [decode.first_token(logits, cache, length, chooser, stop, jnp.zeros(logits.shape, bool))]
+    carried = [decode.first_token(logits, cache, length, chooser, ends, jnp.zeros(logits.shape, bool))]
     del logits, cache
 
     def turn() -> float:
         start = time.perf_counter()
-        limit = carried[0].step + setting.steps
         carried[0], out = decode.decode_loop(
-            model.decoder, carried[0], chooser, stop, limit, recipe=recipe, chunk=setting.steps
+            model.decoder, carried[0], chooser, ends, recipe=recipe, chunk=setting.steps
         )
         jax.block_until_ready(out)
         return time.perf_counter() - start

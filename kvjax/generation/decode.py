@@ -4,11 +4,12 @@ They are written for one device and run on as many as the weights lie on; see `k
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
@@ -29,6 +30,7 @@ from kvjax.policies.layers import layer_recipe, rotates_at_read
 from kvjax.spec import ModelSpec, PyTree, RopeSpec, Token, readable
 from pallas_kernels.rotation import Rotation
 
+STOPS = 8  # a step of the number of ids that end a text
 ENDED, NOT_FINITE = -1, -2  # in place of a token: the sequence had stopped; its logits are not finite
 Measure = Callable[[Decoder, Float[Array, "B D"], PyTree], PyTree]
 
@@ -281,9 +283,27 @@ class DecodeState(NamedTuple):
     cache: Cache
     token: Int[Array, " B"]  # chosen and not yet read
     pos: Int[Array, " B"]  # its position
-    done: Bool[Array, " B"]  # the sequence has produced a stop token
-    step: Int[Array, ""]  # tokens chosen so far
+    done: Bool[Array, " B"]  # the sequence has ended
+    step: Int[Array, " B"]  # tokens chosen so far
     seen: Bool[Array, "B V"]  # in the prompt or chosen: for the repetition penalty
+
+
+class Ends(NamedTuple):
+    """What ends each sequence."""
+
+    stop: Int[Array, "B E"]  # a token of these; -1 is none
+    limit: Int[Array, " B"]  # so many tokens
+
+    def reached(self, token: Int[Array, " B"], step: Int[Array, " B"]) -> Bool[Array, " B"]:
+        """Whether a sequence ends with this token, the `step`-th."""
+        return (token[:, None] == self.stop).any(axis=-1) | (step >= self.limit)
+
+
+def ends(stop: Sequence[int], limit: int, batch: int) -> Ends:
+    """Ends of sequences that are alike; ids are filled up to a multiple of `STOPS`, so that shapes are few."""
+    ids = np.full(STOPS * max(1, -(-len(stop) // STOPS)), -1, np.int32)
+    ids[: len(stop)] = stop
+    return Ends(jnp.asarray(np.tile(ids, (batch, 1))), jnp.full(batch, limit, jnp.int32))
 
 
 def first_token(
@@ -291,20 +311,20 @@ def first_token(
     cache: Cache,
     length: Int[Array, " B"],
     chooser: sampling.Chooser,
-    stop: Int[Array, " E"],
+    ends: Ends,
     seen: Bool[Array, "B V"],
 ) -> DecodeState:
     """The loop's state after prefill, with the first token chosen; `NOT_FINITE` as in `decode_loop`."""
     # The cache stays outside: what goes through jit without donation is copied.
-    return DecodeState(cache, *_first_token(logits, length, chooser, stop, seen))
+    return DecodeState(cache, *_first_token(logits, length, chooser, ends, seen))
 
 
 @jax.jit
-def _first_token(logits, length, chooser, stop, seen):
-    step = jnp.zeros((), jnp.int32)
-    token = sampling.choose(logits, chooser, step, seen)
-    shown = jnp.where(_finite(logits), token, NOT_FINITE)
-    return shown, length, jnp.isin(token, stop), step + 1, _mark(seen, token)
+def _first_token(logits, length, chooser, ends, seen):
+    step = jnp.zeros(length.shape, jnp.int32)
+    token, finite = sampling.choose(logits, chooser, step, seen), _finite(logits)
+    done = ~finite | ends.reached(token, step + 1)
+    return jnp.where(finite, token, NOT_FINITE), length, done, step + 1, _mark(seen, token)
 
 
 def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
@@ -312,17 +332,11 @@ def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
 
 
 def _parts_of_state(state: DecodeState) -> DecodeState:
-    each = dict.fromkeys(("token", "pos", "done", "seen"), SEQUENCES)
-    return DecodeState(cache=sharding.cache(state.cache), step=EVERYWHERE, **each)  # pyright: ignore[reportArgumentType]
-
-
-def _parts_of_chooser(chooser: sampling.Chooser) -> sampling.Chooser:
-    each = dict.fromkeys(chooser._fields, EVERYWHERE)
-    return sampling.Chooser(**(each | {"key": SEQUENCES}))  # pyright: ignore[reportArgumentType]
+    return DecodeState(sharding.cache(state.cache), *[SEQUENCES] * 5)  # pyright: ignore[reportArgumentType]
 
 
 @mesh.program(
-    (mesh.weights, _parts_of_state, _parts_of_chooser, EVERYWHERE, EVERYWHERE, sharding.cache),
+    (mesh.weights, _parts_of_state, SEQUENCES, SEQUENCES, sharding.cache),
     lambda model, state, *_: (state, EVERYWHERE),
     static=("recipe", "chunk"),
     donate=(1,),
@@ -331,27 +345,25 @@ def decode_loop(
     model: Decoder,
     state: DecodeState,
     chooser: sampling.Chooser,
-    stop: Int[Array, " E"],
-    limit: Int[Array, ""],
+    ends: Ends,
     shared: Cache = (),
     *,
     recipe: Recipe,
     chunk: int,
 ) -> tuple[DecodeState, Int[Array, "B chunk"]]:
-    """Generate up to `chunk` tokens per sequence, fewer when `limit` tokens are chosen or all sequences have stopped.
+    """Generate up to `chunk` tokens per sequence, fewer when all have ended.
 
     Args:
       model: the decoder.
       state: from `first_token` or an earlier call; consumed.
       chooser: sampling parameters.
-      stop: ids that end a sequence.
-      limit: stop when this many tokens have been chosen in all.
+      ends: what ends a sequence.
       shared: as in `decode_step`; it stays as it is.
       recipe: static.
       chunk: size of the result, static.
 
     Returns:
-      The new state and the chosen tokens; `ENDED` where a sequence had stopped, `NOT_FINITE` where it stops because its
+      The new state and the chosen tokens; `ENDED` where a sequence had ended, `NOT_FINITE` where it ends because its
       logits are not numbers to choose by.
     """
 
@@ -360,18 +372,17 @@ def decode_loop(
     def body(carry: tuple[DecodeState, Array, Array, Array]) -> tuple[DecodeState, Array, Array, Array]:
         state, out, i, _ = carry
         logits, cache = decode_step(model, recipe, state.cache, state.token, state.pos, ~state.done, shared)
-        token = sampling.choose(logits, chooser, state.step, state.seen)
-        finite = _finite(logits)
+        token, finite = sampling.choose(logits, chooser, state.step, state.seen), _finite(logits)
         out = out.at[:, i].set(jnp.where(state.done, ENDED, jnp.where(finite, token, NOT_FINITE)))
-        done = state.done | ~finite | jnp.isin(token, stop)
-        pos = state.pos + jnp.where(state.done, 0, 1)
+        step, pos = (x + jnp.where(state.done, 0, 1) for x in (state.step, state.pos))
+        done = state.done | ~finite | ends.reached(token, step)
         token = jnp.where(state.done, state.token, token)
-        state = DecodeState(cache, token, pos, done, state.step + 1, _mark(state.seen, token))
+        state = DecodeState(cache, token, pos, done, step, _mark(state.seen, token))
         return state, out, i + 1, running(state)
 
     def more(carry: tuple[DecodeState, Array, Array, Array]) -> Array:
-        state, _, i, running = carry
-        return (i < chunk) & (state.step < limit) & running
+        _, _, i, running = carry
+        return (i < chunk) & running
 
     out = jnp.full((state.token.shape[0], chunk), ENDED, jnp.int32)
     state, out, *_ = jax.lax.while_loop(more, body, (state, out, jnp.zeros((), jnp.int32), running(state)))

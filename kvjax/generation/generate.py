@@ -22,12 +22,11 @@ from kvjax.generation.sampling import Sampling
 from kvjax.generation.timing import Stopwatch
 from kvjax.parallel import mesh as meshes
 from kvjax.parallel.collectives import DATA
-from kvjax.parallel.mesh import EVERYWHERE, SEQUENCES
+from kvjax.parallel.mesh import SEQUENCES
 from kvjax.policies.base import Recipe
 from kvjax.policies.budgets.budget import tokens_of
 from kvjax.spec import Lengths, ModelSpec, PyTree
 
-STOPS = 8  # a step of the number of ids that end a text
 CHUNK = 16  # tokens per call of the compiled loop: text appears in pieces of this many tokens
 
 
@@ -201,13 +200,6 @@ def check_total(
         )
 
 
-def _stops(model: Model) -> np.ndarray:
-    """Ids that end a text; -1, which no token has, fills up to equal shapes."""
-    found = np.full(STOPS * max(1, -(-len(model.stop) // STOPS)), -1, np.int32)
-    found[: len(model.stop)] = model.stop
-    return found
-
-
 def check_new(spec: ModelSpec, recipe: Recipe, prompt: int, question: int, new: int) -> None:
     """Raise `InputError` for more tokens than can be generated after a prompt and a question of these lengths."""
     length = prompt + question
@@ -235,7 +227,7 @@ def read_prompts(
     lengths = Lengths(tuple(map(len, ids)), new, padded, total=max_length)
     cache = allocate(model.decoder, recipe, lengths)
     length = np.asarray(lengths.prompt, np.int32)
-    tokens, length = (meshes.place(model.mesh, SEQUENCES, x) for x in (_padded(ids, lengths.padded), length))
+    tokens, length = (meshes.place(model.mesh, SEQUENCES, x) for x in (pad(ids, lengths.padded), length))
     return prefill.prefill(model.decoder, recipe, tokens, length, cache, chunk, fit=max_length is None)
 
 
@@ -254,7 +246,7 @@ def read_continuations(
     if measure is None and not any(after):
         return logits, cache, ()
     counted = ([len(x) for x in xs] for xs in (ids, after))
-    arrays = (_padded(after, fed_length(after)), *(np.asarray(numbers, np.int32) for numbers in counted))
+    arrays = (pad(after, fed_length(after)), *(np.asarray(numbers, np.int32) for numbers in counted))
     tokens, length, count = (meshes.place(model.mesh, SEQUENCES, x) for x in arrays)
     return decode.feed(
         model.decoder, cache, logits, tokens, length, count, given, shared, recipe=recipe.structure, measure=measure
@@ -272,7 +264,7 @@ def even(model: Model, *texts: list[list[int]]) -> tuple[list[list[int]], ...]:
     return tuple(text + [[0]] * more for text in texts)
 
 
-def _padded(ids: Sequence[Sequence[int]], width: int) -> np.ndarray:
+def pad(ids: Sequence[Sequence[int]], width: int) -> np.ndarray:
     tokens = np.zeros((len(ids), width), np.int32)
     for row, sequence in zip(tokens, ids, strict=True):
         row[: len(sequence)] = sequence
@@ -293,14 +285,13 @@ def decode_texts(
 ) -> tuple[Cache, list[list[int]]]:
     """Run the compiled loop in chunks until the first `count` sequences have stopped or are long enough."""
     here = functools.partial(meshes.place, model.mesh)
-    chooser, stop = choosing.chooser(sampling, len(ids)), here(EVERYWHERE, _stops(model))
+    chooser, ends = choosing.chooser(sampling, len(ids)), decode.ends(model.stop, new, len(ids))
     marks = np.zeros((len(ids), model.spec.vocab_size), bool)
     for row, prompt in zip(marks, ids, strict=True):
         row[prompt] = True
     seen = here(SEQUENCES, marks)
     length = here(SEQUENCES, np.asarray([len(prompt) for prompt in ids], np.int32))
-    limit = here(EVERYWHERE, np.asarray(new, np.int32))
-    state = decode.first_token(logits, cache, length, chooser, stop, seen)
+    state = decode.first_token(logits, cache, length, chooser, ends, seen)
     tokens: list[list[int]] = [[] for _ in range(count)]
 
     def collect(chunk: jax.Array) -> None:
@@ -317,7 +308,7 @@ def decode_texts(
     # What has been read back tells when to stop: one transfer per chunk.
     while any(len(chosen) < new and chosen[-1] not in model.stop for chosen in tokens):
         state, chunk = decode.decode_loop(
-            model.decoder, state, chooser, stop, limit, shared, recipe=recipe.structure, chunk=CHUNK
+            model.decoder, state, chooser, ends, shared, recipe=recipe.structure, chunk=CHUNK
         )
         collect(chunk)
     return state.cache, tokens

@@ -4,7 +4,7 @@ Written for one device, and run on as many as the weights lie on; see `kvjax.par
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,24 @@ def prefill(
     >>> logits.shape, cache[0][0].length.tolist()
     ((1, 4096), [[[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]]])
     """
+    reading = prefill_by_layer(model, recipe, tokens, length, cache, chunk, fit)
+    while True:
+        try:
+            next(reading)
+        except StopIteration as done:
+            return done.value
+
+
+def prefill_by_layer(
+    model: Decoder,
+    recipe: Recipe,
+    tokens: Int[Array, "B T"],
+    length: Int[Array, " B"],
+    cache: Cache,
+    chunk: int = CHUNK,
+    fit: bool = True,
+) -> Generator[Float[Array, "B T D"], None, tuple[Float[Array, "B V"], Cache]]:
+    """`prefill`, for those who have other work between two layers: yields each layer's output, returns the result."""
     if chunk < 1:
         raise InputError(f"prefill-chunk {chunk} is not a number of tokens")
     spec, groups = model.spec, layer_groups(model.spec)
@@ -107,6 +125,7 @@ def prefill(
             chunk=chunk,
         )
         filled = allocations[spec.window(index)].after(filled, found)
+        yield x
     for g, group in enumerate(groups):
         own = layer_recipe(spec, recipe, group.index[0])
         if fit and own.policy.pool_hooks.shrink is not None:

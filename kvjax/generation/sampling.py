@@ -68,29 +68,29 @@ class Sampling(NamedTuple):
 
 
 class Chooser(NamedTuple):
-    """`Sampling` as arrays, so that new values do not recompile."""
+    """`Sampling` of each sequence as arrays, so that new values do not recompile."""
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    min_p: Float[Array, ""]
-    repetition_penalty: Float[Array, ""]
-    mode: Int[Array, ""]  # index into `MODES`
-    key: Array  # one key per sequence, [B]
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    repetition_penalty: Float[Array, " B"]
+    mode: Int[Array, " B"]  # index into `MODES`
+    key: Array  # [B]
 
 
 def chooser(sampling: Sampling, batch: int) -> Chooser:
     """The arrays of a `Sampling` for a batch; sequence `i` draws from the stream of the seed `seed + i`."""
-    number = lambda x: jnp.asarray(x, jnp.float32)
+    number = lambda x, dtype=jnp.float32: jnp.full(batch, x, dtype)
     seeds = [(int(sampling.seed) + i) % 2**64 for i in range(batch)]
     words = jnp.asarray([divmod(seed, 2**32) for seed in seeds], jnp.uint32)  # `jax.random.key` drops the high one
     return Chooser(
         number(sampling.temperature),
-        jnp.asarray(min(sampling.top_k, 2**31 - 1), jnp.int32),
+        number(min(sampling.top_k, 2**31 - 1), jnp.int32),
         number(sampling.top_p),
         number(sampling.min_p),
         number(sampling.repetition_penalty),
-        jnp.asarray(MODES.index(sampling.mode), jnp.int32),
+        number(MODES.index(sampling.mode), jnp.int32),
         jax.random.wrap_key_data(words, impl="threefry2x32"),
     )
 
@@ -98,7 +98,7 @@ def chooser(sampling: Sampling, batch: int) -> Chooser:
 def choose(
     logits: Float[Array, "B V"],
     chooser: Chooser,
-    step: Int[Array, ""],
+    step: Int[Array, " B"],
     seen: Bool[Array, "B V"],
 ) -> Int[Array, " B"]:
     """The next token of each sequence.
@@ -112,31 +112,33 @@ def choose(
       seen: tokens that the repetition penalty applies to.
 
     "greedy" takes the most likely token (after the repetition penalty), ties go to the lowest id; "sample" draws;
-    "filter" draws among those that top-k, top-p and min-p leave. The mode is data: one program has all three.
+    "filter" draws among those that top-k, top-p and min-p leave. The mode is data: one program has all three, and runs
+    what the sequence that asks for most needs.
     """
-    penalty = chooser.repetition_penalty
+    mode, penalty = chooser.mode, chooser.repetition_penalty[:, None]
     logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    warm = logits / jnp.where(mode > 0, chooser.temperature, 1.0)[:, None]
+    likeliest = lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(chooser.key, step)
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        keys = jax.vmap(jax.random.fold_in)(chooser.key, step)
+        return jnp.where(mode > 0, jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32), likeliest())
 
-    greedy = lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32)
-    sample = lambda x: draw(x / chooser.temperature)
-    filtered = lambda x: draw(_filter(x / chooser.temperature, chooser))
-    return jax.lax.switch(chooser.mode, [greedy, sample, filtered], logits)
+    filtered = lambda: jnp.where((mode > 1)[:, None], _filter(warm, chooser), warm)
+    return jax.lax.switch(jnp.max(mode), [likeliest, lambda: draw(warm), lambda: draw(filtered())])
 
 
 def _filter(logits: Float[Array, "B V"], chooser: Chooser) -> Float[Array, "B V"]:
     """Logits with -inf where top-k, top-p or min-p exclude a token."""
     vocab = logits.shape[-1]
+    top_k, top_p, min_p = (x[:, None] for x in (chooser.top_k, chooser.top_p, chooser.min_p))
     order = jnp.argsort(-logits, axis=-1, stable=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
     rank = jnp.arange(vocab)
-    keep = rank < jnp.where(chooser.top_k > 0, chooser.top_k, vocab)
+    keep = rank < jnp.where(top_k > 0, top_k, vocab)
     prob = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1)
-    keep &= jnp.cumsum(prob, axis=-1) - prob < chooser.top_p
-    keep &= prob >= chooser.min_p * prob[..., :1]
+    keep &= jnp.cumsum(prob, axis=-1) - prob < top_p
+    keep &= prob >= min_p * prob[..., :1]
     keep |= rank == 0  # whatever the numbers, one token is left
     keep = jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, keep, axis=-1, inplace=False)
     return jnp.where(keep, logits, -jnp.inf)

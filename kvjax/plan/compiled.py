@@ -127,10 +127,9 @@ def _step(setting: Setting, layers: int) -> Program:
     of: Any = lambda kind, *shape: jax.ShapeDtypeStruct(shape, kind)
     chooser = jax.eval_shape(functools.partial(sampling.chooser, sampling.Sampling(), batch))
     seen = of(jnp.bool, batch, setting.spec.vocab_size)
-    state = decode.DecodeState(
-        cache, of(jnp.int32, batch), of(jnp.int32, batch), of(jnp.bool, batch), of(jnp.int32), seen
-    )
-    args = model, state, chooser, of(jnp.int32, 1), of(jnp.int32)
+    numbers = of(jnp.int32, batch)
+    state = decode.DecodeState(cache, numbers, numbers, of(jnp.bool, batch), numbers, seen)
+    args = model, state, chooser, decode.Ends(of(jnp.int32, batch, decode.STOPS), numbers)
     static = {"recipe": setting.recipe, "chunk": 16}
     return Program("step", decode.decode_loop, args, static, size(model) + size(cache), layers=layers)
 

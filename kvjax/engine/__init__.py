@@ -1,0 +1,1 @@
+"""Continuous batching: requests that come and go while others decode, over one pool of pages."""

@@ -1,0 +1,85 @@
+"""Pages: how many an engine's pools have, and how many of them a request may need."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+
+from kvjax.cache import pages
+from kvjax.cache import tier as tiers_
+from kvjax.cache.layout import Cache
+from kvjax.cache.tier import PER_ROW, Tier
+from kvjax.errors import InputError
+from kvjax.generation.prefill import padded_length
+from kvjax.spec import Lengths
+
+FIXED = (*PER_ROW, "num_free")  # fields of a tier whose sizes do not depend on its pool's
+STEP = 64  # tokens that lengths are rounded up to, so that few promises are computed
+Pages = tuple[int, ...]  # of each tier, group after group
+
+
+def for_seats(seats: int, max_length: int, new: int) -> Lengths:
+    """Lengths that the cache of so many seats is made for; no prompt is there yet."""
+    return Lengths((1,) * seats, new, padded_length(max_length), total=max_length)
+
+
+def tiers(cache: Cache) -> list[Tier]:
+    """All of a cache."""
+    return [tier for group in cache for tier in group]
+
+
+def sizes(cache: Cache) -> Pages:
+    """Pages of each tier's pool."""
+    return tuple(tier.free.shape[0] for tier in tiers(cache))
+
+
+def within(cache: Cache, limit: int | None, least: Pages) -> Pages:
+    """Pages of pools that fit into a number of bytes, tables included, each in proportion.
+
+    Args:
+      cache: shapes, with room for the longest sequence in every seat.
+      limit: bytes; None = those of `cache`.
+      least: what one such sequence needs.
+
+    Raises:
+      InputError: not even that fits.
+    """
+    whole = sizes(cache)
+    if limit is None:
+        return whole
+    pools = sum(_bytes(tier._replace(**dict.fromkeys(FIXED, ()))) for tier in tiers(cache))
+    fixed = sum(map(_bytes, tiers(cache))) - pools
+    found = tuple(min(n, int(n * max(limit - fixed, 0) / pools)) for n in whole)
+    if any(n < one for n, one in zip(found, least, strict=True)):
+        needed = fixed + pools * max(one / n for n, one in zip(whole, least, strict=True))
+        raise InputError(f"cache of {limit} bytes: one sequence of the largest length needs {math.ceil(needed)}")
+    return found
+
+
+def promise(init: Callable[[Lengths], Cache], page: Sequence[int], prompt: int, new: int) -> Pages:
+    """Pages that a sequence may need in each tier.
+
+    Args:
+      init: makes a cache.
+      page: slots of a page of each tier of the engine's.
+      prompt, new: its tokens.
+    """
+    lengths = Lengths((prompt,), new, padded_length(prompt))
+    own = jax.eval_shape(lambda: init(lengths))
+    # Its rows may each have a page more that is partly filled.
+    of = lambda tier, page: pages.pages_for(tier.free.shape[0] * tier.page, page) + math.prod(tier.length.shape)
+    return tuple(of(*each) for each in zip(tiers(own), page, strict=True))
+
+
+def made(init: Callable[[Lengths], Cache], lengths: Lengths, sizes: Pages) -> Cache:
+    """An empty cache with pools of so many pages; larger ones are not allocated on the way."""
+
+    def make() -> Cache:
+        left = iter(sizes)
+        return tuple(tuple(tiers_.resize(tier, next(left)) for tier in tiers) for tiers in init(lengths))
+
+    return jax.jit(make)()
+
+
+def _bytes(tree: Tier) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,0 +1,388 @@
+"""An engine: requests that join and leave while others decode."""
+
+import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kvjax.attention import dispatch
+from kvjax.cache.layout import Cache
+from kvjax.engine import capacity, programs
+from kvjax.engine.request import Choice, EngineError, Request
+from kvjax.engine.schedule import READERS, Schedule
+from kvjax.errors import InputError
+from kvjax.generation import allocate, decode, prefill
+from kvjax.generation import generate as generating
+from kvjax.generation import sampling as choosing
+from kvjax.generation.model import Model, encode_prompt, not_finite
+from kvjax.generation.sampling import Sampling
+from kvjax.methods import resolve
+from kvjax.policies.base import Recipe
+from kvjax.policies.budgets.budget import Keep
+from kvjax.spec import Lengths
+
+PAUSE = 0.05  # seconds that an idle engine sleeps at most, in case nobody wakes it
+
+
+class Load(NamedTuple):
+    """What an engine is busy with."""
+
+    waiting: int  # requests
+    reading: int
+    decoding: int  # sequences
+    seats: int
+    pages: tuple[int, ...]  # of each tier
+    promised: tuple[int, ...]  # of these, to requests that are read or decode
+    cache_bytes: int
+
+
+@dataclasses.dataclass
+class _Reading:
+    """A prompt that is being read."""
+
+    request: Request
+    seats: list[int]
+    layers: Generator[Array, None, tuple[Array, Cache]]
+    left: int  # layers
+
+    @property
+    def work(self) -> int:
+        return self.left * len(self.request.prompt)
+
+
+class Engine:
+    """Continuous batching over a fixed number of seats and one pool of pages.
+
+    Everything is compiled when it is made, and nothing after that. A request is admitted when a seat is free and all
+    pages that it may need are, so that none is ever interrupted for want of memory; a method that keeps less admits
+    more. Prompts are read layer by layer between the steps of those that decode. What a request gets does not depend on
+    who else is there: rows of a batch never mix.
+
+    Args:
+      model: on one device.
+      method, budget: as in `Model.generate`.
+      seats: sequences that decode side by side.
+      max_length: most tokens of a sequence, new ones included.
+      max_new_tokens: of a request that does not say how many it wants.
+      cache: bytes of the pools that all seats share; None = as many as the longest sequences in all seats need.
+      stall: seconds that decoding may wait for prompts to be read, or as long as one layer takes.
+      steps: tokens that each sequence decodes in a call.
+      queue: most requests that may wait.
+
+    Raises:
+      InputError: what is given cannot be used, in one line.
+
+    >>> import kvjax
+    >>> with kvjax.Engine(kvjax.load(), "h2o", 16, seats=2, max_length=128) as engine:
+    ...     requests = [engine.submit([1, 2, 3], max_new_tokens=n) for n in (2, 3, 4)]
+    ...     [len(request.result()[0].tokens) for request in requests]
+    [2, 3, 4]
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        method: str | Recipe | None = None,
+        budget: Keep | None = None,
+        *,
+        seats: int = 8,
+        max_length: int = 4096,
+        max_new_tokens: int = 1024,
+        cache: int | None = None,
+        stall: float = 0.1,
+        steps: int = 8,
+        queue: int = 256,
+    ):
+        if model.mesh is not None:
+            raise InputError("an engine runs on one device: load the model without a mesh")
+        for name, number in {"seats": seats, "steps": steps, "queue": queue}.items():
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise InputError(f"{name} {number} is not a whole number above 0")
+        if not stall >= 0:
+            raise InputError(f"stall {stall} is not a number of seconds")
+        generating.check_count(max_new_tokens)
+        generating.check_total(model.spec, max_length, [], [], 1)
+        self.model, self.recipe = model, resolve(model.spec, method, budget)
+        dispatch.check(self.recipe.kernels)
+        self.max_length, self.max_new_tokens = max_length, min(max_new_tokens, max_length - 1)
+        self._stall, self._steps = stall, steps
+        self._spec = model.spec
+        self._width = decode.ends(model.stop, 1, 1).stop.shape[1]
+        self._allocate(seats, cache, queue)
+        self._reading: list[_Reading] = []
+        self._decoding: dict[int, tuple[Request, Choice]] = {}
+        self._requests: dict[int, Request] = {}
+        self._work = threading.Condition()
+        self._closing = False
+        self._error: BaseException | None = None
+        self._warm_up()
+        self._thread = threading.Thread(target=self._run, name="kvjax-engine", daemon=True)
+        self._thread.start()
+
+    def _allocate(self, seats: int, budget: int | None, queue: int) -> None:
+        lengths = capacity.for_seats(seats, self.max_length, self.max_new_tokens)
+        init = functools.partial(allocate.allocate, self.model.decoder, self.recipe)
+        shapes = jax.eval_shape(lambda: init(lengths))
+        self._page = tuple(tier.page for tier in capacity.tiers(shapes))
+        self._longest = capacity.sizes(jax.eval_shape(lambda: init(capacity.for_seats(1, self.max_length, 1))))
+        self._promises = functools.lru_cache(4096)(functools.partial(capacity.promise, init, self._page))
+        sizes = capacity.within(shapes, budget, self._longest)
+        cache = capacity.made(init, lengths, sizes)
+        self.cache_bytes = generating.cache_bytes(cache).total
+        self._seats = programs.empty(cache, seats, self._spec.vocab_size, self._width)
+        self._count, self._schedule = seats, Schedule(seats, sizes, queue)
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        ignore_stop: bool = False,
+        n: int = 1,
+    ) -> Request:
+        """Ask for a continuation of a prompt; returns at once.
+
+        Args:
+          prompt: a text or token ids.
+          max_new_tokens: most tokens of each choice; None = the engine's, or what its `max_length` leaves.
+          sampling: how tokens are chosen; None = greedy.
+          ignore_stop: go on after a token that ends a text.
+          n: choices; the prompt is read once for all.
+
+        Raises:
+          InputError: what is given cannot be used, or the queue is full.
+          EngineError: the engine has ended.
+        """
+        ids, sampling = encode_prompt(self.model, prompt), sampling or Sampling()
+        generating.check_prompts(self._spec, [ids], [[]])
+        room = self.max_length - len(ids)
+        limit = min(self.max_new_tokens, max(room, 1)) if max_new_tokens is None else max_new_tokens
+        generating.check_count(limit)
+        if limit > room:
+            raise InputError(
+                f"prompt ({len(ids)} tokens) and max-new-tokens ({limit}) pass this engine's length ({self.max_length})"
+            )
+        generating.check_sampling(sampling)
+        allocate.check_turn(self._spec, self.recipe, len(ids), len(ids) + limit - 1)
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise InputError(f"n {n} is not a whole number above 0")
+        pages = tuple(n * each for each in self._promise(len(ids), limit))
+        stop = (-1,) * len(self.model.stop) if ignore_stop else self.model.stop
+        request = Request(ids, limit, sampling, stop, [Choice(self.model.tokenizer) for _ in range(n)])
+        with self._work:
+            if self._error is not None or self._closing:
+                raise self._ended()
+            if not self._schedule.fits(pages, n, self._count):
+                raise InputError(
+                    f"{n} choices of {len(ids)} tokens and {limit} new ones need {n} seats and {max(pages)} pages: this"
+                    f" engine has {self._count} and {max(self._schedule.pages)}"
+                )
+            if not self._schedule.add(id(request), pages, n):
+                raise InputError(f"{self._schedule.queue} requests are waiting: try again later")
+            self._requests[id(request)] = request
+            self._work.notify()
+        return request
+
+    @property
+    def load(self) -> Load:
+        """What the engine is busy with."""
+        with self._work:
+            schedule = self._schedule
+            return Load(
+                waiting=len(schedule.waiting),
+                reading=len(self._reading),
+                decoding=len(self._decoding),
+                seats=self._count,
+                pages=schedule.pages,
+                promised=tuple(schedule.promised),
+                cache_bytes=self.cache_bytes,
+            )
+
+    def close(self, drain: float = 0.0) -> None:
+        """Take no more requests; end the engine when those that there are have ended, at the latest after a while.
+
+        Args:
+          drain: seconds until those that are left are cancelled.
+        """
+        with self._work:
+            self._closing = True
+            self._work.notify()
+        until = time.monotonic() + drain
+        while self._requests and self._error is None and time.monotonic() < until:
+            time.sleep(PAUSE)
+        for request in list(self._requests.values()):
+            request.cancel()
+        self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _ended(self) -> EngineError:
+        why = "it was closed" if self._error is None else f"{type(self._error).__name__}: {self._error}"
+        return EngineError(f"the engine has ended: {why}")
+
+    def _promise(self, prompt: int, new: int) -> capacity.Pages:
+        """Pages that a sequence may need in each tier."""
+        up = lambda n: -(-n // capacity.STEP) * capacity.STEP
+        new = min(up(new), self.max_length - 1)
+        prompt = max(min(up(prompt), self.max_length - new), prompt)
+        found = zip(self._promises(prompt, new), self._longest, strict=True)
+        return tuple(min(pages, most) for pages, most in found)
+
+    def _warm_up(self) -> None:
+        """Compile everything: two short requests, since what programs return may differ from what they are given."""
+        for _ in range(2):
+            request = Request([0], 3, Sampling(), (-1,) * len(self.model.stop), [Choice(None)])
+            self._schedule.add(id(request), self._promise(1, 3), 1)
+            self._requests[id(request)] = request
+            while not request.done:
+                self._turn()
+            request.check()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._work:
+                    if not self._requests:
+                        if self._closing:
+                            return
+                        self._work.wait(PAUSE)
+                        continue
+                self._turn()
+        except BaseException as error:  # the cache is lost with the program that failed
+            self._error = error
+        finally:
+            with self._work:
+                self._closing = True
+                left, self._requests = list(self._requests.values()), {}
+            for request in left:
+                request.fail(self._ended())
+
+    def _turn(self) -> None:
+        """Cancellations, then some layers of prompts, then some steps of all that decode."""
+        for request in [each for each in self._requests.values() if each.cancelled]:
+            self._finish(request, "cancelled")
+        self._admit()
+        self._read()
+        self._decode()
+
+    def _admit(self) -> None:
+        while len(self._reading) < READERS:
+            with self._work:
+                found = self._schedule.admit()
+            if found is None:
+                return
+            key, seats = found
+            request = self._requests[key]  # pyright: ignore[reportArgumentType]
+            self._reading.append(_Reading(request, seats, self._begin(request), self._spec.num_layers))
+
+    def _begin(self, request: Request) -> Generator[Array, None, tuple[Array, Cache]]:
+        padded = prefill.padded_length(self.max_length)
+        lengths = Lengths((len(request.prompt),), request.limit, padded, total=self.max_length)
+        cache = allocate.allocate(self.model.decoder, self.recipe, lengths)
+        tokens = jnp.asarray(generating.pad([request.prompt], padded))
+        length = jnp.asarray(lengths.prompt, jnp.int32)
+        return prefill.prefill_by_layer(self.model.decoder, self.recipe, tokens, length, cache, fit=False)
+
+    def _read(self) -> None:
+        """Layers of the prompts that have the least left, for as long as others may wait."""
+        start = time.monotonic()
+        while self._reading:
+            began = time.monotonic()
+            reading = min(self._reading, key=lambda each: each.work)
+            try:
+                jax.block_until_ready(next(reading.layers))
+                reading.left -= 1
+            except StopIteration as done:
+                self._reading.remove(reading)
+                self._seat(reading, *done.value)
+            now = time.monotonic()
+            if self._decoding and now - start + (now - began) > self._stall:
+                return
+            self._admit()
+            if any(each.request.cancelled for each in self._reading):
+                return
+
+    def _seat(self, reading: _Reading, logits: Array, cache: Cache) -> None:
+        """Choose the first tokens of a prompt that was read, and let its choices decode."""
+        request, length = reading.request, jnp.asarray([len(reading.request.prompt)], jnp.int32)
+        marks = np.zeros((1, self._spec.vocab_size), bool)
+        marks[0, request.prompt] = True
+        ends, seen = decode.ends(request.stop, request.limit, 1), jnp.asarray(marks)
+        for i, (seat, choice) in enumerate(zip(reading.seats, request.choices, strict=True)):
+            sampling = request.sampling._replace(seed=request.sampling.seed + i)
+            chooser = choosing.chooser(sampling, 1)
+            one = programs.Seats(decode.first_token(logits, cache, length, chooser, ends, seen), chooser, ends)
+            token = int(one.state.token[0])
+            self._decoding[seat] = request, choice
+            self._seats = programs.take(self._seats, jnp.asarray(seat, jnp.int32), one)
+            self._push(seat, token)
+        self._settle(request)
+
+    def _decode(self) -> None:
+        if not self._decoding:
+            return
+        state, out = decode.decode_loop(
+            self.model.decoder,
+            self._seats.state,
+            self._seats.chooser,
+            self._seats.ends,
+            recipe=self.recipe.structure,
+            chunk=self._steps,
+        )
+        self._seats = self._seats._replace(state=state)
+        for seat, tokens in enumerate(np.asarray(out)):
+            for token in tokens:
+                if token != decode.ENDED and seat in self._decoding:
+                    self._push(seat, int(token))
+        for request in {id(request): request for request, _ in self._decoding.values()}.values():
+            self._settle(request)
+
+    def _push(self, seat: int, token: int) -> None:
+        """A token that was chosen in a seat."""
+        request, choice = self._decoding[seat]
+        if token == decode.NOT_FINITE:
+            request.fail(not_finite(self.model, request.choices.index(choice)))
+            return
+        choice.push(token)
+        if token in request.stop:
+            choice.finish("stop")
+        elif len(choice.tokens) >= request.limit:
+            choice.finish("length")
+
+    def _settle(self, request: Request) -> None:
+        """Tell who waits; take back what a request has had once it is over."""
+        if request.done:
+            self._finish(request, "")
+        else:
+            request.changed()
+
+    def _finish(self, request: Request, reason: str) -> None:
+        """Free all that a request holds."""
+        for seat in [seat for seat, (other, _) in self._decoding.items() if other is request]:
+            del self._decoding[seat]
+            left = programs.leave(self._seats.state, jnp.asarray(seat, jnp.int32))
+            self._seats = self._seats._replace(state=left)
+        for reading in [each for each in self._reading if each.request is request]:
+            self._reading.remove(reading)
+            reading.layers.close()
+        with self._work:
+            if any(each.key == id(request) for each in self._schedule.waiting):
+                self._schedule.leave(id(request))
+            else:
+                self._schedule.end(id(request))
+            self._requests.pop(id(request), None)
+        for choice in request.choices:
+            choice.finish(reason)
+        request.changed()

@@ -1,0 +1,63 @@
+"""What an engine compiles besides prompts and the decode loop: sequences that take a seat and leave it."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Int
+
+from kvjax.cache import seats
+from kvjax.cache.layout import Cache
+from kvjax.generation import sampling
+from kvjax.generation.decode import DecodeState, Ends
+from kvjax.generation.sampling import Chooser
+
+
+class Seats(NamedTuple):
+    """Sequences that decode side by side, and how."""
+
+    state: DecodeState
+    chooser: Chooser
+    ends: Ends
+
+
+def empty(cache: Cache, count: int, vocabulary: int, stops: int) -> Seats:
+    """So many seats with nobody in them; arrays are as programs make them, so that nothing is compiled twice."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def make(cache: Cache) -> Seats:
+        zeros = lambda: jnp.zeros(count, jnp.int32)
+        seen, done = jnp.zeros((count, vocabulary), bool), jnp.ones(count, bool)
+        state = DecodeState(cache, zeros(), zeros(), done, zeros(), seen)
+        stop = jnp.full((count, stops), -1, jnp.int32)
+        return Seats(state, sampling.chooser(sampling.Sampling(), count), Ends(stop, zeros()))
+
+    return make(cache)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def take(all_: Seats, seat: Int[Array, ""], one: Seats) -> Seats:
+    """Everything of one sequence, whose cache stays as it is, in an empty seat."""
+    cache = tuple(
+        tuple(seats.take(tier, seat, own) for tier, own in zip(*pair, strict=True))
+        for pair in zip(all_.state.cache, one.state.cache, strict=True)
+    )
+    put = lambda x, y: x.at[seat].set(y[0])
+    without = lambda seats_: seats_._replace(state=seats_.state._replace(cache=()))
+    rest = jax.tree.map(put, without(all_), without(one))
+    return rest._replace(state=rest.state._replace(cache=cache))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def leave(state: DecodeState, seat: Int[Array, ""]) -> DecodeState:
+    """A seat's pages are free, and nothing is decoded there."""
+    cache = tuple(tuple(seats.leave(tier, seat) for tier in tiers) for tiers in state.cache)
+    return state._replace(cache=cache, done=state.done.at[seat].set(True))
+
+
+@jax.jit
+def free_pages(cache: Cache) -> list[Array]:
+    """Of each tier, on the device."""
+    return [tier.num_free[0] for tiers in cache for tier in tiers]

@@ -1,0 +1,122 @@
+"""A request to an engine, as whoever has made it sees it."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from kvjax.errors import InputError
+from kvjax.generation.results import Continuation
+from kvjax.generation.sampling import Sampling
+from kvjax.models.tokenizer import Stream, Tokenizer
+
+
+class EngineError(RuntimeError):
+    """The engine has ended: a program of it has failed, or it was closed."""
+
+
+class Choice:
+    """One continuation of a request's prompt.
+
+    Attributes:
+      tokens: generated so far.
+      text: of these, but for an unfinished character at the end; "" without a tokenizer.
+      finish_reason: "stop", "length" or "cancelled"; None = it goes on.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None):
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self._stream = None if tokenizer is None else Stream(tokenizer)
+
+    def push(self, token: int) -> None:
+        """One more token."""
+        self.tokens.append(token)
+        if self._stream is not None:
+            self.text += self._stream.push(token)
+
+    def finish(self, reason: str) -> None:
+        """No more tokens."""
+        if self._stream is not None and self.finish_reason is None:
+            self.text += self._stream.finish()
+        self.finish_reason = self.finish_reason or reason
+
+
+class Request:
+    """What `Engine.submit` returns. Iterating over it gives the text as it appears.
+
+    Attributes:
+      prompt: token ids.
+      choices: a continuation for each of the `n` that were asked for.
+      limit: most tokens of each.
+      sampling: of the first; choice `i` has the seed `seed + i`.
+    """
+
+    def __init__(
+        self, prompt: Sequence[int], limit: int, sampling: Sampling, stop: Sequence[int], choices: list[Choice]
+    ):
+        self.prompt, self.limit, self.sampling, self.stop = list(prompt), limit, sampling, tuple(stop)
+        self.choices = choices
+        self.cancelled = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._listeners: list[Callable[[], None]] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether all choices have ended, or the engine has."""
+        return self._error is not None or all(choice.finish_reason is not None for choice in self.choices)
+
+    def cancel(self) -> None:
+        """Ask for no more; what has been generated stays. Choices that had not ended become "cancelled"."""
+        self.cancelled = True
+
+    def listen(self, call: Callable[[], None]) -> None:
+        """Have something called, from the engine's thread, whenever there is more; it must not block."""
+        self._listeners.append(call)
+
+    def result(self, timeout: float | None = None) -> list[Continuation]:
+        """Wait for all choices.
+
+        Raises:
+          EngineError: the engine has ended before them.
+          InputError: the logits after the prompt, or after what was generated, are not finite.
+          TimeoutError: they have not ended within so many seconds.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.done, timeout):
+                raise TimeoutError(f"the request has not ended within {timeout} seconds")
+        self.check()
+        return [Continuation(len(self.prompt), c.tokens, c.text, c.finish_reason or "") for c in self.choices]
+
+    def check(self) -> None:
+        """Raise what has ended the request before its time, if anything has."""
+        if self._error is not None:
+            raise self._error
+
+    def __iter__(self) -> Iterator[str]:
+        if len(self.choices) != 1:
+            raise InputError(f"a request for {len(self.choices)} choices has no single text: look at its choices")
+        (choice,), shown = self.choices, 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda shown=shown: self.done or len(choice.text) > shown)
+                text, done = choice.text, self.done
+            if len(text) > shown:
+                yield text[shown:]
+                shown = len(text)
+            elif done:
+                self.check()
+                return
+
+    def changed(self) -> None:
+        """Wake up whoever waits."""
+        with self._changed:
+            self._changed.notify_all()
+        for call in self._listeners:
+            call()
+
+    def fail(self, error: BaseException) -> None:
+        """End all choices by an error."""
+        if not self.done:
+            self._error = error
+        self.changed()
