@@ -268,6 +268,7 @@ class Engine:
                 left, self._requests = list(self._requests.values()), {}
             for request in left:
                 request.fail(self._ended())
+                request.end()
 
     def _turn(self) -> None:
         """Cancellations, then some layers of prompts, then some steps of all that decode."""
@@ -363,7 +364,7 @@ class Engine:
 
     def _settle(self, request: Request) -> None:
         """Tell who waits; take back what a request has had once it is over."""
-        if request.done:
+        if request.over:
             self._finish(request, "")
         else:
             request.changed()
@@ -385,4 +386,4 @@ class Engine:
             self._requests.pop(id(request), None)
         for choice in request.choices:
             choice.finish(reason)
-        request.changed()
+        request.end()

@@ -49,6 +49,7 @@ class Request:
       choices: a continuation for each of the `n` that were asked for.
       limit: most tokens of each.
       sampling: of the first; choice `i` has the seed `seed + i`.
+      done: all choices have ended, or the engine has, and what the request has held is free.
     """
 
     def __init__(
@@ -56,14 +57,14 @@ class Request:
     ):
         self.prompt, self.limit, self.sampling, self.stop = list(prompt), limit, sampling, tuple(stop)
         self.choices = choices
-        self.cancelled = False
+        self.cancelled = self.done = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], None]] = []
 
     @property
-    def done(self) -> bool:
-        """Whether all choices have ended, or the engine has."""
+    def over(self) -> bool:
+        """Whether nothing more is to be generated."""
         return self._error is not None or all(choice.finish_reason is not None for choice in self.choices)
 
     def cancel(self) -> None:
@@ -116,7 +117,11 @@ class Request:
             call()
 
     def fail(self, error: BaseException) -> None:
-        """End all choices by an error."""
-        if not self.done:
+        """What ends all choices."""
+        if not self.over:
             self._error = error
+
+    def end(self) -> None:
+        """All that the request has held is free."""
+        self.done = True
         self.changed()

@@ -1,0 +1,195 @@
+"""The engine: what a request gets is what it gets alone, whoever joins, leaves or is cancelled."""
+
+import contextlib
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax import Sampling
+from kvjax.engine import engine as engines
+from kvjax.engine.capacity import tiers
+from kvjax.engine.request import EngineError
+from kvjax.errors import InputError
+from kvjax.generation.model import Model
+from tests.matrix import VARIANTS, decoder, model_of, quick, recipe_of, text
+
+LENGTH = 96
+QUICK = ("full", "h2o int4", "dynamickv", "mikv", "full kivi2", "dmc")
+HOW = (Sampling(), Sampling(1.0, seed=3), Sampling(0.8, top_p=0.9, repetition_penalty=1.2, seed=5))
+# Prompt, new tokens, how.
+ASKED = [
+    (text(n, 7), new, HOW[i % 3])
+    for i, (n, new) in enumerate([(40, 9), (60, 6), (5, 20), (33, 2), (70, 12), (20, 1), (48, 16), (12, 30)])
+]
+
+
+@contextlib.contextmanager
+def compilations():
+    """Names of what is compiled."""
+    names = []
+
+    def listen(event, *_, fun_name="", **__):
+        if event.startswith("/jax/core/compile/backend_compile"):
+            names.append(fun_name)
+
+    jax.monitoring.register_event_time_span_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_time_span_listener(listen)
+
+
+class Watched(kvjax.Engine):
+    """Checks after every turn that pages are held by whoever they were promised to."""
+
+    def _turn(self):
+        super()._turn()
+        for tier, promised in zip(tiers(self._seats.state.cache), self._schedule.promised, strict=True):
+            size = tier.free.shape[0]
+            held = np.asarray(tier.table)[np.asarray(tier.table) < size]
+            assert len(set(held.tolist())) == held.size == size - int(tier.num_free[0]) <= promised
+
+
+def is_empty(engine):
+    load = engine.load
+    free = [int(tier.num_free[0]) for tier in tiers(engine._seats.state.cache)]
+    busy = load.waiting, load.reading, load.decoding, *load.promised
+    return not any(busy) and free == list(load.pages)
+
+
+@pytest.mark.parametrize("method", quick([name for name in VARIANTS if name != "oracle"], QUICK))
+def test_a_request_gets_what_it_gets_alone(method):
+    model, recipe = Model(decoder(model_of(method)), None, (), "random"), recipe_of(method, "20%")
+    with Watched(model, recipe, seats=3, max_length=LENGTH, stall=0.0, steps=3) as engine, compilations() as names:
+        ask = lambda prompt, new, how: engine.submit(prompt, max_new_tokens=new, sampling=how)
+        both = [ask(*each) for each in ASKED]
+        early, late = ask(text(80, 8), 10, HOW[0]), ask(text(30, 8), 60, HOW[1])
+        early.cancel()  # waits, or is read
+        while len(late.choices[0].tokens) < 5:
+            time.sleep(0.001)
+        late.cancel()
+        together = [request.result()[0].tokens for request in both]
+        assert [request.result()[0].finish_reason for request in (early, late)] == ["cancelled"] * 2
+        assert [ask(*each).result()[0].tokens for each in ASKED] == together
+        assert not names
+        assert is_empty(engine)
+    for (prompt, new, how), tokens in zip(ASKED, together, strict=True):
+        out = model.generate([prompt], recipe, max_new_tokens=new, sampling=how, max_length=LENGTH)
+        assert out.sequences[0].tokens == tokens
+
+
+def test_a_small_pool_makes_requests_wait():
+    model = Model(decoder("gqa"), None, (), "random")
+    whole = kvjax.Engine(model, seats=4, max_length=LENGTH)
+    whole.close()
+    with Watched(model, seats=4, max_length=LENGTH, cache=whole.cache_bytes // 2, stall=0.0, steps=2) as engine:
+        assert engine.cache_bytes <= whole.cache_bytes // 2
+        requests = [engine.submit(text(n, 3), max_new_tokens=20) for n in (70, 60, 50, 75, 40)]
+        assert [len(request.result()[0].tokens) for request in requests] == [20] * 5
+        assert is_empty(engine)
+    with pytest.raises(InputError, match="one sequence of the largest length needs"):
+        kvjax.Engine(model, max_length=LENGTH, cache=1000)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with kvjax.Engine(kvjax.load(), "h2o", "20%", seats=3, max_length=200, steps=4, queue=4) as engine:
+        yield engine
+
+
+def test_text_comes_in_pieces(engine):
+    request = engine.submit("river: 217 130\nriver:", max_new_tokens=12)
+    pieces = list(request)
+    (out,) = request.result()
+    assert "".join(pieces) == out.text == engine.model.tokenizer.decode(out.tokens)
+    alone = engine.model.generate(["river: 217 130\nriver:"], "h2o", "20%", max_new_tokens=12)
+    assert (out.tokens, out.finish_reason) == (alone.sequences[0].tokens, alone.sequences[0].finish_reason)
+
+
+def test_choices_are_those_of_their_seeds(engine):
+    ask = lambda seed, n: engine.submit([5, 6, 7], max_new_tokens=8, sampling=Sampling(1.0, seed=seed), n=n).result()
+    both = [choice.tokens for choice in ask(3, 2)]
+    assert both == [ask(seed, 1)[0].tokens for seed in (3, 4)] and both[0] != both[1]
+
+
+def test_a_text_ends_by_itself_or_is_made_to_go_on(engine):
+    stop = engine.submit([1, 2, 3], max_new_tokens=8).result()[0].tokens[3]
+    model = engine.model
+    with kvjax.Engine(
+        Model(model.decoder, model.tokenizer, (stop,), "stops"), "h2o", "20%", seats=1, max_length=200
+    ) as other:
+        ended = other.submit([1, 2, 3], max_new_tokens=8).result()[0]
+        assert ended.finish_reason == "stop" and ended.tokens[-1] == stop and len(ended.tokens) <= 4
+        assert len(other.submit([1, 2, 3], max_new_tokens=8, ignore_stop=True).result()[0].tokens) == 8
+
+
+def test_what_cannot_be_is_refused(engine):
+    for words, given in {
+        "the prompt is empty": {"prompt": []},
+        "pass this engine's length": {"prompt": [1] * 190, "max_new_tokens": 11},
+        "max-new-tokens": {"prompt": [1], "max_new_tokens": 0},
+        "top-p": {"prompt": [1], "sampling": Sampling(top_p=0)},
+        "n 0 is not": {"prompt": [1], "n": 0},
+        "need 4 seats": {"prompt": [1], "n": 4},
+        "not in the vocabulary": {"prompt": [99999]},
+    }.items():
+        with pytest.raises(InputError, match=words):
+            engine.submit(**given)
+    for words, given in {"seats": {"seats": 0}, "stall": {"stall": -1}, "max-length": {"max_length": 1}}.items():
+        with pytest.raises(InputError, match=words):
+            kvjax.Engine(engine.model, **given)
+    assert is_empty(engine)
+
+
+def test_a_full_queue_is_said(engine):
+    requests = [engine.submit([1] * 100, max_new_tokens=90, ignore_stop=True) for _ in range(3)]
+    with pytest.raises(InputError, match="are waiting: try again later"):
+        for _ in range(20):
+            requests.append(engine.submit([1] * 100, max_new_tokens=90, ignore_stop=True))
+    for request in requests:
+        request.cancel()
+    assert {out.finish_reason for request in requests for out in request.result()} <= {"cancelled", "length"}
+
+
+def test_listeners_are_told(engine):
+    told = threading.Event()
+    request = engine.submit([1, 2], max_new_tokens=5)
+    request.listen(told.set)
+    request.result()
+    assert told.wait(10)
+
+
+def test_damaged_weights_end_a_request_and_a_failure_all(monkeypatch):
+    model = Model(decoder("gqa"), None, (), "random")
+    engine = kvjax.Engine(model, seats=2, max_length=LENGTH)
+    nans = jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, decoder("gqa"))
+    monkeypatch.setattr(engine, "model", Model(nans, None, (), "damaged"))
+    with pytest.raises(InputError, match="not finite"):
+        engine.submit([1, 2, 3], max_new_tokens=4).result()
+    assert is_empty(engine)
+    monkeypatch.setattr(engine, "model", model)
+
+    def fail(*_, **__):
+        raise MemoryError("none is left")
+
+    running = engine.submit([1, 2, 3], max_new_tokens=80)
+    monkeypatch.setattr(engines.decode, "decode_loop", fail)
+    with pytest.raises(EngineError, match="MemoryError: none is left"):
+        running.result()
+    with pytest.raises(EngineError):
+        engine.submit([1])
+    engine.close()
+
+
+def test_closing_lets_requests_end():
+    engine = kvjax.Engine(Model(decoder("gqa"), None, (), "random"), seats=1, max_length=LENGTH)
+    requests = [engine.submit([1, 2], max_new_tokens=5) for _ in range(3)]
+    engine.close(drain=60)
+    assert [len(request.result()[0].tokens) for request in requests] == [5] * 3
+    with pytest.raises(EngineError, match="it was closed"):
+        engine.submit([1])
