@@ -231,6 +231,18 @@ class Gate(NamedTuple):
     weight: Float[Array, "*b K"] | tuple = ()  # importance in a merged slot; () where nothing is merged
 
 
+class Probe(NamedTuple):
+    """What a prompt asks of itself when it is read again behind its end, in chunks that do not see each other.
+
+    Token j of the Q, a whole number of chunks, is the prompt's token j at position `length + j % chunk`.
+    """
+
+    q: Float[Array, "B Q N H"]  # rotated queries
+    lse: Float[Array, "B N Q"]  # log-sum-exp of each query's scaled logits of its own chunk as it is read again
+    size: Float[Array, "B Q"]  # L2 norm of what the query is a projection of, in float32
+    chunk: int  # tokens
+
+
 class Prompt(NamedTuple):
     """One layer's view of the prompts during prefill; tokens are padded on the right."""
 
@@ -249,6 +261,8 @@ class Prompt(NamedTuple):
     kernels: Implementation | None = "xla"  # what computes scores and selects tokens
     gate: Gate | tuple = ()  # [B T K]; () if the model has none
     rewritten: PyTree = ()  # what `PromptHooks.rewrite` left for `CachePolicy.prefill`
+    out: Float[Array, "N H D"] | tuple = ()  # what heads' outputs are multiplied by, see `Layer.output`
+    probe: Probe | tuple = ()  # () where `Recipe.replay` is None
 
     def alive(self) -> Bool[Array, "B T"]:
         """Which tokens the next one can read: none that has left a sliding window, no padding."""

@@ -28,6 +28,7 @@ from tests import oracle
 STEPS, BUDGET, WINDOW = 6, 12, 4
 MESH = os.environ.get("KVJAX_TEST_MESH")  # try everything on this mesh; set by tests/test_mesh.py
 ARGUMENTS = {name: {"window": WINDOW} for name in ("snapkv", "pyramidkv", "adakv", "dynamickv")}
+ARGUMENTS |= {name: {"chunk": 4} for name in ("kvzip", "kvzip_plus")}  # so that the longest prompts can be read again
 # Besides each method as it comes: number formats. The first word is the method.
 VARIANTS = {name: ARGUMENTS.get(name, {}) for name in METHODS} | {
     "full int8": {"store": "int8"},

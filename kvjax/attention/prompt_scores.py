@@ -1,13 +1,18 @@
 """What prompts say of their tokens: the scores that methods learn from attention."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
 from kvjax.attention.dispatch import kernel_or_xla
-from kvjax.spec import Prompt
+from kvjax.spec import Probe, Prompt
 from pallas_kernels import prefill_scores
+from pallas_kernels.blocks import divisor
+from pallas_kernels.decode_attention.reference import EMPTY
 from pallas_kernels.soft_cap import soft_cap
+
+BLOCK = 512  # products of so many queries and keys at once
 
 
 def column_sums(prompt: Prompt) -> Float[Array, "B K T"]:
@@ -70,3 +75,58 @@ def window_sums(prompt: Prompt, size: int) -> Float[Array, "B K T"]:
     seen = (pos[..., None] >= 0) & (distance >= 0) & (distance < (prompt.window or t))
     p = jnp.where(seen[:, None, None], jnp.exp(s - lse[..., None]), 0.0)
     return _of_rows(prompt, p.sum(axis=3).reshape(b, n, t))
+
+
+def replay_maxima(prompt: Prompt, sinks: int, *, weighted: bool) -> Float[Array, "B K T"]:
+    """The most attention that a token gets when its chunk of the prompt is read again behind it: `Prompt.probe`.
+
+        max over n, p of   a[n, p, j] = exp(s[n, p, j]) / sum over i of exp(s[n, p, i])
+
+    n is a query head of the row, p and j are tokens of one chunk; i are the first `sinks` tokens, the chunk's, and what
+    has been read again of it, up to p. So numbers of different chunks compare.
+
+    Args:
+      prompt: with a probe.
+      sinks: tokens.
+      weighted: of `a[n, p, j] |W_n v_j| / |x_p|`: what the token adds to the residual stream, beside p's own vector.
+
+    Cost: T (chunk + sinks) products for each query head, in blocks; weighted, T N H^2 more.
+    """
+    probe, (b, t, heads, h) = prompt.probe, prompt.k.shape
+    assert isinstance(probe, Probe), "the recipe has no replay"
+    tokens, n, chunk, sinks = probe.q.shape[1], prompt.q.shape[2], probe.chunk, min(sinks, t)
+    block = divisor(chunk, max(1, BLOCK * BLOCK // (sinks + chunk)))
+    q = jnp.moveaxis(probe.q.reshape(b, tokens, heads, n // heads, h), 1, 3)  # B K G Q H
+    k = jnp.moveaxis(jnp.pad(prompt.k, ((0, 0), (0, tokens - t), (0, 0), (0, 0))), 1, 2)
+    of_own = probe.lse.reshape(b, heads, n // heads, tokens)
+    unit = -jnp.log(probe.size) if weighted else jnp.zeros_like(probe.size)
+    length = prompt.length[:, None]
+
+    def ask(i: Array, best: Array) -> Array:
+        start = i * block // chunk * chunk
+        cut = lambda x, axis, at=i * block, size=block: jax.lax.dynamic_slice_in_dim(x, at, size, axis)
+        pos = jnp.concatenate([jnp.arange(sinks), start + jnp.arange(chunk)])
+        inside = (pos >= start) & (pos < start + chunk)
+        seen = (pos < length) & (inside != (jnp.arange(sinks + chunk) < sinks))  # a sink of the chunk counts once
+        key = jnp.concatenate([k[:, :, :sinks], cut(k, 2, start, chunk)], axis=2)
+        s = jnp.einsum("bkgqh,bksh->bkgqs", cut(q, 3), key, preferred_element_type=jnp.float32) * prompt.scale
+        s = jnp.where(seen[:, None, None, None], soft_cap(s, prompt.cap), EMPTY)
+        lse = jnp.logaddexp(jax.nn.logsumexp(s, axis=-1), cut(of_own, 3))
+        asked = i * block + jnp.arange(block) < length
+        weight = s[..., sinks:] + (cut(unit, 1)[:, None, None] - lse)[..., None]
+        most = jnp.where(asked[:, None, None, :, None], weight, -jnp.inf).max(axis=3)
+        return jax.lax.dynamic_update_slice_in_dim(best, jnp.maximum(cut(best, 3, start, chunk), most), start, 3)
+
+    best = jnp.full((b, heads, n // heads, tokens), -jnp.inf, jnp.float32)
+    best = jax.lax.fori_loop(0, (jnp.max(length) + block - 1) // block, ask, best)[..., :t].reshape(b, n, t)
+    if weighted:
+        best = best + jnp.log(_reach(prompt))
+    return jnp.exp(best).reshape(b, prompt.key.shape[2], -1, t).max(axis=2)
+
+
+def _reach(prompt: Prompt) -> Float[Array, "B N T"]:
+    """L2 norms of what each query head adds to the residual stream where it attends to one token alone."""
+    v, h = prompt.v.astype(jnp.float32), prompt.v.shape[-1]
+    gram = jnp.einsum("nhd,nid->nhi", prompt.out, prompt.out).reshape(v.shape[2], -1, h, h)
+    square = jnp.einsum("btkh,kghi,btki->bkgt", v, gram, v)
+    return jnp.sqrt(jnp.maximum(square, 0.0)).reshape(v.shape[0], -1, v.shape[1])

@@ -214,6 +214,15 @@ def check_new(spec: ModelSpec, recipe: Recipe, prompt: int, question: int, new: 
         )
 
 
+def check_replay(spec: ModelSpec, recipe: Recipe, prompt: int) -> None:
+    """Raise `InputError` for a prompt that is too long to be read again behind its end."""
+    if recipe.replay is not None and prompt + min(recipe.replay, prompt) > spec.max_position:
+        raise InputError(
+            f"{recipe.name} reads the {prompt} tokens of a prompt again behind its end, {recipe.replay} at a time:"
+            f" that passes the context limit ({spec.max_position}); set a smaller chunk"
+        )
+
+
 def read_prompts(
     model: Model,
     recipe: Recipe,
@@ -223,6 +232,7 @@ def read_prompts(
     max_length: int | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Logits after each prompt and a cache with room for `new` more tokens; its shapes for `max_length`, if given."""
+    check_replay(model.spec, recipe, max(map(len, ids)))
     padded = prefill.padded_length(max(map(len, ids)) if max_length is None else max_length)
     lengths = Lengths(tuple(map(len, ids)), new, padded, total=max_length)
     cache = allocate(model.decoder, recipe, lengths)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from kvjax.attention.prompt import prefill_attention
+from kvjax.attention.prompt import prefill_attention, replay_attention
 from kvjax.cache import pages, sharding
 from kvjax.cache import tier as tiers_
 from kvjax.cache.layout import Cache, Layers, Tiers, layer_groups, layers_with, locate
@@ -20,13 +20,13 @@ from kvjax.cache.tier import Tier
 from kvjax.errors import InputError
 from kvjax.models import gate as gates
 from kvjax.models import rope
-from kvjax.models.decoder import Decoder, Layer
+from kvjax.models.decoder import Decoder, Layer, normed
 from kvjax.parallel import mesh
 from kvjax.parallel.mesh import EVERYWHERE, LAYERS, ROWS, SEQUENCES
 from kvjax.policies.base import PrefillOutput, Recipe
 from kvjax.policies.layers import layer_recipe, rotates_at_read
 from kvjax.spec import PREFILL_CHUNK as CHUNK
-from kvjax.spec import Gate, ModelSpec, Prompt, PyTree, RopeSpec, readable
+from kvjax.spec import Gate, ModelSpec, Probe, Prompt, PyTree, RopeSpec, readable
 from pallas_kernels.blocks import divisor
 
 RUNGS = (64, 256, 1024)
@@ -105,18 +105,23 @@ def prefill_by_layer(
     if chunk < 1:
         raise InputError(f"prefill-chunk {chunk} is not a number of tokens")
     spec, groups = model.spec, layer_groups(model.spec)
-    x = _embed(model, tokens)
+    x, again = _embed(model, tokens), ()
+    if recipe.replay is not None:
+        again = _embed(
+            model, jnp.pad(tokens, ((0, 0), (0, replayed(tokens.shape[1], recipe.replay) - tokens.shape[1])))
+        )
     filled, allocations = list(cache), _allocations(spec, recipe.structure, groups, length, cache)
     for index, layer in enumerate(model.layers):
         group, place = locate(groups, index)
         peers = layers_with(spec, spec.window(index))
-        x, filled[group], found = _prefill_layer(
+        x, filled[group], found, again = _prefill_layer(
             layer,
             x,
             filled[group],
             length,
             jnp.asarray(peers.index(index), jnp.int32),
             jnp.asarray(place, jnp.int32),
+            again,
             spec=spec,
             recipe=layer_recipe(spec, recipe, index).structure,
             peers=len(peers),
@@ -254,10 +259,10 @@ def _last_logits(model: Decoder, x: Float[Array, "B T D"], length: Int[Array, " 
 
 
 @mesh.program(
-    (mesh.weights, SEQUENCES, sharding.cache, SEQUENCES, EVERYWHERE, EVERYWHERE),
-    lambda layer, x, tiers, *_: (SEQUENCES, tiers, ROWS),
+    (mesh.weights, SEQUENCES, sharding.cache, SEQUENCES, EVERYWHERE, EVERYWHERE, SEQUENCES),
+    lambda layer, x, tiers, *_: (SEQUENCES, tiers, ROWS, SEQUENCES),
     static=("spec", "recipe", "peers", "window", "rotary", "chunk"),
-    donate=(1, 2),
+    donate=(1, 2, 6),
 )
 def _prefill_layer(
     layer: Layer,
@@ -266,6 +271,7 @@ def _prefill_layer(
     length: Int[Array, " B"],
     index: Int[Array, ""],
     place: Int[Array, ""],
+    again: Float[Array, "B Q D"] | tuple = (),
     *,
     spec: ModelSpec,
     recipe: Recipe,
@@ -273,8 +279,11 @@ def _prefill_layer(
     window: int | None,
     rotary: RopeSpec,
     chunk: int = CHUNK,
-) -> tuple[Float[Array, "B T D"], Tiers, PrefillOutput]:
-    """One layer over the whole prompt: exact attention, then compression into the layer's rows."""
+) -> tuple[Float[Array, "B T D"], Tiers, PrefillOutput, Float[Array, "B Q D"] | tuple]:
+    """One layer over the whole prompt: exact attention, then compression into the layer's rows.
+
+    `again` is the prompt behind its end, see `kvjax.spec.Probe`: it sees the prompt, which does not see it.
+    """
     pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     cos, sin = rope.angles(rotary, spec.head_dim, pos, length)  # B T H/2
     longest = jnp.max(length)
@@ -289,16 +298,58 @@ def _prefill_layer(
     k = rope.rotate(k, cos[:, :, None], sin[:, :, None])
     options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "until": until, "kernels": recipe.kernels}
     heads, lse = prefill_attention(q, k, v, length, sink=layer.sink(), **options)
-    key = key if rotates_at_read(spec, recipe) else k
+    key, probe = key if rotates_at_read(spec, recipe) else k, ()
+    if recipe.replay is not None and not isinstance(again, tuple):
+        settings = {"spec": spec, "recipe": recipe, "window": window, "rotary": rotary, "chunk": chunk}
+        again, probe = _read_again(layer, again, k, v, length, **settings)
     prompt = Prompt(
         *(q, k, v, key, value, lse, length, index, peers, window, spec.scale, spec.score_cap),
         kernels=recipe.kernels,
         gate=gate,
         rewritten=rewritten,
+        out=layer.output(),
+        probe=probe,
     )
     views, found = recipe.policy.prefill(olds, prompt)
     tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
-    return _finish(layer, x, heads, longest, chunk), tiers, found
+    return _finish(layer, x, heads, longest, chunk), tiers, found, again
+
+
+def replayed(tokens: int, chunk: int) -> int:
+    """Q, the tokens of a prompt that is read again in whole chunks of at most `chunk`.
+
+    >>> replayed(1024, 2048), replayed(1024, 256), replayed(1024, 500)
+    (1024, 1024, 1500)
+    """
+    chunk = min(chunk, tokens)
+    return -(-tokens // chunk) * chunk
+
+
+def _read_again(
+    layer: Layer,
+    again: Float[Array, "B Q D"],
+    k: Float[Array, "B T heads H"],
+    v: Float[Array, "B T heads H"],
+    length: Int[Array, " B"],
+    *,
+    spec: ModelSpec,
+    recipe: Recipe,
+    window: int | None,
+    rotary: RopeSpec,
+    chunk: int,
+) -> tuple[Float[Array, "B Q D"], Probe]:
+    """One layer over the prompt that is read again behind its end, in chunks of `Recipe.replay` tokens."""
+    assert recipe.replay is not None
+    size, longest = min(recipe.replay, k.shape[1]), jnp.max(length)
+    pos = length[:, None] + jnp.arange(again.shape[1]) % size
+    cos, sin = rope.angles(rotary, spec.head_dim, pos, length)
+    q, key, value, _ = _project(layer, again, cos, sin, longest, spec, chunk)
+    q = rope.grown(rotary, q, pos[:, :, None])
+    own = rope.rotate(layer.keys(key), cos[:, :, None], sin[:, :, None]), layer.values(value)
+    options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "kernels": recipe.kernels}
+    heads, lse = replay_attention(q, (k, v), own, length, chunk=size, sink=layer.sink(), **options)
+    read = jnp.linalg.norm(normed(again, layer.attention_norm).astype(jnp.float32), axis=-1)
+    return _finish(layer, again, heads, longest, chunk), Probe(q, lse, read, size)
 
 
 def _project(

@@ -20,6 +20,8 @@ from kvjax.methods.dynamickv import dynamickv
 from kvjax.methods.full import full
 from kvjax.methods.h2o import h2o
 from kvjax.methods.keydiff import keydiff
+from kvjax.methods.kvzip import kvzip
+from kvjax.methods.kvzip_plus import kvzip_plus
 from kvjax.methods.mikv import mikv
 from kvjax.methods.oracle import oracle
 from kvjax.methods.pyramidkv import pyramidkv
@@ -41,6 +43,8 @@ METHODS: dict[str, Callable[..., Recipe]] = {
     "adakv": adakv,
     "dynamickv": dynamickv,
     "keydiff": keydiff,
+    "kvzip": kvzip,
+    "kvzip_plus": kvzip_plus,
     "d2o": d2o,
     "mikv": mikv,
     "dmc": dmc,
@@ -65,6 +69,8 @@ __all__ = [
     "full",
     "h2o",
     "keydiff",
+    "kvzip",
+    "kvzip_plus",
     "make",
     "mikv",
     "oracle",

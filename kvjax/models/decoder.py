@@ -105,9 +105,13 @@ class Norm(nnx.Module):
         y = y * jax.lax.rsqrt(jnp.where(square < jnp.inf, square, jnp.nan) + self.eps)  # what overflows is no zero
         if self.kind == "rms":
             return y.astype(x.dtype) * own(self.scale[...], -1, self.over)
-        scale = self.scale[...].astype(jnp.float32)
-        y = y * (1 + scale if self.kind == "rms+1" else scale)
+        y = y * self.factor()
         return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+    def factor(self) -> Float[Array, " width"]:
+        """What vectors are multiplied by once they have unit size, in float32."""
+        scale = self.scale[...].astype(jnp.float32)
+        return 1 + scale if self.kind == "rms+1" else scale
 
 
 def normed(x: Float[Array, "*b width"], norm: Norm | None) -> Float[Array, "*b width"]:
@@ -238,6 +242,12 @@ class Layer(nnx.Module):
         """The query heads' outputs from their means of cached values."""
         v = self.attention.v
         return v.expand_mean(mean) if isinstance(v, LowRank) else mean
+
+    def output(self) -> Float[Array, "N H D"]:
+        """What the query heads' outputs are multiplied by, in float32: a norm behind it leaves its scale in it."""
+        kernel = self.attention.o.kernel[...].astype(jnp.float32)
+        scaled = kernel if self.attention_post_norm is None else kernel * self.attention_post_norm.factor()
+        return scaled.reshape(-1, self.head_dim, kernel.shape[-1])
 
     def finish(self, x: Float[Array, "*b D"], heads: Float[Array, "*b N H"]) -> Float[Array, "*b D"]:
         """Add the attention's output and the feed-forward network to the residual stream."""

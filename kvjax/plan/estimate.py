@@ -173,7 +173,15 @@ def layer_arguments(setting: Setting, cache: layout.Cache, index: int) -> tuple[
         "window": spec.window(index),
         "rotary": spec.rotary(index),
     }
-    return (*arrays, ints(setting.batch), ints(), ints()), static
+    again = replayed(setting)
+    behind = jax.ShapeDtypeStruct((setting.batch, again, spec.embed_dim), jnp.dtype(setting.dtype)) if again else ()
+    return (*arrays, ints(setting.batch), ints(), ints(), behind), static
+
+
+def replayed(setting: Setting) -> int:
+    """Tokens of a padded prompt that are read again behind its end."""
+    chunk = setting.recipe.replay
+    return 0 if chunk is None else prefill.replayed(setting.lengths.padded, chunk)
 
 
 @functools.lru_cache(maxsize=64)

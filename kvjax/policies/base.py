@@ -138,6 +138,8 @@ class Recipe(NamedTuple):
       amounts: how much it may keep: data, which programs are not compiled for, see `structure`.
       windowed: what becomes of layers with a sliding window: "compressed" gives them a budget of what they can read,
         "whole" keeps their windows. See `kvjax.policies.layers.layer_recipe`.
+      replay: tokens of a chunk; a prompt is read again behind its end in such chunks, and what they ask of it is
+        `Prompt.probe`; None = it is read once.
       context: the method of a cache of one sequence that is read beside this one's by all sequences; None = there is
         none. See `kvjax.policies.layers.asking`.
     """
@@ -150,6 +152,7 @@ class Recipe(NamedTuple):
     kernels: Implementation | None = "xla"
     windowed: Windowed = "compressed"
     amounts: Amounts = Amounts()
+    replay: int | None = None
     context: "Recipe | None" = None
 
     @property

@@ -22,7 +22,8 @@ def layer_recipe(spec: ModelSpec, recipe: Recipe, layer: int) -> Recipe:
         return recipe
     context = recipe.context and layer_recipe(spec, recipe.context, layer)
     if recipe.windowed == "whole":
-        return Recipe(recipe.name, rolling(recipe.stores[0], window), kernels=recipe.kernels, context=context)
+        policy = rolling(recipe.stores[0], window)
+        return Recipe(recipe.name, policy, kernels=recipe.kernels, replay=recipe.replay, context=context)
     policy = recipe.policy.windowed
     return recipe._replace(policy=recipe.policy if policy is None else policy(window), context=context)
 
@@ -32,7 +33,7 @@ def asking(recipe: Recipe) -> Recipe:
     """How questions to what a method has cached are cached themselves: whole, beside it, in its first number format."""
     # Not by arrival: a slot's number is not its position, since others came before.
     policy = retain(score.recency(0), everything(), store=recipe.stores[0].one_by_one, evict="never")
-    return recipe._replace(policy=policy, amounts=Amounts(), context=recipe.structure)
+    return recipe._replace(policy=policy, amounts=Amounts(), replay=None, context=recipe.structure)
 
 
 def rotates_at_read(spec: ModelSpec, recipe: Recipe) -> bool:

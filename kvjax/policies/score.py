@@ -10,12 +10,14 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from kvjax.attention.prompt_scores import column_sums, window_sums
+from kvjax.attention.prompt_scores import column_sums, replay_maxima, window_sums
 from kvjax.cache.pages import LARGEST
 from kvjax.errors import InputError
 from kvjax.parallel import collectives
 from kvjax.policies.budgets import budget as budgets
 from kvjax.spec import Prompt
+
+Protect = Callable[[Array, Array, Array], Bool[Array, "*b"]]
 
 
 class Score(NamedTuple):
@@ -27,11 +29,13 @@ class Score(NamedTuple):
         The arguments broadcast. Never protects more than `budget` tokens.
       observe: `(statistic [B K S], probabilities [B K G S]) -> statistic`, after every decoded token; None = the
         statistic is the token's position and is not stored.
+      windows: whether it says something of layers with a sliding window; False = these keep it.
     """
 
     prompt: Callable[[Prompt], Float[Array, "B K T"]] | None
-    protect: Callable[[Array, Array, Array], Bool[Array, "*b"]]
+    protect: Protect
     observe: Callable[[Float[Array, "B K S"], Float[Array, "B K G S"]], Float[Array, "B K S"]] | None = None
+    windows: bool = True
 
 
 @functools.cache
@@ -138,6 +142,37 @@ def window(size: int, kernel: int, pooling: Literal["avg", "max"], *, decoding: 
 
     protect = lambda pos, now, budget: pos >= now - jnp.minimum(size, budget)
     return Score(prompt, protect, observe if decoding else None)
+
+
+@functools.cache
+def replayed(recent: int, sinks: int, *, weighted: bool) -> Score:
+    """The most attention that a token gets while the prompt is read again behind its end: `Recipe.replay`.
+
+    Args:
+      recent, sinks: newest and first tokens, which stay; the first are in every chunk's softmax, too.
+      weighted: of attention times what the token adds to the residual stream: `prompt_scores.replay_maxima`.
+
+    Source: KVzip (arXiv 2505.23416), `attention/score.py`; weighted, KVzip+ (arXiv 2601.07891), in kvpress
+      `kvzip_press.py`.
+    Differs: rows of heads that share a latent take the maximum over them; a norm behind the output projection (Gemma)
+      leaves its scale in it; computed in logs, in float32.
+    Cost: see `replay_maxima`; and the prompt is read twice.
+    """
+    prompt = functools.partial(replay_maxima, sinks=sinks, weighted=weighted)
+    return Score(prompt, newest_and_first(recent, sinks), windows=False)
+
+
+def newest_and_first(recent: int, sinks: int) -> Protect:
+    """Protects the newest tokens and the first ones; where a budget is smaller, newest ones."""
+    for name, count in (("recent", recent), ("sinks", sinks)):
+        if not 0 <= count <= LARGEST:
+            raise InputError(f"{name}={count} is not a number of tokens from 0 to {LARGEST}")
+
+    def protect(pos: Array, now: Array, budget: Array) -> Bool[Array, "*b"]:
+        newest = jnp.minimum(recent, budget)
+        return (pos >= now - newest) | (pos < jnp.minimum(sinks, budget - newest))
+
+    return protect
 
 
 def _pool(x: Float[Array, "B K T"], kernel: int, pooling: Literal["avg", "max"]) -> Float[Array, "B K T"]:

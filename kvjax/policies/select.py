@@ -122,7 +122,7 @@ def retain(
         PromptHooks(write_selected=None if budget.allocate is None else part(_write_selected)),
         PoolHooks(part(_reserve), part(_shrink_pool) if budget.by_head else None),
         budget=budget,
-        windowed=functools.partial(rolling, store) if selection.keeps_all else None,
+        windowed=functools.partial(rolling, store) if selection.keeps_all or not score.windows else None,
     )
 
 

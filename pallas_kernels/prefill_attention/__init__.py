@@ -26,6 +26,8 @@ def attention(
         return reference.attention(*args, **kwargs)
     if kwargs.pop("until", None) is not None:
         raise NotImplementedError("keys that are seen for a while only are for xla")
+    if kwargs.pop("behind", None) is not None:
+        raise NotImplementedError("queries behind a prompt are for xla")
     if chosen == "gpu":
         from pallas_kernels.prefill_attention import gpu
 

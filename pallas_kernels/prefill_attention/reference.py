@@ -20,7 +20,7 @@ def tokens_at_once(t: int) -> int:
 
 
 def attention(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "B Q N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     length: Int[Array, " B"],
@@ -29,8 +29,9 @@ def attention(
     cap: float | None = None,
     window: int | None = None,
     until: Int[Array, "B K T"] | None = None,
+    behind: Int[Array, " B"] | None = None,
     block: int | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+) -> tuple[Float[Array, "B Q N H"], Float[Array, "B N Q"]]:
     """Exact causal attention over prompts that are padded on the right.
 
     Args:
@@ -41,31 +42,36 @@ def attention(
       cap: bounds them, see `soft_cap`; None = it does not.
       window: sliding window [tokens].
       until: the last position whose query sees a key; None = all see it.
-      block: most tokens per block on both axes; blocks divide T. None = `tokens_at_once`.
+      behind: how many queries of each prompt there are that follow it, from position `length` on, and see all its keys;
+        None = the queries are the prompt's own.
+      block: most tokens per block on both axes; blocks divide Q and T. None = `tokens_at_once`.
 
     Returns:
       The heads' outputs, and the log-sum-exp of each query's scaled logits in float32.
 
     Cost: T^2/2 products, in blocks with an online softmax (arXiv 2112.05682): memory grows with T, not with its square.
     """
-    b, t, n, h = q.shape
-    heads, block, factor = k.shape[2], divisor(t, block or tokens_at_once(t)), h**-0.5 if scale is None else scale
+    (b, queries, n, h), (_, t, heads, _) = q.shape, k.shape
+    factor, most = h**-0.5 if scale is None else scale, block or tokens_at_once(t)
+    block, keys = divisor(queries, most), divisor(t, most)
+    count, start = (length, jnp.zeros_like(length[:1])) if behind is None else (behind, length)
     q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k, v))
-    cut = lambda x, i, axis=-2: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=axis)
+    cut = lambda x, i, size=keys, axis=-2: jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=axis)
 
     def row(i: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
-        query, pos = cut(q, i).reshape(b, heads, n // heads, block, h), i * block + jnp.arange(block)
+        query = cut(q, i, block).reshape(b, heads, n // heads, block, h)
+        pos = start[:, None] + i * block + jnp.arange(block)
 
         def column(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             o, total, top = carry
-            key_pos = j * block + jnp.arange(block)
-            distance = pos[:, None] - key_pos
+            key_pos = j * keys + jnp.arange(keys)
+            distance = pos[..., None] - key_pos
             seen = (distance >= 0) & (distance < (window or t)) & (key_pos < length[:, None, None])
             s = jnp.einsum("bkgqh,bksh->bkgqs", query, cut(k, j), preferred_element_type=jnp.float32) * factor
             s = soft_cap(s, cap)
             seen = seen[:, None]
             if until is not None:
-                seen = seen & (pos[:, None] <= cut(until[..., None, :], j, axis=-1))
+                seen = seen & (pos[:, None, :, None] <= cut(until[..., None, :], j, axis=-1))
             s = jnp.where(seen[:, :, None], s, EMPTY)
             m = jnp.maximum(top, s.max(axis=-1))
             e, old = jnp.exp(s - m[..., None]), jnp.exp(top - m)
@@ -78,12 +84,13 @@ def attention(
             jnp.zeros(shape, jnp.float32),
             jnp.full(shape, EMPTY, jnp.float32),
         )
-        first = 0 if window is None else jnp.maximum(i - 1 - window // block, 0)
-        o, total, top = jax.lax.fori_loop(first, i + 1, column, empty)
+        first = 0 if window is None else jnp.maximum((jnp.min(start) + i * block + 1 - window) // keys, 0)
+        last = i + 1 if behind is None else (jnp.max(length) + keys - 1) // keys
+        o, total, top = jax.lax.fori_loop(first, last, column, empty)
         o, lse = (o / total[..., None]).astype(v.dtype), top + jnp.log(total)
         put = lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, i * block, axis=2)
         return put(done[0], o.reshape(b, n, block, h)), put(done[1], lse.reshape(b, n, block))
 
-    nothing = jnp.zeros(q.shape, v.dtype), jnp.zeros((b, n, t), jnp.float32)
-    o, lse = jax.lax.fori_loop(0, (jnp.max(length) + block - 1) // block, row, nothing)
+    nothing = jnp.zeros(q.shape, v.dtype), jnp.zeros((b, n, queries), jnp.float32)
+    o, lse = jax.lax.fori_loop(0, (jnp.max(count) + block - 1) // block, row, nothing)
     return jnp.moveaxis(o, 2, 1), lse
