@@ -83,12 +83,12 @@ def model_of(name: str):
 
 
 @PLUS
-@pytest.mark.parametrize("chunk", [CHUNK, 20, 2048])
+@pytest.mark.parametrize(("chunk", "padded"), [(CHUNK, 256), (20, 80), (2048, 75)])
 @pytest.mark.parametrize("name", MODELS)
-def test_scores_are_those_of_the_definition(name, chunk, method):
+def test_scores_are_those_of_the_definition(name, chunk, padded, method):
     """Of prompts of several lengths side by side, of whole chunks and of parts."""
     model = model_of(name)
-    got = scored(model, methods.make(method, 8, {"chunk": chunk, "sinks": SINKS, "split": "row"}), PROMPTS)
+    got = scored(model, methods.make(method, 8, {"chunk": chunk, "sinks": SINKS, "split": "row"}), PROMPTS, padded)
     layers = [i for i in range(model.spec.num_layers) if model.spec.window(i) is None]
     assert len(got) == len(layers)
     for b, prompt in enumerate(PROMPTS):

@@ -66,7 +66,8 @@ def attention(
             o, total, top = carry
             key_pos = j * keys + jnp.arange(keys)
             distance = pos[..., None] - key_pos
-            seen = (distance >= 0) & (distance < (window or t)) & (key_pos < length[:, None, None])
+            seen = (distance >= 0) & (key_pos < length[:, None, None])
+            seen = seen if window is None else seen & (distance < window)
             s = jnp.einsum("bkgqh,bksh->bkgqs", query, cut(k, j), preferred_element_type=jnp.float32) * factor
             s = soft_cap(s, cap)
             seen = seen[:, None]
