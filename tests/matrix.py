@@ -35,6 +35,7 @@ VARIANTS = {name: ARGUMENTS.get(name, {}) for name in METHODS} | {
     "full fp8": {"store": "fp8"},
     "full kivi2": {"store": "kivi2:8:16"},
     "h2o int4": {"store": "int4"},
+    "tova global": {"split": "global"},
     "tova int8/int3": {"store": "int8/int3"},
     "streaming_llm int4": {"store": "int4:symmetric"},
     "adakv int2": {"store": "int2", "window": WINDOW},

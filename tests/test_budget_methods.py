@@ -192,12 +192,18 @@ def test_adakv(model, budget, steps, arguments):
 
 def test_snapkv_with_budgets_per_head_is_adakv():
     arguments = dict(window=8, kernel=5, pooling="avg")
-    compare("snapkv", brute.adakv, "mha", LENGTHS, 20, dict(arguments, ada=True), arguments, 0)
+    compare("snapkv", brute.adakv, "mha", LENGTHS, 20, dict(arguments, split="layer"), arguments, 0)
+
+
+def test_snapkv_under_one_threshold_is_dynamickv_with_shares_of_heads():
+    arguments = dict(window=8, kernel=7, pooling="avg")
+    defined = arguments | dict(ada=True, update_interval=0)
+    compare("snapkv", brute.dynamickv, "deep", LENGTHS, 20, dict(arguments, split="global"), defined, 0)
 
 
 def test_pyramidkv_with_budgets_per_head():
     arguments = dict(window=8, kernel=7, pooling="max", beta=20)
-    compare("pyramidkv", brute.adakv, "deep", LENGTHS, 24, dict(arguments, ada=True), arguments, 0)
+    compare("pyramidkv", brute.adakv, "deep", LENGTHS, 24, dict(arguments, split="layer"), arguments, 0)
 
 
 D2O = named(

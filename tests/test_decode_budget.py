@@ -224,7 +224,7 @@ def test_one_token_is_not_the_whole_prompt():
 @pytest.mark.parametrize("method", quick((*UNEVEN, "snapkv"), ("adakv", "d2o")))
 def test_with_room_for_everything_a_decode_budget_changes_nothing(method):
     model = Model(model_of("gqa"), None, (), "random")
-    arguments = SMALL.get(method, {}) | {"decode_budget": 64} | ({"ada": True} if method == "snapkv" else {})
+    arguments = SMALL.get(method, {}) | {"decode_budget": 64} | ({"split": "layer"} if method == "snapkv" else {})
     full = model.generate([text(30, 0), [5]], max_new_tokens=20)
     out = model.generate([text(30, 0), [5]], methods.make(method, 64, arguments), max_new_tokens=20)
     assert [s.tokens for s in out.sequences] == [s.tokens for s in full.sequences]

@@ -1,7 +1,6 @@
 """KeyDiff: keys that point elsewhere than the others, whatever will be asked."""
 
 import functools
-from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,8 +11,8 @@ from kvjax.cache.quantize import named
 from kvjax.errors import InputError
 from kvjax.policies.base import Recipe, cached
 from kvjax.policies.budgets import budget as budgets
-from kvjax.policies.budgets.allocation import from_scores
 from kvjax.policies.budgets.budget import Keep
+from kvjax.policies.budgets.split import Split, split_over
 from kvjax.policies.score import Score
 from kvjax.policies.select import retain
 from kvjax.spec import Prompt
@@ -25,7 +24,7 @@ TINY = 1e-20  # a length below which a vector has no direction
 def keydiff(
     budget: Keep = "20%",
     *,
-    split: Literal["global", "row"] = "global",
+    split: Split = "global",
     recent: int = 4,
     sinks: int = 4,
     decode_budget: Keep = "",
@@ -35,7 +34,7 @@ def keydiff(
 
     Args:
       budget: prompt tokens kept per row, all together.
-      split: "global", one threshold for all layers and heads; "row", as many tokens in each.
+      split: who competes for slots, "row", "layer" or "global": see `kvjax.policies.budgets.split.split_over`.
       recent, sinks: newest and first tokens of the prompt, always kept; where a budget is smaller, newest ones.
       decode_budget: slots per row while decoding, as a mean over rows, of which the oldest leaves; "" = unbounded.
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
@@ -47,12 +46,9 @@ def keydiff(
     Cost: two passes over the prompt's keys, and no attention weights; with "global" the candidates of all layers wait
       until the last one, up to 10 times the budget.
     """
-    if split not in ("global", "row"):
-        raise InputError(f"keydiff: split={split!r} is not 'global' or 'row'")
     given = budgets.amounts(budget, decode_budget)
-    share = from_scores(r_max=10.0, update_interval=0, ada=True) if split == "global" else budgets.uniform()
     evict = "before" if given.bounded else "never"
-    policy = retain(unlike(recent, sinks), share, store=named(store), evict=evict, bounded=given.bounded)
+    policy = retain(unlike(recent, sinks), split_over(split), store=named(store), evict=evict, bounded=given.bounded)
     return Recipe("keydiff", policy, amounts=given)
 
 

@@ -21,7 +21,7 @@ def pyramidkv(
     kernel: int = 7,
     pooling: Literal["avg", "max"] = "max",
     beta: int = 20,
-    ada: bool = False,
+    split: Literal["row", "layer"] = "row",
     decode_budget: Keep = "",
     store: str = "dense",
 ) -> Recipe:
@@ -31,7 +31,7 @@ def pyramidkv(
       budget: prompt tokens kept per row, averaged over layers, the window included.
       window, kernel, pooling: as in `snapkv`.
       beta: the last layer keeps 1/beta of the average besides the window.
-      ada: distribute a layer's slots over its heads, as `adakv`.
+      split: "row", as many slots in each head of a layer; "layer", its heads compete for them as in `adakv`.
       decode_budget: slots per row while decoding, as a mean over rows; "" = unbounded.
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
@@ -41,8 +41,10 @@ def pyramidkv(
     """
     if not 1 <= beta <= LARGEST:
         raise InputError(f"beta={beta} is not between 1 and {LARGEST}")
+    if split not in ("row", "layer"):
+        raise InputError(f"pyramidkv: split={split!r} is not 'row' or 'layer': the pyramid says what layers get")
     keep = budgets.pyramid(window=window, beta=beta)
-    keep = per_head(keep, ADA_FLOOR) if ada else keep
+    keep = per_head(keep, ADA_FLOOR) if split == "layer" else keep
     given = budgets.amounts(budget, decode_budget)
     votes = score.window(window, kernel, pooling, decoding=given.bounded)
     policy = retain(votes, keep, store=named(store), evict="never", bounded=given.bounded)

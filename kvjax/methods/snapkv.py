@@ -6,8 +6,8 @@ from kvjax.cache.quantize import named
 from kvjax.policies import score
 from kvjax.policies.base import Recipe, cached
 from kvjax.policies.budgets import budget as budgets
-from kvjax.policies.budgets.allocation import ADA_FLOOR, per_head
 from kvjax.policies.budgets.budget import Keep
+from kvjax.policies.budgets.split import Split, split_over
 from kvjax.policies.select import retain
 
 
@@ -18,7 +18,7 @@ def snapkv(
     window: int = 32,
     kernel: int = 5,
     pooling: Literal["avg", "max"] = "avg",
-    ada: bool = False,
+    split: Split = "row",
     decode_budget: Keep = "",
     store: str = "dense",
 ) -> Recipe:
@@ -29,7 +29,7 @@ def snapkv(
       window: queries at the end of the prompt that vote [tokens].
       kernel: neighbours over which votes are pooled, odd [tokens].
       pooling: "avg" (library default) or "max" (the paper's LongBench runs, with kernel 7).
-      ada: distribute a layer's slots over its heads, as `adakv`.
+      split: who competes for slots, "row", "layer" or "global": see `kvjax.policies.budgets.split.split_over`.
       decode_budget: slots per row while decoding, as a mean over rows; "" = unbounded.
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 
@@ -37,8 +37,7 @@ def snapkv(
     Differs: see `kvjax.policies.score.window`.
     Cost: `window` rows of attention at prefill.
     """
-    keep = per_head(budgets.uniform(), ADA_FLOOR) if ada else budgets.uniform()
     given = budgets.amounts(budget, decode_budget)
     votes = score.window(window, kernel, pooling, decoding=given.bounded)
-    policy = retain(votes, keep, store=named(store), evict="never", bounded=given.bounded)
+    policy = retain(votes, split_over(split), store=named(store), evict="never", bounded=given.bounded)
     return Recipe("snapkv", policy, amounts=given)

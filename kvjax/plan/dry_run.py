@@ -88,7 +88,7 @@ def arguments(method: str, given: Mapping[str, object]) -> dict[str, object]:
     """All of a method's own arguments with the values in force; those that every method has are not among them.
 
     >>> arguments("snapkv", {"window": "16"})
-    {'window': 16, 'kernel': 5, 'pooling': 'avg', 'ada': False, 'decode_budget': '', 'store': 'dense'}
+    {'window': 16, 'kernel': 5, 'pooling': 'avg', 'split': 'row', 'decode_budget': '', 'store': 'dense'}
     """
     parameters = inspect.signature(METHODS[method]).parameters
     values = {name: parameter.default for name, parameter in parameters.items() if name != "budget"}
