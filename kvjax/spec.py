@@ -20,6 +20,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Shaped
 
 from pallas_kernels.implementation import Implementation
+from pallas_kernels.rotation import Rotation
 
 PyTree = Any
 NEW_TOKENS = 256  # a step of the room for new tokens, where shapes are made for a total length
@@ -263,6 +264,7 @@ class Prompt(NamedTuple):
     rewritten: PyTree = ()  # what `PromptHooks.rewrite` left for `CachePolicy.prefill`
     out: Float[Array, "N H D"] | tuple = ()  # what heads' outputs are multiplied by, see `Layer.output`
     probe: Probe | tuple = ()  # () where `Recipe.replay` is None
+    rotation: Rotation | tuple = ()  # how its queries and keys were rotated
 
     def alive(self) -> Bool[Array, "B T"]:
         """Which tokens the next one can read: none that has left a sliding window, no padding."""

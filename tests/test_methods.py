@@ -10,11 +10,15 @@ import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kvjax import methods
+from kvjax.methods.expected import foreseen
+from kvjax.models import rope
 from kvjax.policies.budgets import budget as budgets
+from kvjax.spec import Prompt, RopeSpec
 from tests import oracle
 from tests.oracle import Entry, LayerPrompt, Oracle, Rows, entries
 
@@ -196,6 +200,57 @@ def keydiff(model, n, budget, *, split, recent, sinks) -> Definition:
     return Definition(select, append)
 
 
+def turns(pos: np.ndarray, width: int, theta: float) -> np.ndarray:
+    """Matrices `[n H H]` of the rotations by some positions; pairs are (i, i + H / 2)."""
+    found, half = np.zeros((len(pos), width, width)), width // 2
+    for i in range(half):
+        angle, j = pos * theta ** (-i / half), i + half
+        found[:, i, i] = found[:, j, j] = np.cos(angle)
+        found[:, j, i], found[:, i, j] = np.sin(angle), -np.sin(angle)
+    return found
+
+
+def expected_attention(q, key, size, *, scale, theta, future, eps, sinks) -> np.ndarray:
+    """`[K T]` for rotated queries `[T N H]` and keys `[T K H]`, and each token's norms `[N T]`."""
+    (n, heads, width), rows = q.shape, key.shape[1]
+    ahead = turns(np.arange(n, n + future), width, theta).mean(axis=0)
+    before = np.einsum("tij,tni->tnj", turns(np.arange(n), width, theta), q)
+    score = np.zeros((rows, n))
+    for head in range(heads):
+        row, seen = head // (heads // rows), before[sinks:, head]
+        p = np.zeros(n)
+        if n > sinks:
+            mean, cov = ahead @ seen.mean(axis=0), np.zeros((width, width))
+            for one in seen - seen.mean(axis=0):
+                cov += np.outer(one, one) / len(seen)
+            cov = ahead @ cov @ ahead.T
+            logits = [scale * k @ mean + scale**2 / 2 * k @ cov @ k for k in key[sinks:, row]]
+            p[sinks:] = oracle.softmax(np.array(logits))
+        score[row] += (eps + p) * size[head] * rows / heads
+    return score
+
+
+def expected(model, n, budget, *, out, split, norm, eps, recent, sinks, future) -> Definition:
+    """The first tokens, the newest, and of the others those that future queries should attend to, times their norm."""
+    assert split == "row"
+    most = tokens(budget, n)
+    newest = min(recent, most)
+    first = min(sinks, most - newest)
+
+    def select(layer: int, prompt: LayerPrompt) -> Rows:
+        heads = model.num_kv_heads
+        if n <= most:
+            return [entries(prompt, k, range(n)) for k in range(heads)]
+        values = np.repeat(prompt.value, model.group_size, axis=1)  # T N H
+        added = np.einsum("tnh,nhd->ntd", values, out[layer]) if norm == "out" else np.swapaxes(values, 0, 1)
+        options = dict(scale=model.scale, theta=model.rope.theta, future=future, eps=eps, sinks=sinks)
+        score = expected_attention(prompt.q, prompt.key, np.linalg.norm(added, axis=-1), **options)
+        kept = [[first + i for i in best(row[first : n - newest], most - newest - first)] for row in score]
+        return [entries(prompt, k, [*range(first), *row, *range(n - newest, n)]) for k, row in enumerate(kept)]
+
+    return Definition(select, append)
+
+
 @functools.cache
 def model_of(group: str, layers: int):
     return oracle.random_model(7, num_layers=layers, **GROUPS[group])
@@ -210,6 +265,7 @@ def texts() -> tuple[list[list[int]], np.ndarray]:
 SNAPKV = dict(window=8, kernel=5, pooling="avg")
 PYRAMIDKV = dict(window=8, kernel=7, pooling="max", beta=20)
 STREAMING = dict(sinks=4, positions="cache")
+EXPECTED = dict(split="row", norm="out", eps=0.02, recent=4, sinks=4, future=512)
 CASES = [
     *((define, group, 2 + (define is pyramidkv), 20, arguments) for define, arguments in (
         (snapkv, SNAPKV), (pyramidkv, PYRAMIDKV), (tova, {}), (h2o, dict(recent=0.5)), (streaming_llm, STREAMING),
@@ -233,6 +289,10 @@ CASES = [
     (keydiff, "gqa", 2, "25%", dict(split="row", recent=4, sinks=4)),
     (keydiff, "gqa", 2, 6, dict(split="row", recent=4, sinks=4)),  # fewer than both together
     (keydiff, "mqa", 2, 20, dict(split="row", recent=0, sinks=0)),
+    (expected, "gqa", 2, "25%", EXPECTED),
+    (expected, "gqa", 2, 6, dict(EXPECTED, norm="value", eps=0.0, future=3)),  # fewer than what stays
+    (expected, "mqa", 2, 20, dict(EXPECTED, recent=0, sinks=0)),
+    (expected, "mha", 2, 20, EXPECTED),
 ]  # fmt: skip
 
 
@@ -249,17 +309,20 @@ def test_method_follows_its_paper(define, group, layers, budget, arguments):
     reference = Oracle(model)
     if define is streaming_llm:
         arguments = dict(arguments, rotate=reference.rotate, scores=reference.logits)
+    if define is expected:
+        kernels = [layer["attention"]["o"]["kernel"] for layer in reference.weights["layers"].values()]
+        arguments = dict(arguments, out=[x.reshape(model.spec.num_heads, -1, x.shape[-1]) for x in kernels])
     for b, prompt in enumerate(prompts):
         n = len(prompt)
         select, insert, observe, attend = define(model.spec, n, budget, **arguments)
         for step in range(STEPS + 1):
             if step == 0:
-                expected = reference.prefill(prompt, select)
+                want = reference.prefill(prompt, select)
             else:
-                expected = reference.decode(int(teacher[b, step - 1]), n + step - 1, insert, observe, attend)
+                want = reference.decode(int(teacher[b, step - 1]), n + step - 1, insert, observe, attend)
             kept = [[sorted(e.pos for e in row) for row in rows] for rows in reference.rows]
             assert positions[step][b] == kept, f"prompt of {n} tokens, step {step}"
-            error = np.abs(logits[step, b] - expected).max() / np.abs(expected).max()
+            error = np.abs(logits[step, b] - want).max() / np.abs(want).max()
             assert error < 1e-3, f"prompt of {n} tokens, step {step}: logits differ by {error:.1e}"
 
 
@@ -281,3 +344,26 @@ def test_pyramid_reaches_every_branch():
     assert caps(50, 38, 3) == [38, 38, 38]  # shorter than twice the budget besides the window
     assert caps(60, 36, 2) == [60, 12]  # the first layer would keep more than there is
     assert caps(141, 34, 3) == [59, 34, 9]  # the schedule
+
+
+@pytest.mark.parametrize("norm", ["out", "value"])
+def test_expected_attention_is_its_closed_form(norm):
+    """To 1e-5, of prompts of different lengths in one batch, in groups of three query heads."""
+    rng, (b, t, heads, group, h, d) = np.random.default_rng(4), (3, 40, 2, 3, 8, 20)
+    lengths, rope_spec = (40, 23, 3), RopeSpec(theta=100.0)
+    q, k, v = (rng.normal(size=(b, t, n, h)) + 0.3 for n in (heads * group, heads, heads))
+    out = rng.normal(size=(heads * group, h, d))
+    rotation = rope.rotation(rope_spec, h, jnp.asarray(lengths)[:, None])
+    q, k, v, weights = (jnp.asarray(x, jnp.float32) for x in (q, k, v, out))
+    lse, length = jnp.zeros((b, heads * group, t)), jnp.asarray(lengths)
+    prompt = Prompt(q, k, v, k, v, lse, length, 0, 1, None, h**-0.5, out=weights, rotation=rotation)
+    found = np.asarray(foreseen(32, 0.01, norm, 4, 4).prompt(prompt))
+    for i, n in enumerate(lengths):
+        values = np.repeat(np.asarray(v[i, :n], np.float64), group, axis=1)
+        added = np.einsum("tnh,nhd->ntd", values, out) if norm == "out" else np.swapaxes(values, 0, 1)
+        options = dict(scale=h**-0.5, theta=100.0, future=32, eps=0.01, sinks=4)
+        args = np.asarray(q[i, :n], np.float64), np.asarray(k[i, :n], np.float64), np.linalg.norm(added, axis=-1)
+        want = expected_attention(*args, **options)
+        if n > 4:  # else all are first tokens
+            np.testing.assert_allclose(found[i, :, :n], want, rtol=1e-5)
+        assert np.isfinite(found[i]).all() and (found[i] >= 0).all()

@@ -120,13 +120,22 @@ def replay_maxima(prompt: Prompt, sinks: int, *, weighted: bool) -> Float[Array,
     best = jnp.full((b, heads, n // heads, tokens), -jnp.inf, jnp.float32)
     best = jax.lax.fori_loop(0, (jnp.max(length) + block - 1) // block, ask, best)[..., :t].reshape(b, n, t)
     if weighted:
-        best = best + jnp.log(_reach(prompt))
+        best = best + jnp.log(reach(prompt))
     return jnp.exp(best).reshape(b, prompt.key.shape[2], -1, t).max(axis=2)
 
 
-def _reach(prompt: Prompt) -> Float[Array, "B N T"]:
-    """L2 norms of what each query head adds to the residual stream where it attends to one token alone."""
-    v, h = prompt.v.astype(jnp.float32), prompt.v.shape[-1]
-    gram = jnp.einsum("nhd,nid->nhi", prompt.out, prompt.out).reshape(v.shape[2], -1, h, h)
-    square = jnp.einsum("btkh,kghi,btki->bkgt", v, gram, v)
+def reach(prompt: Prompt) -> Float[Array, "B N T"]:
+    """L2 norms of what each query head adds to the residual stream where it attends to one token alone.
+
+    Cost: T N H^2 products; the model's width is only in the products of the output projection with itself.
+    """
+    out, v = prompt.out, prompt.v.astype(jnp.float32)
+    assert isinstance(out, Array)
+    grouped = jnp.moveaxis(out.reshape(v.shape[2], -1, *out.shape[1:]), 1, 0)  # G K H D
+
+    def of_one(kernel: Float[Array, "K H D"]) -> Float[Array, "B K T"]:
+        gram = jnp.einsum("khd,kid->khi", kernel, kernel)
+        return jnp.einsum("btkh,khi,btki->bkt", v, gram, v)
+
+    square = jnp.moveaxis(jax.lax.map(of_one, grouped), 0, 2)
     return jnp.sqrt(jnp.maximum(square, 0.0)).reshape(v.shape[0], -1, v.shape[1])

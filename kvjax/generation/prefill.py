@@ -309,6 +309,7 @@ def _prefill_layer(
         rewritten=rewritten,
         out=layer.output(),
         probe=probe,
+        rotation=rope.rotation(rotary, spec.head_dim, length[:, None]),
     )
     views, found = recipe.policy.prefill(olds, prompt)
     tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))

@@ -17,6 +17,7 @@ from kvjax.methods.d2o import d2o
 from kvjax.methods.dmc import dmc
 from kvjax.methods.dms import dms
 from kvjax.methods.dynamickv import dynamickv
+from kvjax.methods.expected import expected
 from kvjax.methods.full import full
 from kvjax.methods.h2o import h2o
 from kvjax.methods.keydiff import keydiff
@@ -45,6 +46,7 @@ METHODS: dict[str, Callable[..., Recipe]] = {
     "keydiff": keydiff,
     "kvzip": kvzip,
     "kvzip_plus": kvzip_plus,
+    "expected": expected,
     "d2o": d2o,
     "mikv": mikv,
     "dmc": dmc,
@@ -66,6 +68,7 @@ __all__ = [
     "dmc",
     "dms",
     "dynamickv",
+    "expected",
     "full",
     "h2o",
     "keydiff",

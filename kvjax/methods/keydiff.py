@@ -4,16 +4,14 @@ import functools
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from kvjax.cache.pages import LARGEST
 from kvjax.cache.quantize import named
-from kvjax.errors import InputError
 from kvjax.policies.base import Recipe, cached
 from kvjax.policies.budgets import budget as budgets
 from kvjax.policies.budgets.budget import Keep
 from kvjax.policies.budgets.split import Split, split_over
-from kvjax.policies.score import Score
+from kvjax.policies.score import Score, newest_and_first
 from kvjax.policies.select import retain
 from kvjax.spec import Prompt
 
@@ -55,9 +53,6 @@ def keydiff(
 @functools.cache
 def unlike(recent: int, sinks: int) -> Score:
     """One minus the cosine of a token's rotated key and the mean direction of the keys that can still be read."""
-    for name, count in (("recent", recent), ("sinks", sinks)):
-        if not 0 <= count <= LARGEST:
-            raise InputError(f"{name}={count} is not a number of tokens from 0 to {LARGEST}")
 
     def prompt(prompt: Prompt) -> Float[Array, "B K T"]:
         seen = prompt.alive()[:, :, None, None]
@@ -67,11 +62,7 @@ def unlike(recent: int, sinks: int) -> Score:
         rows = far.reshape(*far.shape[:2], prompt.key.shape[2], -1).mean(axis=-1)
         return jnp.moveaxis(rows, 1, 2)
 
-    def protect(pos: Array, now: Array, budget: Array) -> Bool[Array, "*b"]:
-        newest = jnp.minimum(recent, budget)
-        return (pos >= now - newest) | (pos < jnp.minimum(sinks, budget - newest))
-
-    return Score(prompt, protect)
+    return Score(prompt, newest_and_first(recent, sinks))
 
 
 def _directions(x: Float[Array, "*b H"]) -> Float[Array, "*b H"]:
