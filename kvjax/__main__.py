@@ -10,6 +10,7 @@ COMMANDS = {
     "generate": "generate text with a compressed key/value cache",
     "chat": "talk with a chat model on one growing, compressed cache",
     "convert": "convert a Hugging Face checkpoint to Orbax, once",
+    "calibrate": "measure once how a model's layers and heads share a budget",
     "evaluate": "score methods at equal bytes",
     "inspect": "show which tokens a method keeps, or what its cache would cost",
     "plan": "say whether a model fits a chip that need not be there, and how fast it can be at best",

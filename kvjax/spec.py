@@ -89,6 +89,15 @@ class GateSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileSpec:
+    """How a model's rows share a budget, measured once; see `kvjax.policies.budgets.profile`."""
+
+    levels: tuple[float, ...]  # kept shares of all rows together, rising, between 0 and 1
+    shares: tuple[tuple[tuple[float, ...], ...], ...]  # of each row at each level [levels L K]
+    source: str = dataclasses.field(default="", compare=False)  # the file, for errors
+
+
+@dataclasses.dataclass(frozen=True)
 class ExpertSpec:
     """A feed-forward network of experts, each `mlp_dim` wide; see `kvjax.models.experts`."""
 
@@ -140,6 +149,7 @@ class ModelSpec:
     family: str = "llama"
     latent: LatentSpec | None = None  # keys and values are low-rank
     gate: GateSpec | None = None  # decides what a cache keeps
+    profile: ProfileSpec | None = dataclasses.field(default=None, repr=False)  # no part of what the model computes
 
     @property
     def group_size(self) -> int:

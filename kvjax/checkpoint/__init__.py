@@ -9,6 +9,7 @@ from kvjax.checkpoint import hf, orbax
 from kvjax.checkpoint.identity import fingerprint
 from kvjax.models.decoder import Decoder, native_dtype
 from kvjax.parallel.mesh import Size
+from kvjax.policies.budgets import profile
 
 
 def load_model(
@@ -23,10 +24,14 @@ def load_model(
       size: of the mesh to put it on; None = one device.
     """
     wanted = native_dtype() if dtype is None else dtype
-    if orbax.is_orbax(Path(name)):
-        return orbax.load(Path(name), wanted, ignore, size), Path(name)
-    path = hf.resolve(name)
-    return hf.load(path, wanted, ignore, size=size), path
+    path = Path(name)
+    if orbax.is_orbax(path):
+        decoder = orbax.load(path, wanted, ignore, size)
+    else:
+        path = hf.resolve(name)
+        decoder = hf.load(path, wanted, ignore, size=size)
+    decoder.spec = profile.noted(decoder.spec, path)
+    return decoder, path
 
 
 __all__ = ["fingerprint", "load_model"]

@@ -24,7 +24,7 @@ from kvjax.models.tokenizer import Tokenizer
 from kvjax.parallel import mesh as meshes
 from kvjax.policies.base import Recipe
 from kvjax.policies.budgets.budget import Keep
-from kvjax.spec import PREFILL_CHUNK, ModelSpec
+from kvjax.spec import PREFILL_CHUNK, ModelSpec, ProfileSpec
 
 if TYPE_CHECKING:
     from kvjax.generation.context import Context
@@ -234,6 +234,22 @@ class Model:
 
         reference = references(self, prompts, continuations) if reference is None else reference
         return divergence(self, prompts, continuations, resolve(self.spec, method, budget), reference)
+
+    def calibrate(self, method: str | None = None, texts: Sequence[Sequence[int]] | None = None) -> ProfileSpec:
+        """How this model's layers and heads share a budget, for methods with `split="profile"`.
+
+        Args:
+          method: what compares tokens of all layers and heads, by name; None = `kvjax.generation.calibrate.METHOD`.
+          texts: token ids; None = prose that comes with the library.
+
+        Returns:
+          The mean shares of these texts; `kvjax.policies.budgets.profile.write` puts them into a file.
+
+        Cost: reads each text once for each of five budgets.
+        """
+        from kvjax.generation.calibrate import calibrate
+
+        return calibrate(self, method, texts)
 
 
 def load(

@@ -15,7 +15,7 @@ from kvjax.errors import InputError
 from kvjax.policies.base import Recipe, cached
 from kvjax.policies.budgets import budget as budgets
 from kvjax.policies.budgets.budget import Keep
-from kvjax.policies.budgets.split import Split, split_over
+from kvjax.policies.budgets.split import split_over
 from kvjax.policies.score import Score, newest_and_first
 from kvjax.policies.select import retain
 from kvjax.spec import Prompt
@@ -30,7 +30,7 @@ einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 def expected(
     budget: Keep = "20%",
     *,
-    split: Split = "layer",
+    split: str = "layer",
     future: int = 512,
     eps: float = 0.02,
     norm: Norm = "out",
@@ -43,7 +43,8 @@ def expected(
 
     Args:
       budget: prompt tokens kept per row, as a mean over those that compete.
-      split: who competes for slots, "row", "layer" or "global": see `kvjax.policies.budgets.split.split_over`.
+      split: who competes for slots, "row", "layer", "global" or "profile": see
+        `kvjax.policies.budgets.split.split_over`.
       future: positions behind the prompt over which rotations are averaged [tokens].
       eps: what is added to the expected attention: the weight of a token's norm where it gets none.
       norm: of what a token would add to the residual stream, "out", or of its value alone, "value".

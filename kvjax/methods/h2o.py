@@ -5,7 +5,7 @@ from kvjax.policies import score
 from kvjax.policies.base import Recipe, cached
 from kvjax.policies.budgets import budget as budgets
 from kvjax.policies.budgets.budget import Keep
-from kvjax.policies.budgets.split import Split, split_over
+from kvjax.policies.budgets.split import split_over
 from kvjax.policies.select import retain
 
 
@@ -14,7 +14,7 @@ def h2o(
     budget: Keep = "20%",
     *,
     recent: float = 0.5,
-    split: Split = "row",
+    split: str = "row",
     decode_budget: Keep = "",
     store: str = "dense",
 ) -> Recipe:
@@ -23,7 +23,8 @@ def h2o(
     Args:
       budget: slots per row, as a mean over those that compete, heavy hitters and recent tokens together.
       recent: share of a row's slots for the newest tokens.
-      split: who competes for slots, "row", "layer" or "global": see `kvjax.policies.budgets.split.split_over`.
+      split: who competes for slots, "row", "layer", "global" or "profile": see
+        `kvjax.policies.budgets.split.split_over`.
       decode_budget: slots per row while decoding, as a mean over rows; "" = the budget.
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 

@@ -10,7 +10,7 @@ from kvjax.cache.quantize import named
 from kvjax.policies.base import Recipe, cached
 from kvjax.policies.budgets import budget as budgets
 from kvjax.policies.budgets.budget import Keep
-from kvjax.policies.budgets.split import Split, split_over
+from kvjax.policies.budgets.split import split_over
 from kvjax.policies.score import Score, newest_and_first
 from kvjax.policies.select import retain
 from kvjax.spec import Prompt
@@ -22,7 +22,7 @@ TINY = 1e-20  # a length below which a vector has no direction
 def keydiff(
     budget: Keep = "20%",
     *,
-    split: Split = "global",
+    split: str = "global",
     recent: int = 4,
     sinks: int = 4,
     decode_budget: Keep = "",
@@ -32,7 +32,8 @@ def keydiff(
 
     Args:
       budget: prompt tokens kept per row, all together.
-      split: who competes for slots, "row", "layer" or "global": see `kvjax.policies.budgets.split.split_over`.
+      split: who competes for slots, "row", "layer", "global" or "profile": see
+        `kvjax.policies.budgets.split.split_over`.
       recent, sinks: newest and first tokens of the prompt, always kept; where a budget is smaller, newest ones.
       decode_budget: slots per row while decoding, as a mean over rows, of which the oldest leaves; "" = unbounded.
       store: number format of slots, a name of `kvjax.cache.quantize.named`.

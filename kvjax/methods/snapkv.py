@@ -7,7 +7,7 @@ from kvjax.policies import score
 from kvjax.policies.base import Recipe, cached
 from kvjax.policies.budgets import budget as budgets
 from kvjax.policies.budgets.budget import Keep
-from kvjax.policies.budgets.split import Split, split_over
+from kvjax.policies.budgets.split import split_over
 from kvjax.policies.select import retain
 
 
@@ -18,7 +18,7 @@ def snapkv(
     window: int = 32,
     kernel: int = 5,
     pooling: Literal["avg", "max"] = "avg",
-    split: Split = "row",
+    split: str = "row",
     decode_budget: Keep = "",
     store: str = "dense",
 ) -> Recipe:
@@ -29,7 +29,8 @@ def snapkv(
       window: queries at the end of the prompt that vote [tokens].
       kernel: neighbours over which votes are pooled, odd [tokens].
       pooling: "avg" (library default) or "max" (the paper's LongBench runs, with kernel 7).
-      split: who competes for slots, "row", "layer" or "global": see `kvjax.policies.budgets.split.split_over`.
+      split: who competes for slots, "row", "layer", "global" or "profile": see
+        `kvjax.policies.budgets.split.split_over`.
       decode_budget: slots per row while decoding, as a mean over rows; "" = unbounded.
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
 

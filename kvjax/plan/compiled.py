@@ -29,6 +29,7 @@ from kvjax.plan import aot, estimate
 from kvjax.plan.chips import Chip, find
 from kvjax.plan.estimate import Parts, abstract_cache, size
 from kvjax.plan.settings import Setting, find_model, method_of, parse, setting
+from kvjax.policies.budgets import profile
 from kvjax.policies.layers import layer_recipe
 from kvjax.spec import ModelSpec, PyTree
 
@@ -115,7 +116,8 @@ def _allocation(setting: Setting, cache: layout.Cache) -> Iterator[Program]:
 def _first(spec: ModelSpec, layers: int) -> ModelSpec:
     """The model with its first layers only."""
     latent = None if spec.latent is None else replace(spec.latent, ranks=spec.latent.ranks[:layers])
-    return replace(spec, num_layers=layers, windows=spec.windows[:layers], latent=latent)
+    few = profile.first(spec.profile, layers)
+    return replace(spec, num_layers=layers, windows=spec.windows[:layers], latent=latent, profile=few)
 
 
 def _step(setting: Setting, layers: int) -> Program:

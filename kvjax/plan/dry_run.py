@@ -29,6 +29,7 @@ from kvjax.models.decoder import Decoder, native_dtype
 from kvjax.models.hf_config import parse_config, read_config
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.policies.base import AMOUNTS, Recipe
+from kvjax.policies.budgets import profile
 from kvjax.policies.layers import layer_recipe, rotates_at_read
 from kvjax.spec import Lengths, ModelSpec, readable
 
@@ -110,6 +111,7 @@ def abstract_model(name: str | None, dtype: DTypeLike | None = None, ignore: Col
     if not path.exists():
         raise InputError(f"{path}: no such directory or config.json; a dry run downloads nothing")
     folder, spec = _read_spec(path, ignore)
+    spec = profile.noted(spec, folder)
     label = "demo" if name is None else name
     return without_weights(spec, native_dtype() if dtype is None else dtype, Tokenizer.load(folder), label)
 
@@ -124,7 +126,8 @@ def without_weights(spec: ModelSpec, dtype: DTypeLike, tokenizer: Tokenizer | No
 
 def read_spec(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
     """The model in a checkpoint directory, converted or not, in a GGUF file, or of a `config.json`."""
-    return _read_spec(path, ignore)[1]
+    folder, spec = _read_spec(path, ignore)
+    return profile.noted(spec, folder)
 
 
 def _read_spec(path: Path, ignore: Collection[str]) -> tuple[Path, ModelSpec]:

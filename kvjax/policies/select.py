@@ -215,7 +215,7 @@ def _init(
         return pages.ladder(heads * lengths.fullest_part(needed) // page * page, *budget.ladder)
 
     shape = (len(layers.index), len(prompt), heads)
-    spread = lambda x: jnp.asarray(np.broadcast_to(np.asarray(x, np.int32), shape))
+    spread = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), shape)
     decoding = decode_slots(amounts, readable(prompt, layers.window))[:, None]
     of = np.asarray((amounts.keep if isinstance(amounts.keep, Fraction) else Fraction(0)).as_integer_ratio(), np.int32)
     state = RowState(
@@ -236,7 +236,12 @@ def _init(
         scores=selection.score.observe is not None,
         state=state,
     )
-    tier = tier._replace(budget=spread(sizes(selection, layers, amounts, prompt, lengths.new).given[..., None]))
+    if budget.rows is None:
+        given = sizes(selection, layers, amounts, prompt, lengths.new).given[..., None]
+    else:
+        given = budget.rows(amounts.keep, spec, layers, readable(prompt, layers.window))
+        given = collectives.own(jnp.asarray(given), axis=2)
+    tier = tier._replace(budget=spread(given))
     if selection.action.low is None:
         return (tier,)
     # Of a row, as a mean over layers and heads; where rows share, one may be given nothing that others want.
@@ -256,18 +261,18 @@ def _prefill(selection: Selection, tiers: Tiers, prompt: Prompt) -> tuple[Tiers,
             tier._replace(balance=balance) if store.balanced else tier
             for tier, store in zip(tiers, selection.stores, strict=True)
         )
-    slots = tiers[0].budget[:, 0]
-    slots = slots if prompt.window is None else jnp.minimum(slots, prompt.window)
+    rows = tiers[0].budget
+    rows = rows if prompt.window is None else jnp.minimum(rows, prompt.window)
+    slots = rows[:, 0]  # of every row, where those are not known yet
     if score.prompt is None:
         return (_fill_in_order(tiers[0], prompt, slots, selection.store),), PrefillOutput()
     found = _candidates(prompt, score.prompt(prompt))
     if prompt.window is not None:
         seen = readable(found.length, prompt.window)
         found = found._replace(seen=seen) if selection.by_place else _newest(found, prompt.window)
-    protected = score.protect(found.pos, found.length[..., None], slots[:, None, None])
+    protected = score.protect(found.pos, found.length[..., None], rows[..., None])
     open_ = jnp.where((found.pos >= 0) & ~protected, found.stat, -1.0)  # of tokens that may be chosen or not
     if budget.allocate is None:
-        rows = jnp.broadcast_to(slots[:, None], found.length.shape)
         if budget.split is not None:
             rows = budget.split(open_, slots, readable(prompt.length, prompt.window))
         return _write_selected(selection, tiers, found, rows, prompt.kernels), PrefillOutput()

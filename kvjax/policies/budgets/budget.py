@@ -38,6 +38,8 @@ class Budget(NamedTuple):
     Attributes:
       slots: `(keep, layer, num_layers, prompt length) -> slots` of a row; on ints and arrays. Where rows differ, their
         mean: the sum over layers and heads is what the pool is made for.
+      rows: `(keep, spec, layers, prompt length [B]) -> [l B K]`, the slots of each row of the `Layers`, where they
+        differ and are known before the prompt; they add up to what `slots` says. None = `slots` each.
       split: `(statistic [B K T], slots [B], length [B]) -> [B K]` distributes a layer's slots over its heads; None =
         evenly.
       allocate: `(infos, seen, length [B], held [L B K], slots [B]) -> [L B K]` distributes the slots of layers that
@@ -58,6 +60,7 @@ class Budget(NamedTuple):
     """
 
     slots: Callable[..., Int[np.ndarray, "*b"]]
+    rows: Callable[..., Int[np.ndarray, "l B K"]] | None = None
     split: Callable[[Array, Array, Array], Int[Array, "B K"]] | None = None
     allocate: Callable[..., Int[Array, "L B K"]] | None = None
     measure: Callable[[Prompt, Array], PyTree] | None = None
