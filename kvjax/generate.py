@@ -99,7 +99,7 @@ def _made_for(model: str | None) -> str:
 
 def _check(args: argparse.Namespace, prompted: bool) -> None:
     """Raise `InputError` for flags that cannot be followed, before anything is loaded."""
-    if not prompted and (args.model is not None or args.chat):
+    if not prompted and (args.model is not None or args.chat or args.stop):
         raise InputError("give a prompt: --prompt TEXT, --prompt-file FILE or --prompt-tokens 1,2,3")
     if args.chat and args.prompt_tokens:
         raise InputError("--chat wraps text: --prompt-tokens are taken as they are")

@@ -47,6 +47,21 @@ def test_turns_that_the_template_shows_otherwise_are_read_again():
         assert chat.read == out.sequences[0].prompt_tokens
 
 
+def test_a_stop_string_is_no_part_of_a_conversation():
+    """Nor of its context, so that the next turn reads what is new of it."""
+    model = talking(TEMPLATE)
+    begun = Chat(model, max_length=200)
+    whole = begun.say("some words", max_new_tokens=12)[0].sequences[0].text or ""
+    string = whole.strip()[3:6]
+    out, chat = begun.say("some words", max_new_tokens=12, stop=[string])
+    assert out.sequences[0].text == whole[: whole.index(string)] == chat.messages[-1]["content"]
+    assert chat.context is not None and model.tokenizer is not None
+    assert model.tokenizer.decode(chat.context.tokens) == chat.text
+    before = len(chat.context.tokens)
+    out, chat = chat.say("other words", max_new_tokens=2, stop=[string])
+    assert before + chat.read == out.sequences[0].prompt_tokens and out.timing.compile_s == 0
+
+
 def test_a_conversation_has_its_length():
     chat = Chat(talking(TEMPLATE), max_length=24)
     out, chat = chat.say("a", max_new_tokens=100)
@@ -76,6 +91,7 @@ def test_the_command_talks(directory, monkeypatch, capsys):
     assert "nothing has been read yet" in out and "the full cache would have" in out and "/bytes, /reset" in out
     answers = [line for line in out.splitlines() if not line.startswith(("(cut", "/bytes"))]
     assert answers[1] == answers[-1]  # the same words after /reset
+    assert (answer := answers[1].strip()) not in say(monkeypatch, capsys, b"some words\n", *flags, "--stop", answer[-1])
     with pytest.raises(InputError, match="max-length is 1"):
         say(monkeypatch, capsys, b"words\n", "--model", str(directory), "--max-length", "1")
     with pytest.raises(InputError, match="no chat template"):

@@ -41,10 +41,11 @@ def run(
     if not args.question:
         return
     streaming = len(args.question) == 1 and not args.json and not args.no_stream
-    show, finish = printer(model)
+    show, finish = printer(model, args.stop)
     out = context.ask(
-        args.question, max_new_tokens=args.max_new_tokens, sampling=sampling, on_token=show if streaming else None
-    )
+        args.question, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop,
+        on_token=show if streaming else None,
+    )  # fmt: skip
     if streaming:
         finish()
     elif not args.json:

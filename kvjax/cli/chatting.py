@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, sampling: Sampling) -> None:
         elif line.startswith("/"):
             print("/bytes, /reset and /quit are what begins with a stroke", flush=True)
         elif line:
-            chat = _answer(chat, line, args.max_new_tokens, sampling)
+            chat = _answer(chat, line, args.max_new_tokens, sampling, args.stop)
 
 
 def _line() -> str | None:
@@ -44,9 +44,9 @@ def _line() -> str | None:
     return line.strip() if line else None
 
 
-def _answer(chat: Chat, line: str, new: int, sampling: Sampling) -> Chat:
-    show, finish = printer(chat.model)
-    out, after = chat.say(line, max_new_tokens=new, sampling=sampling, on_token=show)
+def _answer(chat: Chat, line: str, new: int, sampling: Sampling, stop: list[str]) -> Chat:
+    show, finish = printer(chat.model, stop)
+    out, after = chat.say(line, max_new_tokens=new, sampling=sampling, stop=stop, on_token=show)
     finish()
     if chat.context is not None and after.read == out.sequences[0].prompt_tokens:
         print("(the chat template shows earlier turns otherwise now: everything was read again)", flush=True)

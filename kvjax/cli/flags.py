@@ -44,6 +44,9 @@ def add_sampling_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
     p.add_argument("--min-p", type=float, default=0.0, help="(default: 0)")
     p.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off (default: 1)")
+    p.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help=r"repeatable; text ends before it; a line: $'\n'"
+    )
     p.add_argument("--seed", type=int, default=0, help="of the first prompt; prompt i has SEED + i (default: 0)")
 
 

@@ -13,6 +13,7 @@ from kvjax.cli.console import to_stdout
 from kvjax.cli.flags import DTYPES
 from kvjax.cli.tables import describe, dtype_of, heading, summary
 from kvjax.files import output
+from kvjax.generation import stopping
 from kvjax.generation.generate import cached_positions
 from kvjax.generation.model import Model, encode_text, load
 from kvjax.generation.results import Generation
@@ -49,10 +50,10 @@ def _generate(
 ) -> Generation:
     """Generate, and print the text as it appears or at the end."""
     streaming = len(prompts) == 1 and not args.json and not args.no_stream
-    show, finish = printer(model)
+    show, finish = printer(model, args.stop)
     out = model.generate(
-        prompts, recipe, max_new_tokens=args.max_new_tokens, sampling=sampling, on_token=show if streaming else None,
-        prefill_chunk=args.prefill_chunk, max_length=args.max_length,
+        prompts, recipe, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop,
+        on_token=show if streaming else None, prefill_chunk=args.prefill_chunk, max_length=args.max_length,
     )  # fmt: skip
     if streaming:
         finish()
@@ -68,9 +69,10 @@ def dump(path: Path, model: Model, out: Generation) -> None:
     output.write(path, content.getvalue())
 
 
-def printer(model: Model) -> tuple[Callable[[int, int], None], Callable[[], None]]:
-    """Functions that print text as it appears, and its end."""
-    stream = None if model.tokenizer is None else model.tokenizer.stream()
+def printer(model: Model, stop: Sequence[str]) -> tuple[Callable[[int, int], None], Callable[[], None]]:
+    """Functions that print text as it appears, up to a stop string, and its end."""
+    stops = stopping.stops(model, stop)
+    stream = None if model.tokenizer is None else stopping.Text(model.tokenizer, stops)
 
     def show(sequence: int, token: int) -> None:
         del sequence

@@ -1,6 +1,7 @@
 """A conversation on one context that grows: a turn reads what is new of it."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from kvjax.errors import InputError
@@ -50,6 +51,7 @@ class Chat:
         *,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
         on_token: OnToken | None = None,
     ) -> tuple[Generation, "Chat"]:
         """The answer to a user's words, and the conversation with both.
@@ -57,7 +59,7 @@ class Chat:
         Args:
           words: what the user says.
           max_new_tokens: fewer where `max_length` leaves fewer.
-          sampling, on_token: as in `Model.generate`.
+          sampling, stop, on_token: as in `Model.generate`.
 
         Raises:
           InputError: there is no chat template, or no room for an answer.
@@ -80,10 +82,14 @@ class Chat:
             context = self.model.read(ids, self.method, self.budget, max_length=self.max_length)
         else:
             context = self.context.extend(ids)
-        out, context = context.generate(max_new_tokens=min(max_new_tokens, left), sampling=sampling, on_token=on_token)
+        out, after = context.generate(
+            max_new_tokens=min(max_new_tokens, left), sampling=sampling, stop=stop, on_token=on_token
+        )
         answer = out.sequences[0].text or ""
+        if out.sequences[0].finish_reason == "stop" and after.tokens[-1] not in self.model.stop:
+            after = context.extend(answer)  # without the stop string, which later turns do not show
         messages = (*messages, {"role": "assistant", "content": answer})
-        return out, dataclasses.replace(self, messages=messages, context=context, text=text + answer, read=len(ids))
+        return out, dataclasses.replace(self, messages=messages, context=after, text=text + answer, read=len(ids))
 
     def _rest(self, tokenizer: Tokenizer, text: str) -> list[int] | None:
         """The tokens of a conversation that the context has not read yet; None if it has read others."""

@@ -19,8 +19,10 @@ from kvjax.cache.layout import Cache
 from kvjax.cache.tier import Bytes
 from kvjax.errors import InputError
 from kvjax.generation import generate as generating
+from kvjax.generation import stopping
 from kvjax.generation.accounting import cache_bytes, full_bytes, kept_slots
 from kvjax.generation.allocate import allocate, check_turn
+from kvjax.generation.generate import Tokens
 from kvjax.generation.model import Model, encode_continuation, encode_prompt
 from kvjax.generation.prefill import padded_length
 from kvjax.generation.results import Generation
@@ -86,6 +88,7 @@ class Context:
         *,
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
         on_token: OnToken | None = None,
     ) -> Generation:
         """Answer questions, each as if it were the only one.
@@ -96,7 +99,7 @@ class Context:
         Args:
           questions: texts or token ids that follow the context; "" goes on with it. In a chat a text gets what the
             template has between the user's words and the answer.
-          max_new_tokens, sampling, on_token: as in `Model.generate`.
+          max_new_tokens, sampling, stop, on_token: as in `Model.generate`.
 
         Returns:
           As `Model.generate`: bytes and slots are those of the context, once, and of all questions.
@@ -110,12 +113,21 @@ class Context:
         >>> [sequence.prompt_tokens for sequence in out.sequences]
         [66, 65]
         """
+        return generating.run(self._ask(questions, max_new_tokens, sampling, stop), on_token)
+
+    def _ask(
+        self,
+        questions: Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling | None,
+        stop: Sequence[str],
+    ) -> Tokens[Generation]:
         if isinstance(questions, str):
             raise InputError("questions is one text: give a list of questions")
         if not len(questions):
             raise InputError("there is no question")
         model, sampling, recipe = self.model, _checked(sampling, max_new_tokens), asking(self.recipe)
-        ending = ""
+        stops, ending = stopping.stops(model, stop), ""
         if self.chat and model.tokenizer is not None:
             _, ending = model.tokenizer.around("")
         texts = [question + ending if isinstance(question, str) else question for question in questions]
@@ -137,14 +149,14 @@ class Context:
             logits, own, _ = generating.read_continuations(model, recipe, logits, own, ids, after, shared=self.cache)
             jax.block_until_ready((logits, own))
             read_s = watch.lap()
-            own, chosen = generating.decode_texts(
-                model, recipe, whole, len(after), max_new_tokens, logits, own, sampling, on_token, self.cache
+            own, chosen = yield from generating.decode_texts(
+                model, recipe, whole, len(after), max_new_tokens, logits, own, sampling, stops, self.cache
             )
             decode_s = watch.lap()
         lengths = [len(self.tokens), *(len(question) + max_new_tokens for question in after)]
         both = tuple((*shared, *tiers) for shared, tiers in zip(self.cache, own, strict=True))
         seconds = read_s, decode_s, watch.compile_s
-        return generating.report(model, self.recipe, whole, chosen, logits, both, lengths, seconds)
+        return generating.report(model, self.recipe, whole, chosen, logits, both, lengths, seconds, stops)
 
     def extend(self, text: str | Sequence[int]) -> "Context":
         """The context with more text at its end, read token by token through its cache, as the method decodes.
@@ -162,20 +174,31 @@ class Context:
         return self._read(self._with_room(len(ids)), ids)
 
     def generate(
-        self, *, max_new_tokens: int = 64, sampling: Sampling | None = None, on_token: OnToken | None = None
+        self,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        on_token: OnToken | None = None,
     ) -> tuple[Generation, "Context"]:
         """Go on with the text; and the context with what was generated at its end, as the method decodes.
 
         Args:
-          max_new_tokens, sampling, on_token: as in `Model.generate`.
+          max_new_tokens, sampling, stop, on_token: as in `Model.generate`. The context has all tokens, those of a stop
+            string too.
         """
-        model, sampling = self.model, _checked(sampling, max_new_tokens)
+        return generating.run(self._generate(max_new_tokens, sampling, stop), on_token)
+
+    def _generate(
+        self, max_new_tokens: int, sampling: Sampling | None, stop: Sequence[str]
+    ) -> Tokens[tuple[Generation, "Context"]]:
+        model, sampling, stops = self.model, _checked(sampling, max_new_tokens), stopping.stops(self.model, stop)
         self._check_reach(self.recipe, max_new_tokens, max_new_tokens)
         whole = [list(self.tokens)]
         with Stopwatch() as watch:
             grown = self._with_room(max_new_tokens)
-            cache, chosen = generating.decode_texts(
-                model, self.recipe, whole, 1, max_new_tokens, self.logits, grown.cache, sampling, on_token
+            cache, chosen = yield from generating.decode_texts(
+                model, self.recipe, whole, 1, max_new_tokens, self.logits, grown.cache, sampling, stops
             )
             decode_s = watch.lap()
         lengths = [len(self.tokens) + max_new_tokens]
@@ -183,7 +206,8 @@ class Context:
         *read, last = chosen[0]  # the last token is chosen, and not yet read
         after = dataclasses.replace(grown, cache=cache, tokens=(*self.tokens, *read))
         after = after._read(after, [last])
-        return generating.report(model, self.recipe, whole, chosen, self.logits, after.cache, lengths, seconds), after
+        found = generating.report(model, self.recipe, whole, chosen, self.logits, after.cache, lengths, seconds, stops)
+        return found, after
 
     def save(self, path: str | Path) -> None:
         """Write the context to a file, for `Model.load_context`: what its cache holds, and which model has made it.

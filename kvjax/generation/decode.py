@@ -336,7 +336,7 @@ def _parts_of_state(state: DecodeState) -> DecodeState:
 
 
 @mesh.program(
-    (mesh.weights, _parts_of_state, SEQUENCES, SEQUENCES, sharding.cache),
+    (mesh.weights, _parts_of_state, SEQUENCES, SEQUENCES, sharding.cache, EVERYWHERE),
     lambda model, state, *_: (state, EVERYWHERE),
     static=("recipe", "chunk"),
     donate=(1,),
@@ -347,6 +347,7 @@ def decode_loop(
     chooser: sampling.Chooser,
     ends: Ends,
     shared: Cache = (),
+    pause: Bool[Array, " V"] | tuple[()] = (),
     *,
     recipe: Recipe,
     chunk: int,
@@ -359,6 +360,7 @@ def decode_loop(
       chooser: sampling parameters.
       ends: what ends a sequence.
       shared: as in `decode_step`; it stays as it is.
+      pause: tokens that the host wants to look at: where a sequence has chosen one, the loop returns early.
       recipe: static.
       chunk: size of the result, static.
 
@@ -367,7 +369,11 @@ def decode_loop(
       logits are not numbers to choose by.
     """
 
-    running = lambda state: add(jnp.sum(~state.done, dtype=jnp.int32), DATA) > 0  # on any device
+    on_any_device = lambda found: add(jnp.sum(found, dtype=jnp.int32), DATA) > 0
+
+    def goes_on(state: DecodeState) -> Array:
+        paused = False if isinstance(pause, tuple) else on_any_device(pause[state.token] & ~state.done)
+        return on_any_device(~state.done) & ~jnp.asarray(paused)
 
     def body(carry: tuple[DecodeState, Array, Array, Array]) -> tuple[DecodeState, Array, Array, Array]:
         state, out, i, _ = carry
@@ -378,14 +384,14 @@ def decode_loop(
         done = state.done | ~finite | ends.reached(token, step)
         token = jnp.where(state.done, state.token, token)
         state = DecodeState(cache, token, pos, done, step, _mark(state.seen, token))
-        return state, out, i + 1, running(state)
+        return state, out, i + 1, goes_on(state)
 
     def more(carry: tuple[DecodeState, Array, Array, Array]) -> Array:
-        _, _, i, running = carry
-        return (i < chunk) & running
+        _, _, i, going = carry
+        return (i < chunk) & going
 
     out = jnp.full((state.token.shape[0], chunk), ENDED, jnp.int32)
-    state, out, *_ = jax.lax.while_loop(more, body, (state, out, jnp.zeros((), jnp.int32), running(state)))
+    state, out, *_ = jax.lax.while_loop(more, body, (state, out, jnp.zeros((), jnp.int32), on_any_device(~state.done)))
     return state, gather(out, 0, DATA)
 
 

@@ -1,8 +1,8 @@
 """Text in, text out: the library's main function and what it reports."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -12,22 +12,36 @@ from kvjax.cache import layout, pages
 from kvjax.cache.layout import Cache
 from kvjax.cache.pages import LARGEST
 from kvjax.errors import InputError
-from kvjax.generation import decode, prefill
+from kvjax.generation import decode, prefill, stopping
 from kvjax.generation import sampling as choosing
 from kvjax.generation.accounting import cache_bytes, compare, forced, full_bytes, full_slots, kept_slots
 from kvjax.generation.allocate import allocate, check_turn, init_cache
 from kvjax.generation.model import Model, Texts, encode_continuation, encode_prompt, not_finite
 from kvjax.generation.results import Continuation, Generation, Timing
 from kvjax.generation.sampling import Sampling
+from kvjax.generation.stopping import Stops
 from kvjax.generation.timing import Stopwatch
 from kvjax.parallel import mesh as meshes
 from kvjax.parallel.collectives import DATA
-from kvjax.parallel.mesh import SEQUENCES
+from kvjax.parallel.mesh import EVERYWHERE, SEQUENCES
 from kvjax.policies.base import Recipe
 from kvjax.policies.budgets.budget import tokens_of
 from kvjax.spec import Lengths, ModelSpec, PyTree
 
 CHUNK = 16  # tokens per call of the compiled loop: text appears in pieces of this many tokens
+T = TypeVar("T")
+Tokens = Generator[tuple[int, int], None, T]  # (sequence, token) as they appear, and what is returned then
+
+
+def run(tokens: Tokens[T], on_token: Callable[[int, int], None] | None) -> T:
+    """What a generator of tokens returns; they go to `on_token` on the way."""
+    while True:
+        try:
+            chosen = next(tokens)
+        except StopIteration as end:
+            return end.value
+        if on_token is not None:
+            on_token(*chosen)
 
 
 def generate(
@@ -38,11 +52,12 @@ def generate(
     questions: Texts | None,
     max_new_tokens: int,
     sampling: Sampling,
-    on_token: Callable[[int, int], None] | None,
+    stop: Sequence[str],
     prefill_chunk: int,
     max_length: int | None,
-) -> Generation:
+) -> Tokens[Generation]:
     """`Model.generate` with everything said."""
+    stops = stopping.stops(model, stop)
     for name, given in {"prompts": prompts, "questions": questions}.items():
         if isinstance(given, str):
             raise InputError(f"{name} is one text: give a list of {name}")
@@ -65,10 +80,13 @@ def generate(
         answer, cache, _ = read_continuations(model, recipe, logits, cache, ids, after)
         jax.block_until_ready((answer, cache))
         prefill_s = watch.lap()
-        cache, chosen = decode_texts(model, recipe, whole, count, max_new_tokens, answer, cache, sampling, on_token)
+        cache, chosen = yield from decode_texts(
+            model, recipe, whole, count, max_new_tokens, answer, cache, sampling, stops
+        )
         decode_s = watch.lap()
     lengths = [max_length or len(prompt) + max_new_tokens for prompt in whole[:count]]
-    return report(model, recipe, whole, chosen, answer, cache, lengths, (prefill_s, decode_s, watch.compile_s))
+    seconds = prefill_s, decode_s, watch.compile_s
+    return report(model, recipe, whole, chosen, answer, cache, lengths, seconds, stops)
 
 
 def report(
@@ -80,6 +98,7 @@ def report(
     cache: Cache,
     lengths: list[int],
     seconds: tuple[float, float, float],
+    stops: Stops,
 ) -> Generation:
     """What is said of a generation.
 
@@ -91,11 +110,12 @@ def report(
       cache: with the generated tokens.
       lengths: tokens of the sequences that a full cache of their size would be for.
       seconds: of reading, decoding and compiling.
+      stops: what has ended texts.
     """
     count, (prefill_s, decode_s, compile_s) = len(chosen), seconds
     whole, decoded = whole[:count], sum(len(new) - 1 for new in chosen)  # the first token comes from prefill
     return Generation(
-        sequences=[_sequence(model, prompt, new) for prompt, new in zip(whole, chosen, strict=True)],
+        sequences=[_sequence(model, prompt, new, stops) for prompt, new in zip(whole, chosen, strict=True)],
         bytes=cache_bytes(cache),
         full_bytes=full_bytes(model, lengths),
         compared=compare(model, cache, lengths),
@@ -113,12 +133,12 @@ def warm_up(model: Model, recipe: Recipe, max_length: int, new: int, batch: int,
     """`Model.warm_up` with everything said: a prompt of one token, of which two are generated."""
     check_total(model.spec, max_length, [], [], new)
     dispatch.check(recipe.kernels)
-    endless, ids = dataclasses.replace(model, stop=()), [[0]] * batch
+    ids = [[0]] * batch
     ids, after = even(model, ids, [[0]] * batch if questions else [[]] * batch)
     with Stopwatch() as watch:
         logits, cache = read_prompts(model, recipe, ids, min(new, max_length - 2), max_length=max_length)
         logits, cache, _ = read_continuations(model, recipe, logits, cache, ids, after)
-        cache, _ = decode_texts(endless, recipe, ids, batch, 2, logits, cache, Sampling(), None)
+        cache, _ = run(decode_texts(model, recipe, ids, batch, 2, logits, cache, Sampling(), Stops(())), None)
         _ = cache_bytes(cache), kept_slots(model.spec, recipe, cache), forced(cache)  # what is said of it
         watch.lap()
     return watch.compile_s
@@ -290,12 +310,13 @@ def decode_texts(
     logits: jax.Array,
     cache: Cache,
     sampling: Sampling,
-    on_token: Callable[[int, int], None] | None,
+    stops: Stops,
     shared: Cache = (),
-) -> tuple[Cache, list[list[int]]]:
+) -> Tokens[tuple[Cache, list[list[int]]]]:
     """Run the compiled loop in chunks until the first `count` sequences have stopped or are long enough."""
     here = functools.partial(meshes.place, model.mesh)
-    chooser, ends = choosing.chooser(sampling, len(ids)), decode.ends(model.stop, new, len(ids))
+    chooser, ends = choosing.chooser(sampling, len(ids)), decode.ends(stops.ids, new, len(ids))
+    pause = here(EVERYWHERE, stopping.completing(model, stops.strings))
     marks = np.zeros((len(ids), model.spec.vocab_size), bool)
     for row, prompt in zip(marks, ids, strict=True):
         row[prompt] = True
@@ -303,27 +324,36 @@ def decode_texts(
     length = here(SEQUENCES, np.asarray([len(prompt) for prompt in ids], np.int32))
     state = decode.first_token(logits, cache, length, chooser, ends, seen)
     tokens: list[list[int]] = [[] for _ in range(count)]
+    ended = np.arange(len(ids)) >= count
+    texts = [stopping.Text(model.tokenizer, stops) for _ in tokens] if stops.strings and model.tokenizer else []
 
-    def collect(chunk: jax.Array) -> None:
+    def collect(chunk: jax.Array) -> Tokens[None]:
         for column in meshes.read(chunk)[:count].T:
-            for i, token in enumerate(column):
+            for i, token in enumerate(map(int, column)):
                 if token == decode.NOT_FINITE:
                     raise not_finite(model, i)
-                if token != decode.ENDED:
-                    tokens[i].append(int(token))
-                    if on_token is not None:
-                        on_token(i, int(token))
+                if token == decode.ENDED or ended[i]:
+                    continue
+                tokens[i].append(token)
+                if texts:
+                    texts[i].push(token)
+                ended[i] = token in stops.ids or len(tokens[i]) == new or bool(texts and texts[i].stopped)
+                yield i, token
 
-    collect(state.token[:, None])
+    yield from collect(state.token[:, None])
     # What has been read back tells when to stop: one transfer per chunk.
-    while any(len(chosen) < new and chosen[-1] not in model.stop for chosen in tokens):
+    while not ended.all():
+        if texts:
+            state = state._replace(done=here(SEQUENCES, meshes.read(state.done) | ended))
         state, chunk = decode.decode_loop(
-            model.decoder, state, chooser, ends, shared, recipe=recipe.structure, chunk=CHUNK
+            model.decoder, state, chooser, ends, shared, pause, recipe=recipe.structure, chunk=CHUNK
         )
-        collect(chunk)
+        yield from collect(chunk)
     return state.cache, tokens
 
 
-def _sequence(model: Model, prompt: list[int], new: list[int]) -> Continuation:
+def _sequence(model: Model, prompt: list[int], new: list[int], stops: Stops) -> Continuation:
     text = None if model.tokenizer is None else model.tokenizer.decode(new)
-    return Continuation(len(prompt), new, text, "stop" if new[-1] in model.stop else "length")
+    at = -1 if text is None else stops.find(text)
+    ended = at >= 0 or new[-1] in stops.ids
+    return Continuation(len(prompt), new, text if text is None or at < 0 else text[:at], "stop" if ended else "length")

@@ -65,6 +65,7 @@ class Model:
         questions: Texts | None = None,
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
         on_token: Callable[[int, int], None] | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         max_length: int | None = None,
@@ -80,6 +81,8 @@ class Model:
             has been compressed, so that the method cannot know what will be asked.
           max_new_tokens: most tokens to generate for each prompt.
           sampling: how tokens are chosen; None = greedy.
+          stop: a text ends before the first of these strings. Tokens of a `Continuation` are all that were
+            generated, the last of which has completed it. One that is a special token is a stop token.
           on_token: called as `(sequence, token)` as tokens appear.
           prefill_chunk: most tokens of a device's prompts that a layer reads at once, but for attention; fewer need
             less memory.
@@ -95,19 +98,20 @@ class Model:
         >>> len(out.sequences[0].tokens) <= 4
         True
         """
-        from kvjax.generation.generate import generate
+        from kvjax.generation.generate import generate, run
 
-        return generate(
+        tokens = generate(
             self,
             prompts,
             resolve(self.spec, method, budget),
             questions=questions,
             max_new_tokens=max_new_tokens,
             sampling=sampling or Sampling(),
-            on_token=on_token,
+            stop=stop,
             prefill_chunk=prefill_chunk,
             max_length=max_length,
         )
+        return run(tokens, on_token)
 
     def read(
         self,

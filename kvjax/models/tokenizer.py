@@ -1,6 +1,7 @@
 """Text to tokens and back, from a checkpoint's `tokenizer.json` and chat template."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -122,6 +123,24 @@ class Tokenizer:
         """Whether `decode` leaves a token out."""
         return token in self._hidden
 
+    def special(self, text: str) -> int | None:
+        """The special token that is spelled so; None if there is none."""
+        found = self._backend.token_to_id(text)
+        return found if found in self._hidden else None
+
+    @functools.cached_property
+    def having(self) -> dict[str, list[int]]:
+        """Tokens by the characters that they add to a text that has begun; under U+FFFD those that are parts of one."""
+        begun, found = self.encode("a", special=False)[-1:], dict[str, list[int]]()
+        each = [[*begun, i] for i in range(1 + max(self._backend.get_vocab().values(), default=-1))]
+        decode = lambda: self._backend.decode_batch(each)
+        texts = _guarded("this checkpoint's tokenizer cannot spell its tokens", decode)
+        shown = len(self.decode(begun))
+        for i, text in enumerate(texts):
+            for character in {*text[shown:], *("\ufffd" * self.is_byte(i))}:
+                found.setdefault(character, []).append(i)
+        return found
+
     def is_byte(self, token: int) -> bool:
         """Whether a token stands for one byte, whose text depends on its neighbours."""
         return _BYTE.fullmatch(self.name(token)) is not None
@@ -150,16 +169,24 @@ class Stream:
             return ""
         return self._give(text)
 
+    @property
+    def held(self) -> str:
+        """What is held back, as it stands."""
+        return self._beyond_shown(self._tokenizer.decode(self._window))
+
     def finish(self) -> str:
         """What was held back."""
         return self._give(self._tokenizer.decode(self._window))
 
     def _give(self, text: str) -> str:
-        piece = text[len(self._tokenizer.decode(self._window[: self._shown])) :]
+        piece = self._beyond_shown(text)
         if self._tokenizer.decode(self._window[self._shown :]):
             self._window = self._window[self._shown :]
         self._shown = len(self._window)
         return piece
+
+    def _beyond_shown(self, text: str) -> str:
+        return text[len(self._tokenizer.decode(self._window[: self._shown])) :]
 
 
 def _backend(file: Path, text: str) -> tokenizers.Tokenizer:
