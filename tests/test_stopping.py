@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kvjax.errors import InputError
 from kvjax.generation import stopping
+from kvjax.generation.generate import drain
 from kvjax.generation.model import Model
 from kvjax.generation.sampling import Sampling
 from kvjax.generation.stopping import Stops, Text
@@ -98,6 +99,23 @@ def test_contexts_and_questions_stop_too(model):
     for sequence, whole in zip(asked.sequences, free.sequences, strict=True):
         count, text, _ = brute(model.tokenizer, whole.tokens, [string])
         assert (sequence.tokens, sequence.text) == (whole.tokens[:count], text)
+
+
+def test_streams_join_to_the_text(model):
+    """And return what `generate` does."""
+    whole = model.generate([PROMPTS[0]], max_new_tokens=40, sampling=DRAWN).sequences[0]
+    for stop in ([], [whole.text[9:12]]):
+        out = model.generate([PROMPTS[0]], max_new_tokens=40, sampling=DRAWN, stop=stop)
+        pieces = []
+        same = drain(model.stream(PROMPTS[0], max_new_tokens=40, sampling=DRAWN, stop=stop), pieces.append)
+        assert "".join(pieces) == out.sequences[0].text and all(pieces)
+        assert same.sequences == out.sequences
+    context = model.read(PROMPTS[0])
+    asked = context.ask([[5]], max_new_tokens=40, sampling=DRAWN).sequences[0].text
+    assert "".join(context.stream([5], max_new_tokens=40, sampling=DRAWN)) == asked
+    bare = Model(model.decoder, None, (), "bare")
+    ids = [int(piece) for piece in bare.stream(PROMPTS[0], max_new_tokens=40, sampling=DRAWN)]
+    assert ids == whole.tokens
 
 
 def test_a_special_token_is_a_stop_token(model):

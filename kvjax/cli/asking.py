@@ -5,7 +5,7 @@ import json
 
 from kvjax.cli.console import to_stdout
 from kvjax.cli.flags import DTYPES
-from kvjax.cli.generating import dump, print_all, printer
+from kvjax.cli.generating import dump, print_all, show
 from kvjax.cli.tables import describe, dtype_of, heading, summary
 from kvjax.generation.accounting import compare
 from kvjax.generation.context import Context
@@ -40,16 +40,13 @@ def run(
         console.print(f"{name}: {_size(context)}", soft_wrap=True, highlight=False)
     if not args.question:
         return
-    streaming = len(args.question) == 1 and not args.json and not args.no_stream
-    show, finish = printer(model, args.stop)
-    out = context.ask(
-        args.question, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop,
-        on_token=show if streaming else None,
-    )  # fmt: skip
-    if streaming:
-        finish()
-    elif not args.json:
-        print_all(out, [" ".join(question.split()) for question in args.question])
+    how = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "stop": args.stop}
+    if len(args.question) == 1 and not args.json and not args.no_stream:
+        out = show(context.stream(args.question[0], **how))
+    else:
+        out = context.ask(args.question, **how)
+        if not args.json:
+            print_all(out, [" ".join(question.split()) for question in args.question])
     if args.json:
         print(json.dumps(describe(model, out, budget)), flush=True)
     else:

@@ -5,7 +5,7 @@ import sys
 
 from kvjax.cli.console import to_stdout
 from kvjax.cli.flags import CHAT_LENGTH, DTYPES
-from kvjax.cli.generating import printer
+from kvjax.cli.generating import show
 from kvjax.errors import InputError
 from kvjax.generation.chat import Chat
 from kvjax.generation.model import load
@@ -45,9 +45,7 @@ def _line() -> str | None:
 
 
 def _answer(chat: Chat, line: str, new: int, sampling: Sampling, stop: list[str]) -> Chat:
-    show, finish = printer(chat.model, stop)
-    out, after = chat.say(line, max_new_tokens=new, sampling=sampling, stop=stop, on_token=show)
-    finish()
+    out, after = show(chat.stream(line, max_new_tokens=new, sampling=sampling, stop=stop))
     if chat.context is not None and after.read == out.sequences[0].prompt_tokens:
         print("(the chat template shows earlier turns otherwise now: everything was read again)", flush=True)
     if out.sequences[0].finish_reason == "length":

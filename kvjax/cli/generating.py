@@ -1,10 +1,12 @@
 """What `kvjax.generate` does once its flags are read: load, generate, print."""
 
 import argparse
+import functools
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,12 +15,13 @@ from kvjax.cli.console import to_stdout
 from kvjax.cli.flags import DTYPES
 from kvjax.cli.tables import describe, dtype_of, heading, summary
 from kvjax.files import output
-from kvjax.generation import stopping
-from kvjax.generation.generate import cached_positions
+from kvjax.generation.generate import Pieces, cached_positions, drain
 from kvjax.generation.model import Model, encode_text, load
 from kvjax.generation.results import Generation
 from kvjax.generation.sampling import Sampling
 from kvjax.policies.base import Recipe
+
+T = TypeVar("T")
 
 
 def run(
@@ -49,15 +52,12 @@ def _generate(
     args: argparse.Namespace, model: Model, prompts: list[list[int]], recipe: Recipe, sampling: Sampling
 ) -> Generation:
     """Generate, and print the text as it appears or at the end."""
-    streaming = len(prompts) == 1 and not args.json and not args.no_stream
-    show, finish = printer(model, args.stop)
-    out = model.generate(
-        prompts, recipe, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop,
-        on_token=show if streaming else None, prefill_chunk=args.prefill_chunk, max_length=args.max_length,
-    )  # fmt: skip
-    if streaming:
-        finish()
-    elif not args.json:
+    how = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "stop": args.stop}
+    how |= {"prefill_chunk": args.prefill_chunk, "max_length": args.max_length}
+    if len(prompts) == 1 and not args.json and not args.no_stream:
+        return show(model.stream(prompts[0], recipe, **how))
+    out = model.generate(prompts, recipe, **how)
+    if not args.json:
         print_all(out)
     return out
 
@@ -69,19 +69,11 @@ def dump(path: Path, model: Model, out: Generation) -> None:
     output.write(path, content.getvalue())
 
 
-def printer(model: Model, stop: Sequence[str]) -> tuple[Callable[[int, int], None], Callable[[], None]]:
-    """Functions that print text as it appears, up to a stop string, and its end."""
-    stops = stopping.stops(model, stop)
-    stream = None if model.tokenizer is None else stopping.Text(model.tokenizer, stops)
-
-    def show(sequence: int, token: int) -> None:
-        del sequence
-        print(f"{token} " if stream is None else stream.push(token), end="", flush=True)
-
-    def finish() -> None:
-        print("" if stream is None else stream.finish(), flush=True)
-
-    return show, finish
+def show(pieces: Pieces[T]) -> T:
+    """Print pieces of text as they appear, and give what is returned then."""
+    found = drain(pieces, functools.partial(print, end="", flush=True))
+    print(flush=True)
+    return found
 
 
 def print_all(out: Generation, titles: Sequence[str] = ()) -> None:

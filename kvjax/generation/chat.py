@@ -6,6 +6,7 @@ from typing import Any
 
 from kvjax.errors import InputError
 from kvjax.generation.context import Context, OnToken
+from kvjax.generation.generate import Pieces, Tokens, pieces, run
 from kvjax.generation.model import Model
 from kvjax.generation.results import Generation
 from kvjax.generation.sampling import Sampling
@@ -64,6 +65,22 @@ class Chat:
         Raises:
           InputError: there is no chat template, or no room for an answer.
         """
+        return run(self._say(words, max_new_tokens, sampling, stop), on_token)
+
+    def stream(
+        self,
+        words: str,
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Pieces[tuple[Generation, "Chat"]]:
+        """The answer of `say` in pieces as they appear; see `Model.stream`. The generator returns what `say` does."""
+        return pieces(self.model, self._say(words, max_new_tokens, sampling, stop), stop)
+
+    def _say(
+        self, words: str, max_new_tokens: int, sampling: Sampling | None, stop: Sequence[str]
+    ) -> Tokens[tuple[Generation, "Chat"]]:
         tokenizer = self.model.tokenizer
         if tokenizer is None:
             raise InputError(f"{self.model.name} has no tokenizer: a conversation needs one, and a chat template")
@@ -82,9 +99,7 @@ class Chat:
             context = self.model.read(ids, self.method, self.budget, max_length=self.max_length)
         else:
             context = self.context.extend(ids)
-        out, after = context.generate(
-            max_new_tokens=min(max_new_tokens, left), sampling=sampling, stop=stop, on_token=on_token
-        )
+        out, after = yield from context.generated(min(max_new_tokens, left), sampling, stop)
         answer = out.sequences[0].text or ""
         if out.sequences[0].finish_reason == "stop" and after.tokens[-1] not in self.model.stop:
             after = context.extend(answer)  # without the stop string, which later turns do not show

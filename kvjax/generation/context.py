@@ -22,7 +22,7 @@ from kvjax.generation import generate as generating
 from kvjax.generation import stopping
 from kvjax.generation.accounting import cache_bytes, full_bytes, kept_slots
 from kvjax.generation.allocate import allocate, check_turn
-from kvjax.generation.generate import Tokens
+from kvjax.generation.generate import Pieces, Tokens
 from kvjax.generation.model import Model, encode_continuation, encode_prompt
 from kvjax.generation.prefill import padded_length
 from kvjax.generation.results import Generation
@@ -115,6 +115,18 @@ class Context:
         """
         return generating.run(self._ask(questions, max_new_tokens, sampling, stop), on_token)
 
+    def stream(
+        self,
+        question: str | Sequence[int],
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Pieces[Generation]:
+        """The answer of `ask` to one question, in pieces as they appear; see `Model.stream`."""
+        tokens = self._ask([question], max_new_tokens, sampling, stop)  # pyright: ignore[reportArgumentType]
+        return generating.pieces(self.model, tokens, stop)
+
     def _ask(
         self,
         questions: Sequence[str] | Sequence[Sequence[int]],
@@ -187,11 +199,12 @@ class Context:
           max_new_tokens, sampling, stop, on_token: as in `Model.generate`. The context has all tokens, those of a stop
             string too.
         """
-        return generating.run(self._generate(max_new_tokens, sampling, stop), on_token)
+        return generating.run(self.generated(max_new_tokens, sampling, stop), on_token)
 
-    def _generate(
+    def generated(
         self, max_new_tokens: int, sampling: Sampling | None, stop: Sequence[str]
     ) -> Tokens[tuple[Generation, "Context"]]:
+        """`generate` as a generator of (0, token)."""
         model, sampling, stops = self.model, _checked(sampling, max_new_tokens), stopping.stops(self.model, stop)
         self._check_reach(self.recipe, max_new_tokens, max_new_tokens)
         whole = [list(self.tokens)]

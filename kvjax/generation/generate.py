@@ -29,19 +29,40 @@ from kvjax.policies.budgets.budget import tokens_of
 from kvjax.spec import Lengths, ModelSpec, PyTree
 
 CHUNK = 16  # tokens per call of the compiled loop: text appears in pieces of this many tokens
+S = TypeVar("S")
 T = TypeVar("T")
 Tokens = Generator[tuple[int, int], None, T]  # (sequence, token) as they appear, and what is returned then
+Pieces = Generator[str, None, T]
+
+
+def drain(steps: Generator[S, None, T], show: Callable[[S], None] | None) -> T:
+    """What a generator returns; what it yields on the way is shown."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            return end.value
+        if show is not None:
+            show(step)
 
 
 def run(tokens: Tokens[T], on_token: Callable[[int, int], None] | None) -> T:
     """What a generator of tokens returns; they go to `on_token` on the way."""
+    return drain(tokens, None if on_token is None else lambda chosen: on_token(*chosen))
+
+
+def pieces(model: Model, tokens: Tokens[T], stop: Sequence[str]) -> Pieces[T]:
+    """The text of one sequence as its tokens appear; their ids where there is no tokenizer."""
+    text = stopping.Text(model.tokenizer, stopping.stops(model, stop)) if model.tokenizer else None
     while True:
         try:
-            chosen = next(tokens)
+            _, token = next(tokens)
         except StopIteration as end:
+            if text and (rest := text.finish()):
+                yield rest
             return end.value
-        if on_token is not None:
-            on_token(*chosen)
+        if piece := text.push(token) if text else f"{token} ":
+            yield piece
 
 
 def generate(

@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,6 +112,48 @@ class Model:
             max_length=max_length,
         )
         return run(tokens, on_token)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        method: str | Recipe | None = None,
+        budget: Keep | None = None,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        prefill_chunk: int = PREFILL_CHUNK,
+        max_length: int | None = None,
+    ) -> Generator[str, None, Generation]:
+        """The text that `generate` makes, in pieces as they appear; they join to it exactly.
+
+        A piece is held back while it may be half a character or the beginning of a stop string. The generator returns
+        what `generate` does, and raises as it does, with the first piece. Without a tokenizer pieces are ids.
+
+        Args:
+          prompt: a text or token ids.
+          method, budget, max_new_tokens, sampling, stop, prefill_chunk, max_length: as in `generate`.
+
+        >>> import kvjax
+        >>> model = kvjax.load()
+        >>> text = "".join(model.stream("some words", "h2o", 16, max_new_tokens=4))
+        >>> text == model.generate(["some words"], "h2o", 16, max_new_tokens=4).sequences[0].text
+        True
+        """
+        from kvjax.generation.generate import generate, pieces
+
+        tokens = generate(
+            self,
+            [prompt],  # pyright: ignore[reportArgumentType]
+            resolve(self.spec, method, budget),
+            questions=None,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or Sampling(),
+            stop=stop,
+            prefill_chunk=prefill_chunk,
+            max_length=max_length,
+        )
+        return pieces(self, tokens, stop)
 
     def read(
         self,
