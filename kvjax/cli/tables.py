@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from rich.table import Column, Table
 
 from kvjax.generation.model import Model
-from kvjax.generation.results import Compared, Generation
+from kvjax.generation.results import Compared, Continuation, Generation
 from kvjax.methods import label_of
 from kvjax.policies.base import Recipe
 
@@ -19,7 +19,7 @@ def describe(model: Model, out: Generation, budget: str | int | None) -> dict[st
     return {
         "method": out.recipe.name,
         "stores": [store.name for store in out.recipe.stores],
-        "sequences": [sequence._asdict() for sequence in out.sequences],
+        "sequences": [_plain(sequence) for sequence in out.sequences],
         "cache": {
             **sizes(out.bytes._asdict(), out.full_bytes, out.compared),
             "slots": out.slots,
@@ -32,6 +32,10 @@ def describe(model: Model, out: Generation, budget: str | int | None) -> dict[st
         "dtype": dtype_of(model),
         "budget": int(budget) if isinstance(budget, str) and budget.isdecimal() else budget,
     }
+
+
+def _plain(sequence: Continuation) -> dict[str, Any]:
+    return {name: value for name, value in sequence._asdict().items() if name != "logprobs"}
 
 
 def sizes(parts: Mapping[str, int], full: int, compared: Compared) -> dict[str, Any]:

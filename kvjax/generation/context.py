@@ -17,13 +17,13 @@ from kvjax.cache import layout, pages
 from kvjax.cache import tier as tiers_
 from kvjax.cache.layout import Cache
 from kvjax.cache.tier import Bytes
-from kvjax.errors import InputError
+from kvjax.errors import InputError, say_once
 from kvjax.generation import generate as generating
 from kvjax.generation import stopping
 from kvjax.generation.accounting import cache_bytes, full_bytes, kept_slots
 from kvjax.generation.allocate import allocate, check_turn
 from kvjax.generation.generate import Pieces, Tokens
-from kvjax.generation.model import Model, encode_continuation, encode_prompt
+from kvjax.generation.model import Model, Texts, encode_continuation, encode_prompt
 from kvjax.generation.prefill import padded_length
 from kvjax.generation.results import Generation
 from kvjax.generation.sampling import Sampling
@@ -89,6 +89,8 @@ class Context:
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        logprobs: int | None = None,
+        n: int = 1,
         on_token: OnToken | None = None,
     ) -> Generation:
         """Answer questions, each as if it were the only one.
@@ -99,7 +101,8 @@ class Context:
         Args:
           questions: texts or token ids that follow the context; "" goes on with it. In a chat a text gets what the
             template has between the user's words and the answer.
-          max_new_tokens, sampling, stop, on_token: as in `Model.generate`.
+          max_new_tokens, sampling, stop, logprobs, on_token: as in `Model.generate`.
+          n: samples of each question, one after the other: sequence `i` draws with `seed + i`.
 
         Returns:
           As `Model.generate`: bytes and slots are those of the context, once, and of all questions.
@@ -113,7 +116,7 @@ class Context:
         >>> [sequence.prompt_tokens for sequence in out.sequences]
         [66, 65]
         """
-        return generating.run(self._ask(questions, max_new_tokens, sampling, stop), on_token)
+        return generating.run(self.asked(questions, max_new_tokens, sampling, stop, logprobs, n), on_token)
 
     def stream(
         self,
@@ -124,26 +127,34 @@ class Context:
         stop: Sequence[str] = (),
     ) -> Pieces[Generation]:
         """The answer of `ask` to one question, in pieces as they appear; see `Model.stream`."""
-        tokens = self._ask([question], max_new_tokens, sampling, stop)  # pyright: ignore[reportArgumentType]
+        tokens = self.asked([question], max_new_tokens, sampling, stop)  # pyright: ignore[reportArgumentType]
         return generating.pieces(self.model, tokens, stop)
 
-    def _ask(
+    def asked(
         self,
         questions: Sequence[str] | Sequence[Sequence[int]],
         max_new_tokens: int,
         sampling: Sampling | None,
         stop: Sequence[str],
+        logprobs: int | None = None,
+        n: int = 1,
     ) -> Tokens[Generation]:
+        """`ask` as a generator of (sequence, token)."""
         if isinstance(questions, str):
             raise InputError("questions is one text: give a list of questions")
         if not len(questions):
             raise InputError("there is no question")
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise InputError(f"n {n} is not a whole number from 1 on")
         model, sampling, recipe = self.model, _checked(sampling, max_new_tokens), asking(self.recipe)
+        if n > 1 and sampling.mode == "greedy":
+            say_once(f"n {n}: all samples are alike, for at temperature {sampling.temperature:g} decoding is greedy")
+        generating.check_logprobs(model.spec, logprobs)
         stops, ending = stopping.stops(model, stop), ""
         if self.chat and model.tokenizer is not None:
             _, ending = model.tokenizer.around("")
         texts = [question + ending if isinstance(question, str) else question for question in questions]
-        after = [encode_continuation(model, text) for text in texts]
+        after = [ids for text in texts for ids in [encode_continuation(model, text)] * n]
         ids = [list(self.tokens)] * len(after)
         generating.check_prompts(model.spec, ids, after)
         for question in after:
@@ -161,14 +172,14 @@ class Context:
             logits, own, _ = generating.read_continuations(model, recipe, logits, own, ids, after, shared=self.cache)
             jax.block_until_ready((logits, own))
             read_s = watch.lap()
-            own, chosen = yield from generating.decode_texts(
-                model, recipe, whole, len(after), max_new_tokens, logits, own, sampling, stops, self.cache
+            own, sequences = yield from generating.decode_texts(
+                model, recipe, whole, len(after), max_new_tokens, logits, own, sampling, stops, logprobs, self.cache
             )
             decode_s = watch.lap()
         lengths = [len(self.tokens), *(len(question) + max_new_tokens for question in after)]
         both = tuple((*shared, *tiers) for shared, tiers in zip(self.cache, own, strict=True))
         seconds = read_s, decode_s, watch.compile_s
-        return generating.report(model, self.recipe, whole, chosen, logits, both, lengths, seconds, stops)
+        return generating.report(model, self.recipe, sequences, logits, both, lengths, seconds)
 
     def extend(self, text: str | Sequence[int]) -> "Context":
         """The context with more text at its end, read token by token through its cache, as the method decodes.
@@ -191,35 +202,37 @@ class Context:
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        logprobs: int | None = None,
         on_token: OnToken | None = None,
     ) -> tuple[Generation, "Context"]:
         """Go on with the text; and the context with what was generated at its end, as the method decodes.
 
         Args:
-          max_new_tokens, sampling, stop, on_token: as in `Model.generate`. The context has all tokens, those of a stop
-            string too.
+          max_new_tokens, sampling, stop, logprobs, on_token: as in `Model.generate`. The context has all tokens, those
+            of a stop string too.
         """
-        return generating.run(self.generated(max_new_tokens, sampling, stop), on_token)
+        return generating.run(self.generated(max_new_tokens, sampling, stop, logprobs), on_token)
 
     def generated(
-        self, max_new_tokens: int, sampling: Sampling | None, stop: Sequence[str]
+        self, max_new_tokens: int, sampling: Sampling | None, stop: Sequence[str], logprobs: int | None = None
     ) -> Tokens[tuple[Generation, "Context"]]:
         """`generate` as a generator of (0, token)."""
         model, sampling, stops = self.model, _checked(sampling, max_new_tokens), stopping.stops(self.model, stop)
         self._check_reach(self.recipe, max_new_tokens, max_new_tokens)
+        generating.check_logprobs(model.spec, logprobs)
         whole = [list(self.tokens)]
         with Stopwatch() as watch:
             grown = self._with_room(max_new_tokens)
-            cache, chosen = yield from generating.decode_texts(
-                model, self.recipe, whole, 1, max_new_tokens, self.logits, grown.cache, sampling, stops
+            cache, sequences = yield from generating.decode_texts(
+                model, self.recipe, whole, 1, max_new_tokens, self.logits, grown.cache, sampling, stops, logprobs
             )
             decode_s = watch.lap()
         lengths = [len(self.tokens) + max_new_tokens]
         seconds = 0.0, decode_s, watch.compile_s
-        *read, last = chosen[0]  # the last token is chosen, and not yet read
+        *read, last = sequences[0].tokens  # the last token is chosen, and not yet read
         after = dataclasses.replace(grown, cache=cache, tokens=(*self.tokens, *read))
         after = after._read(after, [last])
-        found = generating.report(model, self.recipe, whole, chosen, self.logits, after.cache, lengths, seconds, stops)
+        found = generating.report(model, self.recipe, sequences, self.logits, after.cache, lengths, seconds)
         return found, after
 
     def save(self, path: str | Path) -> None:
@@ -289,6 +302,34 @@ def read(
     new = 1 if max_length is None else max_length - 1
     logits, cache = generating.read_prompts(model, recipe, [ids], new, prefill_chunk, max_length)
     return Context(model, recipe, tuple(ids), logits, cache, len(ids), max_length or len(ids) + 1, named, chat)
+
+
+def sample(
+    model: Model,
+    prompts: Texts,
+    recipe: Recipe,
+    *,
+    questions: Texts | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str],
+    logprobs: int | None,
+    prefill_chunk: int,
+    max_length: int | None,
+    n: int,
+) -> Tokens[Generation]:
+    """`Model.generate` with several samples of one prompt."""
+    if isinstance(prompts, str) or len(prompts) != 1:
+        raise InputError(f"n {n} is of one prompt: give a list of one, or read each as a context and ask it")
+    with Stopwatch() as watch:
+        context = read(model, prompts[0], recipe, None, prefill_chunk, max_length, chat=False)
+        jax.block_until_ready(context.cache)
+        read_s = watch.lap()
+    asked = [""] if questions is None else questions
+    out = yield from context.asked(asked, max_new_tokens, sampling, stop, logprobs, n)
+    timing = out.timing
+    timing = timing._replace(prefill_s=timing.prefill_s + read_s, compile_s=timing.compile_s + watch.compile_s)
+    return out._replace(timing=timing)
 
 
 def check_one_device(model: Model) -> None:

@@ -335,12 +335,46 @@ def _parts_of_state(state: DecodeState) -> DecodeState:
     return DecodeState(sharding.cache(state.cache), *[SEQUENCES] * 5)  # pyright: ignore[reportArgumentType]
 
 
+class Ranked(NamedTuple):
+    """Natural logarithms of the probabilities that the model gives to tokens, before anything is done to choose one."""
+
+    chosen: Float[Array, "*B"]  # of the token that was chosen
+    ids: Int[Array, "*B k"]  # the most likely tokens, from the first on
+    top: Float[Array, "*B k"]  # theirs
+
+
+@functools.partial(jax.jit, static_argnames="top")
+def ranked(logits: Float[Array, "B V"], token: Int[Array, " B"], top: int) -> Ranked:
+    """What is said of a chosen token and of the `top` most likely ones."""
+    found = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    best, ids = jax.lax.top_k(found, top)
+    return Ranked(jnp.take_along_axis(found, token[:, None], axis=-1)[:, 0], ids, best)
+
+
+_GIVEN = (mesh.weights, _parts_of_state, SEQUENCES, SEQUENCES, sharding.cache, EVERYWHERE)
+
+
 @mesh.program(
-    (mesh.weights, _parts_of_state, SEQUENCES, SEQUENCES, sharding.cache, EVERYWHERE),
-    lambda model, state, *_: (state, EVERYWHERE),
-    static=("recipe", "chunk"),
-    donate=(1,),
+    _GIVEN, lambda model, state, *_: (state, EVERYWHERE, EVERYWHERE), static=("recipe", "chunk", "top"), donate=(1,)
 )
+def ranked_loop(
+    model: Decoder,
+    state: DecodeState,
+    chooser: sampling.Chooser,
+    ends: Ends,
+    shared: Cache,
+    pause: Bool[Array, " V"],
+    *,
+    recipe: Recipe,
+    chunk: int,
+    top: int,
+) -> tuple[DecodeState, Int[Array, "B chunk"], Ranked]:
+    """`decode_loop` with what `ranked` says of each token, `[B chunk ...]`."""
+    rank = lambda logits, token: ranked(logits, token, top)
+    return _loop(model, state, chooser, ends, shared, pause, recipe, chunk, rank)
+
+
+@mesh.program(_GIVEN, lambda model, state, *_: (state, EVERYWHERE), static=("recipe", "chunk"), donate=(1,))
 def decode_loop(
     model: Decoder,
     state: DecodeState,
@@ -369,30 +403,52 @@ def decode_loop(
       logits are not numbers to choose by.
     """
 
+    state, out, _ = _loop(model, state, chooser, ends, shared, pause, recipe, chunk, lambda logits, token: ())
+    return state, out
+
+
+def _loop(
+    model: Decoder,
+    state: DecodeState,
+    chooser: sampling.Chooser,
+    ends: Ends,
+    shared: Cache,
+    pause: Array | tuple[()],
+    recipe: Recipe,
+    chunk: int,
+    rank: Callable[[Array, Array], PyTree],
+) -> tuple[DecodeState, Array, PyTree]:
     on_any_device = lambda found: add(jnp.sum(found, dtype=jnp.int32), DATA) > 0
 
     def goes_on(state: DecodeState) -> Array:
         paused = False if isinstance(pause, tuple) else on_any_device(pause[state.token] & ~state.done)
         return on_any_device(~state.done) & ~jnp.asarray(paused)
 
-    def body(carry: tuple[DecodeState, Array, Array, Array]) -> tuple[DecodeState, Array, Array, Array]:
-        state, out, i, _ = carry
+    def body(carry: tuple[DecodeState, Array, PyTree, Array, Array]) -> tuple[DecodeState, Array, PyTree, Array, Array]:
+        state, out, ranks, i, _ = carry
         logits, cache = decode_step(model, recipe, state.cache, state.token, state.pos, ~state.done, shared)
         token, finite = sampling.choose(logits, chooser, state.step, state.seen), _finite(logits)
         out = out.at[:, i].set(jnp.where(state.done, ENDED, jnp.where(finite, token, NOT_FINITE)))
+        ranks = jax.tree.map(lambda all_, one: all_.at[:, i].set(one), ranks, rank(logits, token))
         step, pos = (x + jnp.where(state.done, 0, 1) for x in (state.step, state.pos))
         done = state.done | ~finite | ends.reached(token, step)
         token = jnp.where(state.done, state.token, token)
         state = DecodeState(cache, token, pos, done, step, _mark(state.seen, token))
-        return state, out, i + 1, goes_on(state)
+        return state, out, ranks, i + 1, goes_on(state)
 
-    def more(carry: tuple[DecodeState, Array, Array, Array]) -> Array:
-        _, _, i, going = carry
+    def more(carry: tuple[DecodeState, Array, PyTree, Array, Array]) -> Array:
+        _, _, _, i, going = carry
         return (i < chunk) & going
 
-    out = jnp.full((state.token.shape[0], chunk), ENDED, jnp.int32)
-    state, out, *_ = jax.lax.while_loop(more, body, (state, out, jnp.zeros((), jnp.int32), on_any_device(~state.done)))
-    return state, gather(out, 0, DATA)
+    batch = state.token.shape[0]
+    out = jnp.full((batch, chunk), ENDED, jnp.int32)
+    logits = jax.ShapeDtypeStruct((batch, model.spec.vocab_size), model.dtype)
+    ranks = jax.tree.map(
+        lambda x: jnp.zeros((batch, chunk, *x.shape[1:]), x.dtype), jax.eval_shape(rank, logits, state.token)
+    )
+    carry = (state, out, ranks, jnp.zeros((), jnp.int32), on_any_device(~state.done))
+    state, out, ranks, *_ = jax.lax.while_loop(more, body, carry)
+    return state, gather(out, 0, DATA), jax.tree.map(lambda x: gather(x, 0, DATA), ranks)
 
 
 def _mark(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:

@@ -17,7 +17,7 @@ from kvjax.generation import sampling as choosing
 from kvjax.generation.accounting import cache_bytes, compare, forced, full_bytes, full_slots, kept_slots
 from kvjax.generation.allocate import allocate, check_turn, init_cache
 from kvjax.generation.model import Model, Texts, encode_continuation, encode_prompt, not_finite
-from kvjax.generation.results import Continuation, Generation, Timing
+from kvjax.generation.results import Continuation, Generation, Logprobs, Timing
 from kvjax.generation.sampling import Sampling
 from kvjax.generation.stopping import Stops
 from kvjax.generation.timing import Stopwatch
@@ -29,6 +29,7 @@ from kvjax.policies.budgets.budget import tokens_of
 from kvjax.spec import Lengths, ModelSpec, PyTree
 
 CHUNK = 16  # tokens per call of the compiled loop: text appears in pieces of this many tokens
+RANKS = 8  # a step of the number of most likely tokens that are told
 S = TypeVar("S")
 T = TypeVar("T")
 Tokens = Generator[tuple[int, int], None, T]  # (sequence, token) as they appear, and what is returned then
@@ -74,6 +75,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling,
     stop: Sequence[str],
+    logprobs: int | None,
     prefill_chunk: int,
     max_length: int | None,
 ) -> Tokens[Generation]:
@@ -92,6 +94,7 @@ def generate(
         check_new(model.spec, recipe, len(prompt), len(question), max_new_tokens)
         check_turn(model.spec, recipe, len(prompt), len(prompt) + len(question) + max_new_tokens - 1)
     check_sampling(sampling)
+    check_logprobs(model.spec, logprobs)
     dispatch.check(recipe.kernels)
     count, (ids, after) = len(ids), even(model, ids, after)
     whole = [prompt + question for prompt, question in zip(ids, after, strict=True)]
@@ -101,47 +104,43 @@ def generate(
         answer, cache, _ = read_continuations(model, recipe, logits, cache, ids, after)
         jax.block_until_ready((answer, cache))
         prefill_s = watch.lap()
-        cache, chosen = yield from decode_texts(
-            model, recipe, whole, count, max_new_tokens, answer, cache, sampling, stops
+        cache, sequences = yield from decode_texts(
+            model, recipe, whole, count, max_new_tokens, answer, cache, sampling, stops, logprobs
         )
         decode_s = watch.lap()
     lengths = [max_length or len(prompt) + max_new_tokens for prompt in whole[:count]]
     seconds = prefill_s, decode_s, watch.compile_s
-    return report(model, recipe, whole, chosen, answer, cache, lengths, seconds, stops)
+    return report(model, recipe, sequences, answer, cache, lengths, seconds)
 
 
 def report(
     model: Model,
     recipe: Recipe,
-    whole: list[list[int]],
-    chosen: list[list[int]],
+    sequences: list[Continuation],
     logits: jax.Array,
     cache: Cache,
     lengths: list[int],
     seconds: tuple[float, float, float],
-    stops: Stops,
 ) -> Generation:
     """What is said of a generation.
 
     Args:
       model, recipe: what generated.
-      whole: prompts with their questions.
-      chosen: tokens that were generated after the first of them; others are left out.
-      logits: after each prompt.
+      sequences: that were generated.
+      logits: after each prompt; those of others are left out.
       cache: with the generated tokens.
       lengths: tokens of the sequences that a full cache of their size would be for.
       seconds: of reading, decoding and compiling.
-      stops: what has ended texts.
     """
-    count, (prefill_s, decode_s, compile_s) = len(chosen), seconds
-    whole, decoded = whole[:count], sum(len(new) - 1 for new in chosen)  # the first token comes from prefill
+    count, (prefill_s, decode_s, compile_s) = len(sequences), seconds
+    decoded = sum(len(sequence.tokens) - 1 for sequence in sequences)  # the first token comes from prefill
     return Generation(
-        sequences=[_sequence(model, prompt, new, stops) for prompt, new in zip(whole, chosen, strict=True)],
+        sequences=sequences,
         bytes=cache_bytes(cache),
         full_bytes=full_bytes(model, lengths),
         compared=compare(model, cache, lengths),
         slots=kept_slots(model.spec, recipe, cache)[:count],
-        full_slots=[full_slots(model.spec, len(p) + len(new) - 1) for p, new in zip(whole, chosen, strict=True)],
+        full_slots=[full_slots(model.spec, s.prompt_tokens + len(s.tokens) - 1) for s in sequences],
         timing=Timing(prefill_s, decode_s, decoded / decode_s if decoded else 0.0, compile_s),
         logits=meshes.read(logits)[:count],
         cache=cache,
@@ -223,6 +222,12 @@ def check_count(new: int) -> None:
     """Raise `InputError` for what is no number of new tokens."""
     if isinstance(new, bool) or not isinstance(new, int) or not 1 <= new <= LARGEST:
         raise InputError(f"max-new-tokens {new} is not a whole number from 1 to {LARGEST}")
+
+
+def check_logprobs(spec: ModelSpec, logprobs: int | None) -> None:
+    """Raise `InputError` for what is no number of most likely tokens."""
+    if logprobs is not None and (type(logprobs) is not int or not 0 <= logprobs <= spec.vocab_size):
+        raise InputError(f"logprobs {logprobs} is not a whole number from 0 to the vocabulary's {spec.vocab_size}")
 
 
 def check_total(
@@ -332,8 +337,9 @@ def decode_texts(
     cache: Cache,
     sampling: Sampling,
     stops: Stops,
+    logprobs: int | None = None,
     shared: Cache = (),
-) -> Tokens[tuple[Cache, list[list[int]]]]:
+) -> Tokens[tuple[Cache, list[Continuation]]]:
     """Run the compiled loop in chunks until the first `count` sequences have stopped or are long enough."""
     here = functools.partial(meshes.place, model.mesh)
     chooser, ends = choosing.chooser(sampling, len(ids)), decode.ends(stops.ids, new, len(ids))
@@ -343,34 +349,48 @@ def decode_texts(
         row[prompt] = True
     seen = here(SEQUENCES, marks)
     length = here(SEQUENCES, np.asarray([len(prompt) for prompt in ids], np.int32))
+    top = None if logprobs is None else min(-(-max(logprobs, 1) // RANKS) * RANKS, model.spec.vocab_size)
     state = decode.first_token(logits, cache, length, chooser, ends, seen)
     tokens: list[list[int]] = [[] for _ in range(count)]
     ended = np.arange(len(ids)) >= count
     texts = [stopping.Text(model.tokenizer, stops) for _ in tokens] if stops.strings and model.tokenizer else []
 
-    def collect(chunk: jax.Array) -> Tokens[None]:
-        for column in meshes.read(chunk)[:count].T:
+    ranks: list[list[tuple[np.ndarray, ...]]] = [[] for _ in tokens]
+
+    def collect(chunk: jax.Array, ranked: Sequence[jax.Array]) -> Tokens[None]:
+        said = [meshes.read(x) for x in ranked]
+        for at, column in enumerate(meshes.read(chunk)[:count].T):
             for i, token in enumerate(map(int, column)):
                 if token == decode.NOT_FINITE:
                     raise not_finite(model, i)
                 if token == decode.ENDED or ended[i]:
                     continue
                 tokens[i].append(token)
+                ranks[i].append(tuple(x[i, at] for x in said))
                 if texts:
                     texts[i].push(token)
                 ended[i] = token in stops.ids or len(tokens[i]) == new or bool(texts and texts[i].stopped)
                 yield i, token
 
-    yield from collect(state.token[:, None])
+    first = () if top is None else decode.ranked(logits, state.token, top)
+    yield from collect(state.token[:, None], [x[:, None] for x in first])
     # What has been read back tells when to stop: one transfer per chunk.
     while not ended.all():
         if texts:
             state = state._replace(done=here(SEQUENCES, meshes.read(state.done) | ended))
-        state, chunk = decode.decode_loop(
-            model.decoder, state, chooser, ends, shared, pause, recipe=recipe.structure, chunk=CHUNK
-        )
-        yield from collect(chunk)
-    return state.cache, tokens
+        given, how = (state, chooser, ends, shared, pause), {"recipe": recipe.structure, "chunk": CHUNK}
+        loop = decode.decode_loop if top is None else functools.partial(decode.ranked_loop, top=top)
+        state, chunk, *ranked = loop(model.decoder, *given, **how)
+        yield from collect(chunk, ranked[0] if ranked else ())
+    sequences = [_sequence(model, *each, stops) for each in zip(ids[:count], tokens, strict=True)]
+    if logprobs is not None:
+        sequences = [s._replace(logprobs=_logprobs(said, logprobs)) for s, said in zip(sequences, ranks, strict=True)]
+    return state.cache, sequences
+
+
+def _logprobs(said: list[tuple[np.ndarray, ...]], count: int) -> Logprobs:
+    chosen, ids, top = map(np.stack, zip(*said, strict=True))
+    return Logprobs(chosen, ids[:, :count], top[:, :count])
 
 
 def _sequence(model: Model, prompt: list[int], new: list[int], stops: Stops) -> Continuation:

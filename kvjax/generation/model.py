@@ -1,6 +1,7 @@
 """A checkpoint as it is used: weights, tokenizer, the ids that end a text."""
 
 import dataclasses
+import functools
 import operator
 import reprlib
 from collections.abc import Callable, Generator, Sequence
@@ -66,6 +67,8 @@ class Model:
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        logprobs: int | None = None,
+        n: int = 1,
         on_token: Callable[[int, int], None] | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         max_length: int | None = None,
@@ -83,6 +86,10 @@ class Model:
           sampling: how tokens are chosen; None = greedy.
           stop: a text ends before the first of these strings. Tokens of a `Continuation` are all that were
             generated, the last of which has completed it. One that is a special token is a stop token.
+          logprobs: of each generated token, and of so many of the most likely ones in its place: see
+            `Continuation.logprobs`. They are the model's own, before a penalty, a temperature or a filter.
+          n: samples of one prompt, which is read once: sequence `i` draws with `seed + i`. They are kept whole beside
+            the prompt's cache, which they share, as in `Context.ask`.
           on_token: called as `(sequence, token)` as tokens appear.
           prefill_chunk: most tokens of a device's prompts that a layer reads at once, but for attention; fewer need
             less memory.
@@ -98,9 +105,11 @@ class Model:
         >>> len(out.sequences[0].tokens) <= 4
         True
         """
+        from kvjax.generation.context import sample
         from kvjax.generation.generate import generate, run
 
-        tokens = generate(
+        make = generate if n == 1 else functools.partial(sample, n=n)
+        tokens = make(
             self,
             prompts,
             resolve(self.spec, method, budget),
@@ -108,6 +117,7 @@ class Model:
             max_new_tokens=max_new_tokens,
             sampling=sampling or Sampling(),
             stop=stop,
+            logprobs=logprobs,
             prefill_chunk=prefill_chunk,
             max_length=max_length,
         )
@@ -150,6 +160,7 @@ class Model:
             max_new_tokens=max_new_tokens,
             sampling=sampling or Sampling(),
             stop=stop,
+            logprobs=None,
             prefill_chunk=prefill_chunk,
             max_length=max_length,
         )

@@ -26,6 +26,14 @@ class Compared(NamedTuple):
         return self.cache / self.full
 
 
+class Logprobs(NamedTuple):
+    """Natural logarithms of the probabilities that the model gives to tokens, before anything is done to choose one."""
+
+    chosen: np.ndarray  # [T] of each generated token
+    ids: np.ndarray  # [T k] the most likely tokens in its place, from the first on
+    top: np.ndarray  # [T k] theirs
+
+
 class Continuation(NamedTuple):
     """One generated sequence."""
 
@@ -33,6 +41,7 @@ class Continuation(NamedTuple):
     tokens: list[int]  # generated, with the stop token if one was generated
     text: str | None  # None without a tokenizer
     finish_reason: str  # "stop" or "length"
+    logprobs: Logprobs | None = None  # where they were asked for
 
 
 class Timing(NamedTuple):
