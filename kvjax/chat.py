@@ -1,14 +1,18 @@
 """Talk with a chat model on one growing, compressed key/value cache.
 
-Lines of standard input are what you say. /bytes shows what the cache takes, /reset begins another conversation, /quit
-or the end of the input ends the program.
+Lines of standard input are what you say. /bytes shows what the cache takes, /save FILE writes the conversation with its
+cache and /load FILE goes on with it, /method NAME BUDGET takes another method, which reads the conversation again,
+/reset begins another conversation, /quit or the end of the input ends the program.
 """
 
 import argparse
+from pathlib import Path
 
 from kvjax import compilation
 from kvjax.cli import command
 from kvjax.cli.flags import CHAT_LENGTH, DTYPES, add_method_flags, add_sampling_flags, sampling
+from kvjax.cli.prompts import read_messages
+from kvjax.errors import InputError
 from kvjax.methods import make
 
 PROG = "kvjax.chat"
@@ -22,6 +26,11 @@ def parser() -> command.Parser:
         "--model", metavar="M", required=True, help="Hugging Face directory, GGUF file, hub id or Orbax directory"
     )
     p.add_argument("--system", metavar="TEXT", help="what the system says first")
+    p.add_argument(
+        "--messages", type=Path, metavar="FILE",
+        help='a conversation to go on with, a JSON list of {"role": ..., "content": ...}; what a user says last is'
+        " answered",
+    )  # fmt: skip
     add_method_flags(p, method="full, or what a retrofitted checkpoint is made for")
     p.add_argument(
         "--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help=f"of an answer (default: {NEW_TOKENS})"
@@ -43,10 +52,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.method is not None:
         make(args.method, args.budget, args.arguments)  # what is wrong is said before anything is loaded
     how = sampling(args)
+    messages = [] if args.messages is None else read_messages(args.messages)
+    if args.system is not None:
+        if any(message["role"] == "system" for message in messages):
+            raise InputError(f"{args.messages} has what the system says: leave --system out")
+        messages.insert(0, {"role": "system", "content": args.system})
     compilation.enable_compilation_cache()
     from kvjax.cli import chatting
 
-    chatting.run(args, how)
+    chatting.run(args, messages, how)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import dataclasses
 import io
+import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 
 import kvjax
@@ -70,12 +72,99 @@ def test_a_conversation_has_its_length():
         chat.say("words " * 20)
 
 
+def test_a_saved_conversation_goes_on(tmp_path):
+    """With the same tokens; the file is a context, too."""
+    model = talking(TEMPLATE)
+    begun = Chat(model, "h2o", 24, max_length=200, messages=({"role": "system", "content": "be brief"},))
+    with pytest.raises(InputError, match="nothing has been said"):
+        begun.save(tmp_path / "talk.kv")
+    _, chat = begun.say("some words", max_new_tokens=4)
+    chat.save(tmp_path / "talk.kv")
+    loaded = Chat.load(model, tmp_path / "talk.kv")
+    for words in ("other words", "the last ones"):
+        (out, chat), (same, loaded) = (each.say(words, max_new_tokens=6) for each in (chat, loaded))
+        assert out.sequences == same.sequences and np.array_equal(out.logits, same.logits)
+        assert chat.messages == loaded.messages and (chat.text, chat.read) == (loaded.text, loaded.read)
+    assert model.load_context(tmp_path / "talk.kv").ask(["x"], max_new_tokens=1)
+    model.read("some words").save(tmp_path / "text.kv")
+    with pytest.raises(InputError, match="without a conversation"):
+        Chat.load(model, tmp_path / "text.kv")
+
+
+def test_another_method_reads_the_conversation_again():
+    model = talking(TEMPLATE)
+    _, chat = Chat(model, "h2o", 16, max_length=200).say("some words " * 5, max_new_tokens=4)
+    other = chat.using("snapkv+window=8", "50%")
+    assert chat.context is not None and other.context is not None and other.context.tokens == chat.context.tokens
+    read = model.read(chat.context.tokens, "snapkv+window=8", "50%", max_length=200)
+    assert np.array_equal(other.context.logits, read.logits) and other.context.kept == read.kept
+    before = len(other.context.tokens)
+    out, _ = other.say("more", max_new_tokens=2)
+    assert out.sequences[0].prompt_tokens - before < 20  # only what is new
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "is not a list of messages"),
+        ("[]", "is not a list of messages"),
+        ("[1]", "message 1 is not an object with a role"),
+        ('[{"role": "user"}]', "message 1 is not an object with a role"),
+        ('[{"role": "user", "content": null}]', "message 1 is not an object with a role"),
+        ('[{"role": "tool", "content": ""}]', "of 'tool': choose from system, user, assistant"),
+        ('[{"role": "user", "content": "a", "name": "b"}]', "has 'name': only role and content"),
+        ('[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]', "part of type 'image_url'"),
+        ('[{"role": "user", "content": [{"type": "text"}]}]', "a part that is not"),
+        ('[{"role": "user", "content": ["a"]}]', "a part that is not"),
+        ("[", "is not JSON"),
+    ],
+)
+def test_what_is_no_conversation(content, message, tmp_path):
+    (tmp_path / "talk.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        command.main(["--model", "demo", "--messages", str(tmp_path / "talk.json")])
+
+
 @pytest.fixture
 def directory(tmp_path):
     """The demo model with a chat template."""
     found = shutil.copytree(shipped.directory(), tmp_path / "talking")
     (found / "chat_template.jinja").write_text(TEMPLATE)
     return found
+
+
+def test_the_command_saves_loads_and_goes_on(directory, monkeypatch, capsys, tmp_path):
+    flags = (
+        "--model",
+        str(directory),
+        "--method",
+        "h2o",
+        "--budget",
+        "40",
+        "--max-length",
+        "160",
+        "--max-new-tokens",
+        "4",
+    )
+    talk = [{"role": "user", "content": [{"type": "text", "text": "some "}, {"type": "text", "text": "words"}]}]
+    (tmp_path / "talk.json").write_text(json.dumps(talk))
+    name = str(tmp_path / "talk.kv")
+    lines = (
+        f"/save {name}\nmore words\n/load {name}\nmore words\n/method full+store=int8\n/method\n/reset\n/save {name}\n"
+    )
+    out = say(monkeypatch, capsys, lines.encode(), *flags, "--messages", str(tmp_path / "talk.json"))
+    said = [line for line in out.splitlines() if line.startswith("(")]
+    answers = [line for line in out.splitlines() if not line.startswith("(")]
+    assert answers[1] == answers[2]
+    assert [line for line in said if "2 messages" in line and "h2o 40" in line] == 2 * [said[1]]
+    assert any("full+store=int8" in line and "were read again" in line for line in said)
+    assert said[-2].startswith("(the method is full+store=int8") and "nothing has been said" in said[-1]
+    wrong = b"/save\n/load\n/load /nowhere/x.kv\n/method nothing\n/method h2o many\n/save /nowhere/x.kv\n/ \nsome words"
+    out = say(monkeypatch, capsys, wrong, *flags)
+    assert len(out.splitlines()) == 8 + out.count("(cut")  # a line for each
+    with pytest.raises(InputError, match="leave --system out"):
+        (tmp_path / "talk.json").write_text('[{"role": "system", "content": "a"}]')
+        command.main([*flags, "--system", "b", "--messages", str(tmp_path / "talk.json")])
 
 
 def say(monkeypatch, capsys, lines: bytes, *flags: str) -> str:
@@ -88,8 +177,8 @@ def test_the_command_talks(directory, monkeypatch, capsys):
     flags = ("--model", str(directory), "--method", "snapkv", "--budget", "50%", "--max-length", "128")
     lines = b"/bytes\nsome words\n\n/bytes\n/what\nmore words\n/reset\nsome words\n/quit\nnot this"
     out = say(monkeypatch, capsys, lines, *flags, "--max-new-tokens", "4", "--system", "be brief")
-    assert "nothing has been read yet" in out and "the full cache would have" in out and "/bytes, /reset" in out
-    answers = [line for line in out.splitlines() if not line.startswith(("(cut", "/bytes"))]
+    assert "nothing has been read yet" in out and "the full cache would have" in out and "begin with a stroke" in out
+    answers = [line for line in out.splitlines() if not line.startswith(("(", "/bytes"))]
     assert answers[1] == answers[-1]  # the same words after /reset
     assert (answer := answers[1].strip()) not in say(monkeypatch, capsys, b"some words\n", *flags, "--stop", answer[-1])
     with pytest.raises(InputError, match="max-length is 1"):

@@ -1,7 +1,9 @@
 """What `kvjax.chat` does once its flags are read: lines in, answers out."""
 
 import argparse
+import dataclasses
 import sys
+from pathlib import Path
 
 from kvjax.cli.console import to_stdout
 from kvjax.cli.flags import CHAT_LENGTH, DTYPES
@@ -13,22 +15,30 @@ from kvjax.generation.sampling import Sampling
 from kvjax.methods import of, write_entry
 
 
-def run(args: argparse.Namespace, sampling: Sampling) -> None:
-    """Answer every line of standard input until it ends."""
+def run(args: argparse.Namespace, messages: list[dict[str, str]], sampling: Sampling) -> None:
+    """Answer every line of standard input until it ends; first the last message, if it is a user's."""
     model = load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
     entry = write_entry(args.method or of(model.spec), args.arguments)
     length = min(CHAT_LENGTH, model.spec.max_position) if args.max_length is None else args.max_length
-    system = () if args.system is None else ({"role": "system", "content": args.system},)
-    begun = chat = Chat(model, entry, args.budget, max_length=length, messages=system)
+    asked = messages.pop()["content"] if messages and messages[-1]["role"] == "user" else None
+    begun = chat = Chat(model, entry, args.budget, max_length=length, messages=(*messages,))
+    if asked is not None:
+        chat = _answer(chat, asked, args.max_new_tokens, sampling, args.stop)
     while (line := _line()) is not None:
-        if line == "/quit":
+        name, _, rest = line.partition(" ")
+        if name == "/quit":
             return
-        if line == "/reset":
-            chat = begun
-        elif line == "/bytes":
-            _show_bytes(chat)
+        if name == "/reset":
+            chat = dataclasses.replace(begun, method=chat.method, budget=chat.budget)
+        elif name in COMMANDS:
+            try:
+                chat = COMMANDS[name](chat, rest.strip())
+            except InputError as error:  # the conversation goes on
+                print(f"({error})", flush=True)
         elif line.startswith("/"):
-            print("/bytes, /reset and /quit are what begins with a stroke", flush=True)
+            print(
+                "/bytes, /load FILE, /method NAME BUDGET, /reset, /save FILE and /quit begin with a stroke", flush=True
+            )
         elif line:
             chat = _answer(chat, line, args.max_new_tokens, sampling, args.stop)
 
@@ -53,10 +63,52 @@ def _answer(chat: Chat, line: str, new: int, sampling: Sampling, stop: list[str]
     return after
 
 
-def _show_bytes(chat: Chat) -> None:
+def _show_bytes(chat: Chat, rest: str) -> Chat:
+    del rest
     if chat.context is None:
         print("nothing has been read yet", flush=True)
-        return
+        return chat
     held, full = chat.context.bytes.total, chat.context.full_bytes
     tokens = len(chat.context.tokens)
     to_stdout().print(f"{tokens:,} tokens in {held:,} bytes; the full cache would have {full:,}", highlight=False)
+    return chat
+
+
+def _save(chat: Chat, rest: str) -> Chat:
+    chat.save(_path("/save", rest))
+    print(f"({rest}: {_size(chat)})", flush=True)
+    return chat
+
+
+def _load(chat: Chat, rest: str) -> Chat:
+    chat = Chat.load(chat.model, _path("/load", rest))
+    print(f"({rest}: {_size(chat)})", flush=True)
+    return chat
+
+
+def _method(chat: Chat, rest: str) -> Chat:
+    name, _, budget = rest.partition(" ")
+    if not name:
+        raise InputError(f"the method is {_named(chat)}; /method NAME BUDGET takes another one")
+    chat = chat.using(name, budget.strip() or None)
+    read = 0 if chat.context is None else len(chat.context.tokens)
+    print(f"({_named(chat)}: {read:,} tokens of the conversation were read again)", flush=True)
+    return chat
+
+
+def _path(command: str, rest: str) -> Path:
+    if not rest:
+        raise InputError(f"give a file: {command} FILE")
+    return Path(rest).expanduser()
+
+
+def _named(chat: Chat) -> str:
+    return " ".join(str(part) for part in (chat.method, chat.budget) if part is not None)
+
+
+def _size(chat: Chat) -> str:
+    assert chat.context is not None
+    return f"{len(chat.messages)} messages, {len(chat.context.tokens):,} tokens, {_named(chat)}"
+
+
+COMMANDS = {"/bytes": _show_bytes, "/load": _load, "/method": _method, "/save": _save}

@@ -2,14 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from kvjax.errors import InputError
+from kvjax.generation import context_file
 from kvjax.generation.context import Context, OnToken
 from kvjax.generation.generate import Pieces, Tokens, pieces, run
 from kvjax.generation.model import Model
 from kvjax.generation.results import Generation
 from kvjax.generation.sampling import Sampling
+from kvjax.methods import resolve
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.policies.base import Recipe
 from kvjax.policies.budgets.budget import Keep
@@ -45,6 +48,36 @@ class Chat:
     context: Context | None = None
     text: str = ""
     read: int = 0
+
+    def using(self, method: str | Recipe | None, budget: Keep | None = None) -> "Chat":
+        """The conversation with another method, which reads the tokens that have been read so far, at once."""
+        context = self.context and self.model.read(self.context.tokens, method, budget, max_length=self.max_length)
+        resolve(self.model.spec, method, budget)
+        return dataclasses.replace(self, method=method, budget=budget, context=context)
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation and its context to a file, for `load`; `Model.load_context` reads the context alone.
+
+        Raises:
+          InputError: nothing has been said yet, or the file cannot be written; then it is as it was before.
+        """
+        if self.context is None:
+            raise InputError("nothing has been said yet: there is no context to save")
+        said = {"messages": self.messages, "text": self.text, "max_length": self.max_length}
+        context_file.save(self.context, Path(path), said)
+
+    @classmethod
+    def load(cls, model: Model, path: str | Path) -> "Chat":
+        """Read a file that `save` has written; the conversation goes on as it would have.
+
+        Raises:
+          InputError: it is no conversation, or damaged, or another model's.
+        """
+        context, said = context_file.load(model, Path(path))
+        match said:
+            case {"messages": [*messages], "text": str(text), "max_length": int(length)} if context.named is not None:
+                return cls(model, *context.named, max_length=length, messages=(*messages,), context=context, text=text)
+        raise InputError(f"{path}: is a context without a conversation: ask it, with kvjax.generate --context")
 
     def say(
         self,

@@ -33,8 +33,8 @@ HEADER = "kvjax"
 _POOL = ("k", "v", "pos", "score", "free")  # lead with the pages of a pool
 
 
-def save(context: Context, path: Path) -> None:
-    """Write a context; a file is complete, or as it was before."""
+def save(context: Context, path: Path, conversation: Mapping[str, Any] | None = None) -> None:
+    """Write a context, and the conversation that it is of; a file is complete, or as it was before."""
     if context.named is None:
         raise InputError("a context whose method was given as a recipe cannot be saved: give the method by its name")
     cache = tuple(tuple(map(_held, tiers)) for tiers in context.cache)
@@ -53,12 +53,14 @@ def save(context: Context, path: Path) -> None:
         "pools": [[[tier.free.shape[0], tier.table.shape[-1]] for tier in tiers] for tiers in context.cache],
         "dtypes": {name: x.dtype.name for name, x in arrays.items()},
     }
+    if conversation is not None:
+        about["conversation"] = dict(conversation)
     about["digest"] = _digest(about, content)
     output.write(path, safetensors.numpy.save(content, {HEADER: json.dumps(about)}))
 
 
-def load(model: Model, path: Path) -> Context:
-    """Read a context that this model has made.
+def load(model: Model, path: Path) -> tuple[Context, Any]:
+    """Read a context that this model has made, and the conversation that it is of; None = of none.
 
     Raises:
       InputError: it is damaged, or of another model, and never read anew in silence.
@@ -88,7 +90,8 @@ def load(model: Model, path: Path) -> Context:
         lengths = Lengths((prompt,), max(room - prompt, 1), padded_length(prompt))
         expected = jax.eval_shape(lambda: allocate(model.decoder, recipe, lengths))
         cache = _assembled(expected, arrays, pools)
-        return Context(model, recipe, tuple(tokens.tolist()), jnp.asarray(logits), cache, prompt, room, named, chat)
+        context = Context(model, recipe, tuple(tokens.tolist()), jnp.asarray(logits), cache, prompt, room, named, chat)
+        return context, about.get("conversation")
     except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: is not a context that this version can read ({error})") from None
 

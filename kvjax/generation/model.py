@@ -205,7 +205,7 @@ class Model:
         """
         from kvjax.generation.context_file import load
 
-        return load(self, Path(path))
+        return load(self, Path(path))[0]
 
     def warm_up(
         self,
