@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     args = command.parse(parser(), argv)
     if args.method is not None:
         make(args.method, args.budget, args.arguments)  # what is wrong is said before anything is loaded
-    how = sampling(args)
+    sampling(args)
     messages = [] if args.messages is None else read_messages(args.messages)
     if args.system is not None:
         if any(message["role"] == "system" for message in messages):
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     compilation.enable_compilation_cache()
     from kvjax.cli import chatting
 
-    chatting.run(args, messages, how)
+    chatting.run(args, messages)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import pytest
 
 import kvjax
 from kvjax import chat as command
+from kvjax import generate
 from kvjax.checkpoint import shipped
-from kvjax.errors import InputError
+from kvjax.errors import InputError, say_once
 from kvjax.generation.chat import Chat
 from kvjax.generation.model import Model
 from kvjax.models.tokenizer import Tokenizer
@@ -131,6 +132,36 @@ def directory(tmp_path):
     found = shutil.copytree(shipped.directory(), tmp_path / "talking")
     (found / "chat_template.jinja").write_text(TEMPLATE)
     return found
+
+
+def test_a_checkpoint_says_how_to_sample(directory, monkeypatch, capsys):
+    """Unless flags do; in chats only, and said in one line."""
+    config = {"do_sample": True, "temperature": 2.0, "top_k": 20, "repetition_penalty": None}
+    (directory / "generation_config.json").write_text(json.dumps(config))
+    flags = ("--model", str(directory), "--max-new-tokens", "12")
+    own = ("--temperature", "2", "--top-k", "20")
+    line = "sampling as generation_config.json says: temperature 2.0, top-k 20\n"
+
+    def answers(*more: str) -> tuple[str, str]:
+        say_once.cache_clear()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"some words\n")))
+        command.main([*flags, "--max-length", "64", *more])
+        return capsys.readouterr()
+
+    drawn, said = answers()
+    assert said == line and answers(*own) == (drawn, "")
+    greedy, said = answers("--temperature", "0")
+    assert said == "" and greedy != drawn
+    assert answers("--top-k", "5")[1] == line.replace(", top-k 20", "")
+
+    def generated(*more: str) -> tuple[list[int], str]:
+        say_once.cache_clear()
+        generate.main([*flags, "--prompt", "some words", "--json", *more])
+        found = capsys.readouterr()
+        return json.loads(found.out)["sequences"][0]["tokens"], found.err
+
+    assert generated("--chat") == (generated("--chat", *own)[0], line)
+    assert generated() == generated("--temperature", "0")
 
 
 def test_the_command_saves_loads_and_goes_on(directory, monkeypatch, capsys, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
@@ -570,3 +571,26 @@ def test_cached_positions_are_those_that_the_method_keeps(model):
     out = model.generate([list(range(50))], kvjax.methods.streaming_llm(budget=12), max_new_tokens=6)
     kept = cached_positions(model, out)
     assert {tuple(sorted(row[row >= 0])) for row in kept.reshape(-1, kept.shape[-1])} == {(0, 1, 2, 3, *range(47, 55))}
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({}, Sampling()),
+        ({"temperature": 0.6, "top_k": 50, "repetition_penalty": 1.1}, Sampling(repetition_penalty=1.1)),
+        ({"do_sample": False, "temperature": 0.6}, Sampling()),
+        ({"do_sample": True}, Sampling(temperature=1.0)),
+        ({"do_sample": True, "top_k": -1, "top_p": None, "min_p": 0.1}, Sampling(temperature=1.0, min_p=0.1)),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 40.0, "top_p": 1}, Sampling(temperature=0.6, top_k=40)),
+    ],
+)
+def test_how_a_checkpoint_samples(config, wanted):
+    assert sampling.of_config(config, "a.json") == wanted
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": "1"}, {"top_p": 2}, {"top_k": 1.5}, {"min_p": True}, {"temperature": math.nan}]
+)
+def test_how_no_checkpoint_samples(wrong):
+    with pytest.raises(InputError, match=r"^a.json: "):
+        sampling.of_config({"do_sample": True} | wrong, "a.json")

@@ -407,10 +407,15 @@ def test_ends_and_templates(tmp_path):
     found = Tokenizer.load(file)
     assert found.render([{"role": "user", "content": "hi"}]) == "<s>hi<|im_end|>"
     content = gguf_config.generation(header.read(file))
-    assert content == {"eos_token_id": [58, 259], "temperature": 0.7}  # the template's, not the other one
+    assert content == {
+        "eos_token_id": [58, 259],
+        "do_sample": True,
+        "temperature": 0.7,
+    }  # the template's, not the other one
     fields |= {"tokenizer.ggml.eot_token_id": 60, "tokenizer.ggml.eos_token_id": 58}
     file = gguf_files.write_golden("llama_gqa", tmp_path / "m.gguf", fields=fields)
-    assert find_stop(file, 97, Tokenizer.load(file)).ids == (58, 60)
+    source = "tokenizer.ggml.eos_token_id, tokenizer.ggml.eot_token_id"
+    assert find_stop(file, 97, Tokenizer.load(file)) == ((58, 60), source)
     assert Tokenizer.load(gguf_files.write_golden("llama_gqa", tmp_path / "none.gguf")) is None
 
 

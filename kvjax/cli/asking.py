@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from kvjax.cli import flags
 from kvjax.cli.console import to_stdout
 from kvjax.cli.flags import DTYPES
 from kvjax.cli.generating import dump, print_all, show
@@ -32,6 +33,7 @@ def run(
             prompts[0], write_entry(method, args.arguments), budget, prefill_chunk=args.prefill_chunk,
             max_length=args.max_length, chat=args.chat,
         )  # fmt: skip
+    sampling = flags.sampling(args, model) if context.chat else sampling
     console = to_stdout()
     if args.save_context is not None:
         context.save(args.save_context)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from kvjax.cli.console import to_stdout
-from kvjax.cli.flags import CHAT_LENGTH, DTYPES
+from kvjax.cli.flags import CHAT_LENGTH, DTYPES, sampling
 from kvjax.cli.generating import show
 from kvjax.errors import InputError
 from kvjax.generation.chat import Chat
@@ -15,15 +15,16 @@ from kvjax.generation.sampling import Sampling
 from kvjax.methods import of, write_entry
 
 
-def run(args: argparse.Namespace, messages: list[dict[str, str]], sampling: Sampling) -> None:
+def run(args: argparse.Namespace, messages: list[dict[str, str]]) -> None:
     """Answer every line of standard input until it ends; first the last message, if it is a user's."""
     model = load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
+    how = sampling(args, model)
     entry = write_entry(args.method or of(model.spec), args.arguments)
     length = min(CHAT_LENGTH, model.spec.max_position) if args.max_length is None else args.max_length
     asked = messages.pop()["content"] if messages and messages[-1]["role"] == "user" else None
     begun = chat = Chat(model, entry, args.budget, max_length=length, messages=(*messages,))
     if asked is not None:
-        chat = _answer(chat, asked, args.max_new_tokens, sampling, args.stop)
+        chat = _answer(chat, asked, args.max_new_tokens, how, args.stop)
     while (line := _line()) is not None:
         name, _, rest = line.partition(" ")
         if name == "/quit":
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace, messages: list[dict[str, str]], sampling: Samp
                 "/bytes, /load FILE, /method NAME BUDGET, /reset, /save FILE and /quit begin with a stroke", flush=True
             )
         elif line:
-            chat = _answer(chat, line, args.max_new_tokens, sampling, args.stop)
+            chat = _answer(chat, line, args.max_new_tokens, how, args.stop)
 
 
 def _line() -> str | None:
@@ -54,8 +55,8 @@ def _line() -> str | None:
     return line.strip() if line else None
 
 
-def _answer(chat: Chat, line: str, new: int, sampling: Sampling, stop: list[str]) -> Chat:
-    out, after = show(chat.stream(line, max_new_tokens=new, sampling=sampling, stop=stop))
+def _answer(chat: Chat, line: str, new: int, how: Sampling, stop: list[str]) -> Chat:
+    out, after = show(chat.stream(line, max_new_tokens=new, sampling=how, stop=stop))
     if chat.context is not None and after.read == out.sequences[0].prompt_tokens:
         print("(the chat template shows earlier turns otherwise now: everything was read again)", flush=True)
     if out.sequences[0].finish_reason == "length":

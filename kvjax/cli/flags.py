@@ -2,12 +2,17 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
 from kvjax.cli import command
-from kvjax.generation.sampling import Sampling
+from kvjax.errors import say_once
+from kvjax.generation.sampling import SETTINGS, Sampling
 from kvjax.methods import METHODS
+
+if TYPE_CHECKING:
+    from kvjax.generation.model import Model
 
 SHOWCASE_METHOD = "snapkv"  # of a run without a prompt
 CHAT_LENGTH = 4096  # tokens of a conversation, unless it is said
@@ -39,20 +44,33 @@ def add_shared_flags(p: argparse.ArgumentParser, *, method: str, many: str = "")
 
 def add_sampling_flags(p: argparse.ArgumentParser) -> None:
     """Flags that say how tokens are chosen; `sampling` reads them."""
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
-    p.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")
-    p.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
-    p.add_argument("--min-p", type=float, default=0.0, help="(default: 0)")
-    p.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off (default: 1)")
+    p.add_argument(
+        "--temperature", type=float, help="0 is greedy (default: 0; in chats, of this and the next: as the model says)"
+    )
+    p.add_argument("--top-k", type=int, help="0 keeps all tokens (default: 0)")
+    p.add_argument("--top-p", type=float, help="(default: 1)")
+    p.add_argument("--min-p", type=float, help="(default: 0)")
+    p.add_argument("--repetition-penalty", type=float, help="1 is off (default: 1)")
     p.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help=r"repeatable; text ends before it; a line: $'\n'"
     )
     p.add_argument("--seed", type=int, default=0, help="of the first prompt; prompt i has SEED + i (default: 0)")
 
 
-def sampling(args: argparse.Namespace) -> Sampling:
-    """How tokens are chosen, once it makes sense."""
-    found = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+def sampling(args: argparse.Namespace, model: "Model | None" = None) -> Sampling:
+    """How tokens are chosen, once it makes sense: as flags say, else as a chat model itself does, which is said.
+
+    Args:
+      args: with the flags of `add_sampling_flags`.
+      model: the one to chat with; None = only flags count.
+    """
+    given = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+    own = Sampling() if model is None else model.sampling
+    if given.get("temperature") == 0:  # filters have nothing to act on
+        own = Sampling(repetition_penalty=own.repetition_penalty)
+    if model is not None and (taken := own.changed([name for name in SETTINGS if name not in given])):
+        say_once(f"sampling as {model.sampling_source} says: {', '.join(taken)}")
+    found = own._replace(**given, seed=args.seed)
     found.check()
     return found
 

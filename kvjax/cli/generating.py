@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from kvjax.cli import showcase
+from kvjax.cli import flags, showcase
 from kvjax.cli.console import to_stdout
 from kvjax.cli.flags import DTYPES
 from kvjax.cli.tables import describe, dtype_of, heading, summary
@@ -34,6 +34,7 @@ def run(
 ) -> None:
     """Answer prompts, given as texts or token ids; without any, those of the showcase."""
     model = load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config, mesh=args.mesh)
+    sampling = flags.sampling(args, model) if args.chat else sampling
     console, prompted = to_stdout(), bool(texts or ids)
     if not prompted and not args.json and args.dump_cache is None:
         showcase.run(console, model, recipe, budget, args.max_new_tokens, sampling)

@@ -216,6 +216,7 @@ def check_sampling(sampling: Sampling) -> None:
     if not isinstance(sampling, Sampling):
         raise InputError(f"sampling {sampling!r} is not a kvjax.Sampling")
     sampling.check()
+    sampling.say_idle()
 
 
 def check_count(new: int) -> None:

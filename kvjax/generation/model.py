@@ -16,9 +16,11 @@ from jax.typing import DTypeLike
 from kvjax import checkpoint
 from kvjax.checkpoint import shipped
 from kvjax.errors import InputError
+from kvjax.generation import sampling as choosing
 from kvjax.generation.results import Generation, Judgement, Reading
 from kvjax.generation.sampling import Sampling
 from kvjax.methods import resolve
+from kvjax.models import small_files
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import Stop, read_generation_config
 from kvjax.models.tokenizer import Tokenizer
@@ -35,13 +37,19 @@ Texts = Sequence[str] | Sequence[Sequence[int]]  # or token ids
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A loaded checkpoint: weights, tokenizer (None where there is none), ids that end a text, and who names them."""
+    """A loaded checkpoint: weights, tokenizer (None where there is none), ids that end a text, and who names them.
+
+    `sampling` is how its generation_config.json wants tokens of a chat to be chosen, and `sampling_source` that file,
+    or the fields of a GGUF file. Commands do so in chats; in Python give it: `generate(..., sampling=model.sampling)`.
+    """
 
     decoder: Decoder
     tokenizer: Tokenizer | None
     stop: tuple[int, ...]
     name: str
     stop_source: str = ""
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    sampling_source: str = ""
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -347,7 +355,10 @@ def load_from(
     label = "demo" if name is None else str(name)
     tokenizer = Tokenizer.load(directory)
     stop = find_stop(directory, decoder.spec.vocab_size, tokenizer)
-    return Model(decoder, tokenizer, stop.ids, label, stop.source), directory
+    name = "generation_config.json"
+    sampling = choosing.of_config(small_files.read_json(directory, name) or {}, directory / name)
+    source = small_files.source(directory, name, "temperature")
+    return Model(decoder, tokenizer, stop.ids, label, stop.source, sampling, source), directory
 
 
 def find_stop(directory: Path, vocab_size: int, tokenizer: Tokenizer | None) -> Stop:

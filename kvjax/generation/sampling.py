@@ -1,7 +1,8 @@
 """Choosing the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty."""
 
 import math
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from kvjax.errors import InputError, say_once
 
 Mode = Literal["greedy", "sample", "filter"]  # what runs: filters sort the vocabulary
 MODES: tuple[Mode, ...] = get_args(Mode)
+FILTERS = ("top_k", "top_p", "min_p")
+SETTINGS = ("temperature", *FILTERS, "repetition_penalty")  # all but the seed
 MOST_PENALTY = 1e6  # beyond it no rank changes any more, and logits leave float32
 
 
@@ -44,7 +47,7 @@ class Sampling(NamedTuple):
         return "filter" if self.top_k or self.top_p < 1 or self.min_p else "sample"
 
     def check(self) -> None:
-        """Raise `InputError` for values that make no sense, and say once which have nothing to act on."""
+        """Raise `InputError` for values that make no sense."""
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise InputError(f"temperature {self.temperature} is not a number >= 0 (0 is greedy)")
         if self.top_k < 0:
@@ -60,11 +63,44 @@ class Sampling(NamedTuple):
             )
         if not -(2**63) <= self.seed < 2**63:
             raise InputError(f"seed {self.seed} does not fit 64 bits")
-        filters = {"top-k": self.top_k, "top-p": self.top_p, "min-p": self.min_p}
-        off = {"top-k": 0, "top-p": 1, "min-p": 0}
-        idle = [f"{name} {value}" for name, value in filters.items() if value != off[name]]
+
+    def say_idle(self) -> None:
+        """Say once which values have nothing to act on."""
+        idle = self.changed(FILTERS)
         if self.mode == "greedy" and idle:
             say_once(f"{', '.join(idle)}: without effect, for at temperature {self.temperature:g} decoding is greedy")
+
+    def changed(self, names: Sequence[str]) -> list[str]:
+        """Those of some values that are not the defaults, as flags name them."""
+        found = {name: getattr(self, name) for name in names if getattr(self, name) != self._field_defaults[name]}
+        return [f"{name.replace('_', '-')} {value}" for name, value in found.items()]
+
+
+def of_config(config: Mapping[str, Any], where: object) -> Sampling:
+    """How a checkpoint's generation_config.json wants tokens to be chosen.
+
+    Differs from transformers: what the file leaves out is off, and no top-k of 50.
+
+    Args:
+      config: what the file says; without `do_sample` decoding is greedy, whatever its temperature.
+      where: the file, for errors.
+    """
+    given = {name: value for name in SETTINGS if (value := config.get(name)) is not None}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or (name == "top_k" and value != value // 1):
+            raise InputError(f"{where}: {name} = {value!r}, expected a number")
+    if config.get("do_sample") is not True:
+        given = {name: value for name, value in given.items() if name == "repetition_penalty"}
+    else:
+        given = {"temperature": 1.0} | given
+    found = Sampling()._replace(
+        **{name: max(int(value), 0) if name == "top_k" else float(value) for name, value in given.items()}
+    )
+    try:
+        found.check()
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return found
 
 
 class Chooser(NamedTuple):

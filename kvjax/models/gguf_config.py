@@ -145,14 +145,25 @@ def config(file: Gguf) -> dict[str, Any]:
 
 def generation(file: Gguf) -> dict[str, Any]:
     """What `generation_config.json` would be: the tokens that end a text, and how to sample."""
+    ends = [end for end, _ in _ends(file)]
+    found = {name: file.fields.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
+    sampling = {name: value for name, value in found.items() if value is not None}
+    return {"eos_token_id": ends or None} | ({"do_sample": True} if sampling else {}) | sampling
+
+
+def source(file: Gguf, name: str) -> str:
+    """The fields that a field of `generation_config.json` is made of."""
+    return ", ".join(dict.fromkeys(key for _, key in _ends(file))) if name == "eos_token_id" else "general.sampling"
+
+
+def _ends(file: Gguf) -> list[tuple[Any, str]]:
+    """The tokens that end a text, and the fields that name them."""
     fields, tokens = file.fields, file.fields.get("tokenizer.ggml.tokens", [])
-    ends = [_plain(fields[key]) for name in _ENDS if (key := f"tokenizer.ggml.{name}") in fields]
-    template = fields.get("tokenizer.chat_template")
+    ends = [(_plain(fields[key]), key) for name in _ENDS if (key := f"tokenizer.ggml.{name}") in fields]
+    template = fields.get(key := "tokenizer.chat_template")
     if isinstance(template, str) and isinstance(tokens, list) and "tokenizer.ggml.eot_token_id" not in fields:
-        ends += [tokens.index(text) for text in _END_TEXTS if text in template and text in tokens]
-    sampling = {name: fields.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
-    ends = [end for i, end in enumerate(ends) if end not in ends[:i]]
-    return {"eos_token_id": ends or None} | {k: v for k, v in sampling.items() if v is not None}
+        ends += [(tokens.index(text), key) for text in _END_TEXTS if text in template and text in tokens]
+    return [(end, key) for i, (end, key) in enumerate(ends) if end not in [earlier for earlier, _ in ends[:i]]]
 
 
 def _plain(value: Any) -> Any:

@@ -314,7 +314,7 @@ class Stop(NamedTuple):
     """The ids that end a text."""
 
     ids: tuple[int, ...] = ()
-    source: str = ""  # the file that names them; "" where none does
+    source: str = ""  # the file that names them, or fields of a GGUF file; "" where none does
 
 
 def read_generation_config(path: Path, vocab_size: int) -> Stop:
@@ -331,7 +331,7 @@ def read_generation_config(path: Path, vocab_size: int) -> Stop:
                 "correct it, or set it to null"
             )
         if ids:
-            return Stop(tuple(ids), name)
+            return Stop(tuple(ids), small_files.source(path, name, "eos_token_id"))
     return Stop()
 
 

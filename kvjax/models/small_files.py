@@ -32,6 +32,11 @@ def read_json(path: Path, name: str) -> dict[str, Any] | None:
     return text.read_json(path / name) if (path / name).is_file() else None
 
 
+def source(path: Path, name: str, field: str) -> str:
+    """Who says a field of a checkpoint's generation_config.json or its like: the file, or fields of a GGUF file."""
+    return gguf_config.source(gguf.read(path), field) if gguf.is_gguf(path) else name
+
+
 def copy(path: Path, names: Collection[str], dst: Path) -> None:
     """Copy those files that a checkpoint has into a directory."""
     for name in names:
