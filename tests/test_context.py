@@ -1,7 +1,12 @@
 """Contexts: read once, asked often, changed by nothing."""
 
 import dataclasses
+import fcntl
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 
 import jax
@@ -263,6 +268,25 @@ def test_threads_save_contexts_side_by_side(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "12", "14"]
     for context in contexts:
         assert own.load_context(tmp_path / str(len(context.tokens))).tokens == context.tokens
+
+
+def test_a_save_that_is_killed_leaves_the_old_file(tmp_path):
+    """And what it leaves beside it goes with the next save; what somebody else is writing stays."""
+    own, file = model("gqa"), tmp_path / "text.kv"
+    context = own.read(TEXT)
+    context.save(file)
+    killed = "import os, sys, pathlib; from kvjax.files import output; os.fsync = lambda file: os.kill(os.getpid(), 9);"
+    killed += "output.write(pathlib.Path(sys.argv[1]), b'x' * 10**6)"
+    done = subprocess.run([sys.executable, "-c", killed, str(file)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".kvjax-*.partial")
+    assert left.stat().st_size == 10**6 and own.load_context(file).tokens == context.tokens
+    writing, fifo = tmp_path / ".kvjax-1-1.partial", tmp_path / ".kvjax-1-2.partial"
+    os.mkfifo(fifo)
+    with writing.open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        context.extend([1]).save(file)
+    assert sorted(tmp_path.iterdir()) == [writing, fifo, file] and len(own.load_context(file).tokens) == len(TEXT) + 1
 
 
 @pytest.mark.parametrize(
