@@ -4,11 +4,14 @@ A run that was killed goes on where it stopped when it is started again with the
 """
 
 import argparse
+import itertools
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,13 +63,15 @@ def parser() -> command.Parser:
     p.add_argument(
         "--budgets", metavar="B,...", help="such as 10%%,20%%,512 (default: each method's own, or its config's)"
     )
-    p.add_argument("--samples", type=int, default=50, metavar="N", help="per task and length or data set (default: 50)")
+    p.add_argument(
+        "--samples", type=int, default=50, metavar="N", help="contexts per task and length or data set (default: 50)"
+    )
     p.add_argument("--out", type=Path, metavar="DIR", help="where results go; an earlier run's folder continues it")
     p.add_argument("--lengths", metavar="N,...", help="of prompt and answer together [tokens] (default: by --form)")
     p.add_argument("--form", choices=LENGTHS, help="of the prompts: short is what the demo model is trained on")
     p.add_argument(
         "--question", choices=("seen", "unseen"), default="seen",
-        help="unseen: the context is compressed before the question is read (default: seen)",
+        help="unseen: the context is compressed, once, before its questions are read (default: seen)",
     )  # fmt: skip
     command.add_store_flags(p)
     p.add_argument("--set", action="append", default=[], metavar="NAME.KEY=VALUE", help="a task's or method's argument")
@@ -115,6 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         "methods": list(dict.fromkeys(point.method for point in grid)),
         "budgets": _budgets(args), "samples": args.samples, "seed": args.seed,
         "lengths": request.lengths, "form": request.form, "question": args.question, "chat": chat, "batch": batch,
+        "asked": "beside" if args.question == "unseen" else None,  # of a context, not after it as in earlier versions
         "settings": settings, "data": args.data and str(args.data),
         "text": manifest.digest(request.text),
         "dtype": jnp.dtype(model.decoder.dtype).name, "ignore_config": args.ignore_config,
@@ -156,23 +162,46 @@ def run(
     file: FileIO,
 ) -> None:
     """Run what has no result yet, and write every batch's results as soon as they are there."""
+    batches = {task.name: list(evaluation.batches(task, samples[task.name])) for task in tasks}
+    left = [Work(p, t, b) for p in grid for t in tasks for b in batches[t.name] if not _keys(t, p, b) <= done.keys()]
+    total, ran, start = sum(len(work.batch.samples) for work in left), 0, time.monotonic()
+    console = Console(stderr=True, highlight=False)
+    console.print(f"{total} samples to run, in {len(grid)} methods and budgets")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=len(grid) * sum(map(len, samples.values())))
-        for point in grid:
-            for task in tasks:
-                name = f"{task.name} {point.method} {point.budget or ''}".strip()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=total)
+        for _, works in itertools.groupby(left, key=lambda work: work.point):
+            for name, several in itertools.groupby(works, key=Work.name):
                 progress.update(bar, description=name)
-                for batch in evaluation.batches(samples[task.name]):
-                    keys = {(task.name, s.part, s.index, point.method, point.budget) for s in batch.samples}
-                    if not keys <= done.keys():
-                        try:
-                            lines = evaluation.run(task, point, batch)
-                        except InputError as error:
-                            raise InputError(f"{name}: {error}") from None
-                        runner.append(file, lines, done)
-                    progress.advance(bar, len(batch.samples))
+                for work in several:
+                    try:
+                        lines = evaluation.run(work.task, work.point, work.batch)
+                    except InputError as error:
+                        raise InputError(f"{name}: {error}") from None
+                    runner.append(file, lines, done)
+                    progress.advance(bar, len(lines))
+                    ran += len(lines)
+                if not console.is_terminal:  # where a bar shows nothing until the end
+                    minutes = (time.monotonic() - start) / 60
+                    rest = minutes / ran * (total - ran)
+                    console.print(f"{name}: {ran} of {total} in {minutes:.1f} min, about {rest:.1f} min left")
             jax.clear_caches()  # the next point's programs are others: a long grid would fill the memory with code
+
+
+class Work(NamedTuple):
+    """A batch under one method and budget."""
+
+    point: Point
+    task: Task
+    batch: runner.Batch
+
+    def name(self) -> str:
+        """What it is, for the screen."""
+        return f"{self.task.name} {self.point.method} {self.point.budget or ''}".strip()
+
+
+def _keys(task: Task, point: Point, batch: runner.Batch) -> set[runner.Key]:
+    return {(task.name, s.part, s.index, s.asked, point.method, point.budget) for s in batch.samples}
 
 
 def configured(path: Path, settings: dict[str, dict[str, str]], stores: dict[str, str]) -> Entry:

@@ -43,7 +43,7 @@ def samples_holds(text: bytes, folder: Path) -> None:
         if whole[-1] is REFUSED:
             whole.pop()
         expected = {results.key(line): line for line in reversed(whole)}
-        assert {results.key(line) for line in found} == {(*key[:4], key[4] and str(key[4])) for key in expected}
+        assert {results.key(line) for line in found} == {(*key[:5], key[5] and str(key[5])) for key in expected}
         assert all(line["score"] in {one["score"] for one in whole} for line in found)
         refused(lambda: results.aggregate(found))
 

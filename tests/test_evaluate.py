@@ -50,7 +50,7 @@ def test_every_sample_of_the_grid_has_one_line(tmp_path):
     found = run(tmp_path, "--tasks", "lines,kl", "--methods", "full,h2o", "--budgets", "10%,32")
     keys = [runner.key(line) for line in found]
     points = [("full", None), ("h2o", "10%"), ("h2o", "32")]
-    assert keys == [(t, "128", i, *point) for point in points for t in ("lines", "kl") for i in range(3)]
+    assert keys == [(t, "128", i, 0, *point) for point in points for t in ("lines", "kl") for i in range(3)]
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["arguments"]["methods"] == ["full", "h2o"]
     assert record["versions"]["kvjax"] == "0.1.0"
@@ -89,6 +89,42 @@ def test_an_unseen_question_is_read_after_compression(tmp_path):
     seen = run(tmp_path / "seen", *flags)
     assert [line["prompt_tokens"] for line in seen] == [line["prompt_tokens"] for line in found]
     assert [line["kept"] for line in seen] != [line["kept"] for line in found]
+
+
+@pytest.mark.parametrize("method", ["snapkv+window=4", "h2o+store=int8"])
+def test_questions_about_one_context_are_asked_of_one_reading(method, tmp_path, monkeypatch):
+    """Answers are those of each question alone, and a line's bytes those of the context with its one question."""
+    reads, original = [], Model.read
+    monkeypatch.setattr(Model, "read", lambda self, *given: reads.append(1) or original(self, *given))
+    flags = "--tasks", "facts", "--methods", method, "--budgets", "20%", "--question", "unseen"
+    found = run(tmp_path, *flags, "--set", "facts.questions=3")
+    assert [(line["index"], line["asked"]) for line in found] == [(i, j) for i in range(3) for j in range(3)]
+    assert len(reads) == 3  # though a batch has two
+    model = kvjax.load()
+    request = runner.request(model, samples=3, lengths=(128,), form="short")
+    for line, sample in zip(found, evaluate.make_task("facts", {"questions": "3"}).samples(request), strict=True):
+        ids, question = runner.encode(model, sample, chat=False, unseen=True)
+        out = original(model, ids, method, "20%").ask([question], max_new_tokens=2)
+        (sequence,) = out.sequences
+        assert line["prediction"] == sequence.text and line["score"] == float(sequence.text == sample.answers[0])
+        assert line["prompt_tokens"] == sequence.prompt_tokens == len(ids + question)
+        assert line["full_bytes"] == out.compared.full
+        assert line["cache_bytes"] == pytest.approx(out.compared.cache, rel=5e-3)  # free pages are listed per batch
+        assert line["kept"] == pytest.approx(np.mean(out.slots) / (sequence.prompt_tokens + 1))
+    before, path = results(tmp_path), tmp_path / "samples.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:7]))  # as if killed while writing a context
+    run(tmp_path, *flags, "--set", "facts.questions=3")
+    assert results(tmp_path) == before and len(reads) == 4
+
+
+def test_a_line_of_an_earlier_version_is_of_the_first_question(tmp_path):
+    flags = "--tasks", "lines", "--methods", "full"
+    before = run(tmp_path, *flags)
+    path = tmp_path / "samples.jsonl"
+    path.write_text(path.read_text().replace('"asked": 0, ', ""))
+    assert len(lines(tmp_path)) == len(run(tmp_path, *flags)) == len(before)
+    with pytest.raises(kvjax.InputError, match='holds a run with question "seen", not "unseen"'):
+        run(tmp_path, *flags, "--question", "unseen")
 
 
 CONFIG = 'method = "snapkv"\nbudget = "20%"\nstore = "int8"\n[arguments]\nwindow = 4\nkernel = 5\n'

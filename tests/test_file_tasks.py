@@ -13,6 +13,7 @@ from kvjax.errors import InputError
 from kvjax.tasks import longbench as module
 from kvjax.tasks.gsm8k import gsm8k
 from kvjax.tasks.longbench import SETS, longbench
+from kvjax.tasks.squad import squad
 from kvjax.tasks.task import Request
 
 TOKENIZERS: dict[str, Callable[[str], list]] = {
@@ -145,6 +146,48 @@ def test_gsm8k_without_examples_needs_no_train_file(tmp_path: Path) -> None:
     assert [sample.context for sample in gsm8k(shots=0).samples(request(tmp_path))] == [""]
 
 
+def asked(question: str, *answers: str) -> dict:
+    return {"question": question, "id": "x", "answers": [{"text": text, "answer_start": 0} for text in answers]}
+
+
+def squad_file(folder: Path, *paragraphs: tuple[str, list[dict]]) -> None:
+    """Two articles, the first with one paragraph."""
+    written = [{"context": context, "qas": questions} for context, questions in paragraphs]
+    articles = [{"title": "A", "paragraphs": written[:1]}, {"title": "B", "paragraphs": written[1:]}]
+    write(folder / "dev-v2.0.json", {"version": "v2.0", "data": articles})
+
+
+def test_squad_asks_all_questions_of_a_paragraph(tmp_path: Path) -> None:
+    first = " It was built in 1893 by Ann Lee. ", [asked("When?", "1893", "in 1893", "1893"), asked("Who?", "Ann Lee")]
+    impossible, long = ("None.", [asked("Why?")]), ("long " * 500, [asked("What?", "long")])
+    squad_file(tmp_path, first, impossible, long, ("Red.", [asked("Which?", "Red")]), ("Blue.", [asked("?", "Blue")]))
+    task = squad()
+    samples = task.samples(request(tmp_path, samples=2, length=1000))
+    assert [(s.part, s.index, s.asked, s.answers) for s in samples] == [
+        ("dev", 0, 0, ("1893", "in 1893")),
+        ("dev", 0, 1, ("Ann Lee",)),
+        ("dev", 3, 0, ("Red",)),  # neither the one without an answer nor the one that does not fit
+    ]
+    assert samples[0].context == samples[1].context == "It was built in 1893 by Ann Lee.\n"
+    assert samples[1].question.endswith("Who?") and all(sample.chat for sample in samples)
+    assert callable(task.metric)
+    texts = {" It was ANN LEE.": 1, "the Ann, Lee": 1, "Ann B. Lee": 0, "Lee": 0, "Joann Lee": 0, "": 0}
+    assert {text: task.metric(text, samples[1]) for text in texts} == texts
+    assert [s.asked for s in squad(questions=1).samples(request(tmp_path, length=1000))] == [0, 0]
+    with pytest.raises(InputError, match=r"no paragraph of .* fits into 20 tokens"):
+        task.samples(request(tmp_path, length=20))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"data": 1}, {"data": [{}]}, {"data": [{"paragraphs": [{"context": 1, "qas": [asked("?", "a")]}]}]}, {}],
+)
+def test_what_is_no_squad_file(tmp_path: Path, content: dict) -> None:
+    write(tmp_path / "dev-v1.1.json", content)
+    with pytest.raises(InputError, match=r"dev-v1\.1\.json is not a file of SQuAD"):
+        squad().samples(request(tmp_path))
+
+
 def test_official_names_come_first(tmp_path: Path) -> None:
     write(tmp_path / "test-other.jsonl", GSM8K | {"question": "other"})
     write(tmp_path / "test.jsonl", GSM8K)
@@ -166,6 +209,7 @@ def test_gsm8k_that_does_not_fit(tmp_path: Path) -> None:
         ),
         (lambda: longbench(""), r"longbench has no set '': choose from all"),
         (lambda: gsm8k(shots=-1), r"shots=-1 is negative"),
+        (lambda: squad(questions=-1), r"questions=-1 is negative"),
     ],
 )
 def test_wrong_arguments(make: Callable, message: str) -> None:
@@ -175,7 +219,11 @@ def test_wrong_arguments(make: Callable, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("task", "address"),
-    [(longbench("lcc"), "github.com/THUDM/LongBench"), (gsm8k(), "github.com/openai/grade-school-math")],
+    [
+        (longbench("lcc"), "github.com/THUDM/LongBench"),
+        (gsm8k(), "github.com/openai/grade-school-math"),
+        (squad(), "rajpurkar.github.io/SQuAD-explorer"),
+    ],
 )
 def test_missing_data(tmp_path: Path, task, address: str) -> None:
     with pytest.raises(InputError, match=rf"download them from https://{address}, then give --data DIR$"):

@@ -105,7 +105,7 @@ def row(**changes: Any) -> Row:
         "better": "higher",
     }
     values |= {"value": 0.5, "low": 0.4, "high": 0.7, "p99": math.nan, "bytes_per_token": 20.0, "of_full": 0.2}
-    values |= {"full_bytes_per_token": 100.0, "kept": 0.2, "tokens_per_s": 9.0, "n": 10, "largest": 10}
+    values |= {"full_bytes_per_token": 100.0, "kept": 0.2, "tokens_per_s": 9.0, "n": 10, "contexts": 10, "largest": 10}
     return Row(**(values | changes))
 
 
@@ -121,7 +121,7 @@ def test_student_interval(values: list[float]) -> None:
     mean, error = np.mean(values), scipy.stats.sem(values)
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * error
     expected = (mean, mean - half, mean + half)
-    assert results.student(values, [1.0] * len(values)) == pytest.approx(expected, abs=1e-9)
+    assert results.student(values, [1.0] * len(values), range(len(values))) == pytest.approx(expected, abs=1e-9)
 
 
 def test_intervals_cover() -> None:
@@ -129,13 +129,40 @@ def test_intervals_cover() -> None:
     rng, parts = np.random.default_rng(0), ["a"] * 12 + ["b"] * 30
     hits = {"score": 0, "kl": 0}
     for _ in range(400):
-        scores = [sample(float(rng.random() < 0.6), part=part) for part in parts]
+        scores = [sample(float(rng.random() < 0.6), part=part, index=i) for i, part in enumerate(parts)]
         mean, low, high = results.estimate(scores)
         assert low <= mean <= high
         hits["score"] += low <= 0.6 <= high
-        _, low, high = results.estimate([forced("kl", [rng.exponential()], part=part) for part in parts])
+        drawn = [forced("kl", [rng.exponential()], part=part, index=i) for i, part in enumerate(parts)]
+        _, low, high = results.estimate(drawn)
         hits["kl"] += low <= 1 <= high
     assert 0.92 <= hits["score"] / 400 <= 0.98 and 0.88 <= hits["kl"] / 400 <= 0.98
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.5, 1.0])
+def test_questions_about_one_context_are_alike(alike: float) -> None:
+    """20 contexts of 4 questions: intervals hold the truth whether questions agree or not, and show what that costs."""
+    rng, hits, widths = np.random.default_rng(0), 0, []
+    for _ in range(400):
+        own, shared = rng.random((20, 4)) < 0.6, rng.random((20, 1)) < 0.6
+        answers = np.where(rng.random((20, 4)) < alike, shared, own)
+        lines = [sample(float(answers[i, j]), index=i, asked=j) for i in range(20) for j in range(4)]
+        mean, low, high = results.estimate(lines)
+        assert mean == pytest.approx(answers.mean())
+        hits += low <= 0.6 <= high
+        widths.append(high - low)
+    assert 0.92 <= hits / 400 <= 0.99
+    low, high = {0.0: (75, 50), 0.5: (50, 30), 1.0: (25, 20)}[alike]  # so many scores of their own tell as much
+    width = lambda n: np.subtract(*results.wilson(0.6, n)[::-1])
+    assert width(low) < np.mean(widths) < width(high)
+
+
+def test_all_right_says_no_more_than_its_contexts() -> None:
+    lines = [sample(1.0, index=i, asked=j) for i in range(5) for j in range(4)]
+    assert results.estimate(lines) == (1.0, *results.wilson(1.0, 5))
+    (_, row) = results.aggregate(lines)
+    assert (row.n, row.contexts, report.cells(row)[-1]) == (20, 5, "20 in 5")
+    assert report.CLUSTERED in report.notes([row])
 
 
 def test_parts_weigh_the_same() -> None:

@@ -17,6 +17,7 @@ from kvjax.errors import InputError
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.tasks import aggregation, needles, retrieval, synthetic, vocabulary, words
 from kvjax.tasks import lines as demo_lines
+from kvjax.tasks.facts import facts
 from kvjax.tasks.task import Form, Request, Sample, Task
 
 FACTORIES: list[Callable[..., Task]] = [
@@ -24,9 +25,10 @@ FACTORIES: list[Callable[..., Task]] = [
     retrieval.niah_multivalue, retrieval.niah_multiquery, aggregation.variable_tracking, aggregation.common_words,
     aggregation.frequent_words,
 ]  # fmt: skip
+SEVERAL = [facts(), facts(5, 3), retrieval.niah_multikey(questions=4), retrieval.niah_multikey("needle", questions=2)]
 TASKS = [factory() for factory in FACTORIES] + [
     retrieval.lines(3), retrieval.niah_single("essay", "words", "uuids"), retrieval.niah_multikey("needle"),
-    aggregation.variable_tracking(chains=3, hops=2), aggregation.common_words(3, example=False),
+    facts(questions=1), aggregation.variable_tracking(chains=3, hops=2), aggregation.common_words(3, example=False),
 ]  # fmt: skip
 TOKENIZER = Tokenizer.load(shipped.directory())
 TEXT = Path(inspect.getfile(synthetic)).with_name("text.txt").read_text("utf-8")
@@ -198,6 +200,33 @@ def test_haystacks_hide_what_ruler_says(task: Task, keys: int, each: int, asked:
         queried = re.findall(r"\w+:", str(sample.question))
         assert len(queried) == asked
         assert [value for query in queried for key, value in found if key == query] == list(sample.answers)
+
+
+ANY_NEEDLE = {
+    "short": re.compile(r"^(\w+:)( \d+ \d+)$", re.MULTILINE),
+    "natural": re.compile(r"(?:magic numbers for|secret code of the) (.*?) is:? (\S+)\."),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("task", SEVERAL)
+def test_questions_about_one_context(task: Task, form: Form) -> None:
+    """Each for another needle of the same text, which is as long as the longest of them leaves room for."""
+    encode = of_demo if form == "short" else of_words
+    samples = ask(task, form, samples=3, length=1000, encode=encode)
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.index, []).append(sample)
+    assert list(groups) == [0, 1, 2] and len({group[0].context for group in groups.values()}) == 3
+    for group in groups.values():
+        assert [sample.asked for sample in group] == list(range(len(samples) // 3)) and len(group) > 1
+        (context,) = {sample.context for sample in group}
+        hidden = ANY_NEEDLE[form].findall(context)
+        assert len(hidden) == len(dict(hidden)) >= len(group)
+        assert len({sample.answers for sample in group}) == len(group)
+        for sample in group:
+            assert [(value,) for key, value in hidden if f"{key} " in sample.question + " "] == [sample.answers]
+        assert 780 < 1 + max(len(encode(prompt(sample))) + sample.new for sample in group) <= 1000
 
 
 @pytest.mark.parametrize("kind", ["words", "uuids"])
@@ -444,6 +473,9 @@ def test_words_are_distinct() -> None:
         (lambda: retrieval.lines(-1), "count=-1"),
         (lambda: retrieval.lines(10**6), "count=1000000"),
         (lambda: retrieval.niah_multikey(needles=41), "41 needles"),
+        (lambda: retrieval.niah_multikey(questions=5), "questions=5 is more than needles=4"),
+        (lambda: facts(0), "facts: count=0"),
+        (lambda: facts(3, 4), "3 facts and 4 questions"),
         (lambda: retrieval.niah_multiquery(queries=0), "queries=0"),
         (lambda: synthetic.one_of("needle", "haystack", "hay", needles.Haystack), "haystack=hay is not one of noise"),
         (lambda: retrieval.niah_multivalue(needles=0), "needles=0"),

@@ -27,8 +27,9 @@ NOTES = {
     "interval of the samples' mean; p99: 99th percentile of all tokens.",
 }
 BYTES = "Bytes: of the cache in 16 bits: numbers that no store encodes count two bytes, here and in the full cache."
+CLUSTERED = "n = a in b: a questions about b contexts, and intervals that say how alike those of one context are."
 PARTIAL = "n = a/b: only a of b samples were run; such a row does not compare with the others."
-SAME = ("samples", "seed", "lengths", "form", "question", "text", "dtype")  # what makes runs comparable
+SAME = ("samples", "seed", "lengths", "form", "question", "asked", "text", "dtype")  # what makes runs comparable
 
 
 def write(directory: Path, console: Console, others: Sequence[Path] = ()) -> None:
@@ -76,7 +77,8 @@ def header(run: dict[str, Any]) -> str:
 def notes(rows: Sequence[Row]) -> list[str]:
     """How the numbers of these rows are to be read."""
     used = [NOTES[metric] for metric in dict.fromkeys(row.metric for row in rows)]
-    return [*used, BYTES] + [PARTIAL] * any(row.n < row.largest for row in rows)
+    clustered = [CLUSTERED] * any(row.contexts < row.n for row in rows)
+    return [*used, BYTES, *clustered] + [PARTIAL] * any(row.n < row.largest for row in rows)
 
 
 def columns(metric: str) -> list[str]:
@@ -101,7 +103,7 @@ def cells(row: Row) -> list[str]:
         percent(row.of_full),
         percent(row.kept),
         known(row.tokens_per_s, ",.0f" if row.tokens_per_s >= 10 else ".1f"),
-        f"{row.n}" if row.n == row.largest else f"{row.n}/{row.largest}",
+        f"{row.n}" + f"/{row.largest}" * (row.n < row.largest) + f" in {row.contexts}" * (row.contexts < row.n),
     ]
 
 

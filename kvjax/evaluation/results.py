@@ -3,7 +3,7 @@
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from kvjax.files import journal
 from kvjax.files.text import read_json
 
 Line = dict[str, Any]  # of samples.jsonl: one sample under one method and budget
-Key = tuple[str, str, int, str, str | None]  # task, part, index, method, budget
+Key = tuple[str, str, int, int, str, str | None]  # task, part, index, which question, method, budget
 
 SAMPLES, RUN = "samples.jsonl", "run.json"  # in the folder of a run
 STRINGS = ("task", "part", "method", "metric", "better")
@@ -49,7 +49,8 @@ class Row(NamedTuple):
       of_full: their ratio.
       kept: filled slots over those of a full cache, mean over samples.
       tokens_per_s: decoding speed, all sequences of a batch together.
-      n: samples.
+      n: questions.
+      contexts: that they are about.
       largest: most samples of any row of this task and part; more than n = this row is incomplete.
     """
 
@@ -69,6 +70,7 @@ class Row(NamedTuple):
     kept: float
     tokens_per_s: float
     n: int
+    contexts: int
     largest: int
 
 
@@ -103,7 +105,12 @@ def check(numbered: Iterable[tuple[int, Any]], path: Path) -> list[Line]:
 
 def key(line: Line) -> Key:
     """What a line is the result of."""
-    return line["task"], line["part"], line["index"], line["method"], line["budget"]
+    return line["task"], line["part"], line["index"], line.get("asked", 0), line["method"], line["budget"]
+
+
+def context(line: Line) -> tuple[str, int]:
+    """What a line's question is about, within its task."""
+    return line["part"], line["index"]
 
 
 def _fault(line: object, metrics: dict[str, str]) -> str | None:
@@ -116,6 +123,8 @@ def _fault(line: object, metrics: dict[str, str]) -> str | None:
     for name, least in LEAST.items():
         if not _is_number(line.get(name), least):
             return f"{name!r} is not a finite number" + f" from {least} on" * (least >= 0)
+    if not _is_number(line.get("asked", 0), 0):
+        return "'asked' is not a number from 0 on"
     if isinstance(line.get("budget", 0.0), bool) or not isinstance(line.get("budget", 0.0), str | int | None):
         return "'budget' is neither a string, an integer nor null"
     for name, numbers in (("timing", TIMING), ("facts", ("depth", "length"))):
@@ -191,6 +200,7 @@ def _row(part: str, group: Sequence[Line]) -> Row:
         kept=total("kept") / len(group),
         tokens_per_s=speed(group),
         n=len(group),
+        contexts=len(set(map(context, group))),
         largest=len(group),
     )
 
@@ -207,21 +217,59 @@ def estimate(group: Sequence[Line]) -> tuple[float, float, float]:
     """A metric's mean over samples with its 95% interval.
 
     All parts weigh the same, however many samples they have; for perplexity all tokens do. With equal parts this is the
-    plain mean and its plain interval. Parts of unequal size widen it as unequal weights do (Kish's effective n).
+    plain mean and its plain interval. Parts of unequal size widen it as unequal weights do (Kish's effective n), and
+    questions about one context as far as they agree.
     """
-    metric = group[0]["metric"]
+    metric, contexts = group[0]["metric"], list(map(context, group))
     if metric == "perplexity":
         values, weights = zip(*((np.mean(line["tokens"]), len(line["tokens"])) for line in group), strict=True)
         with np.errstate(over="ignore"):
-            mean, low, high = np.exp(student(values, weights)).tolist()
+            mean, low, high = np.exp(student(values, weights, contexts)).tolist()
         return mean, max(low, 1.0), high  # no perplexity is less
     sizes = Counter(line["part"] for line in group)
     values, weights = [line["score"] for line in group], [1 / sizes[line["part"]] for line in group]
     if metric == "kl":
-        mean, low, high = student(values, weights)
+        mean, low, high = student(values, weights, contexts)
         return mean, max(low, 0.0), high  # a divergence is not negative
     mean = float(np.average(values, weights=weights))
-    return mean, *wilson(mean, sum(weights) ** 2 / sum(weight**2 for weight in weights))
+    return mean, *wilson(mean, independent(values, weights, contexts))
+
+
+def independent(values: Sequence[float], weights: Sequence[float], contexts: Sequence[Hashable]) -> float:
+    """So many independent scores tell as much as these, of which those about one context are alike.
+
+    Kish's effective n, divided by the design effect: what the variance of the mean is, beside what it would be if every
+    score were about a context of its own. It lies between the numbers of contexts and of scores; where all scores are
+    equal they do not tell how alike they are, and a context counts as one.
+
+    Source: Korn & Graubard, Survey Methodology 24 (1998).
+
+    >>> independent([1, 1, 0, 0], [1] * 4, "aabb"), independent([1, 0, 1, 0], [1] * 4, "aabb")
+    (2.0, 4.0)
+    """
+    from scipy.special import stdtrit
+
+    w = np.asarray(weights, float)
+    x = w * (np.asarray(values, float) - np.average(values, weights=w))
+    kish = lambda each: float(each.sum() ** 2 / (each**2).sum())
+    together = kish(_sums(w, contexts)), kish(w)
+    if together[0] == together[1] or not x.any():
+        return together[0]
+    effect = _variance(_sums(x, contexts)) / _variance(x)
+    known = [stdtrit(len(each) - 1, 0.975) for each in (x, set(contexts))]
+    return float(np.clip(together[1] / max(effect, 1e-9) * (known[0] / known[1]) ** 2, *together))
+
+
+def _sums(values: np.ndarray, contexts: Sequence[Hashable]) -> np.ndarray:
+    """Of each context."""
+    number = {context: i for i, context in enumerate(dict.fromkeys(contexts))}
+    return np.bincount([number[context] for context in contexts], values)
+
+
+def _variance(residuals: np.ndarray) -> float:
+    """Of their sum; they are independent, and their mean is 0."""
+    n = len(residuals)
+    return n / (n - 1) * float(np.sum(residuals**2))
 
 
 def wilson(mean: float, n: int | float, confidence: float = 0.95) -> tuple[float, float]:
@@ -239,21 +287,24 @@ def wilson(mean: float, n: int | float, confidence: float = 0.95) -> tuple[float
 
 
 def student(
-    values: Sequence[int | float], weights: Sequence[int | float], confidence: float = 0.95
+    values: Sequence[int | float],
+    weights: Sequence[int | float],
+    contexts: Sequence[Hashable],
+    confidence: float = 0.95,
 ) -> tuple[float, float, float]:
-    """A weighted mean and its Student t interval: nan for a single value.
+    """A weighted mean and its Student t interval, those of one context being alike: nan for a single context.
 
-    >>> [round(x, 3) for x in student([1.0, 2.0, 3.0], [1, 1, 1])]
+    >>> [round(x, 3) for x in student([1.0, 2.0, 3.0], [1, 1, 1], "abc")]
     [2.0, -0.484, 4.484]
     """
     from scipy.special import stdtrit
 
-    n, x, w = len(values), np.asarray(values, float), np.asarray(weights, float) / sum(weights)
+    x, w = np.asarray(values, float), np.asarray(weights, float) / sum(weights)
     mean = float(np.average(x, weights=w))
-    if n == 1:
+    sums = _sums(w * (x - mean), contexts)
+    if len(sums) == 1:
         return mean, math.nan, math.nan
-    error = math.sqrt(n / (n - 1) * float(np.sum((w * (x - mean)) ** 2)))
-    half = float(stdtrit(n - 1, (1 + confidence) / 2)) * error
+    half = float(stdtrit(len(sums) - 1, (1 + confidence) / 2)) * math.sqrt(_variance(sums))
     return mean, mean - half, mean + half
 
 

@@ -15,19 +15,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvjax.cache import pages
 from kvjax.errors import InputError
 from kvjax.evaluation.manifest import digest
 from kvjax.evaluation.results import SAMPLES, Key, Line, check, key
 from kvjax.files import journal
-from kvjax.generation.accounting import full_slots
+from kvjax.generation.accounting import compare, full_slots
 from kvjax.generation.model import Model
-from kvjax.generation.results import Compared, Reading
+from kvjax.generation.results import Compared, Generation, Reading
 from kvjax.policies.base import Recipe
 from kvjax.spec import ModelSpec
 from kvjax.tasks.task import Form, Request, Sample, Task
 from kvjax.tasks.text import shipped_text
 
 Done = dict[Key, str | None]  # results that are there, and the digests of their samples
+Size = tuple[float, float]  # of a sequence's cache, and of its full one [bytes]
+NOTHING = Compared(0, 0)
 
 
 class Point(NamedTuple):
@@ -46,10 +49,11 @@ class Prompts(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Samples that are run together."""
+    """Samples that are run together: of one part, or of one context."""
 
     number: int
     samples: list[Sample]
+    size: int  # sequences that are run at once: copies of the first one fill up the last batch of several
 
 
 class Evaluation:
@@ -57,8 +61,8 @@ class Evaluation:
 
     Args:
       model: from `kvjax.load`.
-      batch: sequences that are run together; the last batch of a part is filled up with copies.
-      unseen: compress the context only; the question is read through the compressed cache.
+      batch: most sequences that are run together.
+      unseen: compress the context only, once for all questions about it, which are read beside it.
       chat: wrap prompts in the checkpoint's chat template.
       reference: whose full cache KL divergence compares with; None = the model itself.
     """
@@ -70,27 +74,41 @@ class Evaluation:
             raise InputError(f"{self._reference.name} is another model than {model.name}: kl cannot compare them")
         self._references: dict[tuple[str, int], np.ndarray] = {}  # of the full cache, for KL divergence
 
-    def batches(self, samples: Sequence[Sample]) -> Iterator[Batch]:
-        """Samples of one part in groups."""
-        parts: dict[str, list[Sample]] = {}
+    def batches(self, task: Task, samples: Sequence[Sample]) -> list[Batch]:
+        """Samples of one part in groups; or all questions about a context that is read without them."""
+        beside = self._beside(task)
+        parts: dict[tuple, list[Sample]] = {}
         for sample in samples:
-            parts.setdefault(sample.part, []).append(sample)
-        groups = (part[i : i + self._batch] for part in parts.values() for i in range(0, len(part), self._batch))
-        yield from (Batch(number, group) for number, group in enumerate(groups))
+            parts.setdefault((sample.part, sample.index if beside else None), []).append(sample)
+        found: list[Batch] = []
+        for part in parts.values():
+            size = min(self._batch, len(part))
+            step = len(part) if beside else size
+            found += [
+                Batch(len(found) + i, part[at : at + step], size) for i, at in enumerate(range(0, len(part), step))
+            ]
+        return found
 
     def run(self, task: Task, point: Point, batch: Batch) -> list[dict[str, Any]]:
         """The lines of one batch."""
-        filled = [*batch.samples, *[batch.samples[0]] * (self._batch - len(batch.samples))]  # one shape, compiled once
-        pairs = list(map(self._encode, filled))
-        prompts = self._prompts(pairs, task)
-        if task.metric == "kl":
-            found = self._diverge(task, point, batch, prompts)
-        elif task.metric == "perplexity":
-            found = self._judge(point, prompts)
+        pairs = list(map(self._encode, batch.samples))
+        if self._beside(task):
+            found = self._ask(task, point, batch, pairs)
         else:
-            found = self._generate(task, point, batch, filled, prompts)
+            filled = [*pairs, *pairs[:1] * (batch.size - len(pairs))]  # one shape, compiled once
+            contexts, rest = (list(texts) for texts in zip(*filled, strict=True))
+            if task.metric == "kl":
+                found = self._diverge(task, point, batch, Prompts(contexts, rest))
+            elif task.metric == "perplexity":
+                found = self._judge(point, Prompts(contexts, rest))
+            else:
+                found = self._generate(task, point, batch, [context + after for context, after in filled])
         lines = zip(batch.samples, pairs, found, strict=False)
         return [_head(task, point, sample) | line | {"digest": _digest(sample, pair)} for sample, pair, line in lines]
+
+    def _beside(self, task: Task) -> bool:
+        """Whether a task's questions are asked of a context that has been read without them."""
+        return self._unseen and callable(task.metric)
 
     def check(self, samples: Mapping[str, Sequence[Sample]], done: Done) -> None:
         """Raise `InputError` if a result that is there is of another prompt than the sample has now.
@@ -99,10 +117,10 @@ class Evaluation:
           samples: of each task.
           done: what is there.
         """
-        drawn = {(task, s.part, s.index): s for task, each in samples.items() for s in each}
-        digests: dict[tuple[str, str, int], str] = {}
-        for (task, part, index, _, _), found in done.items():
-            if (name := (task, part, index)) not in drawn:
+        drawn = {(task, s.part, s.index, s.asked): s for task, each in samples.items() for s in each}
+        digests: dict[tuple[str, str, int, int], str] = {}
+        for (task, part, index, asked, _, _), found in done.items():
+            if (name := (task, part, index, asked)) not in drawn:
                 continue
             if name not in digests:
                 digests[name] = _digest(drawn[name], self._encode(drawn[name]))
@@ -115,36 +133,48 @@ class Evaluation:
     def _encode(self, sample: Sample) -> tuple[list[int], list[int]]:
         return encode(self._model, sample, chat=self._chat, unseen=self._unseen)
 
-    def _prompts(self, pairs: Sequence[tuple[list[int], list[int]]], task: Task) -> Prompts:
-        forced = not callable(task.metric)
-        if forced or self._unseen:
-            return Prompts([context for context, _ in pairs], [rest for _, rest in pairs])
-        return Prompts([context + rest for context, rest in pairs], [[] for _ in pairs])
+    def _generate(self, task: Task, point: Point, batch: Batch, prompts: list[list[int]]) -> list[dict[str, Any]]:
+        new = max(sample.new for sample in batch.samples)
+        out = self._model.generate(prompts, point.recipe, max_new_tokens=new)
+        return self._scored(task, batch.samples, new, batch.number, out, _each(out.compared, len(prompts)))
 
-    def _generate(
-        self, task: Task, point: Point, batch: Batch, samples: Sequence[Sample], prompts: Prompts
+    def _ask(
+        self, task: Task, point: Point, batch: Batch, pairs: Sequence[tuple[list[int], list[int]]]
     ) -> list[dict[str, Any]]:
+        """Questions of one context, read once; a line's bytes are the context's and its own question's."""
+        new, ids = max(sample.new for sample in batch.samples), pairs[0][0]
+        if any(context != ids for context, _ in pairs):
+            raise InputError(f"task {task.name}: questions change the tokens of their context: give --question seen")
+        context, lines = self._model.read(ids, point.recipe), []
+        alone = compare(self._model, context.cache, [len(ids)])
+        for start in range(0, len(pairs), self._batch):
+            asked = [question for _, question in pairs[start : start + self._batch]]
+            asked += asked[:1] * (pages.ladder(len(asked), steps=1, smallest=1) - len(asked))  # one of few shapes
+            out = context.ask(asked, max_new_tokens=new)
+            samples = batch.samples[start : start + self._batch]
+            lines += self._scored(task, samples, new, batch.number, out, _each(out.compared, len(asked), alone))
+        return lines
+
+    def _scored(
+        self, task: Task, samples: Sequence[Sample], new: int, number: int, out: Generation, each: Size
+    ) -> list[dict[str, Any]]:
+        """A line of each sample whose answer was generated, and what its sequence's cache takes."""
         assert callable(task.metric)
-        new = max(sample.new for sample in samples)
-        out = self._model.generate(prompts.ids, point.recipe, questions=prompts.after, max_new_tokens=new)
         decoded = sum(len(sequence.tokens) - 1 for sequence in out.sequences)
-        timing = {"batch": batch.number, "decode_s": out.timing.decode_s, "decoded": decoded}
+        timing = {"batch": number, "decode_s": out.timing.decode_s, "decoded": decoded}
         lines = []
-        for sample, sequence, slots in zip(samples, out.sequences, out.slots, strict=True):
+        for sample, sequence, slots in zip(samples, out.sequences, out.slots, strict=False):
             text = sequence.text or ""
             read = sequence.prompt_tokens + len(sequence.tokens) - 1  # the last token is chosen and never read
-            lines.append(
-                {
-                    "metric": "score",
-                    "score": float(task.metric(text, sample)),
-                    "prediction": text,
-                    "answers": list(sample.answers),
-                    "prompt_tokens": sequence.prompt_tokens,
-                    "new_tokens": new,
-                    **_cost(self._model.spec, out.compared, len(samples), slots, read),
-                    "timing": timing,
-                }
-            )
+            line = {
+                "metric": "score",
+                "score": float(task.metric(text, sample)),
+                "prediction": text,
+                "answers": list(sample.answers),
+                "prompt_tokens": sequence.prompt_tokens,
+                "new_tokens": new,
+            }
+            lines.append(line | _cost(self._model.spec, each, slots, read) | {"timing": timing})
         return lines
 
     def _judge(self, point: Point, prompts: Prompts) -> list[dict[str, Any]]:
@@ -216,6 +246,7 @@ def _head(task: Task, point: Point, sample: Sample) -> dict[str, Any]:
         "task": task.name,
         "part": sample.part,
         "index": sample.index,
+        "asked": sample.asked,
         "method": point.method,
         "budget": point.budget,
         "better": task.better,
@@ -229,17 +260,23 @@ def _forced_lines(
     lines = []
     for value, context, after, slots in zip(values, *prompts, reading.slots, strict=True):
         new = len(after) + fed
-        cost = _cost(spec, reading.compared, len(values), slots, len(context) + new)
+        cost = _cost(spec, _each(reading.compared, len(values)), slots, len(context) + new)
         tokens = [float(f"{x:.6g}") for x in value]
         line = {"metric": metric, "score": float(np.mean(value, dtype=np.float64)), "tokens": tokens}
         lines.append(line | {"prompt_tokens": len(context), "new_tokens": new} | cost)
     return lines
 
 
-def _cost(spec: ModelSpec, size: Compared, batch: int, slots: Sequence[int | float], read: int) -> dict[str, float]:
+def _each(size: Compared, count: int, shared: Compared = NOTHING) -> Size:
+    """What one of `count` sequences takes, with all of what they share."""
+    each = lambda whole, one: one + (whole - one) / count
+    return each(size.cache, shared.cache), each(size.full, shared.full)
+
+
+def _cost(spec: ModelSpec, size: Size, slots: Sequence[int | float], read: int) -> dict[str, float]:
     """What the cache of one sequence takes, and its slots beside those of a full one that has read as many tokens."""
     kept = sum(slots) / sum(full_slots(spec, read))
-    return {"cache_bytes": size.cache / batch, "full_bytes": size.full / batch, "kept": kept}
+    return {"cache_bytes": size[0], "full_bytes": size[1], "kept": kept}
 
 
 @contextlib.contextmanager

@@ -84,16 +84,16 @@ def _sample(request: Request, name: str, index: int, line: dict) -> Sample:
     context, question = before + line["context"], after.replace("{input}", line["input"])
     classes = {"classes": "\n".join(line["all_classes"])} if name == "trec" else {}
 
-    def keep(characters: int) -> Sample:
+    def keep(characters: int) -> list[Sample]:
         """With a shortened context, such that the prompt's halves before and after the cut are equally long."""
         first = min(characters, (characters + len(question)) // 2)
         cut = len(context) - characters
         left = context[:first] + context[first + cut :]
         answers = tuple(line["answers"])
         facts = {"cut": cut, **classes}
-        return Sample(name, index, left, question, "", answers, SETS[name]["new"], name not in PLAIN, facts)
+        return [Sample(name, index, left, question, "", answers, SETS[name]["new"], name not in PLAIN, facts)]
 
-    whole, limit = keep(len(context)), max(request.lengths)
-    if request.tokens(whole) <= limit:
-        return whole
-    return fit(request, f"longbench, set {name},", limit, keep, 0, len(context))
+    limit = max(request.lengths)
+    if request.tokens(*(whole := keep(len(context)))) <= limit:
+        return whole[0]
+    return fit(request, f"longbench, set {name},", limit, keep, 0, len(context))[0]

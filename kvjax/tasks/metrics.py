@@ -22,6 +22,12 @@ def qa_f1(prediction: str, answer: str) -> float:
     return _f1((Counter(said) & Counter(expected)).total(), len(said), len(expected))
 
 
+def included(prediction: str, answer: str) -> float:
+    """Whether the answer's words stand in the prediction one after the other, as `qa_f1` reads words."""
+    said, expected = (" ".join(_plain_words(text)) for text in (prediction, answer))
+    return float(bool(expected) and f" {expected} " in f" {said} ")
+
+
 def rouge_l(prediction: str, answer: str) -> float:
     """ROUGE-L F1 of a summary: distinct words in longest common subsequences of any two sentences.
 

@@ -93,9 +93,9 @@ def write_needles(
 
 def needle_task(
     name: str, haystack: str, keys: Kind, values: Kind, count: int = 1, each: int = 1, asked: int = 1,
-    depth: Callable[[int], float] | None = None,
+    depth: Callable[[int], float] | None = None, questions: int = 1,
 ) -> Task:  # fmt: skip
-    """Any task of needles; `depth` gives the one needle's from a sample's index."""
+    """Any task of needles; `depth` gives the one needle's from a sample's index. Questions ask for different keys."""
     for argument, given, accepted in (("haystack", haystack, Haystack), ("keys", keys, Kind), ("values", values, Kind)):
         one_of(name, argument, given, accepted)
     if (hidden := haystack != "needle") and count * each > DEPTHS:
@@ -103,7 +103,8 @@ def needle_task(
 
     def write(case: Case, size: int) -> Written:
         rng = case.rng()
-        content = draw_needles(rng, case.form, keys, values, count if hidden else size, each, asked)
+        content = draw_needles(rng, case.form, keys, values, count if hidden else size, each, asked * questions)
+        content = content._replace(asked=content.asked[asked * case.asked : asked * (case.asked + 1)])
         if not hidden:
             facts = {"depth": content.asked[0] / max(1, size - 1), "lines": size}
             return write_needles(case.form, content, values, [], [])._replace(facts=facts)
@@ -118,4 +119,4 @@ def needle_task(
             return 1, PIECES
         return count, vocabulary.NUM_KEYS if form == "short" else words.num_pairs()
 
-    return synthetic(name, write, sizes, match_all)
+    return synthetic(name, write, sizes, match_all, questions)

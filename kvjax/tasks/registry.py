@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping
 from kvjax.errors import InputError
 from kvjax.methods.arguments import read_argument
 from kvjax.tasks.aggregation import common_words, frequent_words, variable_tracking
+from kvjax.tasks.facts import facts
 from kvjax.tasks.gsm8k import gsm8k
 from kvjax.tasks.longbench import longbench
 from kvjax.tasks.retrieval import lines, needle, niah_multikey, niah_multiquery, niah_multivalue, niah_single, passkey
+from kvjax.tasks.squad import squad
 from kvjax.tasks.task import Task
 from kvjax.tasks.text import kl, perplexity
 
 TASKS: dict[str, Callable[..., Task]] = {
     "lines": lines,
     "needle": needle,
+    "facts": facts,
     "passkey": passkey,
     "niah_single": niah_single,
     "niah_multikey": niah_multikey,
@@ -26,6 +29,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "perplexity": perplexity,
     "kl": kl,
     "longbench": longbench,
+    "squad": squad,
     "gsm8k": gsm8k,
 }
 

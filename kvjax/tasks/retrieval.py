@@ -169,7 +169,7 @@ def niah_single(haystack: Haystack = "noise", keys: Kind = "words", values: Kind
 
 
 def niah_multikey(
-    haystack: Haystack = "essay", keys: Kind = "words", values: Kind = "numbers", needles: int = 4
+    haystack: Haystack = "essay", keys: Kind = "words", values: Kind = "numbers", needles: int = 4, questions: int = 1
 ) -> Task:
     """Several needles with different keys, one asked for; the default is RULER's niah_multikey_1.
 
@@ -178,12 +178,16 @@ def niah_multikey(
       keys: kind of the keys; natural form only.
       values: kind of the values; natural form only.
       needles: how many; with `haystack="needle"` at least so many.
+      questions: about each context, for different needles.
 
     Source: as `niah_single`.
     Differs: as `niah_single`.
     """
     at_least("niah_multikey", "needles", needles, 1)
-    return needle_task("niah_multikey", haystack, keys, values, needles)
+    at_least("niah_multikey", "questions", questions, 1)
+    if questions > needles:
+        raise InputError(f"task niah_multikey: questions={questions} is more than needles={needles}")
+    return needle_task("niah_multikey", haystack, keys, values, needles, questions=questions)
 
 
 def niah_multivalue(

@@ -42,6 +42,7 @@ class Case(NamedTuple):
     task: str
     length: int  # of prompt and answer together [tokens]
     index: int  # within the length
+    asked: int = 0  # which of the questions about the context
 
     @property
     def form(self) -> Form:
@@ -54,7 +55,11 @@ class Case(NamedTuple):
 
 
 def synthetic(
-    name: str, write: Callable[[Case, int], Written], sizes: Callable[[Form], tuple[int, int]], metric: Metric
+    name: str,
+    write: Callable[[Case, int], Written],
+    sizes: Callable[[Form], tuple[int, int]],
+    metric: Metric,
+    questions: int = 1,
 ) -> Task:
     """A task whose parts are lengths and whose samples are as long as fits.
 
@@ -63,21 +68,23 @@ def synthetic(
       write: `(case, size) -> text`, longer for a larger size (lines, sentences, words).
       sizes: the least and the largest size of a form.
       metric: of the natural form; the short form is scored by `short_score`.
+      questions: about each context, which `write` makes the same for all of them.
     """
 
-    def one(request: Request, length: int, index: int) -> Sample:
-        case = Case(request, name, length, index)
+    def one(request: Request, length: int, index: int) -> Sequence[Sample]:
+        cases = [Case(request, name, length, index, asked) for asked in range(questions)]
         least, most = sizes(request.form)
         if least > most:
             raise InputError(f"task {name}: {least} is more than the {most} keys that the {request.form} form has")
-        build = functools.cache(lambda size: _sample(case, write(case, size)))
+        build = functools.cache(lambda size: [_sample(case, write(case, size)) for case in cases])
         size = least
-        while size < most and request.tokens(build(size)) <= length:  # no text much longer than the prompt is counted
+        while size < most and request.tokens(*build(size)) <= length:  # no text much longer than the prompt is counted
             size = min(2 * size, most)
         return fit(request, name, length, build, least, size)
 
     def samples(request: Request) -> list[Sample]:
-        return [one(request, length, index) for length in request.lengths for index in range(request.samples)]
+        whole = (one(request, length, index) for length in request.lengths for index in range(request.samples))
+        return [sample for questions in whole for sample in questions]
 
     return Task(name, samples, lambda text, sample: (metric if sample.chat else short_score)(text, sample))
 
@@ -88,7 +95,7 @@ def _sample(case: Case, text: Written) -> Sample:
     new = max(text.new if natural else 0, len(case.request.encode(answer)))
     facts = {"length": case.length, **text.facts}
     prompt = (text.context, text.question, text.prefix)
-    return Sample(str(case.length), case.index, *prompt, tuple(text.answers), new, natural, facts)
+    return Sample(str(case.length), case.index, *prompt, tuple(text.answers), new, natural, facts, case.asked)
 
 
 def short_score(text: str, sample: Sample) -> float:

@@ -1,7 +1,7 @@
 """What an evaluation task is: a source of samples and a metric."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,8 @@ class Sample(NamedTuple):
     """One prompt and what is expected after it.
 
     The prompt is `context + question`, then the beginning of the answer, `prefix`. With `--question unseen` only the
-    context is compressed at prefill; the rest is read token by token from the compressed cache.
+    context is compressed at prefill; the rest is read token by token from the compressed cache. Samples of one part and
+    index have one context and several questions about it: it is then compressed once for all of them.
     """
 
     part: str  # of the task: a length, a data set; a task's score is the mean over its parts
@@ -29,12 +30,13 @@ class Sample(NamedTuple):
     new: int = 0  # most tokens to generate
     chat: bool = True  # may be wrapped in a chat template
     facts: dict[str, int | float | str] = {}  # noqa: RUF012  (never changed) what the sample was drawn with: depth, lines
+    asked: int = 0  # which of the questions about its context
 
 
 class Request(NamedTuple):
     """What the command line asks a task for."""
 
-    samples: int  # per part
+    samples: int  # contexts per part
     seed: int
     lengths: tuple[int, ...]  # of prompt and answer together [tokens]
     form: Form  # short = what the demo model is trained on; natural = for chat models
@@ -47,9 +49,9 @@ class Request(NamedTuple):
         """The generator of one sample: the same however many samples are drawn."""
         return np.random.default_rng([EVALUATION, self.seed, zlib.crc32(f"{task}/{part}".encode()), index])
 
-    def tokens(self, sample: Sample) -> int:
-        """Length of a sample with its answer [tokens]."""
-        return self.frame + len(self.encode(sample.context + sample.question + sample.prefix)) + sample.new
+    def tokens(self, *samples: Sample) -> int:
+        """Length of the longest of these samples with its answer [tokens]."""
+        return self.frame + max(len(self.encode(s.context + s.question + s.prefix)) + s.new for s in samples)
 
 
 class Task(NamedTuple):
@@ -57,7 +59,7 @@ class Task(NamedTuple):
 
     Attributes:
       name: key in `TASKS`.
-      samples: all samples of a request, parts one after the other.
+      samples: all samples of a request, parts one after the other, and questions about a context.
       metric: `(generated text, sample) -> score`, 0 to 1; or what is measured on `question` as a given continuation:
         the model's `perplexity`, or the `kl` divergence from the full cache's next-token distributions.
     """
@@ -81,16 +83,18 @@ def most(limit: int, fits: Callable[[int], bool], least: int = 0) -> int:
     return low
 
 
-def fit(request: Request, task: str, length: int, build: Callable[[int], Sample], least: int, limit: int) -> Sample:
-    """The largest `build(n)`, `least <= n <= limit`, that fits into `length` tokens.
+def fit(
+    request: Request, task: str, length: int, build: Callable[[int], Sequence[Sample]], least: int, limit: int
+) -> Sequence[Sample]:
+    """The largest `build(n)`, `least <= n <= limit`, all of whose samples fit into `length` tokens.
 
     Args:
       request: counts tokens.
       task: name, for the error.
       length: prompt and answer together [tokens].
-      build: a sample of size n (lines, sentences, words); longer for larger n.
+      build: samples of size n (lines, sentences, words): the questions about one context; longer for larger n.
       least, limit: range of n.
     """
-    if (used := request.tokens(build(least))) > length:
+    if (used := request.tokens(*build(least))) > length:
         raise InputError(f"task {task} does not fit into {length} tokens: its shortest prompt and answer take {used}")
-    return build(most(limit, lambda n: request.tokens(build(n)) <= length, least))
+    return build(most(limit, lambda n: request.tokens(*build(n)) <= length, least))

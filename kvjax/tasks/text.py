@@ -61,13 +61,13 @@ def _lines(request: Request, task: str, length: int, tokens: int, index: int) ->
     rng = request.rng("text", str(length), index)
     doc = document.draw(rng, document.v.NUM_KEYS, tokens)  # one question takes several tokens
 
-    def build(count: int) -> Sample:
+    def build(count: int) -> list[Sample]:
         shorter = doc._replace(keys=doc.keys[:count], values=doc.values[:count], asked=doc.asked % count)
         rows = document.text(shorter).splitlines(keepends=True)
         asked = _longest(rows[count:-1], tokens, request)  # the last one ends the document
-        return Sample(str(length), index, "".join(rows[:count]), asked, chat=False)
+        return [Sample(str(length), index, "".join(rows[:count]), asked, chat=False)]
 
-    return _checked(request, task, tokens, fit(request, task, length, build, 1, document.v.NUM_KEYS))
+    return _checked(request, task, tokens, *fit(request, task, length, build, 1, document.v.NUM_KEYS))
 
 
 def _stretch(request: Request, task: str, length: int, tokens: int, index: int) -> Sample:
@@ -77,11 +77,11 @@ def _stretch(request: Request, task: str, length: int, tokens: int, index: int) 
     start = int(request.rng("text", str(length), index).integers(len(words) - span + 1))
     words = words[start : start + span]
 
-    def build(count: int) -> Sample:
+    def build(count: int) -> list[Sample]:
         end = _longest(words[count:], tokens, request)
-        return Sample(str(length), index, "".join(words[:count]), end, chat=False)
+        return [Sample(str(length), index, "".join(words[:count]), end, chat=False)]
 
-    sample = _checked(request, task, tokens, fit(request, task, length, build, 1, span - 1))
+    sample = _checked(request, task, tokens, *fit(request, task, length, build, 1, span - 1))
     if request.tokens(sample) < length // 2:
         raise InputError(f"task {task} needs a text of more than {length} tokens: give a longer --text FILE")
     return sample
