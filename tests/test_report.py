@@ -162,7 +162,20 @@ def test_all_right_says_no_more_than_its_contexts() -> None:
     assert results.estimate(lines) == (1.0, *results.wilson(1.0, 5))
     (_, row) = results.aggregate(lines)
     assert (row.n, row.contexts, report.cells(row)[-1]) == (20, 5, "20 in 5")
-    assert report.CLUSTERED in report.notes([row])
+    assert report.CLUSTERED in report.notes([row], {})
+
+
+def test_what_has_not_run_is_said() -> None:
+    rows = [row(method="full", budget=None), row(budget="10%"), row(), row(task="kl", method="full", budget=None)]
+    grid = {"tasks": ["lines", "kl"], "methods": ["full", "snapkv", "h2o"], "budgets": ["10%", "20%"]}
+    expected = ["kl snapkv 10%", "kl snapkv 20%", "lines h2o", "kl h2o"]
+    assert report.missing(rows, {"arguments": grid}) == expected
+    assert report.notes(rows, {"arguments": grid})[-1] == f"Not run yet: {', '.join(expected)}."
+    assert (
+        report.missing(rows, {})
+        == report.missing(rows[:3], {"arguments": grid | {"tasks": ["lines"], "methods": ["full", "snapkv"]}})
+        == []
+    )
 
 
 def test_parts_weigh_the_same() -> None:

@@ -28,6 +28,7 @@ NOTES = {
 }
 BYTES = "Bytes: of the cache in 16 bits: numbers that no store encodes count two bytes, here and in the full cache."
 CLUSTERED = "n = a in b: a questions about b contexts, and intervals that say how alike those of one context are."
+NAMED = 6  # most points that are named
 PARTIAL = "n = a/b: only a of b samples were run; such a row does not compare with the others."
 SAME = ("samples", "seed", "lengths", "form", "question", "asked", "text", "dtype")  # what makes runs comparable
 
@@ -45,7 +46,7 @@ def write(directory: Path, console: Console, others: Sequence[Path] = ()) -> Non
         lines += _other(other, run)
     rows = aggregate(lines)
     totals = [row for row in rows if row.part == "all"]
-    for item in (Text(header(run)), *tables(totals), *(Text(f"\n{note}") for note in notes(totals))):
+    for item in (Text(header(run)), *tables(totals), *(Text(f"\n{note}") for note in notes(totals, run))):
         console.print(item)
     write_csv(rows, directory / "report.csv")
     output.write(directory / "report.md", (text := markdown(totals, run)).encode())
@@ -74,11 +75,29 @@ def header(run: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
-    """How the numbers of these rows are to be read."""
+def notes(rows: Sequence[Row], run: dict[str, Any]) -> list[str]:
+    """How the numbers of these rows are to be read, and which rows are not there yet."""
     used = [NOTES[metric] for metric in dict.fromkeys(row.metric for row in rows)]
     clustered = [CLUSTERED] * any(row.contexts < row.n for row in rows)
-    return [*used, BYTES, *clustered] + [PARTIAL] * any(row.n < row.largest for row in rows)
+    partial = [PARTIAL] * any(row.n < row.largest for row in rows)
+    absent = missing(rows, run)
+    more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
+    return [*used, BYTES, *clustered, *partial] + [f"Not run yet: {', '.join(absent[:NAMED])}{more}."] * bool(absent)
+
+
+def missing(rows: Sequence[Row], run: dict[str, Any]) -> list[str]:
+    """Points of the grid that have no sample at all."""
+    given = run.get("arguments", {})
+    tasks, methods, budgets = (
+        [each for each in given.get(name) or () if isinstance(each, str)] for name in ("tasks", "methods", "budgets")
+    )
+    found, names = {(row.task, row.method, row.budget) for row in rows}, []
+    for method in methods:
+        own = {budget for _, name, budget in found if name == method}
+        expected = budgets if budgets and own - {None} else own or {None}
+        absent = ((task, budget) for budget in expected for task in tasks if (task, method, budget) not in found)
+        names += [f"{task} {label_of(method)} {budget or ''}".strip() for task, budget in absent]
+    return names
 
 
 def columns(metric: str) -> list[str]:
@@ -134,7 +153,7 @@ def markdown(rows: Sequence[Row], run: dict[str, Any]) -> str:
         names = columns(members[0].metric)
         text += [f"## {task}", "", line(names), line(["---", "---"] + ["---:"] * (len(names) - 2))]
         text += [*(line(cells(row)) for row in members), ""]
-    return "\n".join([*text, *(f"- {note}" for note in notes(rows)), ""])
+    return "\n".join([*text, *(f"- {note}" for note in notes(rows, run)), ""])
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
