@@ -354,6 +354,15 @@ def test_files(tmp_path: Path) -> None:
     assert "0.046–0.699" in printed and "3/4" in printed and "p99" in printed
 
 
+@drawing
+def test_a_long_title_stays_in_its_picture() -> None:
+    figure = pictures.frontier([row()], "Quality and cache size (SmolLM2-135M-Instruct.Q4_1.gguf, question unseen)")
+    figure.canvas.draw()
+    (title,) = figure.texts
+    box = title.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
 def test_long_names_fit_the_terminal(tmp_path: Path) -> None:
     common = {"method": "streaming_llm", "cache_bytes": 512 * 131072.0, "full_bytes": 512 * 131072}
     timing = {"batch": 0, "decode_s": 0.5, "decoded": 2000}

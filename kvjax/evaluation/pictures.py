@@ -5,6 +5,7 @@ grey and when there are many. matplotlib is imported when a picture is drawn.
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,9 +247,10 @@ def blank(
         raise InputError("pictures need matplotlib: pip install 'kvjax[eval]'") from None
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure((max(6, 0.8 + columns * size[0]), margin + rows * size[1]), layout="constrained")
+    width = max(6, 0.8 + columns * size[0])
+    figure = Figure((width, margin + rows * size[1]), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(plain(title), fontsize=12)
+    figure.suptitle(plain("\n".join(textwrap.wrap(title, int(10 * width)))), fontsize=12)  # 0.1 inches a letter
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for spare in panels[count:]:
         spare.remove()
