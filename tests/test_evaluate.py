@@ -117,6 +117,18 @@ def test_questions_about_one_context_are_asked_of_one_reading(method, tmp_path, 
     assert results(tmp_path) == before and len(reads) == 4
 
 
+def test_each_question_that_is_seen_ends_a_prompt(tmp_path):
+    flags = "--tasks", "facts", "--methods", "snapkv+window=4", "--budgets", "30%", "--samples", "2", "--batch", "3"
+    found = run(tmp_path, *flags, "--set", "facts.count=2")
+    assert [(line["index"], line["asked"]) for line in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    model = kvjax.load()
+    request = runner.request(model, samples=2, lengths=(128,), form="short")
+    samples = evaluate.make_task("facts", {"count": "2"}).samples(request)
+    prompts = [sample.context + sample.question for sample in samples]
+    out = model.generate(prompts, "snapkv+window=4", "30%", max_new_tokens=2)
+    assert [line["prediction"] for line in found] == [sequence.text for sequence in out.sequences]
+
+
 def test_a_line_of_an_earlier_version_is_of_the_first_question(tmp_path):
     flags = "--tasks", "lines", "--methods", "full"
     before = run(tmp_path, *flags)

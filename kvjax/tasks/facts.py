@@ -44,7 +44,7 @@ def write_facts(form: Form, content: Needles, asked: int, pieces: Sequence[str],
     rows = zip(content.keys, content.values, strict=True)
     hidden = [f"The secret code of the {name} is {value}. " for name, (value,) in rows]
     text, code = hide(pieces, hidden, depths), f"secret code of the {content.keys[fact]} mentioned in the provided text"
-    return Written(HEAD + text, f"What is the {code}?", content.values[fact], f" The {code} is", 16, facts)
+    return Written(HEAD + text, f"What is the {code}?", content.values[fact], f" The {code} is", 32, facts)
 
 
 def facts(count: int = 4, questions: int = 0) -> Task:
