@@ -269,6 +269,18 @@ def test_an_interrupted_run_continues_where_it_stopped(tmp_path, monkeypatch):
     assert len(ran) == 8 + 1  # the batch whose line was torn ran twice
 
 
+def test_it_says_what_it_runs_and_runs_no_copies(tmp_path, monkeypatch, capsys):
+    sizes, original = [], Model.generate
+    monkeypatch.setattr(
+        Model, "generate", lambda self, ids, *a, **k: sizes.append(len(ids)) or original(self, ids, *a, **k)
+    )
+    run(tmp_path, "--tasks", "lines", "--methods", "full", "--batch", "64")
+    said = capsys.readouterr().err
+    assert sizes == [3] and "3 samples to run, in 1 methods and budgets\nlines full: 3 of 3 in " in said
+    run(tmp_path, "--tasks", "lines", "--methods", "full", "--batch", "64")
+    assert sizes == [3] and "0 samples to run" in capsys.readouterr().err
+
+
 def test_more_samples_continue_a_run(tmp_path):
     flags = "--tasks", "lines", "--methods", "full"
     before = run(tmp_path, *flags)
