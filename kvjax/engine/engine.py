@@ -15,14 +15,15 @@ from jax import Array
 from kvjax.attention import dispatch
 from kvjax.cache.layout import Cache
 from kvjax.engine import capacity, programs
-from kvjax.engine.request import Choice, EngineError, Request
+from kvjax.engine.request import Choice, EngineError, QueueFull, Request
 from kvjax.engine.schedule import READERS, Schedule
 from kvjax.errors import InputError
-from kvjax.generation import allocate, decode, prefill
+from kvjax.generation import allocate, decode, prefill, stopping
 from kvjax.generation import generate as generating
 from kvjax.generation import sampling as choosing
 from kvjax.generation.model import Model, encode_prompt, not_finite
 from kvjax.generation.sampling import Sampling
+from kvjax.generation.stopping import Stops
 from kvjax.methods import resolve
 from kvjax.policies.base import Recipe
 from kvjax.policies.budgets.budget import Keep
@@ -37,6 +38,7 @@ class Load(NamedTuple):
     waiting: int  # requests
     reading: int
     decoding: int  # sequences
+    tokens: tuple[int, ...]  # of each of these, so far
     seats: int
     pages: tuple[int, ...]  # of each tier
     promised: tuple[int, ...]  # of these, to requests that are read or decode
@@ -112,6 +114,7 @@ class Engine:
         self.model, self.recipe = model, resolve(model.spec, method, budget)
         dispatch.check(self.recipe.kernels)
         self.max_length, self.max_new_tokens = max_length, min(max_new_tokens, max_length - 1)
+        self.seats, self.queue = seats, queue
         self._stall, self._steps = stall, steps
         self._spec = model.spec
         self._width = decode.ends(model.stop, 1, 1).stop.shape[1]
@@ -137,7 +140,7 @@ class Engine:
         cache = capacity.made(init, lengths, sizes)
         self.cache_bytes = generating.cache_bytes(cache).total
         self._seats = programs.empty(cache, seats, self._spec.vocab_size, self._width)
-        self._count, self._schedule = seats, Schedule(seats, sizes, queue)
+        self._schedule = Schedule(seats, sizes, queue)
 
     def submit(
         self,
@@ -145,6 +148,7 @@ class Engine:
         *,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
         ignore_stop: bool = False,
         n: int = 1,
     ) -> Request:
@@ -154,11 +158,13 @@ class Engine:
           prompt: a text or token ids.
           max_new_tokens: most tokens of each choice; None = the engine's, or what its `max_length` leaves.
           sampling: how tokens are chosen; None = greedy.
+          stop: a text ends before the first of these strings, as in `Model.generate`.
           ignore_stop: go on after a token that ends a text.
           n: choices; the prompt is read once for all.
 
         Raises:
-          InputError: what is given cannot be used, or the queue is full.
+          InputError: what is given cannot be used.
+          QueueFull: so many requests are waiting; it is an `InputError`.
           EngineError: the engine has ended.
         """
         ids, sampling = encode_prompt(self.model, prompt), sampling or Sampling()
@@ -175,18 +181,20 @@ class Engine:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise InputError(f"n {n} is not a whole number above 0")
         pages = tuple(n * each for each in self._promise(len(ids), limit))
-        stop = (-1,) * len(self.model.stop) if ignore_stop else self.model.stop
-        request = Request(ids, limit, sampling, stop, [Choice(self.model.tokenizer) for _ in range(n)])
+        stops = stopping.stops(self.model, stop)
+        if ignore_stop:
+            stops = stops._replace(ids=tuple(i for i in stops.ids if i not in self.model.stop))
+        request = Request(ids, limit, sampling, stops, [Choice(self.model.tokenizer, stops) for _ in range(n)])
         with self._work:
             if self._error is not None or self._closing:
                 raise self._ended()
-            if not self._schedule.fits(pages, n, self._count):
+            if not self._schedule.fits(pages, n, self.seats):
                 raise InputError(
                     f"{n} choices of {len(ids)} tokens and {limit} new ones need {n} seats and {max(pages)} pages: this"
-                    f" engine has {self._count} and {max(self._schedule.pages)}"
+                    f" engine has {self.seats} and {max(self._schedule.pages)}"
                 )
             if not self._schedule.add(id(request), pages, n):
-                raise InputError(f"{self._schedule.queue} requests are waiting: try again later")
+                raise QueueFull(f"{self._schedule.queue} requests are waiting: try again later")
             self._requests[id(request)] = request
             self._work.notify()
         return request
@@ -195,16 +203,22 @@ class Engine:
     def load(self) -> Load:
         """What the engine is busy with."""
         with self._work:
-            schedule = self._schedule
+            schedule, decoding = self._schedule, list(self._decoding.values())
             return Load(
                 waiting=len(schedule.waiting),
                 reading=len(self._reading),
-                decoding=len(self._decoding),
-                seats=self._count,
+                decoding=len(decoding),
+                tokens=tuple(len(request.prompt) + len(choice.tokens) for request, choice in decoding),
+                seats=self.seats,
                 pages=schedule.pages,
                 promised=tuple(schedule.promised),
                 cache_bytes=self.cache_bytes,
             )
+
+    @property
+    def error(self) -> BaseException | None:
+        """What has ended the engine before it was closed."""
+        return self._error
 
     def close(self, drain: float = 0.0) -> None:
         """Take no more requests; end the engine when those that there are have ended, at the latest after a while.
@@ -243,7 +257,7 @@ class Engine:
     def _warm_up(self) -> None:
         """Compile everything: two short requests, since what programs return may differ from what they are given."""
         for _ in range(2):
-            request = Request([0], 3, Sampling(), (-1,) * len(self.model.stop), [Choice(None)])
+            request = Request([0], 3, Sampling(), Stops(()), [Choice(None, Stops(()))])
             self._schedule.add(id(request), self._promise(1, 3), 1)
             self._requests[id(request)] = request
             while not request.done:
@@ -272,8 +286,9 @@ class Engine:
 
     def _turn(self) -> None:
         """Cancellations, then some layers of prompts, then some steps of all that decode."""
-        for request in [each for each in self._requests.values() if each.cancelled]:
-            self._finish(request, "cancelled")
+        for request in list(self._requests.values()):  # others add some meanwhile
+            if request.cancelled:
+                self._finish(request, "cancelled")
         self._admit()
         self._read()
         self._decode()
@@ -286,6 +301,7 @@ class Engine:
                 return
             key, seats = found
             request = self._requests[key]  # pyright: ignore[reportArgumentType]
+            request.times.append(time.monotonic())
             self._reading.append(_Reading(request, seats, self._begin(request), self._spec.num_layers))
 
     def _begin(self, request: Request) -> Generator[Array, None, tuple[Array, Cache]]:
@@ -320,7 +336,8 @@ class Engine:
         request, length = reading.request, jnp.asarray([len(reading.request.prompt)], jnp.int32)
         marks = np.zeros((1, self._spec.vocab_size), bool)
         marks[0, request.prompt] = True
-        ends, seen = decode.ends(request.stop, request.limit, 1), jnp.asarray(marks)
+        stop = (*request.stops.ids, *[-1] * self._width)[: self._width]  # the host looks for all of them
+        ends, seen = decode.ends(stop, request.limit, 1), jnp.asarray(marks)
         for i, (seat, choice) in enumerate(zip(reading.seats, request.choices, strict=True)):
             sampling = request.sampling._replace(seed=request.sampling.seed + i)
             chooser = choosing.chooser(sampling, 1)
@@ -329,6 +346,7 @@ class Engine:
             self._decoding[seat] = request, choice
             self._seats = programs.take(self._seats, jnp.asarray(seat, jnp.int32), one)
             self._push(seat, token)
+        request.times.append(time.monotonic())
         self._settle(request)
 
     def _decode(self) -> None:
@@ -343,11 +361,12 @@ class Engine:
             chunk=self._steps,
         )
         self._seats = self._seats._replace(state=state)
+        requests = {id(request): request for request, _ in self._decoding.values()}
         for seat, tokens in enumerate(np.asarray(out)):
             for token in tokens:
                 if token != decode.ENDED and seat in self._decoding:
                     self._push(seat, int(token))
-        for request in {id(request): request for request, _ in self._decoding.values()}.values():
+        for request in requests.values():
             self._settle(request)
 
     def _push(self, seat: int, token: int) -> None:
@@ -357,10 +376,18 @@ class Engine:
             request.fail(not_finite(self.model, request.choices.index(choice)))
             return
         choice.push(token)
-        if token in request.stop:
+        if token in request.stops.ids:
             choice.finish("stop")
         elif len(choice.tokens) >= request.limit:
             choice.finish("length")
+        if choice.finish_reason is not None:
+            self._leave(seat)
+
+    def _leave(self, seat: int) -> None:
+        """Nothing is decoded in a seat any more, and its pages are free; it is its request's until that ends."""
+        del self._decoding[seat]
+        left = programs.leave(self._seats.state, jnp.asarray(seat, jnp.int32))
+        self._seats = self._seats._replace(state=left)
 
     def _settle(self, request: Request) -> None:
         """Tell who waits; take back what a request has had once it is over."""
@@ -372,9 +399,7 @@ class Engine:
     def _finish(self, request: Request, reason: str) -> None:
         """Free all that a request holds."""
         for seat in [seat for seat, (other, _) in self._decoding.items() if other is request]:
-            del self._decoding[seat]
-            left = programs.leave(self._seats.state, jnp.asarray(seat, jnp.int32))
-            self._seats = self._seats._replace(state=left)
+            self._leave(seat)
         for reading in [each for each in self._reading if each.request is request]:
             self._reading.remove(reading)
             reading.layers.close()

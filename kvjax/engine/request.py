@@ -1,16 +1,22 @@
 """A request to an engine, as whoever has made it sees it."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from kvjax.errors import InputError
 from kvjax.generation.results import Continuation
 from kvjax.generation.sampling import Sampling
-from kvjax.models.tokenizer import Stream, Tokenizer
+from kvjax.generation.stopping import Stops, Text
+from kvjax.models.tokenizer import Tokenizer
 
 
 class EngineError(RuntimeError):
     """The engine has ended: a program of it has failed, or it was closed."""
+
+
+class QueueFull(InputError):
+    """As many requests wait as an engine lets; later there is room again."""
 
 
 class Choice:
@@ -18,26 +24,29 @@ class Choice:
 
     Attributes:
       tokens: generated so far.
-      text: of these, but for an unfinished character at the end; "" without a tokenizer.
+      text: of these that is certain: no unfinished character, and nothing that a stop string may begin with; "" without
+        a tokenizer.
       finish_reason: "stop", "length" or "cancelled"; None = it goes on.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None):
+    def __init__(self, tokenizer: Tokenizer | None, stops: Stops):
         self.tokens: list[int] = []
         self.text = ""
         self.finish_reason: str | None = None
-        self._stream = None if tokenizer is None else Stream(tokenizer)
+        self._text = None if tokenizer is None else Text(tokenizer, stops)
 
     def push(self, token: int) -> None:
         """One more token."""
         self.tokens.append(token)
-        if self._stream is not None:
-            self.text += self._stream.push(token)
+        if self._text is not None:
+            self.text += self._text.push(token)
+            if self._text.stopped:
+                self.finish("stop")
 
     def finish(self, reason: str) -> None:
         """No more tokens."""
-        if self._stream is not None and self.finish_reason is None:
-            self.text += self._stream.finish()
+        if self._text is not None and self.finish_reason is None:
+            self.text += self._text.finish()
         self.finish_reason = self.finish_reason or reason
 
 
@@ -49,15 +58,17 @@ class Request:
       choices: a continuation for each of the `n` that were asked for.
       limit: most tokens of each.
       sampling: of the first; choice `i` has the seed `seed + i`.
+      stops: what ends a choice.
       done: all choices have ended, or the engine has, and what the request has held is free.
+      times: when it was submitted, when its prompt began to be read, and when the first tokens were there [s,
+        `time.monotonic`]; as many of these as have happened.
     """
 
-    def __init__(
-        self, prompt: Sequence[int], limit: int, sampling: Sampling, stop: Sequence[int], choices: list[Choice]
-    ):
-        self.prompt, self.limit, self.sampling, self.stop = list(prompt), limit, sampling, tuple(stop)
+    def __init__(self, prompt: Sequence[int], limit: int, sampling: Sampling, stops: Stops, choices: list[Choice]):
+        self.prompt, self.limit, self.sampling, self.stops = list(prompt), limit, sampling, stops
         self.choices = choices
         self.cancelled = self.done = False
+        self.times = [time.monotonic()]
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], None]] = []
