@@ -9,6 +9,7 @@ from kvjax.errors import one_line
 COMMANDS = {
     "generate": "generate text with a compressed key/value cache",
     "chat": "talk with a chat model on one growing, compressed cache",
+    "serve": "serve a model to many clients at once, as OpenAI's API has it",
     "convert": "convert a Hugging Face checkpoint to Orbax, once",
     "calibrate": "measure once how a model's layers and heads share a budget",
     "evaluate": "score methods at equal bytes",

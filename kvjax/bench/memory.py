@@ -1,9 +1,8 @@
 """How many sequences fit into a device's memory, counted in bytes before anything is allocated."""
 
-import re
-
 import jax
 
+from kvjax.cli.command import read_bytes
 from kvjax.errors import InputError
 from kvjax.generation.model import Model
 from kvjax.plan import estimate, search
@@ -13,25 +12,12 @@ from kvjax.spec import ModelSpec
 
 USABLE = 0.95  # of the memory: programs and what takes bandwidth's measure need some
 MOST = 4096  # sequences
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-def read_bytes(text: str) -> int:
-    """A size as people write it.
-
-    >>> read_bytes("1.5GB"), read_bytes("80GiB")
-    (1500000000, 85899345920)
-    """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    if found is None or found[2] not in UNITS:
-        raise InputError(f"--memory {text!r} is not a size such as 16GB or 80GiB")
-    return int(float(found[1]) * UNITS[found[2]])
 
 
 def of_device(given: str | None) -> int:
     """Bytes of memory, as given or as the device says."""
     if given is not None:
-        return read_bytes(given)
+        return read_bytes(given, "--memory")
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         raise InputError(f"--batch max: {jax.default_backend()} does not say what memory it has: give --memory 16GB")

@@ -18,6 +18,7 @@ from kvjax.methods import KERNELS
 
 HEARTBEAT = 30  # seconds without a sign of life until a process counts as dead
 MOST_SEQUENCES = 2**16
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 def run(prog: str, main: Callable[[], None]) -> None:
@@ -121,6 +122,18 @@ def check_numbers(args: argparse.Namespace, **most: int) -> None:
         number = getattr(args, name)
         if number is not None and not 1 <= number <= largest:
             raise InputError(f"--{name.replace('_', '-')} {number} is not a whole number from 1 to {largest}")
+
+
+def read_bytes(text: str, flag: str) -> int:
+    """A size as people write it.
+
+    >>> read_bytes("1.5GB", "--memory"), read_bytes("80GiB", "--memory")
+    (1500000000, 85899345920)
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if found is None or found[2] not in UNITS:
+        raise InputError(f"{flag} {text!r} is not a size such as 16GB or 80GiB")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def stores(args: argparse.Namespace) -> dict[str, str]:

@@ -1,0 +1,118 @@
+"""What clients are answered: OpenAI's objects, whole or in pieces."""
+
+import json
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from kvjax.engine.request import Choice, Request
+
+
+class Answer(NamedTuple):
+    """An answer under way: of a chat, or to one or several prompts."""
+
+    id: str
+    created: int
+    model: str
+    chat: bool
+    usage: bool  # a stream tells it at its end
+    requests: list[Request]
+
+    @property
+    def choices(self) -> list[Choice]:
+        """Prompt after prompt."""
+        return [choice for request in self.requests for choice in request.choices]
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more comes."""
+        return all(request.done for request in self.requests)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts; each is read once for all its choices."""
+        return sum(len(request.prompt) for request in self.requests)
+
+    @property
+    def new_tokens(self) -> int:
+        """Of all choices so far, tokens that ended them included."""
+        return sum(len(choice.tokens) for choice in self.choices)
+
+    def cancel(self) -> None:
+        """Ask for no more."""
+        for request in self.requests:
+            request.cancel()
+
+    def check(self) -> None:
+        """Raise what has ended a request before its time."""
+        for request in self.requests:
+            request.check()
+
+
+def begin(model: str, chat: bool, usage: bool, requests: list[Request]) -> Answer:
+    """An answer with an id of its own."""
+    return Answer(
+        f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}", int(time.time()), model, chat, usage, requests
+    )
+
+
+def whole(answer: Answer) -> dict[str, Any]:
+    """The answer once it is done."""
+    choices = []
+    for i, choice in enumerate(answer.choices):
+        said = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        text = said if answer.chat else {"text": choice.text}
+        choices.append({"index": i, **text, "logprobs": None, "finish_reason": choice.finish_reason})
+    return _object(answer, "chat.completion" if answer.chat else "text_completion", choices) | {"usage": _usage(answer)}
+
+
+def first(answer: Answer) -> Iterator[bytes]:
+    """The events that begin a stream."""
+    if answer.chat:
+        for i in range(len(answer.choices)):
+            yield _piece(answer, i, {"delta": {"role": "assistant", "content": ""}}, None)
+
+
+def piece(answer: Answer, index: int, text: str) -> bytes:
+    """An event with more of a choice's text."""
+    return _piece(answer, index, {"delta": {"content": text}} if answer.chat else {"text": text}, None)
+
+
+def end(answer: Answer, index: int, reason: str) -> bytes:
+    """The event that ends a choice."""
+    return _piece(answer, index, {"delta": {}} if answer.chat else {"text": ""}, reason)
+
+
+def last(answer: Answer) -> bytes:
+    """The events that end a stream."""
+    usage = _object(answer, _kind(answer), []) | {"usage": _usage(answer)}
+    return (event(usage) if answer.usage else b"") + b"data: [DONE]\n\n"
+
+
+def event(content: dict[str, Any]) -> bytes:
+    """An object as a server-sent event."""
+    return b"data: " + to_json(content) + b"\n\n"
+
+
+def to_json(content: object) -> bytes:
+    """In UTF-8; halves of surrogate pairs, which a client's text may have, stay escaped."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+
+
+def _piece(answer: Answer, index: int, what: dict[str, Any], reason: str | None) -> bytes:
+    choice = {"index": index, **what, "logprobs": None, "finish_reason": reason}
+    return event(_object(answer, _kind(answer), [choice]) | ({"usage": None} if answer.usage else {}))
+
+
+def _kind(answer: Answer) -> str:
+    return "chat.completion.chunk" if answer.chat else "text_completion"
+
+
+def _object(answer: Answer, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"id": answer.id, "object": kind, "created": answer.created, "model": answer.model, "choices": choices}
+
+
+def _usage(answer: Answer) -> dict[str, int]:
+    prompt, new = answer.prompt_tokens, answer.new_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}

@@ -1,0 +1,407 @@
+"""Routes: OpenAI's completions and chats, and what the server says of itself."""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import hmac
+import ipaddress
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from importlib import resources
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as Http
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kvjax.engine.engine import Engine
+from kvjax.engine.request import EngineError, QueueFull, Request
+from kvjax.errors import InputError, one_line
+from kvjax.generation.accounting import full_bytes
+from kvjax.server import answers, bodies
+from kvjax.server.answers import Answer
+from kvjax.server.bodies import Asked, Refused
+from kvjax.server.metrics import Metrics
+
+HEARTBEAT = 10.0  # seconds of silence until a stream says that it is there: proxies cut silent ones
+BODY_SECONDS = 30.0  # that a client may take to send what it wants
+GONE = 499  # nobody reads the answer
+EVENTS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+@dataclasses.dataclass
+class Service:
+    """An engine, and on what terms it serves.
+
+    Attributes:
+      name: of the model.
+      method: of the cache, as it was asked for.
+      keys: one of which a client must show; none = everybody may ask.
+      origins: of web pages that may ask, "*" = all.
+      local: only clients of this machine are meant: what a web page of another name sends is refused.
+      max_body: bytes.
+      draining: no request is taken any more.
+    """
+
+    engine: Engine
+    name: str
+    method: str
+    keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    local: bool = True
+    max_body: int = 8 * 2**20
+    draining: bool = False
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.engine)
+        self.created = int(time.time())
+
+    @property
+    def state(self) -> str:
+        """Whether it takes requests."""
+        return "dead" if self.engine.error is not None else "draining" if self.draining else "ok"
+
+    def check(self) -> None:
+        """Raise `Refused` if no request is taken."""
+        if self.state == "dead":
+            raise Refused(500, f"the engine has ended: {self.engine.error}", headers={"x-should-retry": "false"})
+        if self.draining:
+            raise Refused(503, "the server is shutting down", code="draining", headers={"retry-after": "5"})
+
+    def check_model(self, name: object) -> None:
+        """Raise `Refused` for a model that is not this one."""
+        if name != self.name:
+            message = f"there is no model {name!r}: this server has {self.name!r}"
+            raise Refused(404, one_line(message), "model", "model_not_found")
+
+    def about(self) -> dict[str, Any]:
+        """The model, as OpenAI lists one."""
+        engine = self.engine
+        own = {"method": self.method, "seats": engine.seats, "max_new_tokens": engine.max_new_tokens}
+        return {
+            "id": self.name, "object": "model", "created": self.created, "owned_by": "kvjax",
+            "max_model_len": engine.max_length, "kvjax": own,
+        }  # fmt: skip
+
+    def status(self) -> dict[str, Any]:
+        """What it is busy with."""
+        engine, load = self.engine, self.engine.load
+        return {
+            "model": self.name, "method": self.method, "state": self.state, "since": self.created,
+            "max_length": engine.max_length, "load": load._asdict(),
+            "full_bytes": full_bytes(engine.model, [engine.max_length] * load.seats),
+        }  # fmt: skip
+
+
+def make(service: Service) -> Starlette:
+    """The application."""
+    routes = [
+        Route("/", page),
+        Route("/status", status),
+        Route("/health", health),
+        Route("/health/live", live),
+        Route("/metrics", metrics),
+        Route("/v1/models", models),
+        Route("/v1/models/{id:path}", model),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    ]
+    guards = [Middleware(Guard, service=service)]
+    if service.origins:
+        cors = Middleware(CORSMiddleware, allow_origins=service.origins, allow_methods=["*"], allow_headers=["*"])
+        guards.insert(0, cors)
+    handlers = {Refused: _refused, HTTPException: _not_routed, Exception: _failed}
+    app = Starlette(routes=routes, middleware=guards, exception_handlers=handlers)  # pyright: ignore[reportArgumentType]
+    app.state.service = service
+    return app
+
+
+class Guard:
+    """Who may ask: holders of a key; without keys, on this machine, nobody whom a browser sends from elsewhere."""
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or pass on."""
+        try:
+            if scope["type"] == "http":
+                self._check(Headers(scope=scope), scope["path"])
+        except Refused as error:
+            await _json(error.body, error.status, error.headers)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _check(self, headers: Headers, path: str) -> None:
+        service = self._service
+        if service.keys:
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            right = [hmac.compare_digest(given.strip().encode("latin-1"), key.encode()) for key in service.keys]
+            if path.startswith("/v1/") and not (scheme.lower() == "bearer" and any(right)):
+                raise Refused(
+                    401, "no valid API key: send it as Authorization: Bearer KEY", None, "invalid_api_key",
+                    {"www-authenticate": "Bearer"},
+                )  # fmt: skip
+        elif service.local:
+            names = [f"//{headers.get('host', '')}", headers.get("origin", "")]
+            if "*" not in service.origins and not (
+                is_local(names[0]) and (not names[1] or names[1] in service.origins or is_local(names[1]))
+            ):
+                raise Refused(403, "without --api-key-file this server answers only what is asked of localhost")
+
+
+def is_local(address: str) -> bool:
+    """Whether an address (`//HOST:PORT`, or with a scheme) names this machine's loopback."""
+    with contextlib.suppress(ValueError):
+        name = urlsplit(address).hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    return False
+
+
+class Stream(StreamingResponse):
+    """Events of an answer, which is cancelled when nobody reads them any more, however early."""
+
+    def __init__(self, service: Service, answer: Answer, first: AsyncIterator[bytes]):
+        super().__init__(first, headers=EVENTS | {"x-request-id": answer.id}, media_type="text/event-stream")
+        self._service, self._answer = service, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            _end(self._service, self._answer)
+
+
+async def completions(http: Http) -> Response:
+    """POST /v1/completions."""
+    return await _answer(http, chat=False)
+
+
+async def chat_completions(http: Http) -> Response:
+    """POST /v1/chat/completions."""
+    return await _answer(http, chat=True)
+
+
+async def _answer(http: Http, chat: bool) -> Response:
+    """Everything that can be refused is, before a stream begins."""
+    service: Service = http.app.state.service
+    service.check()
+    body = bodies.parse(await _body(http, service.max_body))
+    service.check_model(body.get("model", service.name))
+    asked = bodies.chat(body) if chat else bodies.completion(body, service.engine.queue)
+    requests = await run_in_threadpool(_submit, service.engine, asked)
+    answer = answers.begin(service.name, chat, asked.usage, requests)
+    wake = _wake(answer)
+    if asked.stream:
+        return Stream(service, answer, _events(answer, wake))
+    gone = asyncio.create_task(_cancel_when_gone(http, answer, wake))
+    try:
+        while not answer.done:
+            await wake.wait()
+            wake.clear()
+        answer.check()
+    except (InputError, EngineError) as error:
+        raise _problem(service, error) from None
+    finally:
+        left = gone.done()
+        gone.cancel()
+        _end(service, answer)
+    if left:
+        return Response(status_code=GONE)
+    if any(choice.finish_reason == "cancelled" for choice in answer.choices):
+        raise Refused(503, "the server is shutting down", code="draining", headers={"retry-after": "5"})
+    return _json(answers.whole(answer), headers={"x-request-id": answer.id})
+
+
+async def _body(http: Http, most: int) -> bytes:
+    """All of a body, of which no more than may be is kept."""
+    found = bytearray()
+    too_long = Refused(413, f"the body has more than {most} bytes")
+    if int(http.headers.get("content-length", "0")) > most:
+        raise too_long
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in http.stream():
+                found += part
+                if len(found) > most:
+                    raise too_long
+    except TimeoutError:
+        raise Refused(408, f"the body did not come within {BODY_SECONDS:g} seconds") from None
+    except ClientDisconnect:
+        raise Refused(GONE, "the client has left") from None
+    return bytes(found)
+
+
+def _submit(engine: Engine, asked: Asked) -> list[Request]:
+    """All requests of a body, or none."""
+    tokenizer, requests = engine.model.tokenizer, list[Request]()
+    assert tokenizer is not None
+    size = 0
+    try:
+        for prompt in asked.prompts or [tokenizer.chat(asked.messages)]:
+            ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            size = len(ids)
+            request = engine.submit(
+                ids, max_new_tokens=asked.max_new_tokens, sampling=asked.sampling, stop=asked.stop,
+                ignore_stop=asked.ignore_eos, n=asked.n,
+            )  # fmt: skip
+            requests.append(request)
+    except (InputError, EngineError) as error:
+        for request in requests:
+            request.cancel()
+        if isinstance(error, QueueFull):
+            raise Refused(429, str(error), code="queue_full", headers={"retry-after": "1"}) from None
+        if isinstance(error, EngineError):
+            raise Refused(503, str(error), headers={"retry-after": "5"}) from None
+        too_long = size + (asked.max_new_tokens or 1) > engine.max_length
+        raise Refused(400, str(error), code="context_length_exceeded" if too_long else None) from None
+    return requests
+
+
+def _wake(answer: Answer) -> asyncio.Event:
+    """An event that the engine's thread sets whenever there is more."""
+    loop, event = asyncio.get_running_loop(), asyncio.Event()
+
+    def more() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(event.set)
+
+    for request in answer.requests:
+        request.listen(more)
+    event.set()  # for what has come before
+    return event
+
+
+async def _cancel_when_gone(http: Http, answer: Answer, wake: asyncio.Event) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+    answer.cancel()
+    wake.set()
+
+
+async def _events(answer: Answer, wake: asyncio.Event) -> AsyncIterator[bytes]:
+    """An answer as it appears; an error is an event, too, and the last one."""
+    for event in answers.first(answer):
+        yield event
+    shown, open_ = [0] * len(answer.choices), set(range(len(answer.choices)))
+    try:
+        while open_:
+            try:
+                await asyncio.wait_for(wake.wait(), HEARTBEAT)
+            except TimeoutError:
+                yield b": still there\n\n"
+            wake.clear()
+            answer.check()
+            for i in sorted(open_):
+                choice = answer.choices[i]
+                reason, text = choice.finish_reason, choice.text  # in this order: the text of an end is whole
+                if len(text) > shown[i]:
+                    yield answers.piece(answer, i, text[shown[i] :])
+                    shown[i] = len(text)
+                if reason == "cancelled":
+                    raise EngineError("the server is shutting down")
+                if reason is not None:
+                    yield answers.end(answer, i, reason)
+                    open_.remove(i)
+    except (InputError, EngineError) as error:
+        yield answers.event(Refused(500, str(error)).body)
+    else:
+        yield answers.last(answer)
+
+
+def _end(service: Service, answer: Answer) -> None:
+    """Nobody waits for an answer any more: count it, and say so in the log, of which prompts are no part."""
+    now = time.monotonic()
+    reasons = []
+    for request in answer.requests:
+        whole = request.done
+        request.cancel()
+        ends = {choice.finish_reason for choice in request.choices}
+        reasons.append(
+            "cancelled" if not whole else "error" if ends <= {None, ""} else "/".join(sorted(map(str, ends)))
+        )
+        service.metrics.ended(request, now, reasons[-1])
+    took = now - answer.requests[0].times[0]
+    what = f"{answer.prompt_tokens} + {answer.new_tokens} tokens, {', '.join(sorted(set(reasons)))}, {took:.2f} s"
+    print(f"{answer.id}: {what}", file=sys.stderr, flush=True)
+
+
+def _problem(service: Service, error: Exception) -> Refused:
+    """The answer to what has ended a request."""
+    service.check()
+    return Refused(500, str(error))
+
+
+async def models(http: Http) -> Response:
+    """GET /v1/models."""
+    return _json({"object": "list", "data": [http.app.state.service.about()]})
+
+
+async def model(http: Http) -> Response:
+    """GET /v1/models/ID."""
+    http.app.state.service.check_model(http.path_params["id"])
+    return _json(http.app.state.service.about())
+
+
+async def health(http: Http) -> Response:
+    """GET /health: whether requests are taken."""
+    state = http.app.state.service.state
+    return _json({"status": state}, 200 if state == "ok" else 503)
+
+
+async def live(http: Http) -> Response:
+    """GET /health/live: whether the process answers."""
+    del http
+    return _json({"status": "ok"})
+
+
+async def metrics(http: Http) -> Response:
+    """GET /metrics."""
+    return Response(http.app.state.service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def status(http: Http) -> Response:
+    """GET /status: what the page shows."""
+    return _json(http.app.state.service.status())
+
+
+async def page(http: Http) -> Response:
+    """GET /: a page for people."""
+    del http
+    return Response(_page(), media_type="text/html")
+
+
+@functools.cache
+def _page() -> bytes:
+    return resources.files("kvjax.server").joinpath("page.html").read_bytes()
+
+
+def _json(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(answers.to_json(content), status, headers, "application/json")
+
+
+async def _refused(http: Http, error: Refused) -> Response:
+    print(f"{http.method} {http.url.path}: {error.status}", file=sys.stderr, flush=True)
+    return _json(error.body, error.status, error.headers)
+
+
+async def _not_routed(http: Http, error: HTTPException) -> Response:
+    message = {404: f"there is no {http.url.path}", 405: f"{http.url.path} does not take {http.method}"}
+    refused = Refused(error.status_code, one_line(message.get(error.status_code, error.detail)), headers=error.headers)
+    return await _refused(http, refused)
+
+
+async def _failed(http: Http, error: Exception) -> Response:
+    return await _refused(http, Refused(500, f"{type(error).__name__}: the server's log has more"))
