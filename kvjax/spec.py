@@ -198,6 +198,7 @@ class Lengths(NamedTuple):
     parts: int = 1  # devices that the sequences are split over; each has a pool of its own
     platform: str | None = None  # what runs it, "tpu" for example; None = JAX's default
     total: int | None = None  # tokens that any sequence may have, with new ones: shapes are made for that alone
+    most_new: int | None = None  # with a total: new ones of any sequence, for shapes; None = as many as `new`
 
     def longest(self) -> "Lengths":
         """The batch with as many tokens as there may be."""
@@ -212,7 +213,7 @@ class Lengths(NamedTuple):
         prompt = np.asarray(self.prompt)
         if self.total is None:
             return [(prompt, self.new)]
-        new = min(-(-self.new // NEW_TOKENS) * NEW_TOKENS, self.total - 1)
+        new = min(-(-(self.most_new or self.new) // NEW_TOKENS) * NEW_TOKENS, self.total - 1)
         longest = [(np.full_like(prompt, self.total - n), n) for n in (1, new)]
         return [*longest, (prompt, min(new, self.total - int(prompt.max())))]
 

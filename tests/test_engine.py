@@ -83,6 +83,14 @@ def test_a_request_gets_what_it_gets_alone(method):
         assert out.sequences[0].tokens == tokens
 
 
+def test_requests_of_very_different_lengths_have_one_shape():
+    model = Model(decoder("gqa"), None, (), "random")
+    with Watched(model, recipe_of("snapkv", "20%"), seats=2, max_length=128) as engine:
+        asked = [(text(3, 1), 120), (text(120, 1), 4), (text(60, 1), 1)]
+        requests = [engine.submit(prompt, max_new_tokens=new) for prompt, new in asked]
+        assert [len(request.result()[0].tokens) for request in requests] == [120, 4, 1]
+
+
 def test_a_small_pool_makes_requests_wait():
     model = Model(decoder("gqa"), None, (), "random")
     whole = kvjax.Engine(model, seats=4, max_length=LENGTH)

@@ -18,9 +18,9 @@ STEP = 64  # tokens that lengths are rounded up to, so that few promises are com
 Pages = tuple[int, ...]  # of each tier, group after group
 
 
-def for_seats(seats: int, max_length: int, new: int) -> Lengths:
-    """Lengths that the cache of so many seats is made for; no prompt is there yet."""
-    return Lengths((1,) * seats, new, padded_length(max_length), total=max_length)
+def lengths(prompts: Sequence[int], new: int, max_length: int) -> Lengths:
+    """What caches of an engine are made for: shapes are those of its longest sequences, however long these are."""
+    return Lengths(tuple(prompts), new, padded_length(max_length), total=max_length, most_new=max_length - 1)
 
 
 def tiers(cache: Cache) -> list[Tier]:

@@ -27,7 +27,6 @@ from kvjax.generation.stopping import Stops
 from kvjax.methods import resolve
 from kvjax.policies.base import Recipe
 from kvjax.policies.budgets.budget import Keep
-from kvjax.spec import Lengths
 
 PAUSE = 0.05  # seconds that an idle engine sleeps at most, in case nobody wakes it
 
@@ -57,6 +56,14 @@ class _Reading:
     @property
     def work(self) -> int:
         return self.left * len(self.request.prompt)
+
+
+def _next(layers: Generator[Array, None, tuple[Array, Cache]]) -> Array | tuple[Array, Cache]:
+    """The next layer's output; behind the last one, what the prompt has come to."""
+    try:
+        return next(layers)
+    except StopIteration as done:
+        return done.value
 
 
 class Engine:
@@ -130,11 +137,11 @@ class Engine:
         self._thread.start()
 
     def _allocate(self, seats: int, budget: int | None, queue: int) -> None:
-        lengths = capacity.for_seats(seats, self.max_length, self.max_new_tokens)
+        lengths = capacity.lengths([1] * seats, 1, self.max_length)
         init = functools.partial(allocate.allocate, self.model.decoder, self.recipe)
         shapes = jax.eval_shape(lambda: init(lengths))
         self._page = tuple(tier.page for tier in capacity.tiers(shapes))
-        self._longest = capacity.sizes(jax.eval_shape(lambda: init(capacity.for_seats(1, self.max_length, 1))))
+        self._longest = capacity.sizes(jax.eval_shape(lambda: init(capacity.lengths([1], 1, self.max_length))))
         self._promises = functools.lru_cache(4096)(functools.partial(capacity.promise, init, self._page))
         sizes = capacity.within(shapes, budget, self._longest)
         cache = capacity.made(init, lengths, sizes)
@@ -305,10 +312,9 @@ class Engine:
             self._reading.append(_Reading(request, seats, self._begin(request), self._spec.num_layers))
 
     def _begin(self, request: Request) -> Generator[Array, None, tuple[Array, Cache]]:
-        padded = prefill.padded_length(self.max_length)
-        lengths = Lengths((len(request.prompt),), request.limit, padded, total=self.max_length)
+        lengths = capacity.lengths([len(request.prompt)], request.limit, self.max_length)
         cache = allocate.allocate(self.model.decoder, self.recipe, lengths)
-        tokens = jnp.asarray(generating.pad([request.prompt], padded))
+        tokens = jnp.asarray(generating.pad([request.prompt], lengths.padded))
         length = jnp.asarray(lengths.prompt, jnp.int32)
         return prefill.prefill_by_layer(self.model.decoder, self.recipe, tokens, length, cache, fit=False)
 
@@ -318,12 +324,13 @@ class Engine:
         while self._reading:
             began = time.monotonic()
             reading = min(self._reading, key=lambda each: each.work)
-            try:
-                jax.block_until_ready(next(reading.layers))
-                reading.left -= 1
-            except StopIteration as done:
+            read = _next(reading.layers)
+            if isinstance(read, tuple):
                 self._reading.remove(reading)
-                self._seat(reading, *done.value)
+                self._seat(reading, *read)
+            else:
+                jax.block_until_ready(read)
+                reading.left -= 1
             now = time.monotonic()
             if self._decoding and now - start + (now - began) > self._stall:
                 return
