@@ -107,9 +107,8 @@ def prefill_by_layer(
     spec, groups = model.spec, layer_groups(model.spec)
     x, again = _embed(model, tokens), ()
     if recipe.replay is not None:
-        again = _embed(
-            model, jnp.pad(tokens, ((0, 0), (0, replayed(tokens.shape[1], recipe.replay) - tokens.shape[1])))
-        )
+        more = replayed(tokens.shape[1], recipe.replay) - tokens.shape[1]
+        again = _embed(model, jnp.pad(tokens, ((0, 0), (0, more))))
     filled, allocations = list(cache), _allocations(spec, recipe.structure, groups, length, cache)
     for index, layer in enumerate(model.layers):
         group, place = locate(groups, index)
@@ -299,9 +298,9 @@ def _prefill_layer(
     options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "until": until, "kernels": recipe.kernels}
     heads, lse = prefill_attention(q, k, v, length, sink=layer.sink(), **options)
     key, probe = key if rotates_at_read(spec, recipe) else k, ()
-    if recipe.replay is not None and not isinstance(again, tuple):
-        settings = {"spec": spec, "recipe": recipe, "window": window, "rotary": rotary, "chunk": chunk}
-        again, probe = _read_again(layer, again, k, v, length, **settings)
+    if not isinstance(again, tuple):
+        given = layer, again, k, v, length
+        again, probe = _read_again(*given, spec=spec, recipe=recipe, window=window, rotary=rotary, chunk=chunk)
     prompt = Prompt(
         *(q, k, v, key, value, lse, length, index, peers, window, spec.scale, spec.score_cap),
         kernels=recipe.kernels,
@@ -339,7 +338,7 @@ def _read_again(
     rotary: RopeSpec,
     chunk: int,
 ) -> tuple[Float[Array, "B Q D"], Probe]:
-    """One layer over the prompt that is read again behind its end, in chunks of `Recipe.replay` tokens."""
+    """One layer over the prompt that is read again behind its end, in chunks of `Recipe.replay`; and what it asks."""
     assert recipe.replay is not None
     size, longest = min(recipe.replay, k.shape[1]), jnp.max(length)
     pos = length[:, None] + jnp.arange(again.shape[1]) % size

@@ -203,7 +203,7 @@ def prefill_temporaries(setting: Setting) -> int:
     setting = setting.share
     spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
     batch, padded, width = setting.batch, setting.lengths.padded, spec.embed_dim
-    n, part = batch * padded, batch * prefill.at_once(batch, padded, prefill.CHUNK)
+    n, part = batch * (padded + replayed(setting)), batch * prefill.at_once(batch, padded, prefill.CHUNK)
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     inner = 2 * spec.mlp_dim if spec.experts is None else 6 * spec.experts.chosen * width
     fed = itemsize * (n * queries + part * (3 * width + inner))
@@ -240,7 +240,8 @@ def bound(setting: Setting, chip: Chip) -> Bound:
     )
     step = max(read / chip.bandwidth, 2 * products / chip.flops)
     seen = setting.context / 2 * spec.num_layers * spec.num_heads * 2 * spec.head_dim
-    prompts = setting.batch * setting.context * ((stored.layers - unused(1)) // itemsize + seen)
+    linear, again = (stored.layers - unused(1)) // itemsize, setting.recipe.replay is not None  # and sees all tokens
+    prompts = setting.batch * setting.context * (linear * (1 + again) + seen * (1 + 2 * again))
     return Bound(
         prefill_s=max(2 * prompts / chip.flops, stored.read / chip.bandwidth),
         step_s=step,
