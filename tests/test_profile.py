@@ -56,6 +56,14 @@ def test_layers_of_each_pool_have_their_mean():
     assert found[0].sum() == found[1].sum() == 600
 
 
+def test_other_budgets_and_lengths_compile_nothing():
+    compiled = profile._hand_out._cache_size
+    rows(40, [141])
+    before = compiled()
+    rows(Fraction(1, 5), [50_001])
+    assert compiled() == before > 0
+
+
 @pytest.mark.parametrize("method", ["snapkv", "h2o", "tova", "expected"])
 def test_an_even_profile_is_no_profile(method):
     decoder = oracle.random_model(5, num_layers=2)

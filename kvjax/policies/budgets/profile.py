@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
@@ -45,6 +46,9 @@ def from_profile(path: Path | None) -> Budget:
     return uniform()._replace(rows=functools.partial(_rows, path), max_slots=longest, by_head=True)
 
 
+_hand_out = jax.jit(hand_out)  # once for all lengths and budgets
+
+
 def _rows(
     path: Path | None, keep: int | Fraction, spec: ModelSpec, layers: Layers, length: Int[np.ndarray, " B"]
 ) -> Int[np.ndarray, "l B K"]:
@@ -63,10 +67,9 @@ def _rows(
     wanted = np.stack([np.interp(kept / length, levels, (0.0, *row, 1.0)) for row in share])  # R B
     wanted *= len(share) * kept / wanted.sum(axis=0)
     unit = max(1, min(4096, 2**30 // int(length.max())))  # fractions of a slot decide who gets what is left
+    given = wanted * unit, unit, len(share) * kept, np.ones_like(kept), length
     with collectives.on_the_host():
-        given = (jnp.asarray(x, jnp.int32) for x in (wanted * unit, len(share) * kept, np.ones_like(kept), length))
-        wanted, total, low, high = given
-        rows = np.asarray(hand_out(wanted, unit, total, low, high))
+        rows = np.asarray(_hand_out(*(jnp.asarray(x, jnp.int32) for x in given)))
     rows = np.where(kept < length, rows, slots)
     return np.moveaxis(rows.reshape(len(layers.index), heads, -1), 1, 2)
 
