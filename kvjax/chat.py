@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kvjax import compilation
 from kvjax.cli import command
-from kvjax.cli.flags import CHAT_LENGTH, DTYPES, add_method_flags, add_sampling_flags, sampling
+from kvjax.cli.flags import CHAT_LENGTH, add_method_flags, add_number_flags, add_sampling_flags, sampling
 from kvjax.cli.prompts import read_messages
 from kvjax.errors import InputError
 from kvjax.methods import make
@@ -41,7 +41,7 @@ def parser() -> command.Parser:
         f" (default: {CHAT_LENGTH}, or the context limit where that is less)",
     )  # fmt: skip
     add_sampling_flags(p)
-    p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
+    add_number_flags(p)
     p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
     return p
 

@@ -4,6 +4,7 @@ A run that was killed goes on where it stopped when it is started again with the
 """
 
 import argparse
+import functools
 import itertools
 import shlex
 import sys
@@ -23,7 +24,7 @@ from kvjax.checkpoint import fingerprint
 from kvjax.cli import command
 from kvjax.cli.console import to_stdout
 from kvjax.cli.factories import list_factories
-from kvjax.cli.flags import DTYPES, add_method_flags
+from kvjax.cli.flags import add_method_flags, add_number_flags, numbers
 from kvjax.errors import InputError
 from kvjax.evaluation import manifest, report, runner
 from kvjax.evaluation.runner import Evaluation, Point
@@ -80,7 +81,7 @@ def parser() -> command.Parser:
     p.add_argument("--no-chat", action="store_true", help="do not wrap prompts in the checkpoint's chat template")
     p.add_argument("--batch", type=int, metavar="N", help=f"prompts at once (default: {BATCH_TOKENS} tokens)")
     p.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
+    add_number_flags(p)
     command.add_mesh_flag(p)
     p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
     p.add_argument("--list-tasks", action="store_true", help="show all tasks and their arguments")
@@ -105,9 +106,9 @@ def main(argv: list[str] | None = None) -> None:
     _check(args, {task.name for task in tasks}, {read_entry(point.method)[0] for point in grid}, settings)
     text = _read_text(args.text)
     compilation.enable_compilation_cache()
-    load = lambda name: load_from(name, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config, mesh=args.mesh)
-    model, directory = load(args.model)
-    reference, origin = (None, None) if args.reference is None else load(args.reference)
+    load = functools.partial(load_from, ignore_config=args.ignore_config, mesh=args.mesh)
+    model, directory = load(args.model, **numbers(args))
+    reference, origin = (None, None) if args.reference is None else load(args.reference, dtype=numbers(args)["dtype"])
     for point in grid:
         check_recipe(model, point.recipe)
     request, chat = _request(args, model, text)
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         "asked": "beside" if args.question == "unseen" else None,  # of a context, not after it as in earlier versions
         "settings": settings, "data": args.data and str(args.data),
         "text": manifest.digest(request.text),
-        "dtype": jnp.dtype(model.decoder.dtype).name, "ignore_config": args.ignore_config,
+        "dtype": jnp.dtype(model.decoder.dtype).name, "bits": model.spec.weights, "ignore_config": args.ignore_config,
     }  # fmt: skip
     unseen = args.question == "unseen"
     evaluation = Evaluation(model, batch=batch, unseen=unseen, chat=chat, reference=reference)

@@ -21,7 +21,7 @@ from kvjax import compilation
 from kvjax.cache.pages import LARGEST
 from kvjax.cli import command, showcase
 from kvjax.cli.console import to_stdout
-from kvjax.cli.flags import DTYPES, SHOWCASE_METHOD, add_shared_flags
+from kvjax.cli.flags import SHOWCASE_METHOD, add_shared_flags, numbers
 from kvjax.cli.prompts import read_ids, read_texts
 from kvjax.cli.tables import SHARE, dtype_of, sizes
 from kvjax.errors import InputError
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(report)) if args.json else _print_plan(console, report)
         return
     compilation.enable_compilation_cache()
-    model = load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
+    model = load(args.model, **numbers(args), ignore_config=args.ignore_config)
     _check_range("layer", args.layer, model.spec.num_layers)
     _check_range("head", args.head, model.spec.num_rows)
     if not texts and not ids:
@@ -152,7 +152,7 @@ def describe(args: argparse.Namespace, model: Model, out: Generation, shown: Hel
 
 def dry_run(args: argparse.Namespace, recipe: Recipe, texts: list[str], ids: list[list[int]]) -> dict[str, Any]:
     """The recipe in force and the bytes of its cache, as plain data."""
-    model = abstract_model(args.model, DTYPES.get(args.dtype), args.ignore_config)
+    model = abstract_model(args.model, ignore=args.ignore_config, **numbers(args))
     prompts = [encode_text(model, text, args.chat) for text in texts] + ids
     if prompts:
         check_prompts(model.spec, prompts, [[]])

@@ -36,10 +36,11 @@ from kvjax.methods import LEARNED, label_of, make, read_entry, taken
 from kvjax.models.decoder import Decoder
 from kvjax.parallel import mesh as meshes
 from kvjax.policies.base import Recipe
-from kvjax.spec import Lengths
+from kvjax.spec import WEIGHT_BITS, Lengths
 
 PROG = "kvjax.bench decode"
 AGAINST = ("full", "transformers")
+STORED = "stored"  # weights as they are
 
 
 class Contest(NamedTuple):
@@ -100,7 +101,7 @@ def _read(model: Model, recipe: Recipe, batch: int, setting: Contest) -> tuple[j
 def weight_bytes(model: Decoder) -> int:
     """Bytes of the weights that every step reads; of an untied embedding it reads a row."""
     total = sum(x.nbytes for x in jax.tree.leaves(model))
-    return total if model.head is None else total - model.embedding[...].nbytes
+    return total if model.head is None else total - sum(x.nbytes for x in jax.tree.leaves(model.embedding))
 
 
 def read_recipe(entry: str, stores: dict[str, str]) -> Recipe:
@@ -124,6 +125,9 @@ def add_flags(p: argparse.ArgumentParser) -> None:
         help="what fills the cache: the model, or a narrow one of the same cache, in a fraction of the time",
     )
     command.add_mesh_flag(p)
+    p.add_argument(
+        "--weights", default=STORED, metavar="A,B", help=f"{STORED}, {', '.join(WEIGHT_BITS)}: several take turns"
+    )
     p.add_argument("--impose-cr", type=float, metavar="CR", help="tokens per slot of dmc and dms on random weights")
     p.add_argument("--against", default="", metavar="A,B", help=f"compare with: {', '.join(AGAINST)}")
     p.add_argument("--transformers", action="store_true", help="short for --against transformers")
@@ -236,14 +240,20 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     contexts = contexts_of(args)
     limit = memory.of_device(args.memory) if args.batch == "max" else 0
     compilation.enable_compilation_cache()
-    model = models.load(args.model, args.dtype, args.mesh)
+    loaded = {w: models.load(args.model, args.dtype, args.mesh, None if w == STORED else w) for w in _weights(args)}
+    model = next(iter(loaded.values()))
     check_contexts(contexts, model, new)
+    named = lambda label, weights: label if len(loaded) == 1 else f"{label}, weights {weights}"
     against = [hugging_face.NAME if name == "transformers" else name for name in against] or [next(iter(recipes))]
+    against = [named(name, next(iter(loaded))) if name in recipes else name for name in against]
     sections = []
     for context in contexts:
         setting = Contest(context, new, args.steps, args.prefill == "cheap")
-        runs_on = {label: _gated(model, recipe, args.impose_cr) for label, recipe in recipes.items()}
-        ready = [_maker(runs_on[label], label, recipe, setting, args, limit) for label, recipe in recipes.items()]
+        ready = [
+            _maker(_gated(one, recipe, args.impose_cr), named(label, weights), recipe, setting, args, limit)
+            for weights, one in loaded.items()
+            for label, recipe in recipes.items()
+        ]
         if hugging_face.NAME in against:
             size = weight_bytes(model.decoder), int(args.batch)
             ready.insert(0, functools.partial(hugging_face.contestant, model, context, args.steps, *size))
@@ -252,6 +262,15 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     columns += (KEPT,) if args.impose_cr else ()
     about = report.about(command_line, model=model.name, dtype=model.decoder.dtype.name)
     return Report("decode", about, columns, COLUMNS[1], sections)
+
+
+def _weights(args: argparse.Namespace) -> list[str]:
+    """What `--weights` names."""
+    names = args.weights.split(",")
+    for name in names:
+        if name not in (STORED, *WEIGHT_BITS):
+            raise InputError(f"--weights {name}: choose from {', '.join((STORED, *WEIGHT_BITS))}")
+    return names
 
 
 def _kernels(args: argparse.Namespace) -> dict[str, str]:

@@ -17,6 +17,7 @@ from kvjax.generation import model as models
 from kvjax.generation.model import Model
 from kvjax.models.decoder import Decoder, native_dtype
 from kvjax.models.named import NAMED
+from kvjax.models.quantized import asked
 from kvjax.parallel import mesh as meshes
 from kvjax.spec import GateSpec, ModelSpec
 
@@ -35,13 +36,16 @@ SHAPES = {
 WINDOWS = {"dmc": 12, "dms": 256}  # tokens, as the papers have them
 
 
-def load(name: str, dtype: str | None, mesh: str | None = None) -> Model:
-    """A model by the name of a shape, or a checkpoint; on one device, or on a mesh such as `data=2,model=4`."""
+def load(name: str, dtype: str | None, mesh: str | None = None, weights: str | None = None) -> Model:
+    """A model by the name of a shape, or a checkpoint; on one device, or on a mesh such as `data=2,model=4`.
+
+    Its matrices are in `weights`, int8 or int4; None = as they are.
+    """
     if name in SHAPES:
         size = None if mesh is None else meshes.parse(mesh)
-        return random(SHAPES[name], jnp.dtype(dtype or native_dtype()), f"random {name}", size)
+        return random(asked(SHAPES[name], weights), jnp.dtype(dtype or native_dtype()), f"random {name}", size)
     try:
-        return models.load(name, dtype=None if dtype is None else jnp.dtype(dtype), mesh=mesh)
+        return models.load(name, dtype=None if dtype is None else jnp.dtype(dtype), mesh=mesh, weights=weights)
     except InputError as error:
         raise InputError(f"{error}; random weights: {', '.join(SHAPES)}") from None
 
@@ -81,4 +85,4 @@ def narrow(spec: ModelSpec) -> ModelSpec:
 
     It has little but heads.
     """
-    return dataclasses.replace(spec, embed_dim=128, mlp_dim=128)
+    return dataclasses.replace(spec, embed_dim=128, mlp_dim=128, weights=None)

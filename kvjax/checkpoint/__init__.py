@@ -13,7 +13,11 @@ from kvjax.policies.budgets import profile
 
 
 def load_model(
-    name: str, dtype: DTypeLike | None = None, ignore: Collection[str] = (), size: Size | None = None
+    name: str,
+    dtype: DTypeLike | None = None,
+    ignore: Collection[str] = (),
+    size: Size | None = None,
+    weights: str | None = None,
 ) -> tuple[Decoder, Path]:
     """A decoder and the directory, or the GGUF file, that its tokenizer and configuration are in.
 
@@ -22,14 +26,15 @@ def load_model(
       dtype: dtype of weights and activations; None = `native_dtype`.
       ignore: fields of `config.json` to treat as absent; a converted directory remembers those it was made with.
       size: of the mesh to put it on; None = one device.
+      weights: int8 or int4, what matrices are encoded in as they are read; None = as they are.
     """
     wanted = native_dtype() if dtype is None else dtype
     path = Path(name)
     if orbax.is_orbax(path):
-        decoder = orbax.load(path, wanted, ignore, size)
+        decoder = orbax.load(path, wanted, ignore, size, weights)
     else:
         path = hf.resolve(name)
-        decoder = hf.load(path, wanted, ignore, size=size)
+        decoder = hf.load(path, wanted, ignore, size=size, quantize=weights)
     decoder.spec = profile.noted(decoder.spec, path)
     return decoder, path
 

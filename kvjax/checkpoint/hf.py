@@ -25,6 +25,7 @@ from kvjax.checkpoint.header import Stored
 from kvjax.errors import InputError, say_once
 from kvjax.files.gguf import first_part, is_gguf
 from kvjax.files.text import read_json
+from kvjax.models import quantized
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config
 from kvjax.parallel import mesh
@@ -108,15 +109,20 @@ def load(
     ignore: Collection[str] = (),
     progress: Progress | None = None,
     size: mesh.Size | None = None,
+    quantize: str | None = None,
 ) -> Decoder:
-    """A decoder with the weights of the Hugging Face directory `path`, cast to `dtype`, on one device or on a mesh."""
+    """A decoder with the weights of the Hugging Face directory `path`, cast to `dtype`, on one device or on a mesh.
+
+    With `quantize`, int8 or int4, its matrices are encoded one after the other, from the numbers that are stored.
+    """
     weights = locate(path, read_config(path, ignore))
-    where = None if size is None else mesh.make(size, weights.spec)
-    targets, tree = abstract(weights.spec, dtype)
+    spec = quantized.asked(weights.spec, quantize)
+    where = None if size is None else mesh.make(size, spec)
+    targets, tree = abstract(spec, dtype)
     # The largest first, so that the peak of memory comes early.
+    found = read(weights, weights.stored, dtype if quantize is None else None, progress)
     arrays = {
-        target: mesh.place_weight(where, target, array)
-        for target, array in read(weights, weights.stored, dtype, progress)
+        target: mesh.place_weight(where, target, array) for target, array in quantized.encoded(found, targets, dtype)
     }
     return jax.tree.unflatten(tree, [arrays[target] for target in targets])
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kvjax.errors import InputError
 from kvjax.models.config_fields import LARGEST
-from kvjax.spec import GateSpec, LatentSpec, ModelSpec
+from kvjax.spec import WEIGHT_BITS, GateSpec, LatentSpec, ModelSpec
 
 _AGAIN = "convert the source again"
 _integer = lambda value, least, most=LARGEST: type(value) is int and least <= value <= most
@@ -32,6 +32,8 @@ def check(about: Mapping[str, Any], path: Path, version: int) -> None:
         raise InputError(f"{path}: dtype = {dtype!r}, expected a name such as bfloat16; {_AGAIN}")
     if not isinstance(about.get("tie_embeddings", False), bool):
         raise InputError(f"{path}: tie_embeddings = {about['tie_embeddings']!r}, expected true or false; {_AGAIN}")
+    if about.get("weights") not in (None, *WEIGHT_BITS):
+        raise InputError(f"{path}: weights = {about['weights']!r}, expected one of {', '.join(WEIGHT_BITS)}; {_AGAIN}")
     checksums = about.get("checksums", {})
     if not isinstance(checksums, dict) or not all(isinstance(checksum, str) for checksum in checksums.values()):
         raise InputError(f"{path}: checksums = {checksums!r}, expected one of each part; {_AGAIN}")

@@ -26,7 +26,7 @@ from kvjax.checkpoint.quiet import quiet
 from kvjax.checkpoint.stage import staged
 from kvjax.errors import InputError
 from kvjax.files.text import read_json
-from kvjax.models import small_files
+from kvjax.models import quantized, small_files
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import read_config
 from kvjax.parallel import mesh
@@ -35,7 +35,7 @@ from kvjax.spec import ModelSpec
 FORMAT = 2
 ABOUT = "kvjax.json"
 PARAMS = "params"
-CHANGES = ("ignore_config", "tie_embeddings", "latent", "gate")  # what `ABOUT` says of the model beside `config.json`
+CHANGES = ("ignore_config", "tie_embeddings", "latent", "gate", "weights")  # what `ABOUT` says beside `config.json`
 COPIED = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"),
@@ -91,7 +91,7 @@ def _write(stage: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: 
         small_files.copy(src, COPIED, stage)
     for name, arrays in _grouped(parts):
         _check_finite(arrays)
-        tied = tied and "head.kernel" not in arrays
+        tied = tied and not any(path.startswith("head.kernel") for path in arrays)
         with _context(max(_IN_FLIGHT, 1 + max(array.nbytes for array in arrays.values()))):
             try:
                 with quiet():
@@ -107,7 +107,11 @@ def _write(stage: Path, src: Path, parts: Iterable[tuple[str, hf.Part]], about: 
 
 
 def load(
-    path: Path, dtype: DTypeLike | None = None, ignore: Collection[str] = (), size: mesh.Size | None = None
+    path: Path,
+    dtype: DTypeLike | None = None,
+    ignore: Collection[str] = (),
+    size: mesh.Size | None = None,
+    quantize: str | None = None,
 ) -> Decoder:
     """A decoder from a converted checkpoint.
 
@@ -116,16 +120,26 @@ def load(
       dtype: cast to it; None for the dtype it was converted to.
       ignore: fields of `config.json` to treat as absent, beside those it was converted with.
       size: of the mesh to put it on, each device's part read for itself; None = one device.
+      quantize: int8 or int4, to encode matrices, part by part; None = as they are stored.
 
     Cost: host memory of the parameters in `dtype` and of about the largest part, as stored, for buffers. The C library
       may keep a few hundred MB of the buffers below 32 MiB. Checksums read every file once more, at 6 GB/s where the
       system still holds it; of several processes each checks some parts.
     """
-    spec = read_spec(path, ignore)
+    given = read_spec(path, ignore)
+    spec = quantized.asked(given, quantize)
+    kind = np.dtype(read_about(path)["dtype"]) if dtype is None else dtype
     found = _find(path, spec)
-    wanted, tree = hf.abstract(spec, dtype or read_about(path)["dtype"])
-    stored.check_shapes(path, found, wanted)
+    wanted, tree = hf.abstract(spec, kind)
+    stored.check_shapes(path, found, hf.abstract(given, kind)[0])
     where = None if size is None else mesh.make(size, spec)
+    if quantize is not None:
+        arrays = {}
+        for part in found:
+            read = stored.load(path, part, part.arrays).items()
+            made = quantized.encoded(read, wanted, kind)
+            arrays |= {name: mesh.place_weight(where, name, array) for name, array in made}
+        return jax.tree.unflatten(tree, [arrays[target] for target in wanted])
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     place = {n: one if where is None else mesh.weight(n, leaf.shape, where) for n, leaf in wanted.items()}
     arrays = {}
@@ -190,7 +204,11 @@ def read_spec(path: Path, ignore: Collection[str] = ()) -> ModelSpec:
     spec = read_config(path, ignored(path) | set(ignore))
     tied = about.get("tie_embeddings", spec.tie_embeddings)
     return replace(
-        spec, tie_embeddings=tied, latent=noted.latent(about, spec, file), gate=noted.gate(about, spec, file)
+        spec,
+        tie_embeddings=tied,
+        latent=noted.latent(about, spec, file),
+        gate=noted.gate(about, spec, file),
+        weights=about.get("weights"),
     )
 
 

@@ -5,7 +5,7 @@ import json
 
 from kvjax.cli import flags
 from kvjax.cli.console import to_stdout
-from kvjax.cli.flags import DTYPES
+from kvjax.cli.flags import numbers
 from kvjax.cli.generating import dump, print_all, show
 from kvjax.cli.tables import describe, dtype_of, heading, summary
 from kvjax.generation.accounting import compare
@@ -23,7 +23,7 @@ def run(
     sampling: Sampling,
 ) -> None:
     """Answer the questions to a prompt, or to a file's context; write it first, if asked to."""
-    model = load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config, mesh=args.mesh)
+    model = load(args.model, **numbers(args), ignore_config=args.ignore_config, mesh=args.mesh)
     if args.context is not None:
         context = model.load_context(args.context)
         assert context.named is not None

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from kvjax.cli.console import to_stdout
-from kvjax.cli.flags import CHAT_LENGTH, DTYPES, sampling
+from kvjax.cli.flags import CHAT_LENGTH, numbers, sampling
 from kvjax.cli.generating import show
 from kvjax.errors import InputError
 from kvjax.generation.chat import Chat
@@ -17,7 +17,7 @@ from kvjax.methods import of, write_entry
 
 def run(args: argparse.Namespace, messages: list[dict[str, str]]) -> None:
     """Answer every line of standard input until it ends; first the last message, if it is a user's."""
-    model = load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
+    model = load(args.model, **numbers(args), ignore_config=args.ignore_config)
     how = sampling(args, model)
     entry = write_entry(args.method or of(model.spec), args.arguments)
     length = min(CHAT_LENGTH, model.spec.max_position) if args.max_length is None else args.max_length

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
@@ -10,6 +10,7 @@ from kvjax.cli import command
 from kvjax.errors import say_once
 from kvjax.generation.sampling import SETTINGS, Sampling
 from kvjax.methods import METHODS
+from kvjax.spec import WEIGHT_BITS
 
 if TYPE_CHECKING:
     from kvjax.generation.model import Model
@@ -35,11 +36,24 @@ def add_shared_flags(p: argparse.ArgumentParser, *, method: str, many: str = "")
     p.add_argument("--prompt-tokens", action="append", metavar="1,2,3", help=f"{many}a prompt as token ids")
     p.add_argument("--chat", action="store_true", help="wrap a prompt in the checkpoint's chat template")
     add_method_flags(p, method=method)
-    p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
+    add_number_flags(p)
     command.add_mesh_flag(p)
     command.add_distributed_flag(p)
     p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def add_number_flags(p: argparse.ArgumentParser) -> None:
+    """Flags that say which numbers a model has; `numbers` reads them."""
+    p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
+    p.add_argument(
+        "--weights", choices=WEIGHT_BITS, help="matrices in so few bits, in groups of 32 (default: as stored)"
+    )
+
+
+def numbers(args: argparse.Namespace) -> dict[str, Any]:
+    """What `load` is given of `add_number_flags`."""
+    return {"dtype": DTYPES.get(args.dtype), "weights": args.weights}
 
 
 def add_sampling_flags(p: argparse.ArgumentParser) -> None:

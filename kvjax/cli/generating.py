@@ -12,7 +12,7 @@ import numpy as np
 
 from kvjax.cli import flags, showcase
 from kvjax.cli.console import to_stdout
-from kvjax.cli.flags import DTYPES
+from kvjax.cli.flags import numbers
 from kvjax.cli.tables import describe, dtype_of, heading, summary
 from kvjax.files import output
 from kvjax.generation.generate import Pieces, cached_positions, drain
@@ -33,7 +33,7 @@ def run(
     sampling: Sampling,
 ) -> None:
     """Answer prompts, given as texts or token ids; without any, those of the showcase."""
-    model = load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config, mesh=args.mesh)
+    model = load(args.model, **numbers(args), ignore_config=args.ignore_config, mesh=args.mesh)
     sampling = flags.sampling(args, model) if args.chat else sampling
     console, prompted = to_stdout(), bool(texts or ids)
     if not prompted and not args.json and args.dump_cache is None:

@@ -30,6 +30,7 @@ def describe(model: Model, out: Generation, budget: str | int | None) -> dict[st
         "model": model.name,
         "stop": {"ids": list(model.stop), "source": model.stop_source or None},
         "dtype": dtype_of(model),
+        "weights": model.spec.weights,
         "budget": int(budget) if isinstance(budget, str) and budget.isdecimal() else budget,
     }
 

@@ -57,6 +57,7 @@ class HarnessModel(TemplateLM):
       method: a key of `kvjax.METHODS`.
       budget: `512` or `20%`; None = the method's default.
       dtype: `float32`, `bfloat16` or `float16`, of weights and cache.
+      weights: `int8` or `int4`, matrices in so few bits; None = as they are stored.
       max_length: tokens that longer contexts are cut to, from the left; None = the context limit.
       max_gen_toks: most tokens to generate where a task does not say.
       batch_size: sequences that are run together; the last batch is filled up with copies.
@@ -74,6 +75,7 @@ class HarnessModel(TemplateLM):
         method: str = "full",
         budget: str | int | float | None = None,
         dtype: str | None = None,
+        weights: str | None = None,
         max_length: int | str | None = None,
         max_gen_toks: int | str = 256,
         batch_size: int | str = 1,
@@ -86,7 +88,7 @@ class HarnessModel(TemplateLM):
             raise InputError(f"dtype={dtype} is not one of {', '.join(DTYPES)}")
         self._recipe = make(method, budget, arguments)  # pyright: ignore[reportArgumentType]: a wrong budget raises
         self._settings = {"method": method, "budget": default_budget(method) if budget is None else budget} | arguments
-        self._model = load(pretrained, dtype=None if dtype is None else DTYPES[dtype])
+        self._model = load(pretrained, dtype=None if dtype is None else DTYPES[dtype], weights=weights)
         if self._model.tokenizer is None:
             raise InputError(f"{self._model.name} has no tokenizer.json: its texts cannot be read")
         self._tokenizer = self._model.tokenizer

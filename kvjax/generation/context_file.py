@@ -97,7 +97,8 @@ def load(model: Model, path: Path) -> tuple[Context, Any]:
 
 
 def _called(model: Model) -> str:
-    return f"{model.name} in {jnp.dtype(model.decoder.dtype).name}"
+    weights = "" if model.spec.weights is None else f" with weights in {model.spec.weights}"
+    return f"{model.name} in {jnp.dtype(model.decoder.dtype).name}{weights}"
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -53,7 +53,8 @@ class Model:
 
     def __repr__(self) -> str:
         spec = self.spec
-        return f"Model({self.name!r}, {spec.family}, {spec.num_layers} layers, {jnp.dtype(self.decoder.dtype).name})"
+        weights = "" if spec.weights is None else f", weights in {spec.weights}"
+        return f"Model({self.name!r}, {spec.family}, {spec.num_layers} layers, {self.decoder.dtype.name}{weights})"
 
     @property
     def spec(self) -> ModelSpec:
@@ -323,6 +324,7 @@ def load(
     dtype: DTypeLike | None = None,
     ignore_config: Sequence[str] = (),
     mesh: str | None = None,
+    weights: str | None = None,
 ) -> Model:
     """Load a checkpoint.
 
@@ -333,13 +335,15 @@ def load(
       ignore_config: config fields that may be ignored although kvjax does not know them.
       mesh: "data=2,model=4" takes 2 times 4 devices: sequences are split over 2, weights and key/value heads over 4.
         What is computed with the model runs on them. None = one device.
+      weights: "int8" or "int4" keeps matrices in few bits, in groups of 32 inputs, encoded one after the other as they
+        are read; products are computed in `dtype`. None = as they are stored.
 
     >>> import kvjax
     >>> model = kvjax.load()
     >>> model.spec.num_kv_heads
     2
     """
-    return load_from(name, dtype=dtype, ignore_config=ignore_config, mesh=mesh)[0]
+    return load_from(name, dtype=dtype, ignore_config=ignore_config, mesh=mesh, weights=weights)[0]
 
 
 def load_from(
@@ -348,10 +352,11 @@ def load_from(
     dtype: DTypeLike | None = None,
     ignore_config: Sequence[str] = (),
     mesh: str | None = None,
+    weights: str | None = None,
 ) -> tuple[Model, Path]:
     """Like `load`, and the directory that the checkpoint's files are in, or its GGUF file."""
     size = None if mesh is None else meshes.parse(mesh)
-    decoder, directory = checkpoint.load_model(str(shipped.find(name)), dtype, ignore_config, size)
+    decoder, directory = checkpoint.load_model(str(shipped.find(name)), dtype, ignore_config, size, weights)
     label = "demo" if name is None else str(name)
     tokenizer = Tokenizer.load(directory)
     stop = find_stop(directory, decoder.spec.vocab_size, tokenizer)

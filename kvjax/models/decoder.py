@@ -6,7 +6,7 @@ list: scanning over stacked weights copies every layer's weights on GPU and is s
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.models.experts import Experts
+from kvjax.models.quantized import Quantized, finer, matrix, numbers, product
 from kvjax.parallel.collectives import HEADS, MODEL, Axes, add, count, gather, look_up, own
-from kvjax.spec import Activation, ExpertSpec, Gate, ModelSpec, RopeSpec
+from kvjax.spec import Activation, ExpertSpec, Gate, ModelSpec, RopeSpec, Weights
 from pallas_kernels.decode_attention import KeyExpansion
 from pallas_kernels.rotation import Rotation
 from pallas_kernels.soft_cap import soft_cap
@@ -31,11 +32,19 @@ def native_dtype() -> DTypeLike:
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias` with `kernel [in, out]`."""
+    """`x @ kernel + bias` with `kernel [in, out]`, of few bits if `weights` says so."""
 
-    def __init__(self, inner: int, outer: int, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inner: int,
+        outer: int,
+        bias: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        weights: Weights | None = None,
+    ):
         scale = inner**-0.5
-        self.kernel = nnx.Param((jax.random.normal(rngs.params(), (inner, outer)) * scale).astype(dtype))
+        self.kernel = matrix((jax.random.normal(rngs.params(), (inner, outer)) * scale).astype(dtype), weights)
         self.bias = nnx.Param(jnp.zeros((outer,), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*b inner"], over: Axes = ()) -> Float[Array, "*b outer"]:
@@ -124,12 +133,14 @@ class Attention(nnx.Module):
 
     def __init__(self, spec: ModelSpec, index: int, dtype: DTypeLike, rngs: nnx.Rngs):
         n, h, d = spec.num_heads, spec.head_dim, spec.embed_dim
-        self.q = Linear(d, n * h, spec.qkv_bias, dtype, rngs)
+        coarse, fine = spec.weights, finer(spec.weights)
+        self.q = Linear(d, n * h, spec.qkv_bias, dtype, rngs, coarse)
         if spec.latent is None:
-            self.k, self.v = (Linear(d, spec.num_kv_heads * h, spec.qkv_bias, dtype, rngs) for _ in "kv")
+            of = lambda weights: Linear(d, spec.num_kv_heads * h, spec.qkv_bias, dtype, rngs, weights)
+            self.k, self.v = of(coarse), of(fine)
         else:
             self.k, self.v = (LowRank(spec, rank, dtype, rngs) for rank in spec.widths(index))
-        self.o = Linear(n * h, d, spec.o_bias, dtype, rngs)
+        self.o = Linear(n * h, d, spec.o_bias, dtype, rngs, fine)
         self.sink = nnx.Param(jnp.zeros((n,), dtype)) if spec.sinks else None
         of = lambda heads: Norm(spec, heads * h, dtype, HEADS) if spec.joint_qk_norm else Norm(spec, h, dtype)
         self.q_norm = of(n) if spec.qk_norm else None
@@ -147,9 +158,10 @@ class Mlp(nnx.Module):
     """`down(act(gate(x)) * up(x))` (arXiv 2002.05202), or without a gate `down(act(up(x)))`."""
 
     def __init__(self, spec: ModelSpec, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.gate = Linear(spec.embed_dim, spec.mlp_dim, spec.mlp_bias, dtype, rngs) if spec.gated_mlp else None
-        self.up = Linear(spec.embed_dim, spec.mlp_dim, spec.mlp_bias, dtype, rngs)
-        self.down = Linear(spec.mlp_dim, spec.embed_dim, spec.mlp_bias, dtype, rngs)
+        of = lambda inner, outer: Linear(inner, outer, spec.mlp_bias, dtype, rngs, spec.weights)
+        self.gate = of(spec.embed_dim, spec.mlp_dim) if spec.gated_mlp else None
+        self.up = of(spec.embed_dim, spec.mlp_dim)
+        self.down = of(spec.mlp_dim, spec.embed_dim)
         self.activation: Activation = spec.activation
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
@@ -160,7 +172,7 @@ class Mlp(nnx.Module):
 def experts(spec: ModelSpec, of: ExpertSpec, dtype: DTypeLike, rngs: nnx.Rngs) -> Experts:
     """The MLP of a model of experts."""
     router = Linear(spec.embed_dim, of.count, of.bias, dtype, rngs)
-    return Experts(of, spec.embed_dim, spec.mlp_dim, router, dtype, rngs)
+    return Experts(of, spec.embed_dim, spec.mlp_dim, router, dtype, rngs, spec.weights)
 
 
 class Layer(nnx.Module):
@@ -268,13 +280,15 @@ class Layer(nnx.Module):
 class _Choice:
     """A matrix of one of several layers: `x @ it` is the product with the one that an index names; none is copied."""
 
-    def __init__(self, options: Sequence[Float[Array, "inner outer"]], index: Int[Array, ""]):
+    def __init__(self, options: Sequence[Any], index: Int[Array, ""]):
         self.options, self.index = options, index
 
     def __getitem__(self, key: object) -> "_Choice":
         return self
 
     def __rmatmul__(self, x: Float[Array, "*b inner"]) -> Float[Array, "*b outer"]:
+        if isinstance(self.options[0], Quantized):
+            return product(x, self.options, self.index)
         return jax.lax.switch(self.index, [functools.partial(jnp.matmul, b=option) for option in self.options], x)
 
 
@@ -283,8 +297,10 @@ def one_of(layers: Sequence[Layer], index: Int[Array, ""]) -> Layer:
 
     Matrices stay where they are, vectors are taken from a stack of all. Layers must not be low-rank, nor have experts.
     """
-    leaves, structures = zip(*(jax.tree.flatten(layer) for layer in layers), strict=True)
-    pick = lambda options: jnp.stack(options)[index] if options[0].ndim == 1 else _Choice(options, index)
+    whole = lambda x: isinstance(x, Quantized)
+    leaves, structures = zip(*(jax.tree.flatten(layer, is_leaf=whole) for layer in layers), strict=True)
+    is_vector = lambda x: not whole(x) and x.ndim == 1
+    pick = lambda options: jnp.stack(options)[index] if is_vector(options[0]) else _Choice(options, index)
     return jax.tree.unflatten(structures[0], [pick(options) for options in zip(*leaves, strict=True)])
 
 
@@ -300,24 +316,29 @@ class Decoder(nnx.Module):
     def __init__(self, spec: ModelSpec, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.spec = spec
         shape = (spec.vocab_size, spec.embed_dim)
-        self.embedding = nnx.Param((jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype))
+        drawn, fine = (jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype), finer(spec.weights)
+        self.embedding = matrix(drawn, fine, axis=-1)
         self.layers = nnx.List([Layer(spec, i, dtype, rngs) for i in range(spec.num_layers)])
         self.norm = Norm(spec, spec.embed_dim, dtype)
-        self.head = None if spec.tie_embeddings else Linear(spec.embed_dim, spec.vocab_size, False, dtype, rngs)
+        untied = lambda: Linear(spec.embed_dim, spec.vocab_size, False, dtype, rngs, fine)
+        self.head = None if spec.tie_embeddings else untied()
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of weights and activations."""
-        return self.embedding.get_raw_value().dtype  # of an abstract decoder as well
+        """The dtype of activations, and of weights that are not quantised."""
+        return self.norm.scale.get_raw_value().dtype  # of an abstract decoder as well
 
     def embed(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
         """Token vectors."""
-        return scaled(self.spec, look_up(self.embedding[...], tokens, self.spec.vocab_size))
+        table = self.embedding[...]
+        take = lambda index: numbers(table[index], self.dtype)
+        return scaled(self.spec, look_up(take, table.shape[0], tokens, self.spec.vocab_size))
 
     def logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Next-token logits in float32."""
-        x = self.norm(x)
-        y = x @ self.embedding[...].T if self.head is None else self.head(x)
+        x, table = self.norm(x), self.embedding[...]
+        tied = lambda: x @ (table if isinstance(table, Quantized) else table.T)
+        y = tied() if self.head is None else self.head(x)
         y = y if y.shape[-1] == self.spec.vocab_size else gather(y, y.ndim - 1, MODEL)
         return soft_cap(y.astype(jnp.float32) * self.spec.logit_scale, self.spec.logit_cap)
 

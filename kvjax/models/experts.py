@@ -11,8 +11,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from kvjax.models.quantized import matrix
 from kvjax.parallel.collectives import MODEL, add
-from kvjax.spec import ExpertSpec
+from kvjax.spec import ExpertSpec, Weights
 
 LARGEST = 256  # rows of a block
 
@@ -20,9 +21,17 @@ LARGEST = 256  # rows of a block
 class Stack(nnx.Module):
     """A `Linear` of each expert: `kernels [E in out]`, `biases [E out]`."""
 
-    def __init__(self, experts: ExpertSpec, inner: int, outer: int, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        experts: ExpertSpec,
+        inner: int,
+        outer: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        weights: Weights | None = None,
+    ):
         drawn = jax.random.normal(rngs.params(), (experts.count, inner, outer)) * inner**-0.5
-        self.kernels = nnx.Param(drawn.astype(dtype))
+        self.kernels = matrix(drawn.astype(dtype), weights)
         self.biases = nnx.Param(jnp.zeros((experts.count, outer), dtype)) if experts.bias else None
 
     def __call__(self, x: Float[Array, "rows inner"], expert: Int[Array, ""]) -> Float[Array, "rows outer"]:
@@ -38,11 +47,20 @@ class Experts(nnx.Module):
     Cost: the products of the chosen experts, and of at most one block more for each; `k` times the tokens in memory.
     """
 
-    def __init__(self, experts: ExpertSpec, dim: int, width: int, router: nnx.Module, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        experts: ExpertSpec,
+        dim: int,
+        width: int,
+        router: nnx.Module,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        weights: Weights | None = None,
+    ):
         self.spec = experts
         self.router = router
-        self.gate, self.up = (Stack(experts, dim, width, dtype, rngs) for _ in range(2))
-        self.down = Stack(experts, width, dim, dtype, rngs)
+        self.gate, self.up = (Stack(experts, dim, width, dtype, rngs, weights) for _ in range(2))
+        self.down = Stack(experts, width, dim, dtype, rngs, weights)
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         tokens = x.reshape(-1, x.shape[-1])

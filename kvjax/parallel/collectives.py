@@ -5,7 +5,7 @@ an axis.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +47,21 @@ def own(x: Array, axis: int, axes: Axes = HEADS) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * size, size, axis)
 
 
-def look_up(table: Float[Array, "V D"], index: Int[Array, "*b"], size: int) -> Float[Array, "*b D"]:
-    """Rows of a table of `size` rows, which are all here or spread over the model's devices."""
-    rows = table.shape[0]
+def look_up(
+    take: Callable[[Int[Array, "*b"]], Float[Array, "*b D"]], rows: int, index: Int[Array, "*b"], size: int
+) -> Float[Array, "*b D"]:
+    """Rows of a table of `size` rows, which are all here or spread over the model's devices.
+
+    Args:
+      take: those of the `rows` that are here.
+      rows: how many that are.
+      index: which ones of all.
+      size: of the table.
+    """
     if rows == size:
-        return table[index]
+        return take(index)
     here = index - jax.lax.axis_index(MODEL) * rows
-    found = jnp.where(((here >= 0) & (here < rows))[..., None], table[jnp.clip(here, 0, rows - 1)], 0)
+    found = jnp.where(((here >= 0) & (here < rows))[..., None], take(jnp.clip(here, 0, rows - 1)), 0)
     return add(found, MODEL)
 
 

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from kvjax.errors import InputError, say_once
 from kvjax.parallel import collectives
 from kvjax.parallel.collectives import COPIES, DATA, HEADS, MODEL
-from kvjax.spec import ModelSpec, PyTree
+from kvjax.spec import WEIGHT_GROUP, ModelSpec, PyTree
 
 EVERYWHERE = P()
 SEQUENCES = P(DATA)  # leads with [B]
@@ -82,6 +82,13 @@ def axes(size: Size, spec: ModelSpec) -> tuple[int, int, int]:
             f"mesh model={size.model}: the feed-forward network is {spec.mlp_dim} wide, model must divide it"
         )
     heads = math.gcd(spec.num_rows, size.model)
+    if spec.weights is not None:
+        for width, devices in ((spec.mlp_dim, size.model), (spec.num_heads * spec.head_dim, heads)):
+            if width // devices % WEIGHT_GROUP:
+                raise InputError(
+                    f"mesh model={size.model}: the {width} inputs of a matrix in {spec.weights} are groups of "
+                    f"{WEIGHT_GROUP}, which {devices} devices cannot share"
+                )
     if heads < size.model:
         say_once(
             f"mesh model={size.model}: {heads} devices split the key/value heads, {size.model // heads} have the same"
@@ -214,7 +221,7 @@ def place_weight(mesh: Mesh | None, path: str, x: np.ndarray) -> jax.Array:
 
 def _weight(path: str, shape: Sequence[int], model: int) -> P:
     for pattern, spec in _WEIGHTS:
-        if re.search(rf"(^|\.)({pattern})$", path):
+        if re.search(rf"(^|\.)({pattern})(\.(codes|scale|zero))?$", path):  # a quantised matrix has three
             vocabulary = {"embedding": shape[0], r"head\.kernel": shape[-1]}.get(pattern, model)
             return spec if vocabulary % model == 0 else EVERYWHERE
     return EVERYWHERE

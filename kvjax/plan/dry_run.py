@@ -27,6 +27,7 @@ from kvjax.methods import COMMON, METHODS
 from kvjax.methods.arguments import read_argument
 from kvjax.models.decoder import Decoder, native_dtype
 from kvjax.models.hf_config import parse_config, read_config
+from kvjax.models.quantized import asked
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.policies.base import AMOUNTS, Recipe
 from kvjax.policies.budgets import profile
@@ -98,7 +99,9 @@ def arguments(method: str, given: Mapping[str, object]) -> dict[str, object]:
     return values | {name: value if name in AMOUNTS else read(name, value) for name, value in own.items()}
 
 
-def abstract_model(name: str | None, dtype: DTypeLike | None = None, ignore: Collection[str] = ()) -> Model:
+def abstract_model(
+    name: str | None, dtype: DTypeLike | None = None, ignore: Collection[str] = (), weights: str | None = None
+) -> Model:
     """A model without weights, good for planning a cache and for making tokens of a text.
 
     Args:
@@ -106,12 +109,13 @@ def abstract_model(name: str | None, dtype: DTypeLike | None = None, ignore: Col
         GGUF file; None = the demo model.
       dtype: of weights and cache; None = `native_dtype`.
       ignore: config fields that may be ignored although kvjax does not know them.
+      weights: "int8" or "int4", of matrices; None = as they are stored.
     """
     path = Path(shipped.find(name))
     if not path.exists():
         raise InputError(f"{path}: no such directory or config.json; a dry run downloads nothing")
     folder, spec = _read_spec(path, ignore)
-    spec = profile.noted(spec, folder)
+    spec = profile.noted(asked(spec, weights), folder)
     label = "demo" if name is None else name
     return without_weights(spec, native_dtype() if dtype is None else dtype, Tokenizer.load(folder), label)
 

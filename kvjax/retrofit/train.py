@@ -244,6 +244,8 @@ def _prepare(options: Options) -> tuple[Options, Params, ModelSpec, DocumentStre
         options = continued(options, spec.gate, model.name)
     if spec.latent is not None:
         raise InputError(f"{model.name} has low-rank keys, which a gate of each head cannot merge or evict")
+    if spec.weights is not None:
+        raise InputError(f"{model.name} has weights in {spec.weights}: retrofit what they were made of")
     if spec.experts is not None:
         raise InputError(f"{model.name} has experts: retrofitting is for models whose layers have one MLP")
     if gate.neuron is not None and not -spec.head_dim <= gate.neuron < spec.head_dim:
