@@ -1,6 +1,6 @@
 """Convert a Hugging Face or GGUF checkpoint to Orbax, once: `python -m kvjax.convert SRC DST`.
 
-A DST can be converted to another --dtype.
+A DST can be converted to another --dtype, or to --weights of few bits.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from kvjax.checkpoint.convert import DTYPES, convert
 from kvjax.checkpoint.lorc import lorc, ranks
 from kvjax.cli import command
 from kvjax.errors import InputError
+from kvjax.spec import WEIGHT_BITS
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("dst", metavar="DST", type=Path, help="the directory to make; it must not exist")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights in DST (default: as stored in SRC)")
+    parser.add_argument("--weights", choices=WEIGHT_BITS, help="matrices in so few bits, in groups of 32 inputs")
     parser.add_argument(
         "--ignore-config",
         action="append",
@@ -42,7 +44,7 @@ def _convert(args: argparse.Namespace) -> None:
     if options is None:
         jax.config.update("jax_platforms", "cpu")  # an accelerator is of no use here
     command.begin(args)
-    convert(args.src, args.dst, args.dtype, args.ignore_config, options)
+    convert(args.src, args.dst, args.dtype, args.ignore_config, options, args.weights)
 
 
 def add_lorc_flags(parser: argparse.ArgumentParser, basis: lorc.Basis = lorc.BASIS) -> None:

@@ -13,7 +13,9 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
 import kvjax
-from kvjax.checkpoint import hf, load_model
+from kvjax.checkpoint import fingerprint, hf, load_model, orbax
+from kvjax.checkpoint.convert import convert
+from kvjax.checkpoint.lorc import lorc, ranks
 from kvjax.errors import InputError
 from kvjax.models import quantized
 from kvjax.models.decoder import Decoder, forward
@@ -193,3 +195,59 @@ def test_what_cannot_be_is_refused(name, weights, words, tmp_path):
     with pytest.raises(InputError, match=words) as error:
         kvjax.load(path, weights=weights)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, weights", [("llama_tied", "int8"), ("falcon_7b", "int4"), ("gpt_oss", "int4")])
+def test_a_conversion_holds_what_loading_makes(name, weights, tmp_path):
+    source, small = checkpoint(name, tmp_path / "source"), tmp_path / "small"
+    convert(source, small, weights=weights)
+    expected = load_model(source, jnp.float32, weights=weights)[0]
+    same(load_model(str(small), jnp.float32)[0], expected)
+    assert orbax.read_spec(small) == expected.spec
+    convert(source, tmp_path / "plain")
+    same(load_model(str(tmp_path / "plain"), jnp.float32, weights=weights)[0], expected)
+    convert(str(tmp_path / "plain"), tmp_path / "again", weights=weights)
+    same(load_model(str(tmp_path / "again"), jnp.float32)[0], expected)
+    convert(str(small), tmp_path / "half", "bfloat16")
+    half, _ = hf.by_path(load_model(str(tmp_path / "half"), jnp.float32)[0])
+    for path, leaf in hf.by_path(expected)[0].items():
+        if path.endswith(quantized.LEAVES):
+            np.testing.assert_array_equal(half[path], leaf)
+    assert fingerprint(small) == fingerprint(tmp_path / "again") != fingerprint(tmp_path / "plain")
+
+
+def test_codes_that_are_damaged_are_found(tmp_path):
+    convert(checkpoint("falcon_7b", tmp_path / "source"), tmp_path / "small", weights="int4")
+    file = max((tmp_path / "small" / "params").rglob("*"), key=lambda file: file.is_file() and file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="checksum is another"):
+        load_model(str(tmp_path / "small"), jnp.float32)
+
+
+def test_weights_of_few_bits_are_not_made_twice_nor_trained(tmp_path):
+    source, small = checkpoint("llama_tied", tmp_path / "source"), tmp_path / "small"
+    convert(source, small, weights="int8")
+    for refused in (
+        lambda: load_model(str(small), weights="int4"),
+        lambda: convert(str(small), tmp_path / "other", weights="int4"),
+        lambda: convert(str(small), tmp_path / "other"),
+    ):
+        with pytest.raises(InputError, match="int8") as error:
+            refused()
+        assert "\n" not in str(error.value)
+    about = json.loads((small / orbax.ABOUT).read_text())
+    (small / orbax.ABOUT).write_text(json.dumps(about | {"weights": "int3"}))
+    with pytest.raises(InputError, match="weights = 'int3', expected one of int8, int4"):
+        load_model(str(small))
+
+
+def test_low_rank_factors_stay_numbers(tmp_path):
+    source, small = checkpoint("llama_tied", tmp_path / "source"), tmp_path / "small"
+    convert(source, small, low_rank=lorc.Options(ranks.parse("keep=50%"), None, "plain"), weights="int4")
+    model, _ = load_model(str(small), jnp.float32)
+    found, _ = hf.by_path(model)
+    assert found["layers.0.attention.k.down"].dtype == jnp.float32
+    assert found["layers.0.attention.q.kernel.codes"].dtype == jnp.uint8
+    assert np.isfinite(forward(model, jnp.arange(12)[None])).all()

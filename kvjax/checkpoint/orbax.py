@@ -181,7 +181,8 @@ def read_parts(
         stored.check_shapes(path, found, hf.abstract(spec, np.float32)[0])
     for part in found:
         arrays = stored.load(path, part, part.arrays)
-        yield part.folder.name, arrays if dtype is None else {n: array.astype(dtype) for n, array in arrays.items()}
+        keep = lambda path: dtype is None or path.endswith(quantized.LEAVES)  # what matrices of few bits are made of
+        yield part.folder.name, {n: array if keep(n) else array.astype(dtype) for n, array in arrays.items()}
 
 
 def _find(path: Path, spec: ModelSpec | None = None) -> list[stored.Part]:

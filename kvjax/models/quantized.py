@@ -27,6 +27,7 @@ from kvjax.spec import WEIGHT_BITS as BITS
 from kvjax.spec import WEIGHT_GROUP as GROUP
 from kvjax.spec import ModelSpec, Weights
 
+LEAVES = tuple(f"{of}.{leaf}" for of in ("embedding", "kernel", "kernels") for leaf in ("codes", "scale", "zero"))
 _RANGES = tuple(1 - 0.03 * i for i in range(11))  # of a group's own, that its codes may span
 _BLOCK = {"cpu": 2**20}  # numbers that are made at once, for they stay in a CPU's cache
 _LARGEST = 2**26  # elsewhere: XLA fuses them into the product, or holds so many
