@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvjax import compilation
 from kvjax.cli import command
-from kvjax.cli.flags import CHAT_LENGTH, DTYPES, add_method_flags
+from kvjax.cli.flags import CHAT_LENGTH, add_method_flags, add_number_flags
 from kvjax.errors import InputError
 from kvjax.files.text import read_text
 from kvjax.methods import make
@@ -56,7 +56,7 @@ def parser() -> command.Parser:
         "--cors-origin", action="append", default=[], metavar="URL", help="repeatable; web pages that may ask; * = all"
     )
     p.add_argument("--max-body", default="8MiB", metavar="8MiB", help="most bytes of a request (default: 8MiB)")
-    p.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: float32 on CPU, else bfloat16)")
+    add_number_flags(p)
     p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
     return p
 

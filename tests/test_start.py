@@ -7,8 +7,17 @@ import pytest
 
 import kvjax
 
-COMMANDS = ("generate", "convert", "evaluate", "inspect", "plan", "bench", "retrofit")
-OPTIONAL = {"orbax", "scipy", "huggingface_hub", "jinja2", "matplotlib", "jax.experimental.pallas"}
+COMMANDS = ("generate", "serve", "convert", "evaluate", "inspect", "plan", "bench", "retrofit")
+OPTIONAL = {
+    "starlette",
+    "uvicorn",
+    "orbax",
+    "scipy",
+    "huggingface_hub",
+    "jinja2",
+    "matplotlib",
+    "jax.experimental.pallas",
+}
 MODELS = {"flax", "optax", "tokenizers", "safetensors"}  # what a model is read with
 RUN = """if True:
     import runpy, sys

@@ -27,7 +27,7 @@ class Answer(NamedTuple):
     @property
     def done(self) -> bool:
         """Whether nothing more comes."""
-        return all(request.done for request in self.requests)
+        return all(request.over for request in self.requests)
 
     @property
     def prompt_tokens(self) -> int:

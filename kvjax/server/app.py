@@ -326,7 +326,7 @@ def _end(service: Service, answer: Answer) -> None:
     now = time.monotonic()
     reasons = []
     for request in answer.requests:
-        whole = request.done
+        whole = request.over
         request.cancel()
         ends = {choice.finish_reason for choice in request.choices}
         reasons.append(

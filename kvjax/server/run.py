@@ -2,13 +2,17 @@
 
 import argparse
 import asyncio
+import contextlib
+import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
 
-from kvjax.cli.flags import CHAT_LENGTH, DTYPES
+from kvjax.cli.flags import CHAT_LENGTH, numbers
 from kvjax.engine.engine import Engine
 from kvjax.errors import InputError, one_line
 from kvjax.generation.model import load
@@ -20,7 +24,9 @@ CLOSING = 5  # seconds that clients have to read what is left once all has been 
 
 
 class Server(uvicorn.Server):
-    """Ends when its engine does; a signal lets requests end, a second one cancels them.
+    """Ends when its engine does; SIGTERM lets requests end, a second one cancels them.
+
+    Ctrl-C is `kvjax.interrupts`' to hear.
 
     Args:
       config: of uvicorn.
@@ -31,6 +37,18 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, drain: float):
         super().__init__(config)
         self._service, self._drain, self._hurry = service, drain, False
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Hear SIGTERM while it serves."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self.handle_exit)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """A signal."""
@@ -58,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes; the exit status."""
     bound = bind(args.host, args.port)  # a port that is taken is known before a model is loaded
     _say(f"loading {args.model or 'the demo model'}")
-    model = load(args.model, dtype=DTYPES.get(args.dtype), ignore_config=args.ignore_config)
+    model = load(args.model, **numbers(args), ignore_config=args.ignore_config)
     if model.tokenizer is None:
         raise InputError(f"{model.name} has no tokenizer.json: a server needs one")
     method = write_entry(args.method or of(model.spec), args.arguments)
