@@ -16,6 +16,7 @@ import safetensors.numpy
 
 import kvjax
 from kvjax import generate, methods
+from kvjax.cache import tier as tiers_
 from kvjax.errors import InputError
 from kvjax.generation import context_file
 from kvjax.generation.context import Context
@@ -131,6 +132,50 @@ def test_a_context_that_grows_within_its_length_compiles_nothing():
         assert out.timing.compile_s == 0
     with pytest.raises(InputError, match="max-length"):
         own.read(TEXT, max_length=len(TEXT) - 1)
+
+
+PRUNED = (
+    *("streaming_llm", "streaming_llm+positions=absolute", "h2o", "h2o+store=int4", "h2o+decode_budget=60%", "tova"),
+    *("snapkv+window=4", "snapkv+window=4+decode_budget=60%", "snapkv+window=4+store=int4", "pyramidkv+window=4"),
+)
+
+
+EACH = [(name, method) for name in ("gqa", "capped") for method in PRUNED]
+
+
+@pytest.mark.parametrize("case", quick(EACH, (("gqa", "streaming_llm"), ("gqa", "h2o"), ("capped", "snapkv+window=4"))))
+def test_a_pruned_context_was_read_with_less(case, tmp_path):
+    """The same tokens in the same bytes, and what comes of them."""
+    (name, method), own = case, model(case[0])
+    if name == "capped" and method == "streaming_llm":
+        method += "+windowed=whole"
+    wide = own.read(TEXT, method, "50%")
+    for budget in ("20%", "5%", "50%") if "decode" in method else ("20%", 5, "50%"):
+        pruned, read = wide.prune(budget), own.read(TEXT, method, budget)
+        assert pruned.kept == read.kept and pruned.bytes == read.bytes
+        for mine, other in zip(pruned.cache, read.cache, strict=True):
+            for a, b in zip(mine, other, strict=True):
+                for layer in range(a.length.shape[0]):
+                    one, two = (jax.device_get(tiers_.positions(tiers_.layer(t, layer))) for t in (a, b))
+                    assert np.array_equal(np.sort(one), np.sort(two))
+                assert np.array_equal(a.budget, b.budget)
+        (out, more), (same, _) = (each.extend(QUESTIONS[1]).generate(max_new_tokens=8) for each in (pruned, read))
+        assert tokens(out) == tokens(same)
+        close(out.logits, same.logits)
+        assert tokens(pruned.ask(QUESTIONS, max_new_tokens=4)) == tokens(read.ask(QUESTIONS, max_new_tokens=4))
+    pruned.save(tmp_path / "less.kv")
+    assert own.load_context(tmp_path / "less.kv").kept == pruned.kept
+    with pytest.raises(InputError, match="is more than the context has"):
+        wide.prune("20%").prune("30%")
+    with pytest.raises(InputError, match="has grown"):
+        more.prune(2)
+
+
+@pytest.mark.parametrize("method", ("full", "adakv+window=4", "dynamickv+window=4", "keydiff", "d2o", "mikv", "oracle"))
+def test_what_cannot_be_pruned(method):
+    context = model("gqa").read(TEXT, method, None if method == "full" else "50%")
+    with pytest.raises(InputError, match="cannot be made less"):
+        context.prune("10%")
 
 
 def test_questions_share_a_context():

@@ -30,7 +30,7 @@ from kvjax.generation.sampling import Sampling
 from kvjax.generation.timing import Stopwatch
 from kvjax.methods import of, resolve
 from kvjax.policies.base import Recipe
-from kvjax.policies.budgets.budget import Keep
+from kvjax.policies.budgets.budget import Keep, parse_keep, tokens_of
 from kvjax.policies.layers import asking, layer_recipe
 from kvjax.spec import Lengths
 
@@ -234,6 +234,48 @@ class Context:
         after = after._read(after, [last])
         found = generating.report(model, self.recipe, sequences, self.logits, after.cache, lengths, seconds)
         return found, after
+
+    def prune(self, budget: Keep) -> "Context":
+        """The context under a smaller budget, without reading the text again.
+
+        As if it had been read with it, for methods whose rows each keep their best tokens: `snapkv`, `pyramidkv`,
+        `h2o`, `tova`, `streaming_llm`.
+
+        Args:
+          budget: slots per row, 512 or "10%" of the text.
+
+        Raises:
+          InputError: the method divides slots over heads or layers by scores that a cache does not keep, merges or
+            demotes what it does not keep, or has no budget; the context has grown; the budget is larger.
+
+        >>> import kvjax
+        >>> context = kvjax.load().read(list(range(1, 101)), "snapkv+window=8", "20%")
+        >>> context.prune("10%").kept[0], context.kept[0]
+        (10, 20)
+        """
+        spec, now, keep = self.model.spec, self.recipe.amounts.keep, parse_keep(budget)
+        first = [group.index[0] for group in layout.layer_groups(spec)]
+        windows = [spec.window(layer) for layer in first]
+        whole = [window is not None and self.recipe.windowed == "whole" for window in windows]
+        prunes = [layer_recipe(spec, self.recipe, layer).policy.pool_hooks.prune for layer in first]
+        if now is None or any(prune is None and not kept for prune, kept in zip(prunes, whole, strict=True)):
+            raise InputError(
+                f"{self.recipe.name}: what it keeps cannot be made less: slots are divided by scores that are not kept,"
+                f" or tokens are merged or demoted, or there is no budget: read the text with budget {budget}"
+            )
+        if len(self.tokens) > self.prompt:
+            raise InputError("the context has grown since it was read: prune it before")
+        if tokens_of(keep, self.prompt) > tokens_of(now, self.prompt):
+            raise InputError(f"budget {budget} is more than the context has: read the text with it")
+        recipe = self.recipe._replace(amounts=self.recipe.amounts._replace(keep=keep))
+        lengths = Lengths((self.prompt,), self.room - self.prompt, padded_length(self.prompt))
+        fresh, length = allocate(self.model.decoder, recipe, lengths), jnp.asarray([self.prompt], jnp.int32)
+        cache = tuple(
+            tiers if prune is None else prune(tiers, new, length, window)
+            for prune, tiers, new, window in zip(prunes, self.cache, fresh, windows, strict=True)
+        )
+        named = None if self.named is None else (self.named[0], str(budget))
+        return dataclasses.replace(self, recipe=recipe, cache=cache, named=named)
 
     def save(self, path: str | Path) -> None:
         """Write the context to a file, for `Model.load_context`: what its cache holds, and which model has made it.

@@ -89,11 +89,14 @@ class PoolHooks(NamedTuple):
         each tier's pool needs from now on; None = it stays as it is.
       extend: `(tiers, length, new) -> tiers`, on the host: `new` more tokens than were expected may follow the `length`
         ones of each sequence; None = nothing in a tier depends on how many are.
+      prune: `(tiers, fresh, length [B], window) -> tiers`: the empty tiers of a smaller budget, with those tokens of
+        `tiers`, which hold a prompt and nothing else, that `prefill` would have kept under it; None = cannot be done.
     """
 
     reserve: Callable[[Tiers, Bool[Array, " B"]], Tiers] = reserve_slot
     shrink: Callable[[Tiers, Int[Array, " B"], Amounts], tuple[Tiers, tuple[int, ...]]] | None = None
     extend: Callable[[Tiers, int, int], Tiers] | None = None
+    prune: Callable[[Tiers, Tiers, Int[Array, " B"], int | None], Tiers] | None = None
 
 
 class CachePolicy(NamedTuple):

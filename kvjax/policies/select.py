@@ -4,6 +4,7 @@ import functools
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -76,6 +77,11 @@ class Selection(NamedTuple):
         return self.score.prompt is None
 
     @property
+    def by_row(self) -> bool:
+        """Whether each row keeps its best tokens, whatever others have."""
+        return not self.keeps_all and self.budget.split is None and self.budget.allocate is None
+
+    @property
     def apart(self) -> bool:
         """Whether heads that compete for slots have pools of their own, on devices of their own."""
         return self.budget.by_head and collectives.count(HEADS) > 1
@@ -120,7 +126,11 @@ def retain(
         part(_insert),
         None if score.observe is None else part(_observe),
         PromptHooks(write_selected=None if budget.allocate is None else part(_write_selected)),
-        PoolHooks(part(_reserve), part(_shrink_pool) if budget.by_head else None),
+        PoolHooks(
+            part(_reserve),
+            part(_shrink_pool) if budget.by_head else None,
+            prune=part(_prune) if selection.by_row and action.prompt is None else None,
+        ),
         budget=budget,
         windowed=functools.partial(rolling, store) if selection.keeps_all or not score.windows else None,
     )
@@ -322,6 +332,39 @@ def _shrink_pool(
         slots = sharding.fullest(tier, -(-longest // tier.page)) * tier.page
         pools.append(pages.ladder(slots, *selection.budget.ladder) // tier.page)
     return tiers, tuple(pools)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _prune(selection: Selection, tiers: Tiers, fresh: Tiers, length: Int[Array, " B"], window: int | None) -> Tiers:
+    ((tier,), (new,)) = tiers, fresh
+
+    def one(i: Array, new: Tier) -> Tier:
+        before = tiers_.layer(new, i)
+        return tiers_.with_layer(new, i, before, _fewer(selection, tiers_.layer(tier, i), before, length, window))
+
+    return (jax.lax.fori_loop(0, tier.length.shape[0], one, new),)
+
+
+def _fewer(selection: Selection, tier: Tier, new: Tier, length: Int[Array, " B"], window: int | None) -> Tier:
+    """An empty layer's view with the best slots of another one, which has a larger budget.
+
+    A statistic that is not stored is in the order of the slots, but for those that were protected: what of these is not
+    any more was so for a budget that is nothing else but protected, and comes last.
+    """
+    score, pos, now = selection.score, tiers_.positions(tier), length[:, None, None]
+    rows = new.budget if window is None else jnp.minimum(new.budget, window)
+    more = lambda tier: tier.state.decode_slots if selection.bounded else 0
+    if score.observe is None:
+        earlier = score.protect(pos, now, (tier.budget - more(tier))[..., None])
+        slots = pos.shape[-1]
+        stat = jnp.where(earlier, -slots, -jnp.arange(slots)).astype(jnp.float32)
+    else:
+        stat = tiers_.scores(tier)
+    stat = jnp.where(pos < 0, -jnp.inf, jnp.where(score.protect(pos, now, rows[..., None]), jnp.inf, stat))
+    n, filled = min(tier.capacity, new.capacity), jnp.minimum(rows, tier.length)
+    kept = tiers_.take(tier, jnp.lexsort((pos, -stat))[..., :n])  # ties go to the first token
+    new = new._replace(budget=rows + more(new), balance=tier.balance)
+    return tiers_.fill(tiers_.reserve(new, filled, n), kept, filled)
 
 
 def _insert(selection: Selection, tiers: Tiers, token: Token) -> Tiers:
