@@ -191,6 +191,11 @@ class Engine:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise InputError(f"n {n} is not a whole number above 0")
         pages = tuple(n * each for each in self._promise(len(ids), limit))
+        if not self._schedule.fits(pages, n, self.seats):
+            raise InputError(
+                f"{n} choices of {len(ids)} tokens and {limit} new ones need {n} seats and {max(pages)} pages: this"
+                f" engine has {self.seats} and {max(self._schedule.pages)}"
+            )
         stops = stopping.stops(self.model, stop)
         if ignore_stop:
             stops = stops._replace(ids=tuple(i for i in stops.ids if i not in self.model.stop))
@@ -198,11 +203,6 @@ class Engine:
         with self._work:
             if self._error is not None or self._closing:
                 raise self._ended()
-            if not self._schedule.fits(pages, n, self.seats):
-                raise InputError(
-                    f"{n} choices of {len(ids)} tokens and {limit} new ones need {n} seats and {max(pages)} pages: this"
-                    f" engine has {self.seats} and {max(self._schedule.pages)}"
-                )
             if not self._schedule.add(id(request), pages, n):
                 raise QueueFull(f"{self._schedule.queue} requests are waiting: try again later")
             self._requests[id(request)] = request
