@@ -78,9 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         from kvjax.server import run
     except ModuleNotFoundError as error:
-        if error.name not in PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in PACKAGES:
             raise
-        raise InputError(f"a server needs the package {error.name}: pip install 'kvjax[serve]'") from None
+        raise InputError(f"a server needs the package {package}: pip install 'kvjax[serve]'") from None
     compilation.enable_compilation_cache()
     sys.exit(run.run(args))
 

@@ -203,6 +203,7 @@ def test_malformed_bodies(param: str, url: str):
         ({"max_tokens": LENGTH}, "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "some words " * LENGTH}]}, "context_length_exceeded"),
         ({"n": SEATS + 1}, None),
+        ({"n": 2**31 - 1}, None),
     ],
     ids=str,
 )  # fmt: skip
@@ -215,7 +216,9 @@ def test_what_cannot_be_done_is_refused(how, code, client):
 
 
 def test_routes_and_sizes(url):
-    assert httpx.get(f"{url}/v1/completions").status_code == 405
+    refused = 'kvjax_refused_total{status="405"}'
+    before = counted(url, refused)
+    assert httpx.get(f"{url}/v1/completions").status_code == 405 and counted(url, refused) == before + 1
     assert httpx.get(f"{url}/v2").json()["error"]["message"] == "there is no /v2"
     assert httpx.post(f"{url}/v1/completions", content=b" " * (8 * 2**20 + 1)).status_code == 413
     chunks = (b" " * 2**20 for _ in range(10))  # of which nobody says how many they are
@@ -288,6 +291,33 @@ def test_web_pages_of_others_are_refused(engine):
     asked = dataclasses.replace(service, origins=("https://a.b",))
     assert ask_app(asked, "/health", origin="https://a.b") == 200 != ask_app(asked, "/health", origin="https://c.d")
     assert ask_app(dataclasses.replace(service, local=False), "/health", host="example.org") == 200
+
+
+def test_an_engine_that_fails_ends_streams_with_an_error_and_the_server(engine, monkeypatch):
+    other = kvjax.Engine(engine.model, "h2o", 64, seats=SEATS, max_length=LENGTH)
+    _, thread, url = start(Service(other, "demo", "h2o 64"))
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        how = dict(model="demo", prompt="some", max_tokens=LENGTH - 10, stream=True, extra_body=ENDLESS)
+        stream = client.completions.create(**how)
+        next(stream)
+
+        def fail(*_: object, **__: object) -> None:
+            raise MemoryError("none is left")
+
+        monkeypatch.setattr("kvjax.engine.engine.decode.decode_loop", fail)
+        with pytest.raises(openai.APIError, match="MemoryError: none is left"):
+            list(stream)
+    thread.join()
+
+
+@pytest.mark.parametrize("package", serve.PACKAGES)
+def test_what_is_not_installed_is_named(package: str, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == package or name.startswith("kvjax.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delattr("kvjax.server.run", raising=False)
+    with pytest.raises(InputError, match=f"needs the package {package}: pip install"):
+        serve.main([])
 
 
 @pytest.mark.parametrize(

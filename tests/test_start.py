@@ -8,16 +8,8 @@ import pytest
 import kvjax
 
 COMMANDS = ("generate", "serve", "convert", "evaluate", "inspect", "plan", "bench", "retrofit")
-OPTIONAL = {
-    "starlette",
-    "uvicorn",
-    "orbax",
-    "scipy",
-    "huggingface_hub",
-    "jinja2",
-    "matplotlib",
-    "jax.experimental.pallas",
-}
+OPTIONAL = {"orbax", "scipy", "huggingface_hub", "jinja2", "matplotlib", "starlette", "uvicorn"}
+OPTIONAL |= {"jax.experimental.pallas"}
 MODELS = {"flax", "optax", "tokenizers", "safetensors"}  # what a model is read with
 RUN = """if True:
     import runpy, sys

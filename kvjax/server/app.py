@@ -139,7 +139,7 @@ class Guard:
             if scope["type"] == "http":
                 self._check(Headers(scope=scope), scope["path"])
         except Refused as error:
-            await _json(error.body, error.status, error.headers)(scope, receive, send)
+            await _refusal(Http(scope), self._service, error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -213,7 +213,8 @@ async def _answer(http: Http, chat: bool) -> Response:
             wake.clear()
         answer.check()
     except (InputError, EngineError) as error:
-        raise _problem(service, error) from None
+        service.check()
+        raise Refused(500, str(error)) from None
     finally:
         left = gone.done()
         gone.cancel()
@@ -338,12 +339,6 @@ def _end(service: Service, answer: Answer) -> None:
     print(f"{answer.id}: {what}", file=sys.stderr, flush=True)
 
 
-def _problem(service: Service, error: Exception) -> Refused:
-    """The answer to what has ended a request."""
-    service.check()
-    return Refused(500, str(error))
-
-
 async def models(http: Http) -> Response:
     """GET /v1/models."""
     return _json({"object": "list", "data": [http.app.state.service.about()]})
@@ -392,9 +387,14 @@ def _json(content: object, status: int = 200, headers: Mapping[str, str] | None 
     return Response(answers.to_json(content), status, headers, "application/json")
 
 
-async def _refused(http: Http, error: Refused) -> Response:
-    print(f"{http.method} {http.url.path}: {error.status}", file=sys.stderr, flush=True)
+def _refusal(http: Http, service: Service, error: Refused) -> Response:
+    service.metrics.refused.labels(str(error.status)).inc()
+    print(one_line(f"{http.method} {http.url.path}: {error.status}"), file=sys.stderr, flush=True)
     return _json(error.body, error.status, error.headers)
+
+
+async def _refused(http: Http, error: Refused) -> Response:
+    return _refusal(http, http.app.state.service, error)
 
 
 async def _not_routed(http: Http, error: HTTPException) -> Response:

@@ -143,15 +143,16 @@ def _shared(body: dict[str, Any]) -> Asked:
 
 def _sampling(body: dict[str, Any]) -> Sampling:
     """How tokens are chosen; without a seed every request draws anew."""
-    seed = _whole(body, "seed", secrets.randbits(31), least=-(2**63), most=2**63 - 1)
-    return Sampling(
+    found = Sampling(
         temperature=_number(body, "temperature", 1.0, 0, 2),
         top_k=max(_whole(body, "top_k", 0, least=-1), 0),
         top_p=_number(body, "top_p", 1.0, 0, 1) or 1e-9,  # 0 leaves the most likely token
         min_p=_number(body, "min_p", 0.0, 0, 1),
         repetition_penalty=_number(body, "repetition_penalty", 1.0, 1e-6, 1e6),
-        seed=seed,
+        seed=_whole(body, "seed", secrets.randbits(31), least=-(2**63), most=2**63 - 1),
     )
+    # Filters have nothing to act on there, which is said to whoever starts a program, and not of each request.
+    return found._replace(top_k=0, top_p=1.0, min_p=0.0) if found.mode == "greedy" else found
 
 
 def _stop(body: dict[str, Any]) -> list[str]:

@@ -27,6 +27,7 @@ class Metrics(Collector):
         seconds = lambda name, help_: prometheus.Histogram(name, help_, buckets=SECONDS, registry=self.registry)
         counter = lambda name, help_, labels=(): prometheus.Counter(name, help_, labels, registry=self.registry)
         self.requests = counter("kvjax_requests", "Requests that have ended, by how", ["reason"])
+        self.refused = counter("kvjax_refused", "Requests that were answered by an error, by its status", ["status"])
         self.prompt_tokens = counter("kvjax_prompt_tokens", "Tokens of prompts that were read")
         self.new_tokens = counter("kvjax_generated_tokens", "Tokens that were generated")
         self._queue = seconds("kvjax_queue_seconds", "Until a prompt began to be read")
