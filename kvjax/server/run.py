@@ -16,7 +16,7 @@ from kvjax.cli.flags import CHAT_LENGTH, numbers
 from kvjax.engine.engine import Engine
 from kvjax.errors import InputError, one_line
 from kvjax.generation.model import load
-from kvjax.methods import of, write_entry
+from kvjax.methods import default_budget, of, write_entry
 from kvjax.server import app
 from kvjax.server.app import Service
 
@@ -74,31 +74,40 @@ class Server(uvicorn.Server):
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes; the exit status."""
-    bound = bind(args.host, args.port)  # a port that is taken is known before a model is loaded
+    with bind(args.host, args.port) as bound:  # a port that is taken is known before a model is loaded
+        engine = _engine(args)
+        host, port = bound.getsockname()[:2]
+        service = Service(
+            engine, args.alias or _name(engine.model.name), _method(args, engine), keys=args.keys,
+            origins=tuple(args.cors_origin), local=app.is_local(f"//{_address(host)}"), max_body=args.max_body,
+        )  # fmt: skip
+        _say(f"{service.name} at http://{_address(host)}:{port}/v1, {engine.cache_bytes:,} bytes of cache")
+        Server(config(service), service, args.drain).run([bound])
+    if engine.error is not None:
+        _say(one_line(f"the engine has ended: {type(engine.error).__name__}: {engine.error}"))
+        return 1
+    return 0
+
+
+def _method(args: argparse.Namespace, engine: Engine) -> str:
+    """What the page and the list of models say of the cache."""
+    name = args.method or of(engine.model.spec)
+    budget = default_budget(name) if args.budget is None else args.budget
+    return write_entry(name, args.arguments) + ("" if budget is None else f" {budget}")
+
+
+def _engine(args: argparse.Namespace) -> Engine:
     _say(f"loading {args.model or 'the demo model'}")
     model = load(args.model, **numbers(args), ignore_config=args.ignore_config)
     if model.tokenizer is None:
         raise InputError(f"{model.name} has no tokenizer.json: a server needs one")
     method = write_entry(args.method or of(model.spec), args.arguments)
     length = min(CHAT_LENGTH, model.spec.max_position) if args.max_length is None else args.max_length
-    label = f"{method}, {args.seats} seats of {length} tokens"
-    _say(f"compiling for {label}")
-    engine = Engine(
+    _say(f"compiling for {method}, {args.seats} seats of {length} tokens")
+    return Engine(
         model, method, args.budget, seats=args.seats, max_length=length, max_new_tokens=args.max_new_tokens,
         cache=args.cache, stall=args.stall, queue=args.max_queue,
     )  # fmt: skip
-    host, port = bound.getsockname()[:2]
-    service = Service(
-        engine, args.alias or _name(model.name), method if args.budget is None else f"{method} {args.budget}",
-        keys=args.keys, origins=tuple(args.cors_origin), local=app.is_local(f"//{_address(host)}"),
-        max_body=args.max_body,
-    )  # fmt: skip
-    _say(f"{service.name} at http://{_address(host)}:{port}/v1, {engine.cache_bytes:,} bytes of cache")
-    Server(config(service), service, args.drain).run([bound])
-    if engine.error is not None:
-        _say(one_line(f"the engine has ended: {type(engine.error).__name__}: {engine.error}"))
-        return 1
-    return 0
 
 
 def config(service: Service) -> uvicorn.Config:
