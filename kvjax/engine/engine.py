@@ -28,9 +28,6 @@ from kvjax.methods import resolve
 from kvjax.policies.base import Recipe
 from kvjax.policies.budgets.budget import Keep
 
-CHUNK = (
-    256  # tokens of a prompt that projections and the feed-forward network read at once, so that short ones are short
-)
 PAUSE = 0.05  # seconds that an idle engine sleeps at most, in case nobody wakes it
 
 
@@ -319,7 +316,7 @@ class Engine:
         cache = allocate.allocate(self.model.decoder, self.recipe, lengths)
         tokens = jnp.asarray(generating.pad([request.prompt], lengths.padded))
         length = jnp.asarray(lengths.prompt, jnp.int32)
-        return prefill.prefill_by_layer(self.model.decoder, self.recipe, tokens, length, cache, chunk=CHUNK, fit=False)
+        return prefill.prefill_by_layer(self.model.decoder, self.recipe, tokens, length, cache, fit=False)
 
     def _read(self) -> None:
         """Layers of the prompts that have the least left, for as long as others may wait."""
