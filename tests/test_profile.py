@@ -103,6 +103,17 @@ def test_the_command_writes_what_is_found_beside_the_weights(tmp_path: Path, cap
     assert read.bytes.total == planned.bytes["total"]
 
 
+def test_profiles_that_come_with_the_library():
+    demo = profile.read(profile.beside(Path(shipped.directory())))
+    small = profile.read(profile.find("smollm2-135m-instruct.json"))
+    for found, shape in ((demo, (6, 2)), (small, (30, 3))):
+        assert np.shape(found.shares)[1:] == shape
+        np.testing.assert_allclose(np.mean(found.shares, axis=(1, 2)), found.levels, atol=1e-3)
+        assert np.max(found.shares[1]) > 3 * found.levels[1]  # rows differ
+    assert methods.snapkv(split="smollm2-135m-instruct.json").budget is not None
+    assert kvjax.load().spec.profile == demo
+
+
 def test_what_is_wrong_with_a_profile_is_one_line(tmp_path: Path):
     decoder = oracle.random_model(5, num_layers=3)
     model, path = Model(decoder, None, (), "random"), tmp_path / "other.json"
