@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import golden
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
@@ -19,8 +21,13 @@ from kvjax.checkpoint.lorc import lorc, ranks
 from kvjax.errors import InputError
 from kvjax.models import quantized
 from kvjax.models.decoder import Decoder, forward
+from kvjax.models.named import NAMED
 from kvjax.models.quantized import Quantized
 from kvjax.parallel import mesh
+from kvjax.plan import estimate
+from kvjax.plan.__main__ import main
+from kvjax.plan.chips import find
+from kvjax.plan.settings import Setting
 from kvjax.spec import WEIGHT_BITS, ModelSpec
 
 FORMATS = ("int8", "int4")
@@ -146,6 +153,15 @@ def test_models_compute_with_the_numbers_of_their_codes(name, weights, tmp_path)
 
 
 @pytest.mark.parametrize("weights", FORMATS)
+def test_token_vectors_are_made_some_at_a_time(weights, monkeypatch):
+    table = Quantized(jnp.asarray(draw(97, 64)), weights, -1)
+    index = np.random.default_rng(0).integers(0, 97, (2, 11))
+    monkeypatch.setattr(quantized, "_ROWS", 8)
+    found = quantized.rows(table, jnp.asarray(index), jnp.float32)
+    np.testing.assert_allclose(found, unpacked(table)[index], atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
 def test_a_cache_is_decoded_with_them(weights, tmp_path):
     path = checkpoint("llama_tied", tmp_path / "model")
     model = kvjax.load(path, weights=weights)
@@ -251,3 +267,26 @@ def test_low_rank_factors_stay_numbers(tmp_path):
     assert found["layers.0.attention.k.down"].dtype == jnp.float32
     assert found["layers.0.attention.q.kernel.codes"].dtype == jnp.uint8
     assert np.isfinite(forward(model, jnp.arange(12)[None])).all()
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_plan_counts_the_bytes_of_codes_and_the_products_of_numbers(weights):
+    kept = replace(NAMED["llama-3.2-1b"], num_layers=2, vocab_size=1024, embed_dim=256, mlp_dim=512)
+    recipe = kvjax.methods.full()
+    plan = lambda spec: Setting(spec, "float32", recipe, 256, 16, 1, "gpu")
+    model = Decoder(quantized.asked(kept, weights), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    assert sum(estimate.weights(plan(model.spec))) == sum(x.nbytes for x in jax.tree.leaves(model))
+    few, many = (estimate.bound(plan(spec), find("l4")._replace(flops=1)) for spec in (model.spec, kept))
+    assert few.limit == many.limit == "compute" and few.step_s == many.step_s
+
+
+def test_llama_8b_with_its_whole_context_fits_into_16_gb(capsys):
+    line = ["--model", "llama-3.1-8b", "--context", "131072", "--estimate", "--json"]
+
+    def plan(*flags: str) -> dict:
+        main([*line, *flags])
+        return json.loads(capsys.readouterr().out)["plans"][0]
+
+    for chip, dtype in (("v5e", "bfloat16"), ("t4", "float16")):
+        on = ("--chip", chip, "--dtype", dtype, "--method", "snapkv", "--budget", "20%", "--store", "int4")
+        assert plan(*on, "--weights", "int4")["fits"] and not plan(*on)["fits"]

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.models.experts import Experts
-from kvjax.models.quantized import Quantized, finer, matrix, numbers, product
+from kvjax.models.quantized import Quantized, finer, matrix, product, rows
 from kvjax.parallel.collectives import HEADS, MODEL, Axes, add, count, gather, look_up, own
 from kvjax.spec import Activation, ExpertSpec, Gate, ModelSpec, RopeSpec, Weights
 from pallas_kernels.decode_attention import KeyExpansion
@@ -331,7 +331,7 @@ class Decoder(nnx.Module):
     def embed(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
         """Token vectors."""
         table = self.embedding[...]
-        take = lambda index: numbers(table[index], self.dtype)
+        take = functools.partial(rows, table, dtype=self.dtype)
         return scaled(self.spec, look_up(take, table.shape[0], tokens, self.spec.vocab_size))
 
     def logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:

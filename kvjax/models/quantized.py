@@ -30,7 +30,8 @@ from kvjax.spec import ModelSpec, Weights
 LEAVES = tuple(f"{of}.{leaf}" for of in ("embedding", "kernel", "kernels") for leaf in ("codes", "scale", "zero"))
 _RANGES = tuple(1 - 0.03 * i for i in range(11))  # of a group's own, that its codes may span
 _BLOCK = {"cpu": 2**20}  # numbers that are made at once, for they stay in a CPU's cache
-_LARGEST = 2**26  # elsewhere: XLA fuses them into the product, or holds so many
+_LARGEST = 2**24  # elsewhere, where XLA may hold so many
+_ROWS = 4096  # tokens whose vectors are made at once
 _PART = 2**21  # numbers that are encoded together
 
 
@@ -105,10 +106,18 @@ def product(
     return jax.lax.fori_loop(0, -(-outer // block), some, jnp.zeros((*x.shape[:-1], outer), x.dtype))
 
 
-def numbers(matrix: Array | Quantized, dtype: DTypeLike) -> Float[Array, "..."]:
-    """The numbers of a matrix, all at once; those of an array as they are."""
-    if not isinstance(matrix, Quantized):
-        return matrix
+def rows(table: Array | Quantized, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b D"]:
+    """Rows of an embedding; of a quantised one `_ROWS` at a time, since a TPU lays groups on lanes that stay empty."""
+    if not isinstance(table, Quantized):
+        return table[index]
+    take = lambda one: numbers(table[one], dtype)
+    if index.size <= _ROWS:
+        return take(index)
+    return jax.lax.map(take, index.reshape(-1), batch_size=_ROWS).reshape(*index.shape, -1)
+
+
+def numbers(matrix: Quantized, dtype: DTypeLike) -> Float[Array, "..."]:
+    """The numbers of a matrix, all at once."""
     axis, scale = matrix.codes.ndim + matrix.axis, matrix.scale
     cut = lambda x: x.reshape(*x.shape[:axis], scale.shape[axis], -1, *x.shape[axis + 1 :])
     return jnp.concatenate([cut(part) for part in matrix._parts(dtype)], axis + 1).reshape(matrix.shape)

@@ -11,6 +11,7 @@ from kvjax.cli.console import to_stdout
 from kvjax.errors import InputError
 from kvjax.inspection import cache_map
 from kvjax.methods import LEARNED, METHODS
+from kvjax.models.quantized import asked
 from kvjax.plan import aot, compiled, report, search
 from kvjax.plan.chips import Chip, find
 from kvjax.plan.estimate import bound, estimate
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     chip = find(args.chip)
     check(args, chip)
     spec, source = find_model(args.model, args.ignore_config)
+    spec = asked(spec, args.weights)
     if args.all_methods:
         plans, left_out = plan_all(args, argv, spec, chip)
     else:

@@ -24,6 +24,7 @@ from kvjax.cache import layout
 from kvjax.cli import command
 from kvjax.generation import decode, prefill, sampling
 from kvjax.models.decoder import Decoder
+from kvjax.models.quantized import asked
 from kvjax.parallel import mesh
 from kvjax.plan import aot, estimate
 from kvjax.plan.chips import Chip, find
@@ -213,6 +214,7 @@ def main() -> None:
     """Compile, and print."""
     args = parse(sys.argv[2:])
     spec, _ = find_model(args.model, args.ignore_config)
+    spec = asked(spec, args.weights)
     planned = setting(args, spec, find(args.chip), args.only or method_of(args, spec))
     target = aot.Target(sys.argv[1], planned.devices.data * planned.devices.model)
     for program in programs(planned, steps_of(args, spec)):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -232,15 +233,17 @@ def decode_temporaries(setting: Setting) -> int:
 def bound(setting: Setting, chip: Chip) -> Bound:
     """What bandwidth and peak allow; what devices tell each other costs nothing."""
     cache, stored, data = held(setting), weights(setting), setting.devices.data
+    whole = setting._replace(spec=replace(setting.spec, weights=None))  # its bytes say how many products there are
+    numbers, spare = weights(whole), functools.partial(idle, whole)
     unused, setting = functools.partial(idle, setting), setting.share
     spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
     read = stored.read - unused(setting.batch) + cache.bytes.total - cache.bytes.tables
-    products = setting.batch * (stored.read - unused(1)) // itemsize + cache.slots * spec.group_size * sum(
+    products = setting.batch * (numbers.read - spare(1)) // itemsize + cache.slots * spec.group_size * sum(
         spec.widths(0)
     )
     step = max(read / chip.bandwidth, 2 * products / chip.flops)
     seen = setting.context / 2 * spec.num_layers * spec.num_heads * 2 * spec.head_dim
-    linear, again = (stored.layers - unused(1)) // itemsize, setting.recipe.replay is not None  # and sees all tokens
+    linear, again = (numbers.layers - spare(1)) // itemsize, setting.recipe.replay is not None  # and sees all tokens
     prompts = setting.batch * setting.context * (linear * (1 + again) + seen * (1 + 2 * again))
     return Bound(
         prefill_s=max(2 * prompts / chip.flops, stored.read / chip.bandwidth),

@@ -41,6 +41,7 @@ def described(
         "model": args.model,
         "shape": source,
         "dtype": args.dtype,
+        "weights": spec.weights,
         "context": args.context,
         "new_tokens": args.new_tokens,
         "batch": args.batch,

@@ -26,7 +26,7 @@ from kvjax.parallel.mesh import Size
 from kvjax.plan.chips import CHIPS, Chip, Platform
 from kvjax.plan.dry_run import read_spec, without_weights
 from kvjax.policies.base import Recipe
-from kvjax.spec import Lengths, ModelSpec
+from kvjax.spec import WEIGHT_BITS, Lengths, ModelSpec
 
 PROG = "kvjax.plan"
 
@@ -95,6 +95,9 @@ def parser() -> command.Parser:
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the method")
     p.add_argument("--config", type=Path, metavar="FILE.toml", help="options from a file; flags take precedence")
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache (default: bfloat16)")
+    p.add_argument(
+        "--weights", choices=WEIGHT_BITS, help="matrices in so few bits, in groups of 32 (default: as stored)"
+    )
     p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
     p.add_argument("--estimate", action="store_true", help="by formula, nothing is compiled")
     p.add_argument("--exact", action="store_true", help="compile all layers of a step, not 2 and 4 of them")
