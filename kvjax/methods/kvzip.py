@@ -1,19 +1,15 @@
 """KVzip: what a prompt needs of itself when it is read again, whatever will be asked."""
 
-from typing import Literal
-
 from kvjax.cache.pages import LARGEST
 from kvjax.cache.quantize import named
 from kvjax.errors import InputError
 from kvjax.policies import score
 from kvjax.policies.base import Recipe, cached
 from kvjax.policies.budgets import budget as budgets
-from kvjax.policies.budgets.allocation import from_scores
 from kvjax.policies.budgets.budget import Keep
+from kvjax.policies.budgets.split import split_over
 from kvjax.policies.score import Score
 from kvjax.policies.select import retain
-
-Split = Literal["global", "row"]
 
 
 @cached
@@ -21,7 +17,7 @@ def kvzip(
     budget: Keep = "20%",
     *,
     chunk: int = 2048,
-    split: Split = "global",
+    split: str = "global",
     recent: int = 4,
     sinks: int = 4,
     decode_budget: Keep = "",
@@ -32,7 +28,8 @@ def kvzip(
     Args:
       budget: prompt tokens kept per row, all together.
       chunk: tokens that are read again together: fewer cost less; best a power of two.
-      split: "global", one threshold for all layers and heads; "row", as many tokens in each.
+      split: who competes for slots, "row", "layer", "global" or "profile": see
+        `kvjax.policies.budgets.split.split_over`.
       recent, sinks: newest and first tokens of the prompt, always kept; where a budget is smaller, newest ones.
       decode_budget: slots per row while decoding, as a mean over rows, of which the oldest leaves; "" = unbounded.
       store: number format of slots, a name of `kvjax.cache.quantize.named`.
@@ -47,16 +44,11 @@ def kvzip(
     return replaying("kvzip", score.replayed(recent, sinks, weighted=False), budget, chunk, split, decode_budget, store)
 
 
-def replaying(
-    name: str, score: Score, budget: Keep, chunk: int, split: Split, decode_budget: Keep, store: str
-) -> Recipe:
+def replaying(name: str, score: Score, budget: Keep, chunk: int, split: str, decode_budget: Keep, store: str) -> Recipe:
     """A method that reads the prompt again in chunks, for its score."""
-    if split not in ("global", "row"):
-        raise InputError(f"{name}: split={split!r} is not 'global' or 'row'")
     if not 1 <= chunk <= LARGEST:
         raise InputError(f"{name}: chunk={chunk} is not a number of tokens from 1 to {LARGEST}")
     given = budgets.amounts(budget, decode_budget)
-    share = from_scores(r_max=10.0, update_interval=0, ada=True) if split == "global" else budgets.uniform()
     evict = "before" if given.bounded else "never"
-    policy = retain(score, share, store=named(store), evict=evict, bounded=given.bounded)
+    policy = retain(score, split_over(split), store=named(store), evict=evict, bounded=given.bounded)
     return Recipe(name, policy, amounts=given, replay=chunk)

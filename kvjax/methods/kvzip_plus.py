@@ -1,6 +1,6 @@
 """KVzip+: KVzip, and how much a token adds where it is attended to."""
 
-from kvjax.methods.kvzip import Split, replaying
+from kvjax.methods.kvzip import replaying
 from kvjax.policies import score
 from kvjax.policies.base import Recipe, cached
 from kvjax.policies.budgets.budget import Keep
@@ -11,7 +11,7 @@ def kvzip_plus(
     budget: Keep = "20%",
     *,
     chunk: int = 2048,
-    split: Split = "global",
+    split: str = "global",
     recent: int = 4,
     sinks: int = 4,
     decode_budget: Keep = "",
