@@ -160,7 +160,7 @@ def test_what_prompts_take_is_near_what_compilers_say(chip, context, batch, chan
 def test_a_prompt_in_parts_takes_less_memory():
     """By the stream of the tokens that are read at once, here the widest array: fewer take so much less."""
     made = planned("--context", 8000, "--batch", 1)
-    small = dict(num_layers=1, embed_dim=2048, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=256)
+    small = dict(num_layers=1, embed_dim=8192, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=256)
     made = made._replace(spec=dataclasses.replace(made.spec, **small))
     args, static = estimates.layer_arguments(made, estimates.abstract_cache(made), 0)
     compile_layer = lambda chunk: prefill._prefill_layer.lower(*args, **static, chunk=chunk).compile()
