@@ -20,7 +20,7 @@ from kvjax.parallel import mesh
 from kvjax.policies.base import Recipe
 from kvjax.spec import Lengths, ProfileSpec, readable
 
-METHOD = "keydiff"
+METHOD = "kvzip_plus"
 LEVELS = (0.05, 0.1, 0.2, 0.3, 0.5)
 TEXTS = 4
 
