@@ -91,6 +91,14 @@ def test_requests_of_very_different_lengths_have_one_shape():
         assert [len(request.result()[0].tokens) for request in requests] == [120, 4, 1]
 
 
+def test_a_prompt_that_cannot_be_read_again_is_refused():
+    model = Model(decoder("gqa"), None, (), "random")
+    with Watched(model, recipe_of("kvzip", "20%"), seats=1, max_length=128) as engine:
+        assert len(engine.submit(text(60, 1), max_new_tokens=2).result()[0].tokens) == 2
+        with pytest.raises(InputError, match="reads the 126 tokens of a prompt again"):
+            engine.submit(text(126, 1), max_new_tokens=1)
+
+
 def test_a_small_pool_makes_requests_wait():
     model = Model(decoder("gqa"), None, (), "random")
     whole = kvjax.Engine(model, seats=4, max_length=LENGTH)

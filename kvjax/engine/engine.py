@@ -185,6 +185,7 @@ class Engine:
             )
         generating.check_sampling(sampling)
         allocate.check_turn(self._spec, self.recipe, len(ids), len(ids) + limit - 1)
+        generating.check_replay(self._spec, self.recipe, len(ids))
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise InputError(f"n {n} is not a whole number above 0")
         pages = tuple(n * each for each in self._promise(len(ids), limit))
