@@ -16,6 +16,7 @@ from kvjax.checkpoint import fingerprint
 from kvjax.checkpoint.lorc import calibration
 from kvjax.cli import command
 from kvjax.cli.console import to_stdout
+from kvjax.cli.flags import add_number_flags, numbers
 from kvjax.files import output
 from kvjax.generation.calibrate import METHOD, TEXTS, calibrate, sample
 from kvjax.generation.model import load_from
@@ -36,6 +37,7 @@ def parser() -> command.Parser:
         help=f"what compares the tokens of all layers and heads, such as snapkv+split=global (default: {METHOD})",
     )
     p.add_argument("--text", type=Path, metavar="FILE", help=f"up to {TEXTS} times 1,024 tokens of it (default: prose)")
+    add_number_flags(p)
     p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="as in kvjax.convert")
     return p
 
@@ -51,7 +53,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     output.check_writable(args.out)
     text = None if args.text is None else calibration.read_text(args.text)
     compilation.enable_compilation_cache()
-    model, directory = load_from(args.model, ignore_config=args.ignore_config)
+    model, directory = load_from(args.model, **numbers(args), ignore_config=args.ignore_config)
     counted = functools.partial(track, description="calibrating", console=Console(stderr=True))
     found = calibrate(model, args.method, sample(model, text), counted)
     profile.write(args.out, found, fingerprint(directory), args.method)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import Sampling
+from kvjax import Sampling, methods
 from kvjax.engine import engine as engines
 from kvjax.engine.capacity import tiers
 from kvjax.engine.request import EngineError
@@ -89,6 +89,25 @@ def test_requests_of_very_different_lengths_have_one_shape():
         asked = [(text(3, 1), 120), (text(120, 1), 4), (text(60, 1), 1)]
         requests = [engine.submit(prompt, max_new_tokens=new) for prompt, new in asked]
         assert [len(request.result()[0].tokens) for request in requests] == [120, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "prompt"),
+    [("snapkv", {"decode_budget": "16", "window": 4}, 70), ("pyramidkv", {"decode_budget": "20%", "window": 8}, 118)],
+)
+def test_promises_are_those_of_the_lengths_themselves(method, arguments, prompt):
+    model, recipe = Model(decoder("gqa"), None, (), "random"), methods.make(method, "20%", arguments)
+    with Watched(model, recipe, seats=2, max_length=128) as engine:
+        assert len(engine.submit(text(prompt, 1), max_new_tokens=8).result()[0].tokens) == 8
+
+
+def test_what_a_method_cannot_keep_is_refused_and_others_go_on():
+    model, recipe = Model(decoder("gqa"), None, (), "random"), methods.make("d2o", "60%", {"full_layers": "0"})
+    with Watched(model, recipe, seats=2, max_length=128) as engine:
+        other = engine.submit(text(60, 1), max_new_tokens=60)
+        with pytest.raises(InputError, match="full layers"):
+            engine.submit(text(5, 1), max_new_tokens=4)
+        assert len(other.result()[0].tokens) == 60
 
 
 def test_a_prompt_that_cannot_be_read_again_is_refused():

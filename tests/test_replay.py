@@ -138,3 +138,11 @@ def test_a_prompt_that_cannot_be_read_again_is_refused():
 def test_wrong_arguments_are_refused(name, value):
     with pytest.raises(InputError, match=f"{name}='?{value}"):
         methods.kvzip(**{name: value})
+
+
+def test_what_is_far_behind_a_window_is_a_number():
+    """No query of a second reading, however far behind the prompt's end, may see nothing at all."""
+    model = Model(oracle.random_model(5, num_layers=2, windows=(16, None), max_position=1024), None, (), "random")
+    with jax.debug_nans(True):
+        context = model.read(np.random.default_rng(0).integers(0, 97, 400).tolist(), methods.kvzip("20%"))
+    assert sum(context.kept) > 0

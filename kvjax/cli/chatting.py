@@ -38,10 +38,15 @@ def run(args: argparse.Namespace, messages: list[dict[str, str]]) -> None:
                 print(f"({error})", flush=True)
         elif line.startswith("/"):
             print(
-                "/bytes, /load FILE, /method NAME BUDGET, /reset, /save FILE and /quit begin with a stroke", flush=True
+                "/bytes, /load FILE, /method NAME BUDGET, /reset, /save FILE and /quit begin with a slash", flush=True
             )
         elif line:
-            chat = _answer(chat, line, args.max_new_tokens, how, args.stop)
+            try:
+                chat = _answer(chat, line, args.max_new_tokens, how, args.stop)
+            except InputError as error:  # the conversation goes on, once there is one
+                if chat.context is None:
+                    raise
+                print(f"({error})", flush=True)
 
 
 def _line() -> str | None:
@@ -71,7 +76,10 @@ def _show_bytes(chat: Chat, rest: str) -> Chat:
         return chat
     held, full = chat.context.bytes.total, chat.context.full_bytes
     tokens = len(chat.context.tokens)
-    to_stdout().print(f"{tokens:,} tokens in {held:,} bytes; the full cache would have {full:,}", highlight=False)
+    to_stdout().print(
+        f"{tokens:,} tokens; {held:,} bytes for up to {chat.max_length:,}; a full cache of these tokens has {full:,}",
+        highlight=False,
+    )
     return chat
 
 

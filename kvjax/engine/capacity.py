@@ -14,7 +14,6 @@ from kvjax.generation.prefill import padded_length
 from kvjax.spec import Lengths
 
 FIXED = (*PER_ROW, "num_free")  # fields of a tier whose sizes do not depend on its pool's
-STEP = 64  # tokens that lengths are rounded up to, so that few promises are computed
 Pages = tuple[int, ...]  # of each tier, group after group
 
 

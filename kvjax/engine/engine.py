@@ -255,10 +255,7 @@ class Engine:
         return EngineError(f"the engine has ended: {why}")
 
     def _promise(self, prompt: int, new: int) -> capacity.Pages:
-        """Pages that a sequence may need in each tier."""
-        up = lambda n: -(-n // capacity.STEP) * capacity.STEP
-        new = min(up(new), self.max_length - 1)
-        prompt = max(min(up(prompt), self.max_length - new), prompt)
+        """Pages that a sequence may need in each tier; raises `InputError` for one that the method cannot keep."""
         found = zip(self._promises(prompt, new), self._longest, strict=True)
         return tuple(min(pages, most) for pages, most in found)
 
@@ -383,7 +380,11 @@ class Engine:
         if token == decode.NOT_FINITE:
             request.fail(not_finite(self.model, request.choices.index(choice)))
             return
-        choice.push(token)
+        try:
+            choice.push(token)
+        except InputError as error:  # of the tokenizer
+            request.fail(error)
+            return
         if token in request.stops.ids:
             choice.finish("stop")
         elif len(choice.tokens) >= request.limit:
@@ -411,12 +412,15 @@ class Engine:
         for reading in [each for each in self._reading if each.request is request]:
             self._reading.remove(reading)
             reading.layers.close()
+        try:
+            for choice in request.choices:
+                choice.finish(reason)
+        except InputError as error:  # of the tokenizer
+            request.fail(error)
         with self._work:
             if any(each.key == id(request) for each in self._schedule.waiting):
                 self._schedule.leave(id(request))
             else:
                 self._schedule.end(id(request))
             self._requests.pop(id(request), None)
-        for choice in request.choices:
-            choice.finish(reason)
         request.end()

@@ -23,6 +23,7 @@ from kvjax.spec import Lengths, ProfileSpec, readable
 METHOD = "kvzip_plus"
 LEVELS = (0.05, 0.1, 0.2, 0.3, 0.5)
 TEXTS = 4
+LEAST = 128  # tokens of a text
 
 
 def calibrate(
@@ -48,7 +49,10 @@ def sample(model: Model, text: str | None = None) -> list[list[int]]:
     if model.tokenizer is None:
         raise InputError(f"{model.name} has no tokenizer.json to calibrate on a text")
     text = sources.haystack("training") if text is None else text
-    return calibration.cut(text, model.tokenizer, model.spec.max_position)[:TEXTS].tolist()
+    parts = calibration.cut(text, model.tokenizer, model.spec.max_position)[:TEXTS].tolist()
+    if len(parts[0]) < LEAST:
+        raise InputError(f"the text has {len(parts[0])} tokens: shares are measured on at least {LEAST}")
+    return parts
 
 
 def kept(model: Model, recipe: Recipe, text: Sequence[int]) -> Float[np.ndarray, "L K"]:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.models.experts import Experts
-from kvjax.models.quantized import Quantized, finer, matrix, product, rows
+from kvjax.models.quantized import Quantized, finer, matrix, numbers, product, rows
 from kvjax.parallel.collectives import HEADS, MODEL, Axes, add, count, gather, look_up, own
 from kvjax.spec import Activation, ExpertSpec, Gate, ModelSpec, RopeSpec, Weights
 from pallas_kernels.decode_attention import KeyExpansion
@@ -257,7 +257,9 @@ class Layer(nnx.Module):
 
     def output(self) -> Float[Array, "N H D"]:
         """What the query heads' outputs are multiplied by, in float32: a norm behind it leaves its scale in it."""
-        kernel = self.attention.o.kernel[...].astype(jnp.float32)
+        kernel = self.attention.o.kernel
+        coded = isinstance(kernel, Quantized)
+        kernel = numbers(kernel, jnp.float32) if coded else kernel[...].astype(jnp.float32)
         scaled = kernel if self.attention_post_norm is None else kernel * self.attention_post_norm.factor()
         return scaled.reshape(-1, self.head_dim, kernel.shape[-1])
 

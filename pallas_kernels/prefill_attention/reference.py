@@ -87,7 +87,8 @@ def attention(
         )
         first = 0 if window is None else jnp.maximum((jnp.min(start) + i * block + 1 - window) // keys, 0)
         last = i + 1 if behind is None else (jnp.max(length) + keys - 1) // keys
-        o, total, top = jax.lax.fori_loop(first, last, column, empty)
+        # A block whose keys all are out of the window is read rather than none: sums of nothing would be divided by 0.
+        o, total, top = jax.lax.fori_loop(jnp.minimum(first, last - 1), last, column, empty)
         o, lse = (o / total[..., None]).astype(v.dtype), top + jnp.log(total)
         put = lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, i * block, axis=2)
         return put(done[0], o.reshape(b, n, block, h)), put(done[1], lse.reshape(b, n, block))

@@ -65,8 +65,8 @@ def _rows(
     slots, levels = tokens_of(keep, length), (0.0, *profile.levels, 1.0)
     kept = np.minimum(slots, length)
     wanted = np.stack([np.interp(kept / length, levels, (0.0, *row, 1.0)) for row in share])  # R B
-    wanted *= len(share) * kept / wanted.sum(axis=0)
-    unit = max(1, min(4096, 2**30 // int(length.max())))  # fractions of a slot decide who gets what is left
+    wanted = np.minimum(wanted * (len(share) * kept / wanted.sum(axis=0)), length)
+    unit = max(1, min(4096, 2**30 // max(int(length.max()), 1)))  # fractions of a slot decide who gets what is left
     given = wanted * unit, unit, len(share) * kept, np.ones_like(kept), length
     with collectives.on_the_host():
         rows = np.asarray(_hand_out(*(jnp.asarray(x, jnp.int32) for x in given)))
