@@ -175,7 +175,7 @@ def test_what_cannot_be_is_refused(engine):
     }.items():
         with pytest.raises(InputError, match=words):
             engine.submit(**given)
-    for words, given in {"seats": {"seats": 0}, "stall": {"stall": -1}, "max-length": {"max_length": 1}}.items():
+    for words, given in {"seats": {"seats": 0}, "stall": {"stall": -1.0}, "max-length": {"max_length": 1}}.items():
         with pytest.raises(InputError, match=words):
             kvjax.Engine(engine.model, **given)
     assert is_empty(engine)
@@ -224,7 +224,7 @@ def test_damaged_weights_end_a_request_and_a_failure_all(monkeypatch):
 def test_closing_lets_requests_end():
     engine = kvjax.Engine(Model(decoder("gqa"), None, (), "random"), seats=1, max_length=LENGTH)
     requests = [engine.submit([1, 2], max_new_tokens=5) for _ in range(3)]
-    engine.close(drain=60)
+    engine.close(drain=60.0)
     assert [len(request.result()[0].tokens) for request in requests] == [5] * 3
     with pytest.raises(EngineError, match="it was closed"):
         engine.submit([1])

@@ -123,7 +123,8 @@ def test_sixteen_bits_of_either_kind_generate(directory, capsys):
 def test_json_says_what_was_run(directory, capsys):
     flags = ["--model", directory, "--method", "h2o", "--budget", "25%", "--max-new-tokens", 5]
     out = run_json(capsys, *flags, "--prompt-tokens", ids(range(40)), "--prompt-tokens", ids(range(20)))
-    assert set(out) == {"method", "stores", "sequences", "cache", "timing", "model", "stop", "dtype", "budget"}
+    shown = {"method", "stores", "sequences", "cache", "timing", "model", "stop", "dtype", "weights", "budget"}
+    assert set(out) == shown
     assert out["stop"] == {"ids": [], "source": None}
     assert (out["method"], out["budget"], out["dtype"]) == ("h2o", "25%", "float32")
     assert [s["prompt_tokens"] for s in out["sequences"]] == [40, 20]
