@@ -31,7 +31,9 @@ from safetensors.numpy import load_file, save_file
 from tests import strict
 
 if os.environ.get("KVJAX_TEST_SHAPES"):  # in every function that is traced, which takes a tenth of the time
-    _hook = jaxtyping.install_import_hook(["kvjax", "pallas_kernels"], "beartype.beartype")
+    from tests import checker  # noqa: F401  # the hook finds it by its name
+
+    _hook = jaxtyping.install_import_hook(["kvjax", "pallas_kernels"], "tests.checker.checked")
     _hook.__enter__()
 from kvjax.checkpoint import shipped
 

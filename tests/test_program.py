@@ -44,7 +44,7 @@ def test_every_command_is_the_same_program(name: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["genrate"], "kvjax: error: no command 'genrate': choose from generate, chat, convert, "),
+        (["genrate"], "kvjax: error: no command 'genrate': choose from generate, chat, serve, convert, "),
         (["generate", "--bad"], "kvjax generate: error: unrecognized arguments: --bad"),
         (["generate", "--method", "x", "--prompt", "a"], "kvjax generate: error: unknown method 'x': choose from "),
         (["evaluate", "report", "/nowhere"], "kvjax evaluate: error: "),

@@ -41,7 +41,7 @@ def engine(shallow_demo) -> Iterator[kvjax.Engine]:
 def start(service: Service) -> tuple[run.Server, threading.Thread, str]:
     """A server on a free port."""
     bound = run.bind("127.0.0.1", 0)
-    server = run.Server(run.config(service), service, drain=0)
+    server = run.Server(run.config(service), service, drain=0.0)
     thread = threading.Thread(target=server.run, args=([bound],))
     thread.start()
     wait(lambda: server.started)

@@ -244,7 +244,7 @@ def independent(values: Sequence[float], weights: Sequence[float], contexts: Seq
 
     Source: Korn & Graubard, Survey Methodology 24 (1998).
 
-    >>> independent([1, 1, 0, 0], [1] * 4, "aabb"), independent([1, 0, 1, 0], [1] * 4, "aabb")
+    >>> independent([1.0, 1.0, 0.0, 0.0], [1.0] * 4, "aabb"), independent([1.0, 0.0, 1.0, 0.0], [1.0] * 4, "aabb")
     (2.0, 4.0)
     """
     from scipy.special import stdtrit

@@ -389,7 +389,7 @@ def decode_texts(
     return state.cache, sequences
 
 
-def _logprobs(said: list[tuple[np.ndarray, ...]], count: int) -> Logprobs:
+def _logprobs(said: Sequence[tuple], count: int) -> Logprobs:
     chosen, ids, top = map(np.stack, zip(*said, strict=True))
     return Logprobs(chosen, ids[:, :count], top[:, :count])
 
