@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from kvjax import calibrate, methods
 from kvjax.cache.layout import layer_groups
 from kvjax.checkpoint import shipped
 from kvjax.errors import InputError
+from kvjax.evaluation.runner import Evaluation
 from kvjax.generation.model import Model
 from kvjax.plan import dry_run
 from kvjax.policies.budgets import profile
@@ -135,3 +137,11 @@ def test_what_is_wrong_with_a_profile_is_one_line(tmp_path: Path):
         model.calibrate("snapkv", [[1, 2, 3]])
     latent = oracle.random_model(5, num_layers=3, latent=LatentSpec(2, ((8, 8),) * 3))
     assert np.shape(Model(latent, None, (), "").calibrate("keydiff", [text(60, 0)]).shares) == (5, 3, 1)
+
+
+def test_a_profile_makes_no_other_model(tmp_path):
+    """KL is compared with a model that has another one, or none."""
+    shutil.copytree(shipped.directory(), tmp_path / "bare", ignore=shutil.ignore_patterns(profile.BESIDE))
+    bare, demo = kvjax.load(tmp_path / "bare"), kvjax.load()
+    assert bare.spec.profile is None and demo.spec.profile is not None
+    Evaluation(bare, batch=1, unseen=False, chat=False, reference=demo)

@@ -70,7 +70,8 @@ class Evaluation:
     def __init__(self, model: Model, *, batch: int, unseen: bool, chat: bool, reference: Model | None = None):
         self._model, self._batch, self._unseen, self._chat = model, batch, unseen, chat
         self._reference = reference or model
-        if replace(self._reference.spec, latent=None) != replace(model.spec, latent=None):
+        own, other = (replace(each.spec, latent=None, profile=None) for each in (model, self._reference))
+        if own != other:
             raise InputError(f"{self._reference.name} is another model than {model.name}: kl cannot compare them")
         self._references: dict[tuple[str, int], np.ndarray] = {}  # of the full cache, for KL divergence
 
