@@ -9,9 +9,9 @@ from jaxtyping import TypeCheckError
 
 from kvjax.errors import InputError
 from kvjax.generation import stopping
-from kvjax.generation.generate import drain
 from kvjax.generation.model import Model
 from kvjax.generation.sampling import Sampling
+from kvjax.generation.steps import drain
 from kvjax.generation.stopping import Stops, Text
 from tests import oracle
 from tests.test_tokenizer import STYLES, write

@@ -15,10 +15,11 @@ from kvjax.cli.console import to_stdout
 from kvjax.cli.flags import numbers
 from kvjax.cli.tables import describe, dtype_of, heading, summary
 from kvjax.files import output
-from kvjax.generation.generate import Pieces, cached_positions, drain
+from kvjax.generation.generate import Pieces, cached_positions
 from kvjax.generation.model import Model, encode_text, load
 from kvjax.generation.results import Generation
 from kvjax.generation.sampling import Sampling
+from kvjax.generation.steps import drain
 from kvjax.policies.base import Recipe
 
 T = TypeVar("T")

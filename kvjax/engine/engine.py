@@ -58,6 +58,13 @@ class _Reading:
         return self.left * len(self.request.prompt)
 
 
+def _check_positive(**numbers: int) -> None:
+    """Raise `InputError` for what is no number of things."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise InputError(f"{name} {number} is not a whole number above 0")
+
+
 def _next(layers: Generator[Array, None, tuple[Array, Cache]]) -> Array | tuple[Array, Cache]:
     """The next layer's output; behind the last one, what the prompt has come to."""
     try:
@@ -111,9 +118,7 @@ class Engine:
     ):
         if model.mesh is not None:
             raise InputError("an engine runs on one device: load the model without a mesh")
-        for name, number in {"seats": seats, "steps": steps, "queue": queue}.items():
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise InputError(f"{name} {number} is not a whole number above 0")
+        _check_positive(seats=seats, steps=steps, queue=queue)
         if not stall >= 0:
             raise InputError(f"stall {stall} is not a number of seconds")
         generating.check_count(max_new_tokens)
@@ -186,8 +191,7 @@ class Engine:
         generating.check_sampling(sampling)
         allocate.check_turn(self._spec, self.recipe, len(ids), len(ids) + limit - 1)
         generating.check_replay(self._spec, self.recipe, len(ids))
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise InputError(f"n {n} is not a whole number above 0")
+        _check_positive(n=n)
         pages = tuple(n * each for each in self._promise(len(ids), limit))
         if not self._schedule.fits(pages, n, self.seats):
             raise InputError(

@@ -55,9 +55,3 @@ def leave(state: DecodeState, seat: Int[Array, ""]) -> DecodeState:
     """A seat's pages are free, and nothing is decoded there."""
     cache = tuple(tuple(seats.leave(tier, seat) for tier in tiers) for tiers in state.cache)
     return state._replace(cache=cache, done=state.done.at[seat].set(True))
-
-
-@jax.jit
-def free_pages(cache: Cache) -> list[Array]:
-    """Of each tier, on the device."""
-    return [tier.num_free[0] for tiers in cache for tier in tiers]

@@ -19,6 +19,7 @@ from kvjax.generation.allocate import allocate, check_turn, init_cache
 from kvjax.generation.model import Model, Texts, encode_continuation, encode_prompt, not_finite
 from kvjax.generation.results import Continuation, Generation, Logprobs, Timing
 from kvjax.generation.sampling import Sampling
+from kvjax.generation.steps import drain
 from kvjax.generation.stopping import Stops
 from kvjax.generation.timing import Stopwatch
 from kvjax.parallel import mesh as meshes
@@ -30,21 +31,9 @@ from kvjax.spec import Lengths, ModelSpec, PyTree
 
 CHUNK = 16  # tokens per call of the compiled loop: text appears in pieces of this many tokens
 RANKS = 8  # a step of the number of most likely tokens that are told
-S = TypeVar("S")
 T = TypeVar("T")
 Tokens = Generator[tuple[int, int], None, T]  # (sequence, token) as they appear, and what is returned then
 Pieces = Generator[str, None, T]
-
-
-def drain(steps: Generator[S, None, T], show: Callable[[S], None] | None) -> T:
-    """What a generator returns; what it yields on the way is shown."""
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as end:
-            return end.value
-        if show is not None:
-            show(step)
 
 
 def run(tokens: Tokens[T], on_token: Callable[[int, int], None] | None) -> T:

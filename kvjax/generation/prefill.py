@@ -18,6 +18,7 @@ from kvjax.cache.layout import Cache, Layers, Tiers, layer_groups, layers_with, 
 from kvjax.cache.pages import LARGEST
 from kvjax.cache.tier import Tier
 from kvjax.errors import InputError
+from kvjax.generation.steps import drain
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer, normed
@@ -84,12 +85,7 @@ def prefill(
     >>> logits.shape, cache[0][0].length.tolist()
     ((1, 4096), [[[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]], [[8, 8]]])
     """
-    reading = prefill_by_layer(model, recipe, tokens, length, cache, chunk, fit)
-    while True:
-        try:
-            next(reading)
-        except StopIteration as done:
-            return done.value
+    return drain(prefill_by_layer(model, recipe, tokens, length, cache, chunk, fit))
 
 
 def prefill_by_layer(
