@@ -2,14 +2,16 @@
 
     python -m tests.walk [METHOD]
 
-Lambdas, comprehensions and closures are counted apart.
+Lambdas, comprehensions and closures are counted apart; bodies of modules and classes are not.
 """
 
+import inspect
 import sys
 from pathlib import Path
 from types import FrameType
 
 import kvjax
+import kvjax.generation.generate  # before the walk: `Model.generate` imports it
 
 ROOT = Path(kvjax.__file__).parents[1]
 OURS = tuple(str(ROOT / package) for package in ("kvjax", "pallas_kernels"))
@@ -20,9 +22,10 @@ def walk(method: str) -> dict[str, list[str]]:
     model, found = kvjax.load(), dict[str, list[str]]()
 
     def note(frame: FrameType, event: str, argument: object) -> None:
-        path, name = frame.f_code.co_filename, frame.f_code.co_qualname
-        if event == "call" and path.startswith(OURS) and name not in found.setdefault(path, []):
-            found[path].append(name)
+        code = frame.f_code
+        ours = event == "call" and code.co_filename.startswith(OURS) and code.co_flags & inspect.CO_OPTIMIZED
+        if ours and code.co_qualname not in found.setdefault(code.co_filename, []):
+            found[code.co_filename].append(code.co_qualname)
 
     sys.setprofile(note)
     try:
