@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kvjax.attention.decode import ReadOptions, decode_attention, spread
+from kvjax.attention.decode import ReadOptions, decode_attention
 from kvjax.cache import sharding
 from kvjax.cache import tier as tiers_
 from kvjax.cache.layout import Cache, Tiers, layer_groups, layer_runs, locate
@@ -49,7 +49,6 @@ def _decode_layer(
     """One layer for one token: insert, attend, observe; what is shared is attended to alone."""
     recipe = layer_recipe(spec, recipe, index)
     policy, rotary, window = recipe.policy, spec.rotary(index), spec.window(index)
-    heads = spec.num_kv_heads // spec.num_rows
     q, key, value, gate = layer.project(x)  # B N H, B K R
     q, k = q.reshape(*key.shape[:2], -1, spec.head_dim), layer.keys(key)
     here = pos[:, None, None]
@@ -73,7 +72,7 @@ def _decode_layer(
     query = rope.grown(rotary, rope.rotate(q, *rotation.angles(query_place)), query_place)
     query = gates.silence(spec.gate, query, 1)
     mean, probs = decode_attention(
-        spread(query, heads),
+        query,
         seen,
         (*(recipe.context.stores if recipe.context else ()), *recipe.stores),
         ReadOptions(
@@ -84,9 +83,9 @@ def _decode_layer(
             place=None if recipe.positions is None else place,
             expand=layer.expand(rotation) if at_read else None,
             select=None if recipe.select is None else functools.partial(recipe.select, seen=readable(pos, window) + 1),
-            kernels=recipe.kernels,
+            probabilities=policy.observe is not None,
         ),
-        with_probabilities=policy.observe is not None,
+        recipe.kernels,
     )
     if policy.observe is not None:
         tiers = policy.observe(tiers, token, probs)
