@@ -25,7 +25,7 @@ from kvjax.cli.flags import SHOWCASE_METHOD, add_shared_flags, numbers
 from kvjax.cli.prompts import read_ids, read_texts
 from kvjax.cli.tables import SHARE, dtype_of, sizes
 from kvjax.errors import InputError
-from kvjax.generation.generate import check_prompts
+from kvjax.generation.checks import check_texts
 from kvjax.generation.model import Model, encode_text, load
 from kvjax.generation.results import Generation
 from kvjax.inspection import cache_map, lorc_report
@@ -155,7 +155,7 @@ def dry_run(args: argparse.Namespace, recipe: Recipe, texts: list[str], ids: lis
     model = abstract_model(args.model, ignore=args.ignore_config, **numbers(args))
     prompts = [encode_text(model, text, args.chat) for text in texts] + ids
     if prompts:
-        check_prompts(model.spec, prompts, [[]])
+        check_texts(model.spec, recipe, prompts, [[]])
         context = len(prompts[0])
     else:
         limit = model.spec.max_position

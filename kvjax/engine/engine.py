@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvjax.attention import dispatch
 from kvjax.cache.layout import Cache
 from kvjax.engine import capacity, programs
 from kvjax.engine.request import Choice, EngineError, QueueFull, Request
@@ -21,6 +20,7 @@ from kvjax.errors import InputError
 from kvjax.generation import allocate, decode, prefill, stopping
 from kvjax.generation import generate as generating
 from kvjax.generation import sampling as choosing
+from kvjax.generation.checks import check_options, check_texts
 from kvjax.generation.model import Model, encode_prompt, not_finite
 from kvjax.generation.sampling import Sampling
 from kvjax.generation.stopping import Stops
@@ -121,10 +121,9 @@ class Engine:
         _check_positive(seats=seats, steps=steps, queue=queue)
         if not stall >= 0:
             raise InputError(f"stall {stall} is not a number of seconds")
-        generating.check_count(max_new_tokens)
-        generating.check_total(model.spec, max_length, [], [], 1)
         self.model, self.recipe = model, resolve(model.spec, method, budget)
-        dispatch.check(self.recipe.kernels)
+        check_options(model.spec, self.recipe, new=max_new_tokens)
+        check_options(model.spec, self.recipe, max_length=max_length)
         self.max_length, self.max_new_tokens = max_length, min(max_new_tokens, max_length - 1)
         self.seats, self.queue = seats, queue
         self._stall, self._steps = stall, steps
@@ -180,17 +179,14 @@ class Engine:
           EngineError: the engine has ended.
         """
         ids, sampling = encode_prompt(self.model, prompt), sampling or Sampling()
-        generating.check_prompts(self._spec, [ids], [[]])
         room = self.max_length - len(ids)
         limit = min(self.max_new_tokens, max(room, 1)) if max_new_tokens is None else max_new_tokens
-        generating.check_count(limit)
+        check_options(self._spec, self.recipe, new=limit, sampling=sampling)
         if limit > room:
             raise InputError(
                 f"prompt ({len(ids)} tokens) and max-new-tokens ({limit}) pass this engine's length ({self.max_length})"
             )
-        generating.check_sampling(sampling)
-        allocate.check_turn(self._spec, self.recipe, len(ids), len(ids) + limit - 1)
-        generating.check_replay(self._spec, self.recipe, len(ids))
+        check_texts(self._spec, self.recipe, [ids], [[]], limit)
         _check_positive(n=n)
         pages = tuple(n * each for each in self._promise(len(ids), limit))
         if not self._schedule.fits(pages, n, self.seats):

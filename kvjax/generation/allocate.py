@@ -9,6 +9,7 @@ from kvjax.cache import sharding
 from kvjax.cache.layout import Cache, layer_groups
 from kvjax.cache.tier import PER_ROW
 from kvjax.errors import InputError, say_once
+from kvjax.generation.checks import check_frequencies
 from kvjax.models.decoder import Decoder
 from kvjax.parallel import mesh
 from kvjax.parallel.collectives import DATA, own
@@ -29,7 +30,7 @@ def init_cache(model: Decoder, recipe: Recipe, lengths: Lengths) -> Cache:
       InputError: the method cannot keep this model's vectors, or a sequence may outgrow the frequencies of its keys.
     """
     for prompt in lengths.prompt:
-        check_turn(model.spec, recipe, prompt, prompt + lengths.new - 1)
+        check_frequencies(model.spec, recipe, prompt, prompt + lengths.new - 1)
     return allocate(model, recipe, lengths)
 
 
@@ -84,20 +85,3 @@ def _init_parts(spec: ModelSpec, recipe: Recipe, lengths: Lengths, dtype: DTypeL
     specs = sharding.cache(jax.eval_shape(functools.partial(_init, spec, recipe, lengths, dtype)))
     devices = jax.sharding.get_abstract_mesh()
     return jax.shard_map(init, mesh=devices, in_specs=(), out_specs=specs, check_vma=False)()
-
-
-def check_turn(spec: ModelSpec, recipe: Recipe, prompt: int, reach: int) -> None:
-    """Raise `InputError` where keys would be cached under frequencies that their sequence outgrows.
-
-    Args:
-      spec, recipe: the model and the method.
-      prompt: tokens of a prompt.
-      reach: tokens that are read of the sequence in the end.
-    """
-    turn = spec.rope.original_max_position
-    follows = all(rotates_at_read(spec, layer_recipe(spec, recipe, g.index[0])) for g in layer_groups(spec))
-    if spec.rope.type == "longrope" and prompt <= turn < reach and not follows:
-        raise InputError(
-            f"the model has other rotary frequencies beyond {turn} tokens, which cached keys of a prompt of {prompt} "
-            f"cannot follow: end at {turn} tokens, not {reach}, or begin with a longer prompt"
-        )

@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from kvjax.attention import dispatch
 from kvjax.cache import layout, pages
 from kvjax.cache import tier as tiers_
 from kvjax.cache.layout import Cache
@@ -21,7 +20,8 @@ from kvjax.errors import InputError, say_once
 from kvjax.generation import generate as generating
 from kvjax.generation import stopping
 from kvjax.generation.accounting import cache_bytes, full_bytes, kept_slots
-from kvjax.generation.allocate import allocate, check_turn
+from kvjax.generation.allocate import allocate
+from kvjax.generation.checks import check_options, check_texts
 from kvjax.generation.generate import Pieces, Tokens
 from kvjax.generation.model import Model, Texts, encode_continuation, encode_prompt
 from kvjax.generation.prefill import padded_length
@@ -146,19 +146,17 @@ class Context:
             raise InputError("there is no question")
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise InputError(f"n {n} is not a whole number from 1 on")
-        model, sampling, recipe = self.model, _checked(sampling, max_new_tokens), asking(self.recipe)
+        model, sampling, recipe = self.model, sampling or Sampling(), asking(self.recipe)
+        check_options(model.spec, recipe, new=max_new_tokens, sampling=sampling, logprobs=logprobs)
         if n > 1 and sampling.mode == "greedy":
             say_once(f"n {n}: all samples are alike, for at temperature {sampling.temperature:g} decoding is greedy")
-        generating.check_logprobs(model.spec, logprobs)
         stops, ending = stopping.stops(model, stop), ""
         if self.chat and model.tokenizer is not None:
             _, ending = model.tokenizer.around("")
         texts = [question + ending if isinstance(question, str) else question for question in questions]
         after = [ids for text in texts for ids in [encode_continuation(model, text)] * n]
         ids = [list(self.tokens)] * len(after)
-        generating.check_prompts(model.spec, ids, after)
-        for question in after:
-            self._check_reach(recipe, len(question) + max_new_tokens, max_new_tokens)
+        self._check(recipe, after, max_new_tokens)
         if self.recipe.positions is not None and self.recipe.windowed != "whole" and any(model.spec.windows):
             raise InputError(
                 f"{self.recipe.name}: a sliding window counts places in its cache, which questions beside it have not:"
@@ -192,8 +190,7 @@ class Context:
         ids = encode_continuation(self.model, text)
         if not ids:
             return self
-        generating.check_prompts(self.model.spec, [self.tokens], [ids])
-        self._check_reach(self.recipe, len(ids), 0)
+        self._check(self.recipe, [ids], 0)
         return self._read(self._with_room(len(ids)), ids)
 
     def generate(
@@ -217,9 +214,9 @@ class Context:
         self, max_new_tokens: int, sampling: Sampling | None, stop: Sequence[str], logprobs: int | None = None
     ) -> Tokens[tuple[Generation, "Context"]]:
         """`generate` as a generator of (0, token)."""
-        model, sampling, stops = self.model, _checked(sampling, max_new_tokens), stopping.stops(self.model, stop)
-        self._check_reach(self.recipe, max_new_tokens, max_new_tokens)
-        generating.check_logprobs(model.spec, logprobs)
+        model, sampling, stops = self.model, sampling or Sampling(), stopping.stops(self.model, stop)
+        check_options(model.spec, self.recipe, new=max_new_tokens, sampling=sampling, logprobs=logprobs)
+        self._check(self.recipe, [[]], max_new_tokens)
         whole = [list(self.tokens)]
         with Stopwatch() as watch:
             grown = self._with_room(max_new_tokens)
@@ -312,11 +309,10 @@ class Context:
             cache.append(grown if extend is None else extend(grown, len(self.tokens), room - self.room))
         return dataclasses.replace(self, cache=tuple(cache), room=room)
 
-    def _check_reach(self, recipe: Recipe, more: int, new: int) -> None:
-        """Raise `InputError` for more tokens, of which the `new` last ones are generated, than a recipe can cache."""
-        spec, length = self.model.spec, len(self.tokens)
-        generating.check_new(spec, recipe, length, more - new, new)
-        check_turn(spec, self.recipe, self.prompt, length + more - 1)
+    def _check(self, recipe: Recipe, after: Sequence[Sequence[int]], new: int) -> None:
+        """Raise `InputError` for texts that a recipe cannot cache behind this one, or so many new tokens after them."""
+        read, later = list(self.tokens[: self.prompt]), list(self.tokens[self.prompt :])
+        check_texts(self.model.spec, recipe, [read] * len(after), [[*later, *text] for text in after], new)
 
 
 def read(
@@ -336,11 +332,8 @@ def read(
     else:
         ids = encode_prompt(model, prompt)
     check_one_device(model)
-    if max_length is not None:
-        generating.check_total(model.spec, max_length, [ids], [[]], 0)
-    generating.check_prompts(model.spec, [ids], [[]])
-    check_turn(model.spec, recipe, len(ids), len(ids))
-    dispatch.check(recipe.kernels)
+    check_options(model.spec, recipe, max_length=max_length)
+    check_texts(model.spec, recipe, [ids], [[]], max_length=max_length)
     new = 1 if max_length is None else max_length - 1
     logits, cache = generating.read_prompts(model, recipe, [ids], new, prefill_chunk, max_length)
     return Context(model, recipe, tuple(ids), logits, cache, len(ids), max_length or len(ids) + 1, named, chat)
@@ -378,13 +371,6 @@ def check_one_device(model: Model) -> None:
     """Raise `InputError` for a model whose weights are split."""
     if model.mesh is not None:
         raise InputError("a context lies on one device: load the model without a mesh")
-
-
-def _checked(sampling: Sampling | None, new: int) -> Sampling:
-    generating.check_count(new)
-    sampling = sampling or Sampling()
-    generating.check_sampling(sampling)
-    return sampling
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -7,15 +7,14 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from kvjax.attention import dispatch
 from kvjax.cache import layout, pages
 from kvjax.cache.layout import Cache
-from kvjax.cache.pages import LARGEST
 from kvjax.errors import InputError
 from kvjax.generation import decode, prefill, stopping
 from kvjax.generation import sampling as choosing
 from kvjax.generation.accounting import cache_bytes, compare, forced, full_bytes, full_slots, kept_slots
-from kvjax.generation.allocate import allocate, check_turn, init_cache
+from kvjax.generation.allocate import allocate, init_cache
+from kvjax.generation.checks import check_options, check_texts
 from kvjax.generation.model import Model, Texts, encode_continuation, encode_prompt, not_finite
 from kvjax.generation.results import Continuation, Generation, Logprobs, Timing
 from kvjax.generation.sampling import Sampling
@@ -26,8 +25,7 @@ from kvjax.parallel import mesh as meshes
 from kvjax.parallel.collectives import DATA
 from kvjax.parallel.mesh import EVERYWHERE, SEQUENCES
 from kvjax.policies.base import Recipe
-from kvjax.policies.budgets.budget import tokens_of
-from kvjax.spec import Lengths, ModelSpec, PyTree
+from kvjax.spec import Lengths, PyTree
 
 CHUNK = 16  # tokens per call of the compiled loop: text appears in pieces of this many tokens
 RANKS = 8  # a step of the number of most likely tokens that are told
@@ -75,16 +73,8 @@ def generate(
             raise InputError(f"{name} is one text: give a list of {name}")
     ids = [encode_prompt(model, prompt) for prompt in prompts]
     after = [[] for _ in ids] if questions is None else [encode_continuation(model, question) for question in questions]
-    check_count(max_new_tokens)
-    if max_length is not None:
-        check_total(model.spec, max_length, ids, after, max_new_tokens)
-    check_prompts(model.spec, ids, after)
-    for prompt, question in zip(ids, after, strict=True):
-        check_new(model.spec, recipe, len(prompt), len(question), max_new_tokens)
-        check_turn(model.spec, recipe, len(prompt), len(prompt) + len(question) + max_new_tokens - 1)
-    check_sampling(sampling)
-    check_logprobs(model.spec, logprobs)
-    dispatch.check(recipe.kernels)
+    check_options(model.spec, recipe, new=max_new_tokens, max_length=max_length, sampling=sampling, logprobs=logprobs)
+    check_texts(model.spec, recipe, ids, after, max_new_tokens, max_length)
     count, (ids, after) = len(ids), even(model, ids, after)
     whole = [prompt + question for prompt, question in zip(ids, after, strict=True)]
     with Stopwatch() as watch:
@@ -140,8 +130,7 @@ def report(
 
 def warm_up(model: Model, recipe: Recipe, max_length: int, new: int, batch: int, questions: bool) -> float:
     """`Model.warm_up` with everything said: a prompt of one token, of which two are generated."""
-    check_total(model.spec, max_length, [], [], new)
-    dispatch.check(recipe.kernels)
+    check_options(model.spec, recipe, new=new, max_length=max_length)
     ids = [[0]] * batch
     ids, after = even(model, ids, [[0]] * batch if questions else [[]] * batch)
     with Stopwatch() as watch:
@@ -177,86 +166,9 @@ def cached_positions(model: Model, generation: Generation, tier: int | None = No
 
 def check_recipe(model: Model, recipe: Recipe) -> None:
     """Raise `InputError` for a recipe that cannot keep this model's vectors, without allocating anything."""
-    dispatch.check(recipe.kernels)
+    check_options(model.spec, recipe)
     each = meshes.shape_of(model.decoder)[DATA]
     jax.eval_shape(lambda: init_cache(model.decoder, recipe, Lengths((1,) * each, 1, 64)))
-
-
-def check_prompts(spec: ModelSpec, ids: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> None:
-    """Raise `InputError` for prompts, and what follows them, that cannot be read."""
-    if not ids:
-        raise InputError("there is no prompt")
-    if len(after) != len(ids):
-        raise InputError(f"{len(after)} texts follow {len(ids)} prompts: give one for each")
-    for prompt, text in zip(ids, after, strict=True):
-        if not prompt:
-            raise InputError("the prompt is empty")
-        for i in (*prompt, *text):
-            if not 0 <= i < spec.vocab_size:
-                raise InputError(f"token id {i} is not in the vocabulary (0 to {spec.vocab_size - 1})")
-        if len(prompt) + len(text) > spec.max_position:
-            raise InputError(
-                f"the prompt has {len(prompt) + len(text)} tokens, the context limit is {spec.max_position}"
-            )
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Raise `InputError` for what is no way of choosing tokens."""
-    if not isinstance(sampling, Sampling):
-        raise InputError(f"sampling {sampling!r} is not a kvjax.Sampling")
-    sampling.check()
-    sampling.say_idle()
-
-
-def check_count(new: int) -> None:
-    """Raise `InputError` for what is no number of new tokens."""
-    if isinstance(new, bool) or not isinstance(new, int) or not 1 <= new <= LARGEST:
-        raise InputError(f"max-new-tokens {new} is not a whole number from 1 to {LARGEST}")
-
-
-def check_logprobs(spec: ModelSpec, logprobs: int | None) -> None:
-    """Raise `InputError` for what is no number of most likely tokens."""
-    if logprobs is not None and (type(logprobs) is not int or not 0 <= logprobs <= spec.vocab_size):
-        raise InputError(f"logprobs {logprobs} is not a whole number from 0 to the vocabulary's {spec.vocab_size}")
-
-
-def check_total(
-    spec: ModelSpec, max_length: int, ids: Sequence[Sequence[int]], after: Sequence[Sequence[int]], new: int
-) -> None:
-    """Raise `InputError` for a total length that cannot be, or that a sequence may pass."""
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or not 2 <= max_length <= spec.max_position:
-        raise InputError(
-            f"max-length {max_length} is not a whole number from 2 to the context limit {spec.max_position}"
-        )
-    longest = max((len(prompt) + len(text) for prompt, text in zip(ids, after, strict=False)), default=0)
-    if longest + new > max_length:
-        raise InputError(
-            f"prompt ({longest} tokens) and max-new-tokens ({new}) pass max-length ({max_length}): give"
-            f" at least {longest + new}"
-        )
-
-
-def check_new(spec: ModelSpec, recipe: Recipe, prompt: int, question: int, new: int) -> None:
-    """Raise `InputError` for more tokens than can be generated after a prompt and a question of these lengths."""
-    length = prompt + question
-    reach = length + new
-    if recipe.positions is not None and recipe.budget is not None:  # places in the cache, not positions
-        keep = recipe.amounts.decoding or recipe.amounts.keep
-        reach = reach if keep is None else min(reach, int(tokens_of(keep, prompt)))
-    if reach > spec.max_position:
-        raise InputError(
-            f"prompt ({length} tokens) and max-new-tokens ({new}) pass the context limit"
-            f" ({spec.max_position}): ask for at most {spec.max_position - length} new tokens"
-        )
-
-
-def check_replay(spec: ModelSpec, recipe: Recipe, prompt: int) -> None:
-    """Raise `InputError` for a prompt that is too long to be read again behind its end."""
-    if recipe.replay is not None and prompt + min(recipe.replay, prompt) > spec.max_position:
-        raise InputError(
-            f"{recipe.name} reads the {prompt} tokens of a prompt again behind its end, {recipe.replay} at a time:"
-            f" that passes the context limit ({spec.max_position}); set a smaller chunk"
-        )
 
 
 def read_prompts(
@@ -268,7 +180,6 @@ def read_prompts(
     max_length: int | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Logits after each prompt and a cache with room for `new` more tokens; its shapes for `max_length`, if given."""
-    check_replay(model.spec, recipe, max(map(len, ids)))
     padded = prefill.padded_length(max(map(len, ids)) if max_length is None else max_length)
     lengths = Lengths(tuple(map(len, ids)), new, padded, total=max_length)
     cache = allocate(model.decoder, recipe, lengths)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kvjax.errors import InputError, say_once
+from kvjax.errors import InputError
 
 Mode = Literal["greedy", "sample", "filter"]  # what runs: filters sort the vocabulary
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -63,12 +63,6 @@ class Sampling(NamedTuple):
             )
         if not -(2**63) <= self.seed < 2**63:
             raise InputError(f"seed {self.seed} does not fit 64 bits")
-
-    def say_idle(self) -> None:
-        """Say once which values have nothing to act on."""
-        idle = self.changed(FILTERS)
-        if self.mode == "greedy" and idle:
-            say_once(f"{', '.join(idle)}: without effect, for at temperature {self.temperature:g} decoding is greedy")
 
     def changed(self, names: Sequence[str]) -> list[str]:
         """Those of some values that are not the defaults, as flags name them."""

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 
 from kvjax.errors import InputError
 from kvjax.generation.accounting import cache_bytes, compare, full_bytes, kept_slots
-from kvjax.generation.allocate import check_turn
+from kvjax.generation.checks import check_texts
 from kvjax.generation.decode import Measure
-from kvjax.generation.generate import check_prompts, even, fed_length, read_continuations, read_prompts
+from kvjax.generation.generate import even, fed_length, read_continuations, read_prompts
 from kvjax.generation.model import Model, Texts, encode_continuation, encode_prompt, not_finite
 from kvjax.generation.results import Judgement, Reading
 from kvjax.methods import full
@@ -31,7 +31,7 @@ def log_likelihood(
     recipe: Recipe,
 ) -> tuple[list[Judgement], Reading]:
     """`Model.log_likelihood` with everything said."""
-    ids, after = _ids(model, prompts, continuations)
+    ids, after = _ids(model, recipe, prompts, continuations)
     fed = [text[:-1] for text in after]
     targets = np.zeros((fed_length(fed), len(ids)), np.int32)
     for column, text in enumerate(after):
@@ -52,7 +52,7 @@ def references(
     continuations: Texts,
 ) -> np.ndarray:
     """`Model.references`."""
-    ids, after = _ids(model, prompts, continuations)
+    ids, after = _ids(model, full(), prompts, continuations)
     outputs = _read(model, full(), ids, after, (), _output)[1]
     for i, text in enumerate(after):
         _check_finite(model, i, outputs[: len(text), i])
@@ -67,7 +67,7 @@ def divergence(
     reference: np.ndarray,
 ) -> tuple[list[np.ndarray], Reading]:
     """`Model.divergence` with everything said."""
-    ids, after = _ids(model, prompts, continuations)
+    ids, after = _ids(model, recipe, prompts, continuations)
     _, values, reading = _read(model, recipe, ids, after, np.asarray(reference, model.decoder.dtype), _diverge)
     found = [values[: len(text), i] for i, text in enumerate(after)]
     for i, each in enumerate(found):
@@ -83,12 +83,13 @@ def _check_finite(model: Model, i: int, values: np.ndarray) -> None:
 
 def _ids(
     model: Model,
+    recipe: Recipe,
     prompts: Texts,
     continuations: Texts,
 ) -> tuple[list[list[int]], list[list[int]]]:
     ids = [encode_prompt(model, prompt) for prompt in prompts]
     after = [encode_continuation(model, text) for text in continuations]
-    check_prompts(model.spec, ids, after)
+    check_texts(model.spec, recipe, ids, after)
     if not all(after):
         raise InputError("a continuation is empty")
     return ids, after
@@ -98,8 +99,6 @@ def _read(
     model: Model, recipe: Recipe, ids: list[list[int]], after: list[list[int]], given: PyTree, measure: Measure
 ) -> tuple[Array, PyTree, Reading]:
     """Prefill, then feed; logits after the prompts, what was measured `[Q B ...]`, and what it cost."""
-    for prompt, text in zip(ids, after, strict=True):
-        check_turn(model.spec, recipe, len(prompt), len(prompt) + len(text))
     lengths = [len(prompt) + len(text) for prompt, text in zip(ids, after, strict=True)]
     ids, after = even(model, ids, after)
     logits, cache = read_prompts(model, recipe, ids, max(map(len, after)))

@@ -20,7 +20,8 @@ from kvjax.files.gguf import is_gguf
 from kvjax.files.text import read_json
 from kvjax.generation import prefill
 from kvjax.generation.accounting import cache_bytes, compare, full_bytes
-from kvjax.generation.allocate import check_turn, init_cache
+from kvjax.generation.allocate import init_cache
+from kvjax.generation.checks import check_frequencies
 from kvjax.generation.model import Model
 from kvjax.generation.results import Compared
 from kvjax.methods import COMMON, METHODS
@@ -66,7 +67,7 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
     """
     spec = model.spec
     longest = context if recipe.positions is not None else context + new
-    check_turn(spec, recipe, context, context + new - 1)
+    check_frequencies(spec, recipe, context, context + new - 1)
     lengths, whole = Lengths((context,) * batch, new, prefill.padded_length(context)), [context + new] * batch
     count = lambda cache: (cache_bytes(cache), compare(model, cache, whole))
     size, compared = _counted(model, recipe, lengths, count)
