@@ -29,7 +29,7 @@ from kvjax.cli import command
 from kvjax.cli.flags import DTYPES
 from kvjax.errors import InputError
 from kvjax.generation import decode, prefill, sampling
-from kvjax.generation.accounting import cache_bytes, forced, kept_slots
+from kvjax.generation.accounting import footprint, forced
 from kvjax.generation.allocate import init_cache
 from kvjax.generation.model import Model
 from kvjax.methods import LEARNED, label_of, make, read_entry, taken
@@ -64,7 +64,7 @@ def contestant(model: Model, label: str, recipe: Recipe, batch: int, setting: Co
     logits, cache = _read(model, recipe, batch, setting)
     length, chooser = jnp.full((batch,), setting.context, jnp.int32), sampling.chooser(sampling.Sampling(), batch)
     ends = decode.ends((), LARGEST, batch)
-    size, kept = cache_bytes(cache), np.mean(kept_slots(model.spec, recipe, cache))
+    size, _, _, slots = footprint(model, cache, ())
     refused = forced(cache)
     carried = [decode.first_token(logits, cache, length, chooser, ends, jnp.zeros(logits.shape, bool))]
     del logits, cache
@@ -79,8 +79,8 @@ def contestant(model: Model, label: str, recipe: Recipe, batch: int, setting: Co
 
     floor = weight_bytes(model.decoder) + size.payload + size.scales + size.statistics
     facts = {
-        "cache_bytes": size.total, "tokens_per_slot": setting.context / float(kept), "forced": refused, "batch": batch,
-        "steps": setting.steps,
+        "cache_bytes": size.total, "tokens_per_slot": setting.context / float(np.mean(slots)), "forced": refused,
+        "batch": batch, "steps": setting.steps,
     }  # fmt: skip
     return Contestant(label, turn, batch * setting.steps, setting.steps * floor, facts)
 

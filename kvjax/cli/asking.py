@@ -8,7 +8,6 @@ from kvjax.cli.console import to_stdout
 from kvjax.cli.flags import numbers
 from kvjax.cli.generating import dump, print_all, show
 from kvjax.cli.tables import describe, dtype_of, heading, summary
-from kvjax.generation.accounting import compare
 from kvjax.generation.context import Context
 from kvjax.generation.model import load
 from kvjax.generation.sampling import Sampling
@@ -58,9 +57,8 @@ def run(
 
 
 def _size(context: Context) -> str:
-    held, full = context.bytes.total, context.full_bytes
-    share = compare(context.model, context.cache, [len(context.tokens)]).share
+    size, full, compared, _ = context.footprint
     return (
-        f"{len(context.tokens):,} tokens, {context.recipe.name}, {held:,} bytes; the full cache {full:,};"
-        f" {share:.1%} of it, both in 16 bits"
+        f"{len(context.tokens):,} tokens, {context.recipe.name}, {size.total:,} bytes; the full cache {full:,};"
+        f" {compared.share:.1%} of it, both in 16 bits"
     )

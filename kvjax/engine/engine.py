@@ -20,6 +20,7 @@ from kvjax.errors import InputError
 from kvjax.generation import allocate, decode, prefill, stopping
 from kvjax.generation import generate as generating
 from kvjax.generation import sampling as choosing
+from kvjax.generation.accounting import footprint
 from kvjax.generation.checks import check_options, check_texts
 from kvjax.generation.model import Model, encode_prompt, not_finite
 from kvjax.generation.sampling import Sampling
@@ -149,7 +150,7 @@ class Engine:
         self._promises = functools.lru_cache(4096)(functools.partial(capacity.promise, init, self._page))
         sizes = capacity.within(shapes, budget, self._longest)
         cache = capacity.made(init, lengths, sizes)
-        self.cache_bytes = generating.cache_bytes(cache).total
+        self.cache_bytes = footprint(self.model, cache, ()).bytes.total
         self._seats = programs.empty(cache, seats, self._spec.vocab_size, self._width)
         self._schedule = Schedule(seats, sizes, queue)
 

@@ -20,7 +20,7 @@ from kvjax.errors import InputError
 from kvjax.evaluation.manifest import digest
 from kvjax.evaluation.results import SAMPLES, Key, Line, check, key
 from kvjax.files import journal
-from kvjax.generation.accounting import compare, full_slots
+from kvjax.generation.accounting import full_slots
 from kvjax.generation.model import Model
 from kvjax.generation.results import Compared, Generation, Reading
 from kvjax.policies.base import Recipe
@@ -147,7 +147,7 @@ class Evaluation:
         if any(context != ids for context, _ in pairs):
             raise InputError(f"task {task.name}: questions change the tokens of their context: give --question seen")
         context, lines = self._model.read(ids, point.recipe), []
-        alone = compare(self._model, context.cache, [len(ids)])
+        alone = context.footprint.compared
         for start in range(0, len(pairs), self._batch):
             asked = [question for _, question in pairs[start : start + self._batch]]
             asked += asked[:1] * (pages.ladder(len(asked), steps=1, smallest=1) - len(asked))  # one of few shapes

@@ -19,7 +19,7 @@ from kvjax.cache.tier import Bytes
 from kvjax.errors import InputError, say_once
 from kvjax.generation import generate as generating
 from kvjax.generation import stopping
-from kvjax.generation.accounting import cache_bytes, full_bytes, kept_slots
+from kvjax.generation.accounting import Footprint, footprint
 from kvjax.generation.allocate import allocate
 from kvjax.generation.checks import check_options, check_texts
 from kvjax.generation.generate import Pieces, Tokens
@@ -68,19 +68,24 @@ class Context:
         return f"Context({len(self.tokens)} tokens, {self.recipe.name}, {self.bytes.total} bytes)"
 
     @property
+    def footprint(self) -> Footprint:
+        """What the context's cache takes and keeps, beside the full one of the same text."""
+        return footprint(self.model, self.cache, [len(self.tokens)])
+
+    @property
     def bytes(self) -> Bytes:
         """Allocated for the context's cache."""
-        return cache_bytes(self.cache)
+        return self.footprint.bytes
 
     @property
     def full_bytes(self) -> int:
         """That a full cache needs for the same text, in the model's dtype."""
-        return full_bytes(self.model, [len(self.tokens)])
+        return self.footprint.full_bytes
 
     @property
     def kept(self) -> list[int | float]:
         """Kept slots of each layer, averaged over heads."""
-        return kept_slots(self.model.spec, self.recipe, self.cache)[0]
+        return self.footprint.slots[0]
 
     def ask(
         self,

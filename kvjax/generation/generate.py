@@ -12,7 +12,7 @@ from kvjax.cache.layout import Cache
 from kvjax.errors import InputError
 from kvjax.generation import decode, prefill, stopping
 from kvjax.generation import sampling as choosing
-from kvjax.generation.accounting import cache_bytes, compare, forced, full_bytes, full_slots, kept_slots
+from kvjax.generation.accounting import footprint, forced, full_slots
 from kvjax.generation.allocate import allocate, init_cache
 from kvjax.generation.checks import check_options, check_texts
 from kvjax.generation.model import Model, Texts, encode_continuation, encode_prompt, not_finite
@@ -111,14 +111,14 @@ def report(
       lengths: tokens of the sequences that a full cache of their size would be for.
       seconds: of reading, decoding and compiling.
     """
-    count, (prefill_s, decode_s, compile_s) = len(sequences), seconds
+    count, held, (prefill_s, decode_s, compile_s) = len(sequences), footprint(model, cache, lengths), seconds
     decoded = sum(len(sequence.tokens) - 1 for sequence in sequences)  # the first token comes from prefill
     return Generation(
         sequences=sequences,
-        bytes=cache_bytes(cache),
-        full_bytes=full_bytes(model, lengths),
-        compared=compare(model, cache, lengths),
-        slots=kept_slots(model.spec, recipe, cache)[:count],
+        bytes=held.bytes,
+        full_bytes=held.full_bytes,
+        compared=held.compared,
+        slots=held.slots[:count],
         full_slots=[full_slots(model.spec, s.prompt_tokens + len(s.tokens) - 1) for s in sequences],
         timing=Timing(prefill_s, decode_s, decoded / decode_s if decoded else 0.0, compile_s),
         logits=meshes.read(logits)[:count],
@@ -137,7 +137,7 @@ def warm_up(model: Model, recipe: Recipe, max_length: int, new: int, batch: int,
         logits, cache = read_prompts(model, recipe, ids, min(new, max_length - 2), max_length=max_length)
         logits, cache, _ = read_continuations(model, recipe, logits, cache, ids, after)
         cache, _ = run(decode_texts(model, recipe, ids, batch, 2, logits, cache, Sampling(), Stops(())), None)
-        _ = cache_bytes(cache), kept_slots(model.spec, recipe, cache), forced(cache)  # what is said of it
+        _ = footprint(model, cache, ()), forced(cache)  # what is said of it
         watch.lap()
     return watch.compile_s
 

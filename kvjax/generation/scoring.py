@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kvjax.errors import InputError
-from kvjax.generation.accounting import cache_bytes, compare, full_bytes, kept_slots
+from kvjax.generation.accounting import footprint
 from kvjax.generation.checks import check_texts
 from kvjax.generation.decode import Measure
 from kvjax.generation.generate import even, fed_length, read_continuations, read_prompts
@@ -104,9 +104,8 @@ def _read(
     logits, cache = read_prompts(model, recipe, ids, max(map(len, after)))
     given = jax.tree.map(lambda x: _place(model, x, len(ids)), given)
     _, cache, measured = read_continuations(model, recipe, logits, cache, ids, after, given, measure)
-    slots = kept_slots(model.spec, recipe, cache)[: len(lengths)]
-    size, compared = cache_bytes(cache), compare(model, cache, lengths)
-    reading = Reading(size, full_bytes(model, lengths), compared, slots)
+    held = footprint(model, cache, lengths)
+    reading = Reading(*held._replace(slots=held.slots[: len(lengths)]))
     measured = jax.tree.map(lambda x: mesh.read(x)[:, : len(lengths)], measured)
     return jnp.asarray(mesh.read(logits)[: len(lengths)]), measured, reading
 

@@ -19,7 +19,7 @@ from kvjax.errors import InputError
 from kvjax.files.gguf import is_gguf
 from kvjax.files.text import read_json
 from kvjax.generation import prefill
-from kvjax.generation.accounting import cache_bytes, compare, full_bytes
+from kvjax.generation.accounting import footprint
 from kvjax.generation.allocate import init_cache
 from kvjax.generation.checks import check_frequencies
 from kvjax.generation.model import Model
@@ -69,8 +69,7 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
     longest = context if recipe.positions is not None else context + new
     check_frequencies(spec, recipe, context, context + new - 1)
     lengths, whole = Lengths((context,) * batch, new, prefill.padded_length(context)), [context + new] * batch
-    count = lambda cache: (cache_bytes(cache), compare(model, cache, whole))
-    size, compared = _counted(model, recipe, lengths, count)
+    size, full, compared, _ = _counted(model, recipe, lengths, lambda cache: footprint(model, cache, whole))
     parts = {"codes": size.payload + size.slack, "scales": size.scales, "statistics": size.statistics}
     return Plan(
         budget=None
@@ -81,7 +80,7 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
         fold=_fold(spec),
         rotate=f"when {'read' if rotates_at_read(spec, recipe) else 'written'}",
         bytes=parts | {"tables": size.tables, "total": size.total},
-        full_bytes=full_bytes(model, whole),
+        full_bytes=full,
         compared=compared,
         notes=[beyond(spec)] if longest > spec.max_position else [],
     )
@@ -176,7 +175,7 @@ class CacheSize(NamedTuple):
 def cache_size(model: Model, recipe: Recipe, lengths: Lengths) -> CacheSize:
     """The cache that `init_cache` would allocate."""
     slots = lambda cache: sum(tier.free.shape[0] * tier.page for tiers in cache for tier in tiers)
-    return _counted(model, recipe, lengths, lambda cache: CacheSize(cache_bytes(cache), slots(cache)))
+    return _counted(model, recipe, lengths, lambda cache: CacheSize(footprint(model, cache, ()).bytes, slots(cache)))
 
 
 def _counted(model: Model, recipe: Recipe, lengths: Lengths, count: Callable[[Cache], T]) -> T:
