@@ -56,7 +56,7 @@ def run(model, recipe: Recipe, seed: int = 0) -> Run:
     state = decode.first_token(logits, cache, length, chooser, ends, jnp.zeros(logits.shape, bool))
     tokens = [np.asarray(state.token)[:, None]]
     for _ in range(2):
-        state, out = decode.decode_loop(model, state, chooser, ends, recipe=recipe, chunk=16)
+        state, out, _ = decode.decode_loop(model, state, chooser, ends, recipe=recipe, chunk=16)
         tokens.append(np.asarray(out))
     chosen = np.concatenate(tokens, axis=1)
     return Run(prompts, chosen[:, :NEW], prefilled, state.cache)

@@ -61,7 +61,7 @@ def loop(model: Decoder, recipe: Recipe, prompts, stop: int) -> tuple[np.ndarray
     before, tokens = describe(state), [state.token[:, None] + 0]
     for _ in range(CHUNKS):
         with jax.transfer_guard("disallow"):
-            state, chunk = decode.decode_loop(model, state, chooser, ends, recipe=recipe, chunk=CHUNK)
+            state, chunk, _ = decode.decode_loop(model, state, chooser, ends, recipe=recipe, chunk=CHUNK)
         assert describe(state) == before
         tokens.append(chunk)
     return np.concatenate(tokens, axis=1), jax.device_get(state.cache)

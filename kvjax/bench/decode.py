@@ -71,7 +71,7 @@ def contestant(model: Model, label: str, recipe: Recipe, batch: int, setting: Co
 
     def turn() -> float:
         start = time.perf_counter()
-        carried[0], out = decode.decode_loop(
+        carried[0], out, _ = decode.decode_loop(
             model.decoder, carried[0], chooser, ends, recipe=recipe, chunk=setting.steps
         )
         jax.block_until_ready(out)

@@ -358,7 +358,7 @@ class Engine:
     def _decode(self) -> None:
         if not self._decoding:
             return
-        state, out = decode.decode_loop(
+        state, out, _ = decode.decode_loop(
             self.model.decoder,
             self._seats.state,
             self._seats.chooser,

@@ -293,10 +293,6 @@ class Ends(NamedTuple):
     stop: Int[Array, "B E"]  # a token of these; -1 is none
     limit: Int[Array, " B"]  # so many tokens
 
-    def reached(self, token: Int[Array, " B"], step: Int[Array, " B"]) -> Bool[Array, " B"]:
-        """Whether a sequence ends with this token, the `step`-th."""
-        return (token[:, None] == self.stop).any(axis=-1) | (step >= self.limit)
-
 
 def ends(stop: Sequence[int], limit: int, batch: int) -> Ends:
     """Ends of sequences that are alike; ids are filled up to a multiple of `STOPS`, so that shapes are few."""
@@ -315,19 +311,33 @@ def first_token(
 ) -> DecodeState:
     """The loop's state after prefill, with the first token chosen; `NOT_FINITE` as in `decode_loop`."""
     # The cache stays outside: what goes through jit without donation is copied.
-    return DecodeState(cache, *_first_token(logits, length, chooser, ends, seen))
+    return _first_token(logits, length, chooser, ends, seen)._replace(cache=cache)
 
 
 @jax.jit
 def _first_token(logits, length, chooser, ends, seen):
-    step = jnp.zeros(length.shape, jnp.int32)
-    token, finite = sampling.choose(logits, chooser, step, seen), _finite(logits)
-    done = ~finite | ends.reached(token, step + 1)
-    return jnp.where(finite, token, NOT_FINITE), length, done, step + 1, _mark(seen, token)
+    none = jnp.zeros(length.shape, jnp.int32)
+    state, told = _choose(logits, DecodeState((), none, length - 1, none > 0, none, seen), chooser, ends)
+    return state._replace(token=told)
 
 
-def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
-    return jnp.isfinite(logits).all(axis=-1)
+def _choose(
+    logits: Float[Array, "B V"], state: DecodeState, chooser: sampling.Chooser, ends: Ends
+) -> tuple[DecodeState, Int[Array, " B"]]:
+    """The state with a token chosen for each sequence that goes on; and that token, `ENDED` or `NOT_FINITE`."""
+    token = sampling.choose(logits, chooser, state.step, state.seen)
+    finite = jnp.isfinite(logits).all(axis=-1)
+    told = jnp.where(state.done, ENDED, jnp.where(finite, token, NOT_FINITE))
+    step, pos = (x + jnp.where(state.done, 0, 1) for x in (state.step, state.pos))
+    reached = (token[:, None] == ends.stop).any(axis=-1) | (step >= ends.limit)
+    return DecodeState(
+        cache=state.cache,
+        token=jnp.where(state.done, state.token, token),
+        pos=pos,
+        done=state.done | ~finite | reached,
+        step=step,
+        seen=state.seen.at[jnp.arange(token.shape[0]), token].set(True),
+    ), told
 
 
 def _parts_of_state(state: DecodeState) -> DecodeState:
@@ -350,30 +360,12 @@ def ranked(logits: Float[Array, "B V"], token: Int[Array, " B"], top: int) -> Ra
     return Ranked(jnp.take_along_axis(found, token[:, None], axis=-1)[:, 0], ids, best)
 
 
-_GIVEN = (mesh.weights, _parts_of_state, SEQUENCES, SEQUENCES, sharding.cache, EVERYWHERE)
-
-
 @mesh.program(
-    _GIVEN, lambda model, state, *_: (state, EVERYWHERE, EVERYWHERE), static=("recipe", "chunk", "top"), donate=(1,)
+    (mesh.weights, _parts_of_state, SEQUENCES, SEQUENCES, sharding.cache, EVERYWHERE),
+    lambda model, state, *_: (state, EVERYWHERE, EVERYWHERE),
+    static=("recipe", "chunk", "top"),
+    donate=(1,),
 )
-def ranked_loop(
-    model: Decoder,
-    state: DecodeState,
-    chooser: sampling.Chooser,
-    ends: Ends,
-    shared: Cache,
-    pause: Bool[Array, " V"],
-    *,
-    recipe: Recipe,
-    chunk: int,
-    top: int,
-) -> tuple[DecodeState, Int[Array, "B chunk"], Ranked]:
-    """`decode_loop` with what `ranked` says of each token, `[B chunk ...]`."""
-    rank = lambda logits, token: ranked(logits, token, top)
-    return _loop(model, state, chooser, ends, shared, pause, recipe, chunk, rank)
-
-
-@mesh.program(_GIVEN, lambda model, state, *_: (state, EVERYWHERE), static=("recipe", "chunk"), donate=(1,))
 def decode_loop(
     model: Decoder,
     state: DecodeState,
@@ -384,7 +376,8 @@ def decode_loop(
     *,
     recipe: Recipe,
     chunk: int,
-) -> tuple[DecodeState, Int[Array, "B chunk"]]:
+    top: int | None = None,
+) -> tuple[DecodeState, Int[Array, "B chunk"], Ranked | tuple[()]]:
     """Generate up to `chunk` tokens per sequence, fewer when all have ended.
 
     Args:
@@ -396,28 +389,15 @@ def decode_loop(
       pause: tokens that the host wants to look at: where a sequence has chosen one, the loop returns early.
       recipe: static.
       chunk: size of the result, static.
+      top: say of each token what `ranked` does, with so many of the most likely ones; None = do not. Static.
 
     Returns:
-      The new state and the chosen tokens; `ENDED` where a sequence had ended, `NOT_FINITE` where it ends because its
-      logits are not numbers to choose by.
+      The new state and the chosen tokens, `ENDED` where a sequence had ended, `NOT_FINITE` where it ends because its
+      logits are not numbers to choose by; and what is said of them, `[B chunk ...]`.
     """
-
-    state, out, _ = _loop(model, state, chooser, ends, shared, pause, recipe, chunk, lambda logits, token: ())
-    return state, out
-
-
-def _loop(
-    model: Decoder,
-    state: DecodeState,
-    chooser: sampling.Chooser,
-    ends: Ends,
-    shared: Cache,
-    pause: Array | tuple[()],
-    recipe: Recipe,
-    chunk: int,
-    rank: Callable[[Array, Array], PyTree],
-) -> tuple[DecodeState, Array, PyTree]:
+    batch = state.token.shape[0]
     on_any_device = lambda found: add(jnp.sum(found, dtype=jnp.int32), DATA) > 0
+    rank = lambda logits, token: () if top is None else ranked(logits, token, top)
 
     def goes_on(state: DecodeState) -> Array:
         paused = False if isinstance(pause, tuple) else on_any_device(pause[state.token] & ~state.done)
@@ -425,21 +405,16 @@ def _loop(
 
     def body(carry: tuple[DecodeState, Array, PyTree, Array, Array]) -> tuple[DecodeState, Array, PyTree, Array, Array]:
         state, out, ranks, i, _ = carry
-        logits, cache = decode_step(model, recipe, state.cache, state.token, state.pos, ~state.done, shared)
-        token, finite = sampling.choose(logits, chooser, state.step, state.seen), _finite(logits)
-        out = out.at[:, i].set(jnp.where(state.done, ENDED, jnp.where(finite, token, NOT_FINITE)))
-        ranks = jax.tree.map(lambda all_, one: all_.at[:, i].set(one), ranks, rank(logits, token))
-        step, pos = (x + jnp.where(state.done, 0, 1) for x in (state.step, state.pos))
-        done = state.done | ~finite | ends.reached(token, step)
-        token = jnp.where(state.done, state.token, token)
-        state = DecodeState(cache, token, pos, done, step, _mark(state.seen, token))
-        return state, out, ranks, i + 1, goes_on(state)
+        x, cache = _read_token(model, recipe, state.cache, state.token, state.pos, ~state.done, shared)
+        logits = model.logits(x)
+        state, told = _choose(logits, state._replace(cache=cache), chooser, ends)
+        ranks = jax.tree.map(lambda all_, one: all_.at[:, i].set(one), ranks, rank(logits, told))
+        return state, out.at[:, i].set(told), ranks, i + 1, goes_on(state)
 
     def more(carry: tuple[DecodeState, Array, PyTree, Array, Array]) -> Array:
         _, _, _, i, going = carry
         return (i < chunk) & going
 
-    batch = state.token.shape[0]
     out = jnp.full((batch, chunk), ENDED, jnp.int32)
     logits = jax.ShapeDtypeStruct((batch, model.spec.vocab_size), model.dtype)
     ranks = jax.tree.map(
@@ -448,7 +423,3 @@ def _loop(
     carry = (state, out, ranks, jnp.zeros((), jnp.int32), on_any_device(~state.done))
     state, out, ranks, *_ = jax.lax.while_loop(more, body, carry)
     return state, gather(out, 0, DATA), jax.tree.map(lambda x: gather(x, 0, DATA), ranks)
-
-
-def _mark(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
-    return seen.at[jnp.arange(token.shape[0]), token].set(True)

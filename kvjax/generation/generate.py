@@ -41,7 +41,7 @@ def run(tokens: Tokens[T], on_token: Callable[[int, int], None] | None) -> T:
 
 def pieces(model: Model, tokens: Tokens[T], stop: Sequence[str]) -> Pieces[T]:
     """The text of one sequence as its tokens appear; their ids where there is no tokenizer."""
-    text = stopping.Text(model.tokenizer, stopping.stops(model, stop)) if model.tokenizer else None
+    text = None if model.tokenizer is None else stopping.Text(model.tokenizer, stopping.stops(model, stop))
     while True:
         try:
             _, token = next(tokens)
@@ -254,7 +254,9 @@ def decode_texts(
     state = decode.first_token(logits, cache, length, chooser, ends, seen)
     tokens: list[list[int]] = [[] for _ in range(count)]
     ended = np.arange(len(ids)) >= count
-    texts = [stopping.Text(model.tokenizer, stops) for _ in tokens] if stops.strings and model.tokenizer else []
+    texts = (
+        [stopping.Text(model.tokenizer, stops) for _ in tokens] if stops.strings and model.tokenizer is not None else []
+    )
 
     ranks: list[list[tuple[np.ndarray, ...]]] = [[] for _ in tokens]
 
@@ -279,10 +281,10 @@ def decode_texts(
     while not ended.all():
         if texts:
             state = state._replace(done=here(SEQUENCES, meshes.read(state.done) | ended))
-        given, how = (state, chooser, ends, shared, pause), {"recipe": recipe.structure, "chunk": CHUNK}
-        loop = decode.decode_loop if top is None else functools.partial(decode.ranked_loop, top=top)
-        state, chunk, *ranked = loop(model.decoder, *given, **how)
-        yield from collect(chunk, ranked[0] if ranked else ())
+        state, chunk, ranked = decode.decode_loop(
+            model.decoder, state, chooser, ends, shared, pause, recipe=recipe.structure, chunk=CHUNK, top=top
+        )
+        yield from collect(chunk, ranked)
     sequences = [_sequence(model, *each, stops) for each in zip(ids[:count], tokens, strict=True)]
     if logprobs is not None:
         sequences = [s._replace(logprobs=_logprobs(said, logprobs)) for s, said in zip(sequences, ranks, strict=True)]
