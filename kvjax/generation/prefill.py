@@ -124,7 +124,8 @@ def prefill_by_layer(
             rotary=spec.rotary(index),
             chunk=chunk,
         )
-        filled = allocations[spec.window(index)].after(filled, found)
+        if spec.window(index) in allocations:
+            filled = allocations[spec.window(index)].after(filled, found)
         yield x
     for g, group in enumerate(groups):
         own = layer_recipe(spec, recipe, group.index[0])
@@ -136,12 +137,14 @@ def prefill_by_layer(
 def _allocations(
     spec: ModelSpec, recipe: Recipe, groups: Sequence[Layers], length: Int[Array, " B"], cache: Cache
 ) -> dict[int | None, "_Allocation"]:
-    """One for the layers of each sliding window, None for those without one."""
+    """One for the layers of each sliding window, None for those without one, whose budget is decided after them."""
     found = {}
     for window in dict.fromkeys(group.window for group in groups):
         index, own = layers_with(spec, window), [group for group in groups if group.window == window]
         places = {group: g for g, group in enumerate(groups)}
         part = layer_recipe(spec, recipe, index[0])
+        if part.budget is None or part.budget.allocate is None:
+            continue
         found[window] = _Allocation(
             index, part, {places[group]: group for group in own}, readable(length, window), cache[places[own[0]]][0]
         )
@@ -169,8 +172,7 @@ class _Allocation:
     def after(self, cache: list[Tiers], found: PrefillOutput) -> list[Tiers]:
         """The cache after one more layer: with the slots redistributed, when the budget wants that now."""
         budget, done = self._recipe.budget, len(self._infos) + 1
-        if budget is None or budget.allocate is None:
-            return cache
+        assert budget is not None
         newest = self._index[done - 1]
         self._infos[newest] = found.stats
         self._waiting[newest] = found.pending
@@ -302,7 +304,7 @@ def _prefill_layer(
         kernels=recipe.kernels,
         gate=gate,
         rewritten=rewritten,
-        out=layer.output(),
+        out=() if recipe.replay is None else layer.output(),
         probe=probe,
         rotation=rope.rotation(rotary, spec.head_dim, length[:, None]),
     )

@@ -49,12 +49,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b inner"], over: Axes = ()) -> Float[Array, "*b outer"]:
         """The projection; where x is spread over the devices of some axes, that of all of it."""
-        y = self.product(x, over)
+        y = add(x @ self.kernel[...], over)
         return y if self.bias is None else y + self.bias[...]
-
-    def product(self, x: Float[Array, "*b inner"], over: Axes = ()) -> Float[Array, "*b outer"]:
-        """The projection without its bias."""
-        return add(x @ self.kernel[...], over)
 
 
 class LowRank(nnx.Module):
@@ -110,10 +106,12 @@ class Norm(nnx.Module):
         y = x.astype(jnp.float32)
         if self.bias is not None:
             y = y - y.mean(axis=-1, keepdims=True)
-        square = add(jnp.mean(y * y, axis=-1, keepdims=True), self.over) / count(self.over)
+        square, scale = jnp.mean(y * y, axis=-1, keepdims=True), self.scale[...]
+        if self.over:
+            square, scale = add(square, self.over) / count(self.over), own(scale, -1, self.over)
         y = y * jax.lax.rsqrt(jnp.where(square < jnp.inf, square, jnp.nan) + self.eps)  # what overflows is no zero
         if self.kind == "rms":
-            return y.astype(x.dtype) * own(self.scale[...], -1, self.over)
+            return y.astype(x.dtype) * scale
         y = y * self.factor()
         return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
@@ -210,7 +208,7 @@ class Layer(nnx.Module):
         if isinstance(a.k, LowRank):
             k = a.k(y)
         else:
-            k = self._heads(a.k.product(y)) if self.late_bias else self._heads(a.k(y), a.k_norm)
+            k = self._heads(y @ a.k.kernel[...]) if self.late_bias else self._heads(a.k(y), a.k_norm)
         if self.gate is None:
             return q, k, v, ()
         gate, q, k = gates.read(self.gate, q, k, None if self.adapter is None else self.adapter(x))
@@ -266,17 +264,14 @@ class Layer(nnx.Module):
     def finish(self, x: Float[Array, "*b D"], heads: Float[Array, "*b N H"]) -> Float[Array, "*b D"]:
         """Add the attention's output and the feed-forward network to the residual stream."""
         attended = self.attention.o(heads.reshape(*x.shape[:-1], -1).astype(x.dtype), over=HEADS)
-        after = x + self._scaled(normed(attended, self.attention_post_norm))
-        return after + self._fed(x if self.parallel else after)
+        after = self._add(x, attended, self.attention_post_norm)
+        fed = normed(x if self.parallel else after, self.attention_norm if self.mlp_norm is None else self.mlp_norm)
+        return self._add(after, self.mlp(fed), self.mlp_post_norm)
 
-    def _fed(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        """What the feed-forward network adds."""
-        fed = self.mlp(normed(x, self.attention_norm if self.mlp_norm is None else self.mlp_norm))
-        return self._scaled(normed(fed, self.mlp_post_norm))
-
-    def _scaled(self, added: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        """What is added to the residual stream, scaled."""
-        return added if self.residual_scale == 1 else added * jnp.asarray(self.residual_scale, added.dtype)
+    def _add(self, x: Float[Array, "*b D"], branch: Float[Array, "*b D"], norm: Norm | None) -> Float[Array, "*b D"]:
+        """The residual stream with what attention or the feed-forward network adds."""
+        branch = normed(branch, norm)
+        return x + (branch if self.residual_scale == 1 else branch * jnp.asarray(self.residual_scale, branch.dtype))
 
 
 class _Choice:
