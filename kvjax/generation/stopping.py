@@ -39,7 +39,7 @@ def stops(model: Model, given: Sequence[str]) -> Stops:
         raise InputError("a stop string is empty, or not a text")
     if given and model.tokenizer is None:
         raise InputError(f"{model.name} has no tokenizer: a stop string needs one")
-    tokens = {string: model.tokenizer.special(string) for string in given} if model.tokenizer else {}
+    tokens = {string: model.tokenizer.special(string) for string in given} if model.tokenizer is not None else {}
     ids = (i for i in tokens.values() if i is not None)
     return Stops((*model.stop, *ids), tuple(string for string, i in tokens.items() if i is None))
 

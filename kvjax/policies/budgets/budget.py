@@ -84,22 +84,16 @@ def parse_keep(keep: Keep, name: str = "budget") -> int | Fraction:
     >>> parse_keep("512"), parse_keep("20 %"), parse_keep("12.5%")
     (512, Fraction(1, 5), Fraction(1, 8))
     """
-    wrong = InputError(f"{name} {keep!r} is not a number of tokens (512) or a kept fraction (20%)")
-    if isinstance(keep, bool):
-        raise wrong
-    if isinstance(keep, str):
-        if re.fullmatch(r"[+-]?\d{1,20}", keep):
-            amount = int(keep)
-        elif re.fullmatch(r"[+-]?\d{1,20}(\.\d{1,4})? ?%", keep):
-            amount = Fraction(keep[:-1]) / 100
-        else:
-            raise wrong
-    elif isinstance(keep, Fraction):
+    if isinstance(keep, Fraction):
         amount = keep
-    elif hasattr(keep, "__index__"):
+    elif isinstance(keep, str) and re.fullmatch(r"[+-]?\d{1,20}(\.\d{1,4})? ?%", keep):
+        amount = Fraction(keep[:-1]) / 100
+    elif isinstance(keep, str) and re.fullmatch(r"[+-]?\d{1,20}", keep):
+        amount = int(keep)
+    elif not isinstance(keep, bool | str) and hasattr(keep, "__index__"):
         amount = operator.index(keep)
     else:
-        raise wrong
+        raise InputError(f"{name} {keep!r} is not a number of tokens (512) or a kept fraction (20%)")
     if amount <= 0:
         raise InputError(f"{name} {_show(amount)} keeps nothing: give at least 1 token or more than 0%")
     if isinstance(amount, Fraction):
