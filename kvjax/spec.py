@@ -51,7 +51,7 @@ class RopeSpec:
     short_factors: tuple[float, ...] = ()  # longrope: of each pair's wavelength, up to `original_max_position` tokens
     long_factors: tuple[float, ...] = ()  # longrope: in longer sequences
     truncate: bool = True  # yarn: round the correction range to whole dimensions
-    query_growth: float = 0.0  # see `kvjax.models.rope.grown`
+    query_growth: float = 0.0  # see `kvjax.models.rope.turn`
     partial: float = 1.0  # share of a head's values that are rotated, the first ones
 
     @property

@@ -31,7 +31,7 @@ class Rotation(NamedTuple):
         """H."""
         return 2 * self.frequency.shape[-1] + self.still
 
-    def angles(self, place: Int[Array, "B K s"]) -> tuple[Float[Array, "B K s half"], Float[Array, "B K s half"]]:
+    def angles(self, place: Int[Array, "*b s"]) -> tuple[Float[Array, "*b s half"], Float[Array, "*b s half"]]:
         """Cosines and sines."""
         if self.table is not None:
             cos, sin = self.table

@@ -81,7 +81,8 @@ def test_gradients_are_those_of_finite_differences(gate: GateSpec) -> None:
         numbers = [jnp.asarray(rng.normal(size=(1, 14, 2, 6))) for _ in range(3)]
         numbers += [jnp.asarray(rng.normal(size=(1, 14, 2)) * 0.3), jnp.asarray(rng.random((1, 14, 2)) + 0.2)]
         starts = jnp.asarray(rng.random((1, 14)) < 0.1)
-        cos, sin = (x.astype(jnp.float64)[:, None] for x in rope.angles(RopeSpec(), 6, jnp.arange(14), jnp.asarray(14)))
+        angles = rope.rotation(RopeSpec(), 6, jnp.asarray(14)).angles(jnp.arange(14))
+        cos, sin = (x.astype(jnp.float64)[:, None] for x in angles)
         heads = jnp.asarray(rng.normal(size=(1, 14, 2, 6)))
         turn = lambda x: jnp.concatenate([x[..., :3] * cos - x[..., 3:] * sin, x[..., 3:] * cos + x[..., :3] * sin], -1)
         relax = Relax(jax.random.key(0), 0.5)

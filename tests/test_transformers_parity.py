@@ -112,7 +112,7 @@ def test_rotary_tables_agree(parameters, length):
     pos = np.unique(np.linspace(0, length - 1, 50).astype(int))
     cos, sin = LlamaRotaryEmbedding(theirs)(torch.zeros(1), torch.tensor(pos)[None])
     spec = parse_config({"model_type": "llama", "rope_parameters": parameters} | fields)
-    ours = rope.angles(spec.rope, spec.head_dim, jnp.asarray(pos), jnp.asarray(length))
+    ours = rope.rotation(spec.rope, spec.head_dim, jnp.asarray(length)).angles(jnp.asarray(pos))
     for mine, other in zip(ours, (cos, sin), strict=True):
         np.testing.assert_allclose(mine, other[0, :, : spec.head_dim // 2].numpy(), atol=5e-7 * length + 1e-6)
 
@@ -198,7 +198,7 @@ def test_rotary_tables_of_heads_that_turn_in_part_agree(kind, inside, length):
     pos = np.arange(length)
     cos, sin = Phi3RotaryEmbedding(theirs)(torch.zeros(1), torch.tensor(pos)[None])
     spec = parse_config({"model_type": "phi3"} | fields)
-    ours = rope.angles(spec.rope, spec.head_dim, jnp.asarray(pos), jnp.asarray(length))
+    ours = rope.rotation(spec.rope, spec.head_dim, jnp.asarray(length)).angles(jnp.asarray(pos))
     assert ours[0].shape == (length, 6 if kind == "longrope" else 2)
     for mine, other in zip(ours, (cos, sin), strict=True):
         np.testing.assert_allclose(mine, other[0, :, : mine.shape[-1]].numpy(), atol=1e-5)

@@ -17,7 +17,7 @@ from kvjax import checkpoint
 from kvjax.corpus import data, tokens
 from kvjax.errors import InputError
 from kvjax.models import rope
-from kvjax.models.decoder import Decoder, Linear, Mlp, layer_forward, whole_turn
+from kvjax.models.decoder import Decoder, Linear, Mlp, layer_forward
 from kvjax.spec import ModelSpec, RopeSpec
 from kvjax.tasks import vocabulary as v
 from kvjax.tasks.lines import ANSWER
@@ -106,7 +106,7 @@ def continued(spec: ModelSpec, seed: int, folder: Path) -> Decoder:
 def forward(model: Decoder, ids: Int[Array, "B T"], how: Attend = "blocks") -> Float[Array, "B T V"]:
     """Logits at every position: `kvjax.models.decoder.forward` with less memory."""
     spec = model.spec
-    x, turn = model.embed(ids), whole_turn(spec.rope, spec.head_dim, ids.shape[1])
+    x, turn = model.embed(ids), rope.whole_turn(spec.rope, spec.head_dim, ids.shape[1])
     for layer in model.layers:
         x = layer_forward(layer, x, turn, functools.partial(attention, how=how))
     return model.logits(x)

@@ -20,7 +20,8 @@ from kvjax.cli import command
 from kvjax.errors import InputError
 from kvjax.evaluation import runner
 from kvjax.generation.model import Model, encode_prompt, load
-from kvjax.models.decoder import Decoder, layer_forward, whole_turn
+from kvjax.models import rope
+from kvjax.models.decoder import Decoder, layer_forward
 from kvjax.tasks import lines
 from kvjax.tasks.registry import make_task
 
@@ -44,7 +45,7 @@ class Heads(NamedTuple):
 def attention(model: Decoder, ids: Int[Array, " T"]) -> Float[Array, "L N T T"]:
     """Attention weights of every head over a prompt."""
     spec, pos = model.spec, jnp.arange(ids.shape[0])
-    x, turn, found = model.embed(ids), whole_turn(spec.rope, spec.head_dim, ids.shape[0]), []
+    x, turn, found = model.embed(ids), rope.whole_turn(spec.rope, spec.head_dim, ids.shape[0]), []
 
     def attend(q: Array, k: Array, v: Array) -> Array:
         k, v = (jnp.repeat(y, spec.group_size, axis=1) for y in (k, v))

@@ -19,7 +19,6 @@ from kvjax.cache import tier as tiers_
 from kvjax.cache.layout import Cache, Tiers, layer_groups, layer_runs, locate
 from kvjax.errors import InputError
 from kvjax.generation import sampling
-from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer, one_of
 from kvjax.parallel import mesh
@@ -69,10 +68,8 @@ def _decode_layer(
         if recipe.positions is None
         else _in_cache(spec.head_dim, rotary, sum(tier.capacity for tier in seen), length)
     )
-    query = rope.grown(rotary, rope.rotate(q, *rotation.angles(query_place)), query_place)
-    query = gates.silence(spec.gate, query, 1)
     mean, probs = decode_attention(
-        query,
+        layer.queries(q, rope.turn(rotary, rotation, query_place)),
         seen,
         (*(recipe.context.stores if recipe.context else ()), *recipe.stores),
         ReadOptions(
@@ -106,8 +103,9 @@ def _in_cache(head_dim: int, rotary: RopeSpec, capacity: int, length: Int[Array,
     if rotary.follows_length:  # as long as the cache is
         return rope.rotation(rotary, head_dim, length)
     size = jnp.full((1, 1), capacity)
-    table = rope.angles(rotary, head_dim, jnp.arange(capacity), size[0, 0])
-    return rope.rotation(rotary, head_dim, size)._replace(table=table)
+    rotation = rope.rotation(rotary, head_dim, size)
+    cos, sin = rotation.angles(jnp.arange(capacity)[None, None])
+    return rotation._replace(table=(cos[0, 0], sin[0, 0]))
 
 
 def _loops_over_layers(spec: ModelSpec) -> bool:

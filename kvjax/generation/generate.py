@@ -254,10 +254,8 @@ def decode_texts(
     state = decode.first_token(logits, cache, length, chooser, ends, seen)
     tokens: list[list[int]] = [[] for _ in range(count)]
     ended = np.arange(len(ids)) >= count
-    texts = (
-        [stopping.Text(model.tokenizer, stops) for _ in tokens] if stops.strings and model.tokenizer is not None else []
-    )
-
+    tokenizer = model.tokenizer if stops.strings else None
+    texts = [] if tokenizer is None else [stopping.Text(tokenizer, stops) for _ in tokens]
     ranks: list[list[tuple[np.ndarray, ...]]] = [[] for _ in tokens]
 
     def collect(chunk: jax.Array, ranked: Sequence[jax.Array]) -> Tokens[None]:

@@ -19,7 +19,6 @@ from kvjax.cache.pages import LARGEST
 from kvjax.cache.tier import Tier
 from kvjax.errors import InputError
 from kvjax.generation.steps import drain
-from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer, normed
 from kvjax.parallel import mesh
@@ -107,25 +106,25 @@ def prefill_by_layer(
         again = _embed(model, jnp.pad(tokens, ((0, 0), (0, more))))
     filled, allocations = list(cache), _allocations(spec, recipe.structure, groups, length, cache)
     for index, layer in enumerate(model.layers):
-        group, place = locate(groups, index)
-        peers = layers_with(spec, spec.window(index))
-        x, filled[group], found, again = _prefill_layer(
+        g, place = locate(groups, index)
+        group = groups[g]
+        x, filled[g], found, again = _prefill_layer(
             layer,
             x,
-            filled[group],
+            filled[g],
             length,
-            jnp.asarray(peers.index(index), jnp.int32),
+            jnp.asarray(group.places[place], jnp.int32),
             jnp.asarray(place, jnp.int32),
             again,
             spec=spec,
             recipe=layer_recipe(spec, recipe, index).structure,
-            peers=len(peers),
-            window=spec.window(index),
+            peers=group.peers,
+            window=group.window,
             rotary=spec.rotary(index),
             chunk=chunk,
         )
-        if spec.window(index) in allocations:
-            filled = allocations[spec.window(index)].after(filled, found)
+        if group.window in allocations:
+            filled = allocations[group.window].after(filled, found)
         yield x
     for g, group in enumerate(groups):
         own = layer_recipe(spec, recipe, group.index[0])
@@ -282,17 +281,16 @@ def _prefill_layer(
     `again` is the prompt behind its end, see `kvjax.spec.Probe`: it sees the prompt, which does not see it.
     """
     pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    cos, sin = rope.angles(rotary, spec.head_dim, pos, length)  # B T H/2
-    longest = jnp.max(length)
-    q, key, value, gate = _project(layer, x, cos, sin, longest, spec, chunk)
-    q = rope.grown(rotary, q, pos[:, :, None])
+    rotation, longest = rope.rotation(rotary, spec.head_dim, length[:, None]), jnp.max(length)
+    turn = rope.turn(rotary, rotation, pos[:, :, None])
+    q, key, value, gate = _project(layer, x, turn, longest, chunk)
     k, v = layer.keys(key), layer.values(value)
     olds = tuple(tiers_.layer(t, place) for t in tiers)
     (rewrite, _), until, rewritten = recipe.policy.prompt_hooks, None, ()
     if rewrite is not None and isinstance(gate, Gate):
         k, v, until, rewritten = rewrite(olds, k, v, gate, length, window, recipe.kernels)
         key, value = k, v
-    k = rope.rotate(k, cos[:, :, None], sin[:, :, None])
+    k = turn.key(k)
     options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "until": until, "kernels": recipe.kernels}
     heads, lse = prefill_attention(q, k, v, length, sink=layer.sink(), **options)
     key, probe = key if rotates_at_read(spec, recipe) else k, ()
@@ -306,7 +304,7 @@ def _prefill_layer(
         rewritten=rewritten,
         out=() if recipe.replay is None else layer.output(),
         probe=probe,
-        rotation=rope.rotation(rotary, spec.head_dim, length[:, None]),
+        rotation=rotation,
     )
     views, found = recipe.policy.prefill(olds, prompt)
     tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
@@ -340,10 +338,9 @@ def _read_again(
     assert recipe.replay is not None
     size, longest = min(recipe.replay, k.shape[1]), jnp.max(length)
     pos = length[:, None] + jnp.arange(again.shape[1]) % size
-    cos, sin = rope.angles(rotary, spec.head_dim, pos, length)
-    q, key, value, _ = _project(layer, again, cos, sin, longest, spec, chunk)
-    q = rope.grown(rotary, q, pos[:, :, None])
-    own = rope.rotate(layer.keys(key), cos[:, :, None], sin[:, :, None]), layer.values(value)
+    turn = rope.turn(rotary, rope.rotation(rotary, spec.head_dim, length[:, None]), pos[:, :, None])
+    q, key, value, _ = _project(layer, again, turn, longest, chunk)
+    own = turn.key(layer.keys(key)), layer.values(value)
     options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "kernels": recipe.kernels}
     heads, lse = replay_attention(q, (k, v), own, length, chunk=size, sink=layer.sink(), **options)
     read = jnp.linalg.norm(normed(again, layer.attention_norm).astype(jnp.float32), axis=-1)
@@ -353,10 +350,8 @@ def _read_again(
 def _project(
     layer: Layer,
     x: Float[Array, "B T D"],
-    cos: Float[Array, "B T half"],
-    sin: Float[Array, "B T half"],
+    turn: rope.Turn,
     longest: Int[Array, ""],
-    spec: ModelSpec,
     chunk: int,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K R"], Float[Array, "B T K W"], Gate | tuple]:
     """What `Layer.project` makes of prompts, queries rotated, some tokens at a time.
@@ -364,21 +359,20 @@ def _project(
     It is written heads first, as attention reads it on XLA and on TPUs, which would keep another copy in that order.
     """
 
-    def read(x: Array, cos: Array, sin: Array) -> tuple[PyTree, ...]:
+    def read(x: Array, turn: rope.Turn) -> tuple[PyTree, ...]:
         q, *rest = layer.project(x)
-        q = rope.rotate(q, cos[:, :, None], sin[:, :, None])
-        return gates.silence(spec.gate, q, spec.num_kv_heads), *rest
+        return layer.queries(q, turn), *rest
 
     n = at_once(x.shape[0], x.shape[1], chunk)
     if n == x.shape[1]:
-        return read(x, cos, sin)
+        return read(x, turn)
 
     def add_part(i: Array, whole: PyTree) -> PyTree:
-        part = read(*(jax.lax.dynamic_slice_in_dim(y, i * n, n, axis=1) for y in (x, cos, sin)))
+        part = read(*jax.tree.map(lambda y: jax.lax.dynamic_slice_in_dim(y, i * n, n, axis=1), (x, turn)))
         put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, -2), i * n, axis=-2)
         return jax.tree.map(put, whole, part)
 
-    shapes = jax.eval_shape(lambda: jax.tree.map(lambda y: jnp.moveaxis(y, 1, -2), read(x, cos, sin)))
+    shapes = jax.eval_shape(lambda: jax.tree.map(lambda y: jnp.moveaxis(y, 1, -2), read(x, turn)))
     whole = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
     whole = jax.lax.fori_loop(0, (longest + n - 1) // n, add_part, whole)
     return jax.tree.map(lambda y: jnp.moveaxis(y, -2, 1), whole)

@@ -6,7 +6,7 @@ list: scanning over stacked weights copies every layer's weights on GPU and is s
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from kvjax.models import rope
 from kvjax.models.experts import Experts
 from kvjax.models.quantized import Quantized, finer, matrix, numbers, product, rows
 from kvjax.parallel.collectives import HEADS, MODEL, Axes, add, count, gather, look_up, own
-from kvjax.spec import Activation, ExpertSpec, Gate, ModelSpec, RopeSpec, Weights
+from kvjax.spec import Activation, ExpertSpec, Gate, ModelSpec, Weights
 from pallas_kernels.decode_attention import KeyExpansion
 from pallas_kernels.rotation import Rotation
 from pallas_kernels.soft_cap import soft_cap
@@ -190,6 +190,7 @@ class Layer(nnx.Module):
         self.residual_scale = spec.residual_scale
         self.parallel = spec.parallel_norms > 0
         self.head_dim = spec.head_dim
+        self.group_size = spec.group_size
         self.joint_qk_norm = spec.joint_qk_norm
         self.late_bias = spec.late_bias
         self.gate = spec.gate
@@ -218,6 +219,11 @@ class Layer(nnx.Module):
         """A projection cut into heads, normed each by itself or all together."""
         cut = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)
         return cut(normed(projected, norm)) if self.joint_qk_norm else normed(cut(projected), norm)
+
+    def queries(self, q: Float[Array, "*b N H"], turn: rope.Turn) -> Float[Array, "*b N H"]:
+        """Queries at their positions, without what the gate borrows."""
+        q = turn.query(q)
+        return q if self.gate is None else gates.silence(self.gate, q, q.shape[-2] // self.group_size)
 
     def keys(self, cached: Float[Array, "*b K R"]) -> Float[Array, "*b heads H"]:
         """Keys before rotation."""
@@ -345,35 +351,10 @@ def scaled(spec: ModelSpec, vectors: Float[Array, "*b D"]) -> Float[Array, "*b D
     return vectors if spec.embed_scale == 1 else vectors * jnp.asarray(spec.embed_scale, vectors.dtype)
 
 
-class Turn(NamedTuple):
-    """How queries and keys of a whole sequence turn."""
-
-    cos: Float[Array, "T 1 half"]
-    sin: Float[Array, "T 1 half"]
-    growth: Float[Array, "T 1 1"] | tuple = ()  # of queries; () = they keep their length
-
-    def query(self, q: Float[Array, "*b T N H"]) -> Float[Array, "*b T N H"]:
-        """Queries at their positions."""
-        q = rope.rotate(q, self.cos, self.sin)
-        return q if isinstance(self.growth, tuple) else q * self.growth.astype(q.dtype)
-
-    def key(self, k: Float[Array, "*b T K H"]) -> Float[Array, "*b T K H"]:
-        """Keys at their positions."""
-        return rope.rotate(k, self.cos, self.sin)
-
-
-def whole_turn(rotary: RopeSpec, head_dim: int, tokens: int) -> Turn:
-    """How queries and keys turn at the positions of a whole sequence."""
-    pos = jnp.arange(tokens)
-    cos, sin = rope.angles(rotary, head_dim, pos, jnp.asarray(tokens))
-    growth = rope.grown(rotary, jnp.ones((tokens, 1, 1)), pos[:, None]) if rotary.query_growth else ()
-    return Turn(cos[:, None], sin[:, None], growth)
-
-
 def layer_forward(
     layer: Layer,
     x: Float[Array, "*b T D"],
-    turn: Turn,
+    turn: rope.Turn,
     attend: Callable[[Array, Array, Array], Float[Array, "*b T N H"]],
 ) -> Float[Array, "*b T D"]:
     """A layer over whole sequences, without a cache: for all who do not compress what it says of them.
@@ -381,11 +362,11 @@ def layer_forward(
     Args:
       layer: one whose gate, if it has one, says nothing.
       x: the residual stream.
-      turn: from `whole_turn`.
+      turn: from `rope.whole_turn`.
       attend: rotated queries `[*b T N H]` and keys `[*b T K H]`, values `[*b T K H]` -> the heads' outputs.
     """
     q, key, value, _ = layer.project(x)
-    return layer.finish(x, attend(turn.query(q), turn.key(layer.keys(key)), layer.values(value)))
+    return layer.finish(x, attend(layer.queries(q, turn), turn.key(layer.keys(key)), layer.values(value)))
 
 
 def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
@@ -397,7 +378,7 @@ def forward(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     t, x = tokens.shape[1], model.embed(tokens)
     for index, layer in enumerate(model.layers):
         attend = functools.partial(_attention_of_all, spec, spec.window(index), layer.sink())
-        x = layer_forward(layer, x, whole_turn(spec.rotary(index), spec.head_dim, t), attend)
+        x = layer_forward(layer, x, rope.whole_turn(spec.rotary(index), spec.head_dim, t), attend)
     return model.logits(x)
 
 
@@ -410,7 +391,7 @@ def _attention_of_all(
     v: Float[Array, "B T K H"],
 ) -> Float[Array, "B T N H"]:
     b, t, _, _ = q.shape
-    q = gates.silence(spec.gate, q, spec.num_kv_heads).reshape(b, t, spec.num_kv_heads, spec.group_size, spec.head_dim)
+    q = q.reshape(b, t, spec.num_kv_heads, spec.group_size, spec.head_dim)
     distance = jnp.arange(t)[:, None] - jnp.arange(t)
     visible = (distance >= 0) & (distance < (window or t))
     score = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * spec.scale

@@ -5,6 +5,7 @@ Of the R numbers of a head that turn, all H of them or the first ones (`RopeSpec
 """
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -79,26 +80,43 @@ def _longrope(rope: RopeSpec, seq_len: Array) -> Array:
     return jnp.where(long, jnp.asarray(rope.long_factors), jnp.asarray(rope.short_factors))
 
 
-def grown(rope: RopeSpec, q: Float[Array, "*b H"], pos: Int[Array, "*#b"]) -> Float[Array, "*b H"]:
-    """Queries that grow with the logarithm of how many times the length the model was trained on lies before them.
-
-    Source: transformers `get_llama_4_attn_scale`, as Ministral 3 has it.
-    """
-    if not rope.query_growth:
-        return q
-    factor = 1 + rope.query_growth * jnp.log1p((pos // rope.original_max_position).astype(jnp.float32))
-    return q * factor[..., None].astype(q.dtype)
-
-
-def rotation(rope: RopeSpec, head_dim: int, seq_len: Int[Array, "#B #K"]) -> Rotation:
-    """How keys turn when they are read, in sequences of `seq_len` tokens."""
+def rotation(rope: RopeSpec, head_dim: int, seq_len: Int[Array, " *b"]) -> Rotation:
+    """By which angles queries and keys turn in sequences of `seq_len` tokens."""
     still = head_dim - rope.width(head_dim)
     return Rotation(frequencies(rope, head_dim, seq_len), rope.attention_factor, still=still)
 
 
-def angles(
-    rope: RopeSpec, head_dim: int, pos: Int[Array, "*b s"], seq_len: Int[Array, " *b"]
-) -> tuple[Float[Array, "*b s half"], Float[Array, "*b s half"]]:
-    """Cosine and sine tables for positions; in float32, scaled by `attention_factor`."""
-    theta = pos[..., None].astype(jnp.float32) * frequencies(rope, head_dim, seq_len)[..., None, :]
-    return jnp.cos(theta) * rope.attention_factor, jnp.sin(theta) * rope.attention_factor
+class Turn(NamedTuple):
+    """How queries and keys turn at their positions."""
+
+    cos: Float[Array, "*b 1 half"]
+    sin: Float[Array, "*b 1 half"]
+    growth: Float[Array, "*b 1 1"] | tuple = ()  # of queries; () = they keep their length
+
+    def query(self, q: Float[Array, "*b N H"]) -> Float[Array, "*b N H"]:
+        """Queries at their positions."""
+        q = rotate(q, self.cos, self.sin)
+        return q if isinstance(self.growth, tuple) else q * self.growth.astype(q.dtype)
+
+    def key(self, k: Float[Array, "*b K H"]) -> Float[Array, "*b K H"]:
+        """Keys at their positions."""
+        return rotate(k, self.cos, self.sin)
+
+
+def turn(rope: RopeSpec, rotation: Rotation, pos: Int[Array, "*b one"]) -> Turn:
+    """How queries and keys turn at positions.
+
+    Queries may grow with the logarithm of how many times the length the model was trained on lies before them.
+
+    Source: transformers `get_llama_4_attn_scale`, as Ministral 3 has it.
+    """
+    cos, sin = rotation.angles(pos)
+    if not rope.query_growth:
+        return Turn(cos, sin)
+    times = (pos // rope.original_max_position).astype(jnp.float32)
+    return Turn(cos, sin, (1 + rope.query_growth * jnp.log1p(times))[..., None])
+
+
+def whole_turn(rope: RopeSpec, head_dim: int, tokens: int) -> Turn:
+    """How queries and keys turn at the positions of a whole sequence `[T]`."""
+    return turn(rope, rotation(rope, head_dim, jnp.full(1, tokens)), jnp.arange(tokens)[:, None])

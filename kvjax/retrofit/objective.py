@@ -22,7 +22,8 @@ from jaxtyping import Bool, Float, Int
 
 from kvjax.attention.dispatch import kernel_or_xla
 from kvjax.models import gate as gates
-from kvjax.models.decoder import Decoder, Layer, Turn, layer_forward, whole_turn
+from kvjax.models import rope
+from kvjax.models.decoder import Decoder, Layer, layer_forward
 from kvjax.spec import Gate, GateSpec, ModelSpec
 from kvjax.training import attention
 from pallas_kernels import segment_merge
@@ -95,7 +96,7 @@ def attend(
     x: Array,
     starts: Array,
     relax: Relax | None,
-    turn: Turn,
+    turn: rope.Turn,
     spec: ModelSpec,
     window: int | None,
     kernels: Implementation | None,
@@ -106,13 +107,14 @@ def attend(
     q, k, v, gate = layer.project(x)
     assert isinstance(gate, Gate)
     seen = see(gate_spec, gate, k, v, starts, relax, kernels)
-    q = gates.silence(gate_spec, turn.query(q), spec.num_kv_heads)
     free = gate_spec.window if gate_spec.objective == "dms" else 0
-    heads = _attention(spec, q, turn.key(seen.k), seen.v, bias=seen.bias, free=free, window=window)
+    heads = _attention(spec, layer.queries(q, turn), turn.key(seen.k), seen.v, bias=seen.bias, free=free, window=window)
     return layer.finish(x, heads), seen.decided
 
 
-def fade(layer: Layer, x: Array, keep: Array, turn: Turn, spec: ModelSpec, gate: GateSpec, window: int | None) -> Array:
+def fade(
+    layer: Layer, x: Array, keep: Array, turn: rope.Turn, spec: ModelSpec, gate: GateSpec, window: int | None
+) -> Array:
     """One layer of a model without gates, with so much left of what one will borrow."""
     q, k, v, _ = layer.project(x)
     part = lambda whole, silent: silent + keep.astype(whole.dtype) * (whole - silent)
@@ -145,7 +147,7 @@ def run(
     """
     spec, ids, starts = model.spec, batch.ids[:, :-1], batch.starts[:, :-1]
     rotaries = {spec.rotary(index) for index in range(spec.num_layers)}
-    turns = {rotary: whole_turn(rotary, spec.head_dim, ids.shape[1]) for rotary in rotaries}
+    turns = {rotary: rope.whole_turn(rotary, spec.head_dim, ids.shape[1]) for rotary in rotaries}
     x = model.embed(ids)
     decided = []
     none = jnp.zeros((ids.shape[0], spec.num_kv_heads))
@@ -168,7 +170,7 @@ def _attention(spec: ModelSpec, *args: Any, **kwargs: Any) -> Float[Array, "B T 
     return attention.attention(*args, scale=spec.scale, cap=spec.score_cap, **kwargs)
 
 
-def _plain(layer: Layer, x: Array, turn: Turn, spec: ModelSpec, window: int | None) -> Array:
+def _plain(layer: Layer, x: Array, turn: rope.Turn, spec: ModelSpec, window: int | None) -> Array:
     return layer_forward(layer, x, turn, functools.partial(_attention, spec, window=window))
 
 

@@ -18,7 +18,8 @@ from kvjax.attention.prompt import prefill_attention
 from kvjax.checkpoint import hf
 from kvjax.errors import InputError
 from kvjax.files import text as text_files
-from kvjax.models.decoder import Layer, Linear, layer_forward, normed, scaled, whole_turn
+from kvjax.models import rope
+from kvjax.models.decoder import Layer, Linear, layer_forward, normed, scaled
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.spec import ModelSpec, RopeSpec
 
@@ -71,7 +72,7 @@ def _pass(
 
     y, projections = normed(x, layer.attention_norm), (layer.attention.k, layer.attention.v)
     found = [(y @ p.kernel[...]).reshape(t, -1, n) for p in projections if isinstance(p, Linear)]
-    x = layer_forward(layer, x, whole_turn(rotary, spec.head_dim, t), attend)
+    x = layer_forward(layer, x, rope.whole_turn(rotary, spec.head_dim, t), attend)
     return x, jnp.stack([jnp.einsum("tcn,tcm->cnm", out, out) for out in found])
 
 
