@@ -68,7 +68,7 @@ def add_lorc_flags(parser: argparse.ArgumentParser, basis: lorc.Basis = lorc.BAS
     group.add_argument("--lorc-hadamard", action="store_true", help="turn latents, so that low-bit stores lose less")
 
 
-def lorc_options(args: argparse.Namespace, basis: lorc.Basis = lorc.BASIS) -> lorc.Options | None:
+def lorc_options(args: argparse.Namespace, basis: lorc.Basis = lorc.BASIS) -> lorc.LowRankOptions | None:
     """What the flags of `add_lorc_flags` ask for, `basis` where they do not say; None if it is nothing."""
     request = ranks.parse(args.lorc) if args.lorc is not None else args.lorc_ranks
     if request is None:
@@ -81,7 +81,7 @@ def lorc_options(args: argparse.Namespace, basis: lorc.Basis = lorc.BASIS) -> lo
     if args.lorc_text is not None and basis == "plain":
         raise InputError("--lorc-text is for --lorc-basis whiten")
     heads = None if args.lorc_groups == "joint" else int(args.lorc_groups)
-    return lorc.Options(request, heads, basis, args.lorc_text, args.lorc_hadamard)
+    return lorc.LowRankOptions(request, heads, basis, args.lorc_text, args.lorc_hadamard)
 
 
 if __name__ == "__main__":

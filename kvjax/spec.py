@@ -27,8 +27,8 @@ NEW_TOKENS = 256  # a step of the room for new tokens, where shapes are made for
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "none"]
 Norm = Literal["rms", "rms+1", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
-Weights = Literal["int8", "int4"]
-WEIGHT_BITS: dict[Weights, int] = {"int8": 8, "int4": 4}
+WeightFormat = Literal["int8", "int4"]
+WEIGHT_BITS: dict[WeightFormat, int] = {"int8": 8, "int4": 4}
 WEIGHT_GROUP = 32  # inputs of a matrix whose codes share a scale
 
 
@@ -153,7 +153,7 @@ class ModelSpec:
     latent: LatentSpec | None = None  # keys and values are low-rank
     gate: GateSpec | None = None  # decides what a cache keeps
     profile: ProfileSpec | None = dataclasses.field(default=None, repr=False)  # no part of what the model computes
-    weights: Weights | None = None  # matrices are codes of few bits, see `kvjax.models.quantized`; None = numbers
+    weights: WeightFormat | None = None  # matrices are codes of few bits, see `kvjax.models.quantized`; None = numbers
 
     @property
     def group_size(self) -> int:
@@ -206,9 +206,9 @@ class Lengths(NamedTuple):
 
     def longest(self) -> "Lengths":
         """The batch with as many tokens as there may be."""
-        return self._replace(prompt=tuple(int(n) for n in self.whole() - self.new))
+        return self._replace(prompt=tuple(int(n) for n in self.totals() - self.new))
 
-    def whole(self) -> Shaped[np.ndarray, " B"]:
+    def totals(self) -> Shaped[np.ndarray, " B"]:
         """Tokens that each sequence may have, prompt and new ones: what shapes are made for."""
         return np.max([prompt + new for prompt, new in self.extremes()], axis=0)
 

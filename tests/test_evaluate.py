@@ -204,7 +204,7 @@ def test_a_template_that_rewrites_messages_is_refused(tmp_path):
 
 def test_a_reference_is_another_models_full_cache(tmp_path):
     """Of a model with half of the keys and values: its divergence from the model that it was made from."""
-    options = lorc.Options(ranks.parse("keep=50%,rule=uniform"), basis="plain")
+    options = lorc.LowRankOptions(ranks.parse("keep=50%,rule=uniform"), basis="plain")
     convert(str(shipped.directory()), tmp_path / "low", low_rank=options)
     flags = "--model", str(tmp_path / "low"), "--tasks", "kl", "--methods", "full", "--form", "short"
     alone = run(tmp_path / "alone", *flags)

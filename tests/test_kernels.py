@@ -140,7 +140,7 @@ def test_prefill_attention_in_kernels_is_that_of_xla_in_bfloat16():
         (jnp.float32, 64, {}, "16 bits, these are float32"),
         (jnp.bfloat16, 512, {}, "these have 512"),
         (jnp.bfloat16, 64, {"cap": 30.0}, "no soft cap"),
-        (jnp.bfloat16, 64, {"until": jnp.zeros((1, 1, 8), jnp.int32)}, "for a while only are for xla"),
+        (jnp.bfloat16, 64, {"visible_until": jnp.zeros((1, 1, 8), jnp.int32)}, "for a while only are for xla"),
         (jnp.bfloat16, 64, {"behind": jnp.asarray([8])}, "behind a prompt are for xla"),
     ],
 )

@@ -261,7 +261,7 @@ def test_weights_of_few_bits_are_not_made_twice_nor_trained(tmp_path):
 
 def test_low_rank_factors_stay_numbers(tmp_path):
     source, small = checkpoint("llama_tied", tmp_path / "source"), tmp_path / "small"
-    convert(source, small, low_rank=lorc.Options(ranks.parse("keep=50%"), None, "plain"), weights="int4")
+    convert(source, small, low_rank=lorc.LowRankOptions(ranks.parse("keep=50%"), None, "plain"), weights="int4")
     model, _ = load_model(str(small), jnp.float32)
     found, _ = hf.by_path(model)
     assert found["layers.0.attention.k.down"].dtype == jnp.float32

@@ -21,7 +21,7 @@ def prefill_attention(
     scale: float | None = None,
     cap: float | None = None,
     window: int | None = None,
-    until: Int[Array, "B K T"] | None = None,
+    visible_until: Int[Array, "B K T"] | None = None,
     behind: Int[Array, " B"] | None = None,
     sink: Float[Array, " N"] | None = None,
     kernels: Implementation | None = "xla",
@@ -30,7 +30,7 @@ def prefill_attention(
 
     A sink is one more logit of each head in the sum, whose value is 0: it makes outputs and weights smaller.
     """
-    options = {"scale": scale, "cap": cap, "window": window, "until": until, "behind": behind}
+    options = {"scale": scale, "cap": cap, "window": window, "visible_until": visible_until, "behind": behind}
     heads, lse = kernel_or_xla("attention over a prompt", prefill_kernel.attention, kernels, q, k, v, length, **options)
     if sink is None:
         return heads, lse

@@ -25,7 +25,7 @@ def convert(
     dst: Path,
     dtype: str | None = None,
     ignore: Collection[str] = (),
-    low_rank: lorc.Options | None = None,
+    low_rank: lorc.LowRankOptions | None = None,
     weights: str | None = None,
 ) -> None:
     """Convert the checkpoint `source` into the new directory `dst`, with a progress bar on stderr.
@@ -81,7 +81,7 @@ def _cast(
     dst: Path,
     dtype: str | None,
     ignore: Collection[str],
-    low_rank: lorc.Options | None,
+    low_rank: lorc.LowRankOptions | None,
     weights: str | None,
 ) -> None:
     """A converted checkpoint in another dtype or in few bits; low-rank and retrofitted ones stay what they are."""

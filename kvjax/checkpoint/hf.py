@@ -42,7 +42,7 @@ _BLOCK = 2**18  # numbers that are compared or checked together: they and what i
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
-class Weights(NamedTuple):
+class StoredWeights(NamedTuple):
     """The weights of a Hugging Face directory: found and checked, not yet read."""
 
     spec: ModelSpec  # as its tensors make it; see `locate`
@@ -127,7 +127,7 @@ def load(
     return jax.tree.unflatten(tree, [arrays[target] for target in targets])
 
 
-def locate(path: Path, spec: ModelSpec) -> Weights:
+def locate(path: Path, spec: ModelSpec) -> StoredWeights:
     """Find every parameter of the model `spec` in the Hugging Face directory `path`.
 
     A head whose weights are not the embedding's counts, whatever `config.json` says of tied weights: then the model
@@ -154,11 +154,11 @@ def locate(path: Path, spec: ModelSpec) -> Weights:
     sizes = {target: leaf.size for target, leaf in targets.items()}
     order = sorted(targets, key=lambda target: -sizes[target])
     whole = lambda one, *experts: one._replace(others=(*one.others, *experts))
-    return Weights(spec, {target: whole(*found[target]) for target in order}, sizes)
+    return StoredWeights(spec, {target: whole(*found[target]) for target in order}, sizes)
 
 
 def read(
-    weights: Weights, targets: Collection[str], dtype: DTypeLike | None = None, progress: Progress | None = None
+    weights: StoredWeights, targets: Collection[str], dtype: DTypeLike | None = None, progress: Progress | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (parameter path, array) of chosen parameters; non-finite weights raise `InputError`.
 
@@ -181,7 +181,7 @@ def read(
         del array
 
 
-def parts(weights: Weights) -> dict[str, list[str]]:
+def parts(weights: StoredWeights) -> dict[str, list[str]]:
     """The parts of a model in its order, each with its parameters' paths, the largest first.
 
     See `names.part` for what they are called.
@@ -194,7 +194,7 @@ def parts(weights: Weights) -> dict[str, list[str]]:
 
 
 def read_parts(
-    weights: Weights, dtype: DTypeLike | None = None, progress: Progress | None = None
+    weights: StoredWeights, dtype: DTypeLike | None = None, progress: Progress | None = None
 ) -> Iterator[tuple[str, Part]]:
     """Yield (name of a part, its parameters by path) of a whole model; see `parts` and `read`.
 
@@ -211,7 +211,7 @@ def stored_as(target: str, shape: tuple[int, ...], spec: ModelSpec) -> dict[str,
     return dict.fromkeys(names.sources(target, spec), names.stored_shape(target, shape, spec))
 
 
-def stored_dtype(weights: Weights) -> np.dtype:
+def stored_dtype(weights: StoredWeights) -> np.dtype:
     """The dtype of a checkpoint's embedding, which stands for the whole."""
     return _DTYPES[weights.stored["embedding"].dtype]
 
@@ -278,7 +278,7 @@ def _read(file: Path, name: str) -> np.ndarray:
         raise InputError(f"{file}: tensor {name} cannot be read ({error})") from None
 
 
-def _array(target: str, weights: Weights, dtype: DTypeLike | None) -> np.ndarray:
+def _array(target: str, weights: StoredWeights, dtype: DTypeLike | None) -> np.ndarray:
     """One parameter: its rows of its tensor, transposed where it is a kernel, cast, finite; all experts together."""
     spec, stored = weights.spec, weights.stored[target]
     packed, columns = names.rows(target, spec), names.columns(target, spec)

@@ -286,12 +286,18 @@ def _prefill_layer(
     q, key, value, gate = _project(layer, x, turn, longest, chunk)
     k, v = layer.keys(key), layer.values(value)
     olds = tuple(tiers_.layer(t, place) for t in tiers)
-    (rewrite, _), until, rewritten = recipe.policy.prompt_hooks, None, ()
+    (rewrite, _), visible_until, rewritten = recipe.policy.prompt_hooks, None, ()
     if rewrite is not None and isinstance(gate, Gate):
-        k, v, until, rewritten = rewrite(olds, k, v, gate, length, window, recipe.kernels)
+        k, v, visible_until, rewritten = rewrite(olds, k, v, gate, length, window, recipe.kernels)
         key, value = k, v
     k = turn.key(k)
-    options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "until": until, "kernels": recipe.kernels}
+    options = {
+        "scale": spec.scale,
+        "cap": spec.score_cap,
+        "window": window,
+        "visible_until": visible_until,
+        "kernels": recipe.kernels,
+    }
     heads, lse = prefill_attention(q, k, v, length, sink=layer.sink(), **options)
     key, probe = key if rotates_at_read(spec, recipe) else k, ()
     if not isinstance(again, tuple):

@@ -80,7 +80,7 @@ def energy(spectrum: Float[np.ndarray, "C n"], rank: int) -> float:
     return float(squares[:, :rank].sum() / squares.sum()) if squares.any() else 1.0
 
 
-def measure(src: Path, options: lorc.Options, ignore: Sequence[str], report: lorc.Report) -> LowRankModel:
+def measure(src: Path, options: lorc.LowRankOptions, ignore: Sequence[str], report: lorc.Report) -> LowRankModel:
     """What a checkpoint would be converted to; reads keys' and values' projections beside `lorc.plan`."""
     weights, found = hf.locate(src, read_config(src, ignore)), []
     made = lorc.plan(weights, src, options, report)

@@ -17,7 +17,7 @@ _PROBE = "kvjax probe"
 _SHOWN = ("user", "system")  # whose words have to be in the text; an assistant's reasoning is left out by many
 
 
-class Answer(NamedTuple):
+class Reply(NamedTuple):
     """What a template makes of a conversation."""
 
     kind: str  # "text" or "error"
@@ -63,7 +63,7 @@ class Template:
                 self._in_parts = True
         return self._in_parts
 
-    def _ask(self, messages: list[dict[str, Any]]) -> Answer:
+    def _ask(self, messages: list[dict[str, Any]]) -> Reply:
         """The process's answer; a new one takes over where one has ended."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
@@ -78,7 +78,7 @@ class Template:
                 raise
             if not line:
                 raise InputError(f"the chat template cannot be rendered: {_why_ended(process.wait())}")
-            return Answer(*json.loads(line))
+            return Reply(*json.loads(line))
 
 
 def _start(about: list[Any]) -> subprocess.Popen[str]:
@@ -108,7 +108,7 @@ def _why_ended(status: int) -> str:
     return limits if status < 0 else f"its process ended with status {status}"
 
 
-def _text(answer: Answer) -> str:
+def _text(answer: Reply) -> str:
     if answer.kind == "error":
         raise InputError(f"the chat template cannot show these messages: {answer.text}")
     return answer.text

@@ -20,7 +20,7 @@ from kvjax.models import rope
 from kvjax.models.experts import Experts
 from kvjax.models.quantized import Quantized, finer, matrix, numbers, product, rows
 from kvjax.parallel.collectives import HEADS, MODEL, Axes, add, count, gather, look_up, own
-from kvjax.spec import Activation, ExpertSpec, Gate, ModelSpec, Weights
+from kvjax.spec import Activation, ExpertSpec, Gate, ModelSpec, WeightFormat
 from pallas_kernels.decode_attention import KeyExpansion
 from pallas_kernels.rotation import Rotation
 from pallas_kernels.soft_cap import soft_cap
@@ -41,7 +41,7 @@ class Linear(nnx.Module):
         bias: bool,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
-        weights: Weights | None = None,
+        weights: WeightFormat | None = None,
     ):
         scale = inner**-0.5
         self.kernel = matrix((jax.random.normal(rngs.params(), (inner, outer)) * scale).astype(dtype), weights)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from kvjax.models.quantized import matrix
 from kvjax.parallel.collectives import MODEL, add
-from kvjax.spec import ExpertSpec, Weights
+from kvjax.spec import ExpertSpec, WeightFormat
 
 LARGEST = 256  # rows of a block
 
@@ -28,7 +28,7 @@ class Stack(nnx.Module):
         outer: int,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
-        weights: Weights | None = None,
+        weights: WeightFormat | None = None,
     ):
         drawn = jax.random.normal(rngs.params(), (experts.count, inner, outer)) * inner**-0.5
         self.kernels = matrix(drawn.astype(dtype), weights)
@@ -55,7 +55,7 @@ class Experts(nnx.Module):
         router: nnx.Module,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
-        weights: Weights | None = None,
+        weights: WeightFormat | None = None,
     ):
         self.spec = experts
         self.router = router

@@ -25,7 +25,7 @@ from kvjax.errors import InputError
 from kvjax.parallel import mesh
 from kvjax.spec import WEIGHT_BITS as BITS
 from kvjax.spec import WEIGHT_GROUP as GROUP
-from kvjax.spec import ModelSpec, Weights
+from kvjax.spec import ModelSpec, WeightFormat
 
 LEAVES = tuple(f"{of}.{leaf}" for of in ("embedding", "kernel", "kernels") for leaf in ("codes", "scale", "zero"))
 _RANGES = tuple(1 - 0.03 * i for i in range(11))  # of a group's own, that its codes may span
@@ -44,7 +44,7 @@ class Quantized(nnx.Module):
       axis: that of the inputs, in groups along which codes share scales.
     """
 
-    def __init__(self, drawn: Float[Array, "..."], weights: Weights, axis: int):
+    def __init__(self, drawn: Float[Array, "..."], weights: WeightFormat, axis: int):
         self.axis, self.bits = axis, BITS[weights]
         encoded = _encode(drawn.reshape(-1, drawn.shape[-1]), self.bits, axis)
         made = {name: nnx.Param(x.reshape(*drawn.shape[:-2], -1, x.shape[-1])) for name, x in encoded.items()}
@@ -123,12 +123,12 @@ def numbers(matrix: Quantized, dtype: DTypeLike) -> Float[Array, "..."]:
     return jnp.concatenate([cut(part) for part in matrix._parts(dtype)], axis + 1).reshape(matrix.shape)
 
 
-def matrix(drawn: Float[Array, "..."], weights: Weights | None, axis: int = -2) -> Any:
+def matrix(drawn: Float[Array, "..."], weights: WeightFormat | None, axis: int = -2) -> Any:
     """What a module keeps of a matrix: an `nnx.Param`, or a `Quantized` one."""
     return nnx.Param(drawn) if weights is None else Quantized(drawn, weights, axis)
 
 
-def finer(weights: Weights | None) -> Weights | None:
+def finer(weights: WeightFormat | None) -> WeightFormat | None:
     """How matrices are kept that lose most: values, outputs of attention, embedding and head."""
     return None if weights is None else "int8"
 

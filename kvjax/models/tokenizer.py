@@ -79,9 +79,9 @@ class Tokenizer:
         decode = lambda: self._backend.decode(list(ids), skip_special_tokens=True)
         return _guarded("this checkpoint's tokenizer cannot spell what it is given", decode)
 
-    def stream(self) -> "Stream":
+    def stream(self) -> "TokenStream":
         """A decoder that takes tokens one at a time."""
-        return Stream(self)
+        return TokenStream(self)
 
     @property
     def has_template(self) -> bool:
@@ -146,7 +146,7 @@ class Tokenizer:
         return _BYTE.fullmatch(self.name(token)) is not None
 
 
-class Stream:
+class TokenStream:
     """Decodes token by token; the pieces join to what `Tokenizer.decode` gives for all tokens.
 
     A piece is held back while it may still change: an unfinished UTF-8 character, or a run of byte tokens.

@@ -133,7 +133,7 @@ def init(
     room = lambda lengths: sequence_slots(gate, amounts.keep, lengths, rows, min_slots, layers.window)
     max_slots = room(lengths)
     # What shapes are made for.
-    total = np.minimum(lengths.whole(), layers.window or LARGEST)
+    total = np.minimum(lengths.totals(), layers.window or LARGEST)
     longest = max_slots if lengths.total is None else room(lengths.longest())
     needed = np.minimum(min_slots, prompt)
     first = np.maximum(max_slots - max_slots * new // (2 * (prompt + new)), rows * needed)

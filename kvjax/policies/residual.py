@@ -89,7 +89,7 @@ def residual(store: KVStore) -> CachePolicy:
 
 def _init(runs: Runs, spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike, amounts: Amounts) -> Tiers:
     shape = {"layers": len(layers.index), "batch": len(lengths.prompt), "heads": spec.num_rows}
-    windowed, rows = layers.window is not None, lengths.whole()
+    windowed, rows = layers.window is not None, lengths.totals()
     limit = LARGEST if layers.window is None else runs.whole(layers.window - 1)
     coded = np.minimum(rows, limit)
     row = min(pages.ladder(int(coded.max()), *LADDER), limit)

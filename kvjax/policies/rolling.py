@@ -39,7 +39,7 @@ def rolling(store: KVStore, window: int) -> CachePolicy:
         sized = functools.partial(
             tiers_.init, layers=len(layers.index), batch=len(lengths.prompt), heads=spec.num_rows, widths=layers.widths
         )
-        rows = np.minimum(lengths.whole(), window)
+        rows = np.minimum(lengths.totals(), window)
         row = min(pages.ladder(int(rows.max()), *everything().ladder), window)
         page = pages.page_size(row, lengths.platform)
         held = lambda rows: len(layers.index) * spec.num_rows * lengths.fullest_part(-(-rows // page)) * page

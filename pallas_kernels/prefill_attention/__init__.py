@@ -24,7 +24,7 @@ def attention(
     chosen = resolve(implementation)
     if chosen == "xla":
         return reference.attention(*args, **kwargs)
-    if kwargs.pop("until", None) is not None:
+    if kwargs.pop("visible_until", None) is not None:
         raise NotImplementedError("keys that are seen for a while only are for xla")
     if kwargs.pop("behind", None) is not None:
         raise NotImplementedError("queries behind a prompt are for xla")

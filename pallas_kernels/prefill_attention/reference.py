@@ -28,7 +28,7 @@ def attention(
     scale: float | None = None,
     cap: float | None = None,
     window: int | None = None,
-    until: Int[Array, "B K T"] | None = None,
+    visible_until: Int[Array, "B K T"] | None = None,
     behind: Int[Array, " B"] | None = None,
     block: int | None = None,
 ) -> tuple[Float[Array, "B Q N H"], Float[Array, "B N Q"]]:
@@ -41,7 +41,7 @@ def attention(
       scale: factor on the logits; None = H ** -0.5.
       cap: bounds them, see `soft_cap`; None = it does not.
       window: sliding window [tokens].
-      until: the last position whose query sees a key; None = all see it.
+      visible_until: the last position whose query sees a key; None = all see it.
       behind: how many queries of each prompt there are that follow it, from position `length` on, and see all its keys;
         None = the queries are the prompt's own.
       block: most tokens per block on both axes; blocks divide Q and T. None = `tokens_at_once`.
@@ -71,8 +71,8 @@ def attention(
             s = jnp.einsum("bkgqh,bksh->bkgqs", query, cut(k, j), preferred_element_type=jnp.float32) * factor
             s = soft_cap(s, cap)
             seen = seen[:, None]
-            if until is not None:
-                seen = seen & (pos[:, None, :, None] <= cut(until[..., None, :], j, axis=-1))
+            if visible_until is not None:
+                seen = seen & (pos[:, None, :, None] <= cut(visible_until[..., None, :], j, axis=-1))
             s = jnp.where(seen[:, :, None], s, EMPTY)
             m = jnp.maximum(top, s.max(axis=-1))
             e, old = jnp.exp(s - m[..., None]), jnp.exp(top - m)

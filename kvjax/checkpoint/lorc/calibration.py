@@ -26,7 +26,7 @@ from kvjax.spec import ModelSpec, RopeSpec
 SEQUENCES, LENGTH = 16, 1024  # at most; of tokens
 
 
-def moments(weights: hf.Weights, ids: Int[np.ndarray, "B T"], n: int) -> Iterator[Float[np.ndarray, "2 C n n"]]:
+def moments(weights: hf.StoredWeights, ids: Int[np.ndarray, "B T"], n: int) -> Iterator[Float[np.ndarray, "2 C n n"]]:
     """Yield each layer's sums of outer products of its keys, and of its values, over the tokens of a text.
 
     Keys are taken before rotation, norm and bias: as the outputs of the projection, in groups of n channels.
@@ -51,7 +51,7 @@ def moments(weights: hf.Weights, ids: Int[np.ndarray, "B T"], n: int) -> Iterato
         yield total.astype(np.float32)
 
 
-def _layer(weights: hf.Weights, index: int) -> Layer:
+def _layer(weights: hf.StoredWeights, index: int) -> Layer:
     """One layer with its weights in float32."""
     spec, name = weights.spec, f"layers.{index}"
     wanted, tree = hf.by_path(nnx.eval_shape(lambda: Layer(spec, index, jnp.float32, nnx.Rngs(0))))

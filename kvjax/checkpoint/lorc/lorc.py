@@ -22,7 +22,7 @@ BASIS: Basis = "whiten"
 KERNELS = ("attention.k.kernel", "attention.v.kernel")
 
 
-class Options(NamedTuple):
+class LowRankOptions(NamedTuple):
     """How keys and values are made low-rank.
 
     Source: LoRC (arXiv 2410.03111); SVD-LLM (arXiv 2403.07378) for `whiten`.
@@ -59,7 +59,7 @@ class Preparation(NamedTuple):
     hadamard: bool
 
 
-def plan(weights: hf.Weights, src: Path, options: Options, report: Report) -> Preparation:
+def plan(weights: hf.StoredWeights, src: Path, options: LowRankOptions, report: Report) -> Preparation:
     """Decide the ranks, and collect the moments of keys and values on a text where that is wanted.
 
     Args:
@@ -96,7 +96,7 @@ def _calibration_ids(src: Path, text: Path | None, spec: ModelSpec) -> Int[np.nd
     return ids
 
 
-def _settled(spec: ModelSpec, options: Options) -> tuple[int, ranks.Ranks | None]:
+def _settled(spec: ModelSpec, options: LowRankOptions) -> tuple[int, ranks.Ranks | None]:
     """Heads that share a latent, and the ranks if they were given; raises `InputError` for what the model has not."""
     if spec.joint_qk_norm:
         raise InputError(f"--lorc: {spec.family} models norm the keys of all heads together, which latents cannot")
@@ -122,7 +122,7 @@ def _settled(spec: ModelSpec, options: Options) -> tuple[int, ranks.Ranks | None
     return heads, given
 
 
-def grams(weights: hf.Weights, n: int) -> Iterator[Float[np.ndarray, "2 C n n"]]:
+def grams(weights: hf.StoredWeights, n: int) -> Iterator[Float[np.ndarray, "2 C n n"]]:
     """Yield the moments of each layer's projections of keys and of values."""
     for layer in range(weights.spec.num_layers):
         kernels = hf.read(weights, [f"layers.{layer}.{name}" for name in KERNELS])
@@ -149,7 +149,7 @@ def factor(parts: Iterable[tuple[str, hf.Part]], made: Preparation) -> Iterator[
         del part
 
 
-def about(made: Preparation, options: Options) -> dict[str, Any]:
+def about(made: Preparation, options: LowRankOptions) -> dict[str, Any]:
     """What is noted of it in a converted checkpoint."""
     text = None if options.basis == "plain" else "a sample" if options.text is None else options.text.name
     asked = options.request.name if isinstance(options.request, Path) else ranks.write(options.request)
