@@ -77,11 +77,6 @@ class Selection(NamedTuple):
         return self.score.prompt is None
 
     @property
-    def by_row(self) -> bool:
-        """Whether each row keeps its best tokens, whatever others have."""
-        return not self.keeps_all and self.budget.split is None and self.budget.allocate is None
-
-    @property
     def apart(self) -> bool:
         """Whether heads that compete for slots have pools of their own, on devices of their own."""
         return self.budget.by_head and collectives.count(HEADS) > 1
@@ -119,6 +114,7 @@ def retain(
     selection = Selection(score, budget, store, evict, action, by_place, bounded)
     _check(selection)
     part = lambda function: functools.partial(function, selection)
+    by_row = not selection.keeps_all and budget.split is None and budget.allocate is None  # whatever others have
     return CachePolicy(
         selection.stores,
         part(_init),
@@ -129,7 +125,7 @@ def retain(
         PoolHooks(
             part(_reserve),
             part(_shrink_pool) if budget.by_head else None,
-            prune=part(_prune) if selection.by_row and action.prompt is None else None,
+            prune=part(_prune) if by_row and action.prompt is None else None,
         ),
         budget=budget,
         windowed=functools.partial(rolling, store) if selection.keeps_all or not score.windows else None,
@@ -199,13 +195,19 @@ def near(amounts: Amounts, total: int | None) -> tuple[Amounts, Amounts]:
     return Amounts(max(largest - max(largest // steps, smallest), 1)), more
 
 
-def _init(
-    selection: Selection, spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike, amounts: Amounts
-) -> Tiers:
-    budget, heads, prompt = selection.budget, spec.num_rows, np.asarray(lengths.prompt)
-    every_head = heads * collectives.count(HEADS)
-    for length in np.unique(readable(prompt, layers.window)).tolist():
-        check(budget, amounts, layers.peers, length)
+class PoolShape(NamedTuple):
+    """What lengths and amounts decide of a tier: arguments of `tier.init`."""
+
+    row: int
+    page: int
+    slots: int
+
+
+def pool_shapes(
+    selection: Selection, layers: Layers, lengths: Lengths, amounts: Amounts, heads: int
+) -> tuple[PoolShape, ...]:
+    """The pool of each tier for `heads` rows of each sequence; numpy, on the host."""
+    budget, every_head = selection.budget, heads * collectives.count(HEADS)
     less, more = near(amounts, lengths.total)
     found = [sizes(selection, layers, more, *each) for each in lengths.extremes()]
     rows = np.max([each.max_slots for each in found], axis=0)
@@ -224,23 +226,39 @@ def _init(
             needed = np.minimum(rows * (every_head // heads), longest) + page - 1
         return pages.ladder(heads * lengths.fullest_part(needed) // page * page, *budget.ladder)
 
-    shape = (len(layers.index), len(prompt), heads)
+    kept = PoolShape(row, page, pool(rows, page, longest))
+    if selection.action.low is None:
+        return (kept,)
+    # Of a row, as a mean over layers and heads; where rows share, one may be given nothing that others want.
+    left = np.max([sizes(selection, layers, less, *each).left for each in lengths.extremes()], axis=0)
+    page = pages.page_size(pages.ladder(int(left.max()), *budget.ladder), lengths.platform)
+    total = max(int(within(layers, np.asarray(prompt) + new).max()) for prompt, new in lengths.extremes())
+    row = pages.ladder(int(left.max()) if budget.max_slots is None else total, *budget.ladder)
+    return kept, PoolShape(row, page, pool(left, page, row))
+
+
+def _init(
+    selection: Selection, spec: ModelSpec, layers: Layers, lengths: Lengths, dtype: DTypeLike, amounts: Amounts
+) -> Tiers:
+    budget, prompt = selection.budget, np.asarray(lengths.prompt)
+    seen = readable(prompt, layers.window)
+    for length in np.unique(seen).tolist():
+        check(budget, amounts, layers.peers, length)
+    shape = (len(layers.index), len(prompt), spec.num_rows)
     spread = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), shape)
-    decoding = decode_slots(amounts, readable(prompt, layers.window))[:, None]
     of = np.asarray((amounts.keep if isinstance(amounts.keep, Fraction) else Fraction(0)).as_integer_ratio(), np.int32)
     state = RowState(
         new=spread(lengths.new) if selection.apart else (),
-        decode_slots=spread(decoding) if selection.bounded else (),
+        decode_slots=spread(decode_slots(amounts, seen)[:, None]) if selection.bounded else (),
         share=jnp.asarray(np.broadcast_to(of, (*shape, 2))) if budget.grows else (),
         action=() if selection.action.init is None else selection.action.init(shape),
     )
+    kept, *low = pool_shapes(selection, layers, lengths, amounts, spec.num_rows)
     sized = functools.partial(
-        tiers_.init, layers=shape[0], batch=shape[1], heads=heads, widths=layers.widths, dtype=dtype
+        tiers_.init, layers=shape[0], batch=shape[1], heads=shape[2], widths=layers.widths, dtype=dtype
     )
     tier = sized(
-        row=row,
-        page=page,
-        slots=pool(rows, page, longest),
+        **kept._asdict(),
         store=selection.store,
         positions=not selection.keeps_all,
         scores=selection.score.observe is not None,
@@ -249,18 +267,9 @@ def _init(
     if budget.rows is None:
         given = sizes(selection, layers, amounts, prompt, lengths.new).given[..., None]
     else:
-        given = budget.rows(amounts.keep, spec, layers, readable(prompt, layers.window))
-        given = collectives.own(jnp.asarray(given), axis=2)
+        given = collectives.own(jnp.asarray(budget.rows(amounts.keep, spec, layers, seen)), axis=2)
     tier = tier._replace(budget=spread(given))
-    if selection.action.low is None:
-        return (tier,)
-    # Of a row, as a mean over layers and heads; where rows share, one may be given nothing that others want.
-    left = np.max([sizes(selection, layers, less, *each).left for each in lengths.extremes()], axis=0)
-    page = pages.page_size(pages.ladder(int(left.max()), *budget.ladder), lengths.platform)
-    total = max(int(within(layers, prompt + new).max()) for prompt, new in lengths.extremes())
-    row = pages.ladder(int(left.max()) if budget.max_slots is None else total, *budget.ladder)
-    low = sized(row=row, page=page, slots=pool(left, page, row), store=selection.action.low)
-    return tier, low
+    return (tier, *(sized(**each._asdict(), store=selection.action.low) for each in low))
 
 
 def _prefill(selection: Selection, tiers: Tiers, prompt: Prompt) -> tuple[Tiers, PrefillOutput]:
