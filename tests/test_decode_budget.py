@@ -7,7 +7,7 @@ import pytest
 import kvjax
 from kvjax import InputError, methods
 from kvjax.cache.pages import LARGEST
-from kvjax.generation import prefill
+from kvjax.generation import allocate
 from kvjax.generation.generate import cached_positions
 from kvjax.generation.model import Model
 from kvjax.plan import dry_run
@@ -201,13 +201,13 @@ def test_one_compilation_serves_every_split(method):
 
 def test_dynamickv_holds_few_layers_beside_the_pool(monkeypatch):
     """At most `update_interval` layers wait, with `r_max` times the mean budget each, beside a pool for the sum."""
-    waiting, after = [], prefill._Allocation.after
+    waiting, after = [], allocate.Allocation.after
 
     def watched(self, cache, found):
         waiting.append([w.pos.shape[-1] for w in (*self._waiting.values(), found.pending)])
         return after(self, cache, found)
 
-    monkeypatch.setattr(prefill._Allocation, "after", watched)
+    monkeypatch.setattr(allocate.Allocation, "after", watched)
     recipe = methods.dynamickv(budget=20, r_max=3.0, update_interval=2, **SMALL["dynamickv"])
     out = Model(model_of("deep"), None, (), "random").generate([text(100, 0)], recipe, max_new_tokens=2)
     assert waiting == [[64], [64, 64]] * 3  # 60 and two new tokens, on the ladder

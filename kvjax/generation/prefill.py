@@ -3,8 +3,7 @@
 Written for one device, and run on as many as the weights lie on; see `kvjax.parallel.mesh`.
 """
 
-import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +13,18 @@ from jaxtyping import Float, Int
 from kvjax.attention.prompt import prefill_attention, replay_attention
 from kvjax.cache import pages, sharding
 from kvjax.cache import tier as tiers_
-from kvjax.cache.layout import Cache, Layers, Tiers, layer_groups, layers_with, locate
-from kvjax.cache.pages import LARGEST
-from kvjax.cache.tier import Tier
+from kvjax.cache.layout import Cache, Tiers, layer_groups, locate
 from kvjax.errors import InputError
+from kvjax.generation.allocate import allocations_of
 from kvjax.generation.steps import drain
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer, normed
 from kvjax.parallel import mesh
-from kvjax.parallel.mesh import EVERYWHERE, LAYERS, ROWS, SEQUENCES
+from kvjax.parallel.mesh import EVERYWHERE, ROWS, SEQUENCES
 from kvjax.policies.base import PrefillOutput, Recipe
 from kvjax.policies.layers import layer_recipe, rotates_at_read
 from kvjax.spec import PREFILL_CHUNK as CHUNK
-from kvjax.spec import Gate, ModelSpec, Probe, Prompt, PyTree, RopeSpec, readable
+from kvjax.spec import Gate, ModelSpec, Probe, Prompt, PyTree, RopeSpec
 from pallas_kernels.blocks import divisor
 
 RUNGS = (64, 256, 1024)
@@ -104,7 +102,7 @@ def prefill_by_layer(
     if recipe.replay is not None:
         more = replayed(tokens.shape[1], recipe.replay) - tokens.shape[1]
         again = _embed(model, jnp.pad(tokens, ((0, 0), (0, more))))
-    filled, allocations = list(cache), _allocations(spec, recipe.structure, groups, length, cache)
+    filled, allocations = list(cache), allocations_of(spec, recipe.structure, groups, length, cache)
     for index, layer in enumerate(model.layers):
         g, place = locate(groups, index)
         group = groups[g]
@@ -131,103 +129,6 @@ def prefill_by_layer(
         if fit and own.policy.pool_hooks.shrink is not None:
             filled[g] = _shrink_pool(filled[g], length, own)
     return _last_logits(model, x, length), tuple(filled)
-
-
-def _allocations(
-    spec: ModelSpec, recipe: Recipe, groups: Sequence[Layers], length: Int[Array, " B"], cache: Cache
-) -> dict[int | None, "_Allocation"]:
-    """One for the layers of each sliding window, None for those without one, whose budget is decided after them."""
-    found = {}
-    for window in dict.fromkeys(group.window for group in groups):
-        index, own = layers_with(spec, window), [group for group in groups if group.window == window]
-        places = {group: g for g, group in enumerate(groups)}
-        part = layer_recipe(spec, recipe, index[0])
-        if part.budget is None or part.budget.allocate is None:
-            continue
-        found[window] = _Allocation(
-            index, part, {places[group]: group for group in own}, readable(length, window), cache[places[own[0]]][0]
-        )
-    return found
-
-
-class _Allocation:
-    """Distributes slots over layers while the layers of a prompt are run; over layers that share a pool of pages.
-
-    Args:
-      index: the layers that share a budget.
-      recipe: the method, as it is in these layers.
-      groups: the groups of the cache that they make.
-      length: tokens that a layer can read of each prompt.
-      tier: the first one of these layers, which says how many slots each has as a mean.
-    """
-
-    def __init__(self, index: Sequence[int], recipe: Recipe, groups: dict[int, Layers], length: Array, tier: Tier):
-        self._index, self._recipe, self._groups, self._length = index, recipe, groups, length
-        self._slots, rows = tier.budget[0, :, 0], tier.length.shape[1:]
-        self._infos: dict[int, PyTree] = {}
-        self._waiting: dict[int, PyTree] = {}
-        self._held = jnp.full((1 + max(index), *rows), LARGEST, jnp.int32)
-
-    def after(self, cache: list[Tiers], found: PrefillOutput) -> list[Tiers]:
-        """The cache after one more layer: with the slots redistributed, when the budget wants that now."""
-        budget, done = self._recipe.budget, len(self._infos) + 1
-        assert budget is not None
-        newest = self._index[done - 1]
-        self._infos[newest] = found.stats
-        self._waiting[newest] = found.pending
-        if done < len(self._index) and (budget.update_interval is None or done % budget.update_interval):
-            return cache
-        unseen = jax.tree.map(jnp.zeros_like, found.stats)  # with it, all updates are one program
-        for g, group in self._groups.items():
-            if not self._waiting.keys().isdisjoint(group.index):
-                infos = [self._infos.get(layer, unseen) for layer in group.index]
-                seen = jnp.asarray(sum(layer <= newest for layer in group.index), jnp.int32)
-                index = jnp.asarray(group.index, jnp.int32)
-                slots = _run_allocate(infos, seen, self._length, self._held[index], self._slots, recipe=self._recipe)
-                cache[g] = _trim(cache[g], slots, self._held[index])
-                self._held = self._held.at[index].set(slots)
-        if self._recipe.policy.prompt_hooks.write_selected is not None:
-            for index, waiting in self._waiting.items():
-                group = next(g for g, group in self._groups.items() if index in group.index)
-                where = jnp.asarray(self._groups[group].index.index(index), jnp.int32)
-                cache[group] = _write_selected(cache[group], waiting, where, self._held[index], recipe=self._recipe)
-        self._waiting.clear()
-        return cache
-
-
-@functools.partial(jax.jit, static_argnames=("recipe",))
-def _run_allocate(
-    infos: list[PyTree],
-    seen: Int[Array, ""],
-    length: Int[Array, " B"],
-    held: Int[Array, "L B K"],
-    slots: Int[Array, " B"],
-    *,
-    recipe: Recipe,
-) -> Int[Array, "L B K"]:
-    assert recipe.budget is not None and recipe.budget.allocate is not None
-    return recipe.budget.allocate(infos, seen, length, held, slots)
-
-
-@mesh.program((sharding.cache, LAYERS, LAYERS), lambda tiers, *_: tiers, donate=(0,))
-def _trim(tiers: Tiers, slots: Int[Array, "l B K"], held: Int[Array, "l B K"]) -> Tiers:
-    """Trim the first tier's rows to their slots, of the `held` ones; other tiers hold what the first one gave up."""
-    tier, *rest = tiers
-    more = jnp.where(held < LARGEST, tier.budget - held, 0)  # slots that rows have for new tokens
-    budget = jnp.where(slots < LARGEST, slots + more, tier.budget)
-    return (tiers_.trim(tier._replace(budget=budget), slots), *rest)
-
-
-@mesh.program((sharding.cache, ROWS, EVERYWHERE, ROWS), lambda tiers, *_: tiers, static=("recipe",), donate=(0,))
-def _write_selected(
-    tiers: Tiers, waiting: PyTree, place: Int[Array, ""], slots: Int[Array, "B K"], *, recipe: Recipe
-) -> Tiers:
-    """Fill a layer's rows with what has waited for their slots."""
-    write = recipe.policy.prompt_hooks.write_selected
-    assert write is not None
-    olds = tuple(tiers_.layer(t, place) for t in tiers)
-    views = write(olds, waiting, slots, recipe.kernels)
-    return tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
 
 
 def _shrink_pool(tiers: Tiers, length: Int[Array, " B"], recipe: Recipe) -> Tiers:

@@ -334,7 +334,7 @@ class Decoder(nnx.Module):
     def embed(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
         """Token vectors."""
         table = self.embedding[...]
-        take = functools.partial(rows, table, dtype=self.dtype)
+        take = functools.partial(rows, table, dtype=self.dtype) if isinstance(table, Quantized) else table.__getitem__
         return scaled(self.spec, look_up(take, table.shape[0], tokens, self.spec.vocab_size))
 
     def logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:

@@ -106,10 +106,8 @@ def product(
     return jax.lax.fori_loop(0, -(-outer // block), some, jnp.zeros((*x.shape[:-1], outer), x.dtype))
 
 
-def rows(table: Array | Quantized, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b D"]:
-    """Rows of an embedding; of a quantised one `_ROWS` at a time, since a TPU lays groups on lanes that stay empty."""
-    if not isinstance(table, Quantized):
-        return table[index]
+def rows(table: Quantized, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b D"]:
+    """Rows of an embedding, `_ROWS` at a time, since a TPU lays groups on lanes that stay empty."""
     take = lambda one: numbers(table[one], dtype)
     if index.size <= _ROWS:
         return take(index)

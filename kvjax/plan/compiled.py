@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh
 
 from kvjax.cache import layout
 from kvjax.cli import command
-from kvjax.generation import decode, prefill, sampling
+from kvjax.generation import allocate, decode, prefill, sampling
 from kvjax.models.decoder import Decoder
 from kvjax.models.quantized import asked
 from kvjax.parallel import mesh
@@ -106,12 +106,12 @@ def _allocation(setting: Setting, cache: layout.Cache) -> Iterator[Program]:
         args = ([found.stats] * n, ints(), ints(setting.batch), slots, ints(setting.batch))
         split = mesh.ROWS, mesh.EVERYWHERE, mesh.SEQUENCES, mesh.LAYERS, mesh.SEQUENCES
         there = n * size(found.stats)
-        yield Program("allocate", prefill._run_allocate, args, {"recipe": recipe}, there, held, split=split)
-        yield Program("trim", prefill._trim, (tiers, slots, slots), {}, size(tiers), held)
+        yield Program("allocate", allocate._run_allocate, args, {"recipe": recipe}, there, held, split=split)
+        yield Program("trim", allocate._trim, (tiers, slots, slots), {}, size(tiers), held)
         if recipe.policy.prompt_hooks.write_selected is not None:
             args = (tiers, found.pending, ints(), ints(*slots.shape[1:]))
             there = size(tiers) + size(found.pending)
-            yield Program("write_selected", prefill._write_selected, args, {"recipe": recipe}, there, held)
+            yield Program("write_selected", allocate._write_selected, args, {"recipe": recipe}, there, held)
 
 
 def _first(spec: ModelSpec, layers: int) -> ModelSpec:
