@@ -98,11 +98,24 @@ def test_the_design_names_no_file_that_is_not_there() -> None:
         assert any(file.endswith(f"/{name}") for file in files), name
 
 
+def walk(method: str) -> tuple[dict[str, list[str]], list[str]]:
+    """What `tests.walk` prints, in a process of its own: what was compiled before is not walked through."""
+    command = [sys.executable, "-m", "tests.walk", method]
+    lines = subprocess.run(command, cwd=ROOT.parent, check=True, capture_output=True, text=True).stdout.splitlines()
+    *files, hops, _ = lines
+    return {file: names.split(", ") for file, names in (line.split(": ", 1) for line in files)}, hops.split(" -> ")
+
+
 def test_the_walk_of_a_token_goes_where_the_design_says() -> None:
     steps = re.findall(r"^\| \d+ \| `([\w/.]+)` \| (.*?) \|", design(), re.MULTILINE)
     assert len(steps) > 20
-    command = [sys.executable, "-m", "tests.walk", "h2o"]  # of its own: what was compiled before is not walked through
-    lines = subprocess.run(command, cwd=ROOT.parent, check=True, capture_output=True, text=True).stdout.splitlines()
-    walked = {file: names.split(", ") for file, names in (line.split(": ", 1) for line in lines[:-1])}
+    walked, _ = walk("h2o")
     for file, functions in steps:
         assert set(re.findall(r"`([\w.]+)`", functions)) <= set(walked[f"kvjax/{file}"]), file
+
+
+def test_a_token_passes_no_more_than_it_did() -> None:
+    """Whoever needs more makes room elsewhere, or says here what it is for."""
+    walked, hops = walk("snapkv")
+    assert len(walked) <= 48 and sum(map(len, walked.values())) <= 212, "python -m tests.walk snapkv"
+    assert hops == ["_decode_layer", "decode_attention", "decode_attention"]  # the cache's, the kernel's

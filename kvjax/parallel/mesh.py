@@ -291,7 +291,10 @@ def program(
 
         @functools.wraps(function)
         def call(*args: Any, **settings: Any) -> Any:
-            with on(of(args)):
+            mesh = of(args)
+            if mesh is None:  # one device, or what is being traced for others
+                return compiled(*args, **settings)
+            with on(mesh):
                 return compiled(*args, **settings)
 
         for name, value in {"given": given, "lower": compiled.lower, "trace": compiled.trace}.items():
