@@ -52,22 +52,19 @@ def _decode_layer(
     q, k = q.reshape(*key.shape[:2], -1, spec.head_dim), layer.keys(key)
     here = pos[:, None, None]
     at_read = rotates_at_read(spec, recipe)
-    own = rope.rotation(rotary, spec.head_dim, pos[:, None] + 1)
-    turn = tuple(angle[:, :, 0] for angle in own.angles(here))  # B 1 H/2
+    rotation = rope.rotation(rotary, spec.head_dim, pos[:, None] + 1)
+    angles = tuple(angle[:, :, 0] for angle in rotation.angles(here))  # B 1 H/2
     if not at_read:
-        key = rope.rotate(k, *turn)
-    token = Token(q, k, key, value, pos, active, window, gate, turn)
+        key = rope.rotate(k, *angles)
+    token = Token(q, k, key, value, pos, active, window, gate, angles)
     tiers = policy.insert(tiers, token)
-    seen = (*shared, *tiers)
-    length = functools.reduce(jnp.add, (tier.length for tier in seen))
-
-    place = lambda at: at if recipe.positions is None else recipe.positions(at, pos, length)
-    query_place = place(jnp.broadcast_to(here, (*key.shape[:2], 1)))
-    rotation = (
-        own
-        if recipe.positions is None
-        else _in_cache(spec.head_dim, rotary, sum(tier.capacity for tier in seen), length)
-    )
+    seen, place, query_place = (*shared, *tiers), None, jnp.broadcast_to(here, (*key.shape[:2], 1))
+    if (positions := recipe.positions) is not None:  # keys stand at places in the cache
+        length = functools.reduce(jnp.add, (tier.length for tier in seen))
+        place = lambda at: positions(at, pos, length)
+        query_place = place(query_place)
+        rotation = _in_cache(spec.head_dim, rotary, sum(tier.capacity for tier in seen), length)
+    sink = layer.sink()
     mean, probs = decode_attention(
         layer.queries(q, rope.turn(rotary, rotation, query_place)),
         seen,
@@ -75,9 +72,9 @@ def _decode_layer(
         ReadOptions(
             scale=spec.scale,
             cap=spec.score_cap,
-            sink=None if (sink := layer.sink()) is None else sink.reshape(key.shape[1], -1),
-            after=None if window is None else jnp.broadcast_to(_before(query_place, window), key.shape[:2]),
-            place=None if recipe.positions is None else place,
+            sink=None if sink is None else sink.reshape(key.shape[1], -1),
+            after=None if window is None else _before(query_place, window),
+            place=place,
             expand=layer.expand(rotation) if at_read else None,
             select=None if recipe.select is None else functools.partial(recipe.select, seen=readable(pos, window) + 1),
             probabilities=policy.observe is not None,
