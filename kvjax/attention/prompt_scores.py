@@ -24,12 +24,8 @@ def _of_rows(prompt: Prompt, sums: Float[Array, "B N T"]) -> Float[Array, "B K T
     return sums.reshape(sums.shape[0], prompt.key.shape[2], -1, sums.shape[-1]).mean(axis=2)
 
 
-def query_column_sums(prompt: Prompt) -> Float[Array, "B N T"]:
-    """Attention that each prompt token received from all queries of each query head."""
-    return _query_column_sums(prompt, recent=None)
-
-
-def _query_column_sums(prompt: Prompt, recent: int | None) -> Float[Array, "B N T"]:
+def query_column_sums(prompt: Prompt, recent: int | None = None) -> Float[Array, "B N T"]:
+    """Attention that each prompt token received from each query head: from all queries, or the `recent` last ones."""
     return kernel_or_xla(
         "scores of a prompt",
         prefill_scores.column_sums,
@@ -62,7 +58,7 @@ def channel_balance(prompt: Prompt) -> Float[Array, "B K R"]:
 def window_sums(prompt: Prompt, size: int) -> Float[Array, "B K T"]:
     """Attention that each prompt token received from the last `size` queries, averaged over its row's query heads."""
     if prompt.kernels != "xla":
-        return _of_rows(prompt, _query_column_sums(prompt, recent=size))
+        return _of_rows(prompt, query_column_sums(prompt, size))
     b, t, n, h = prompt.q.shape
     heads, size = prompt.k.shape[2], min(size, t)
     pos = prompt.length[:, None] - size + jnp.arange(size)  # B w

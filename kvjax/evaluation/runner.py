@@ -22,7 +22,7 @@ from kvjax.evaluation.results import SAMPLES, Key, Line, check, key
 from kvjax.files import journal
 from kvjax.generation.accounting import full_slots
 from kvjax.generation.model import Model
-from kvjax.generation.results import Compared, Generation, Reading
+from kvjax.generation.results import Compared, Footprint, Generation
 from kvjax.policies.base import Recipe
 from kvjax.spec import ModelSpec
 from kvjax.tasks.task import Form, Request, Sample, Task
@@ -256,7 +256,7 @@ def _head(task: Task, point: Point, sample: Sample) -> dict[str, Any]:
 
 
 def _forced_lines(
-    spec: ModelSpec, metric: str, values: list[np.ndarray], prompts: Prompts, reading: Reading, fed: int
+    spec: ModelSpec, metric: str, values: list[np.ndarray], prompts: Prompts, reading: Footprint, fed: int
 ) -> list[dict[str, Any]]:
     lines = []
     for value, context, after, slots in zip(values, *prompts, reading.slots, strict=True):

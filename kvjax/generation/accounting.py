@@ -1,7 +1,6 @@
 """What a cache holds: bytes and slots, beside those of a full one."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,22 +10,13 @@ from kvjax.cache import tier as tiers_
 from kvjax.cache.layout import Cache
 from kvjax.cache.tier import Bytes
 from kvjax.generation.model import Model
-from kvjax.generation.results import Compared
+from kvjax.generation.results import Compared, Footprint
 from kvjax.parallel import mesh as meshes
 from kvjax.parallel.collectives import COPIES
 from kvjax.policies.gate_capacity import CapacityState
 from kvjax.spec import ModelSpec
 
 HALF = 2  # bytes of a number that shares of the full cache count with, whatever a run computes in
-
-
-class Footprint(NamedTuple):
-    """What a cache takes and keeps, read back from it."""
-
-    bytes: Bytes  # allocated, on all devices together
-    full_bytes: int  # that a full cache needs, in the model's dtype
-    compared: Compared
-    slots: list[list[int | float]]  # kept slots per layer, per sequence, averaged over heads
 
 
 def footprint(model: Model, cache: Cache, lengths: Sequence[int]) -> Footprint:

@@ -19,13 +19,13 @@ from kvjax.cache.tier import Bytes
 from kvjax.errors import InputError, say_once
 from kvjax.generation import generate as generating
 from kvjax.generation import stopping
-from kvjax.generation.accounting import Footprint, footprint
+from kvjax.generation.accounting import footprint
 from kvjax.generation.allocate import allocate
 from kvjax.generation.checks import check_options, check_texts
 from kvjax.generation.generate import Pieces, Tokens
 from kvjax.generation.model import Model, Texts, encode_continuation, encode_prompt
 from kvjax.generation.prefill import padded_length
-from kvjax.generation.results import Generation
+from kvjax.generation.results import Footprint, Generation
 from kvjax.generation.sampling import Sampling
 from kvjax.generation.timing import Stopwatch
 from kvjax.methods import of, resolve

@@ -17,7 +17,7 @@ from kvjax import checkpoint
 from kvjax.checkpoint import shipped
 from kvjax.errors import InputError
 from kvjax.generation import sampling as choosing
-from kvjax.generation.results import Generation, Judgement, Reading
+from kvjax.generation.results import Footprint, Generation, Judgement
 from kvjax.generation.sampling import Sampling
 from kvjax.methods import resolve
 from kvjax.models import small_files
@@ -253,7 +253,7 @@ class Model:
         continuations: Texts,
         method: str | Recipe | None = None,
         budget: Keep | None = None,
-    ) -> tuple[list[Judgement], Reading]:
+    ) -> tuple[list[Judgement], Footprint]:
         """Log-probability of each token of a continuation, and what reading it cost.
 
         Args:
@@ -284,7 +284,7 @@ class Model:
         budget: Keep | None = None,
         *,
         reference: np.ndarray | None = None,
-    ) -> tuple[list[np.ndarray], Reading]:
+    ) -> tuple[list[np.ndarray], Footprint]:
         """KL divergence of the next-token distribution from the full cache's, after each token of a continuation.
 
         Args:

@@ -26,6 +26,15 @@ class Compared(NamedTuple):
         return self.cache / self.full
 
 
+class Footprint(NamedTuple):
+    """What a cache takes and keeps."""
+
+    bytes: Bytes  # allocated, on all devices together
+    full_bytes: int  # that a full cache needs for the same tokens, in the model's dtype
+    compared: Compared
+    slots: list[list[int | float]]  # kept slots per layer, per sequence, averaged over heads
+
+
 class Logprobs(NamedTuple):
     """Natural logarithms of the probabilities that the model gives to tokens, before anything is done to choose one."""
 
@@ -72,15 +81,6 @@ class Generation(NamedTuple):
     def device_bytes(self) -> int:
         """Allocated for the cache on each device."""
         return self.bytes.total // meshes.count(self.cache)
-
-
-class Reading(NamedTuple):
-    """What teacher forcing cost."""
-
-    bytes: Bytes  # allocated for the cache
-    full_bytes: int  # that a full cache needs, in the model's dtype
-    compared: Compared
-    slots: list[list[int | float]]  # kept slots per layer, per sequence, averaged over heads
 
 
 class Judgement(NamedTuple):

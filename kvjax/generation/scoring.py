@@ -16,7 +16,7 @@ from kvjax.generation.checks import check_texts
 from kvjax.generation.decode import Measure
 from kvjax.generation.generate import even, fed_length, read_continuations, read_prompts
 from kvjax.generation.model import Model, Texts, encode_continuation, encode_prompt, not_finite
-from kvjax.generation.results import Judgement, Reading
+from kvjax.generation.results import Footprint, Judgement
 from kvjax.methods import full
 from kvjax.models.decoder import Decoder
 from kvjax.parallel import mesh
@@ -29,7 +29,7 @@ def log_likelihood(
     prompts: Texts,
     continuations: Texts,
     recipe: Recipe,
-) -> tuple[list[Judgement], Reading]:
+) -> tuple[list[Judgement], Footprint]:
     """`Model.log_likelihood` with everything said."""
     ids, after = _ids(model, recipe, prompts, continuations)
     fed = [text[:-1] for text in after]
@@ -65,7 +65,7 @@ def divergence(
     continuations: Texts,
     recipe: Recipe,
     reference: np.ndarray,
-) -> tuple[list[np.ndarray], Reading]:
+) -> tuple[list[np.ndarray], Footprint]:
     """`Model.divergence` with everything said."""
     ids, after = _ids(model, recipe, prompts, continuations)
     _, values, reading = _read(model, recipe, ids, after, np.asarray(reference, model.decoder.dtype), _diverge)
@@ -97,7 +97,7 @@ def _ids(
 
 def _read(
     model: Model, recipe: Recipe, ids: list[list[int]], after: list[list[int]], given: PyTree, measure: Measure
-) -> tuple[Array, PyTree, Reading]:
+) -> tuple[Array, PyTree, Footprint]:
     """Prefill, then feed; logits after the prompts, what was measured `[Q B ...]`, and what it cost."""
     lengths = [len(prompt) + len(text) for prompt, text in zip(ids, after, strict=True)]
     ids, after = even(model, ids, after)
@@ -105,9 +105,9 @@ def _read(
     given = jax.tree.map(lambda x: _place(model, x, len(ids)), given)
     _, cache, measured = read_continuations(model, recipe, logits, cache, ids, after, given, measure)
     held = footprint(model, cache, lengths)
-    reading = Reading(*held._replace(slots=held.slots[: len(lengths)]))
+    held = held._replace(slots=held.slots[: len(lengths)])
     measured = jax.tree.map(lambda x: mesh.read(x)[:, : len(lengths)], measured)
-    return jnp.asarray(mesh.read(logits)[: len(lengths)]), measured, reading
+    return jnp.asarray(mesh.read(logits)[: len(lengths)]), measured, held
 
 
 def _place(model: Model, x: np.ndarray, batch: int) -> Array:
