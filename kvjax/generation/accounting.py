@@ -1,5 +1,6 @@
 """What a cache holds: bytes and slots, beside those of a full one."""
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def footprint(model: Model, cache: Cache, lengths: Sequence[int]) -> Footprint:
             held = [meshes.read(layout.held(tier)) for tier in tiers]
         sizes += map(tiers_.nbytes, tiers, held)
         halved += [tiers_.nbytes(tier, filled, HALF).total for tier, filled in zip(tiers, held, strict=True)]
-        for layer, row in zip(group.index, sum(held).mean(axis=-1), strict=True):
+        for layer, row in zip(group.index, functools.reduce(np.add, held).mean(axis=-1), strict=True):
             kept[layer] = row
     copies = meshes.shape_of(cache)[COPIES]
     size = Bytes(*(copies * sum(column) for column in zip(*sizes, strict=True)))

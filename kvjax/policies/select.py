@@ -269,7 +269,7 @@ def _init(
     else:
         given = collectives.own(jnp.asarray(budget.rows(amounts.keep, spec, layers, seen)), axis=2)
     tier = tier._replace(budget=spread(given))
-    return (tier, *(sized(**each._asdict(), store=selection.action.low) for each in low))
+    return (tier, *(sized(**each._asdict(), store=s) for each, s in zip(low, selection.stores[1:], strict=True)))
 
 
 def _prefill(selection: Selection, tiers: Tiers, prompt: Prompt) -> tuple[Tiers, PrefillOutput]:
