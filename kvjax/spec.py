@@ -12,6 +12,7 @@ A *row* is one (sequence, key/value head), or one (sequence, latent). Keys and v
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -277,7 +278,7 @@ class Prompt(NamedTuple):
     kernels: Implementation | None = "xla"  # what computes scores and selects tokens
     gate: Gate | tuple = ()  # [B T K]; () if the model has none
     rewritten: PyTree = ()  # what `PromptHooks.rewrite` left for `CachePolicy.prefill`
-    out: Float[Array, "N H D"] | tuple = ()  # what heads' outputs are multiplied by, see `Layer.output`
+    out: Callable[[], Float[Array, "N H D"]] | tuple = ()  # what heads' outputs are multiplied by: `Layer.output`
     probe: Probe | tuple = ()  # () where `Recipe.replay` is None
     rotation: Rotation | tuple = ()  # how its queries and keys were rotated
 

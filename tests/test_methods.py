@@ -356,7 +356,7 @@ def test_expected_attention_is_its_closed_form(norm):
     rotation = rope.rotation(rope_spec, h, jnp.asarray(lengths)[:, None])
     q, k, v, weights = (jnp.asarray(x, jnp.float32) for x in (q, k, v, out))
     lse, length = jnp.zeros((b, heads * group, t)), jnp.asarray(lengths)
-    prompt = Prompt(q, k, v, k, v, lse, length, 0, 1, None, h**-0.5, out=weights, rotation=rotation)
+    prompt = Prompt(q, k, v, k, v, lse, length, 0, 1, None, h**-0.5, out=lambda: weights, rotation=rotation)
     found = np.asarray(foreseen(32, 0.01, norm, 4, 4).prompt(prompt))
     for i, n in enumerate(lengths):
         values = np.repeat(np.asarray(v[i, :n], np.float64), group, axis=1)

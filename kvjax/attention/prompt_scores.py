@@ -125,8 +125,8 @@ def reach(prompt: Prompt) -> Float[Array, "B N T"]:
 
     Cost: T N H^2 products; the model's width is only in the products of the output projection with itself.
     """
-    out, v = prompt.out, prompt.v.astype(jnp.float32)
-    assert isinstance(out, Array)
+    assert callable(prompt.out)
+    out, v = prompt.out(), prompt.v.astype(jnp.float32)
     grouped = jnp.moveaxis(out.reshape(v.shape[2], -1, *out.shape[1:]), 1, 0)  # G K H D
 
     def of_one(kernel: Float[Array, "K H D"]) -> Float[Array, "B K T"]:

@@ -209,7 +209,7 @@ def _prefill_layer(
         kernels=recipe.kernels,
         gate=gate,
         rewritten=rewritten,
-        out=() if recipe.replay is None else layer.output(),
+        out=layer.output,
         probe=probe,
         rotation=rotation,
     )
