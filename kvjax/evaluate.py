@@ -218,7 +218,7 @@ def configured(path: Path, settings: dict[str, dict[str, str]], stores: dict[str
     given = stores.keys() | settings.get(args.method, {}).keys()
     chosen = {key: value for key, value in args.arguments.items() if key not in given}
     make(args.method, args.budget, chosen)  # raises what is wrong with them
-    usual = dry_run.arguments(args.method, {}) | {"kernels": "xla"}
+    usual = dry_run.arguments(args.method, {}) | {"kernels": "cpu"}
     own = {key: value for key, value in chosen.items() if value != usual[key]}
     return "".join([args.method, *(f"+{key}={value}" for key, value in own.items())]), args.budget
 

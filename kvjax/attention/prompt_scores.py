@@ -10,6 +10,7 @@ from kvjax.spec import Probe, Prompt
 from pallas_kernels import prefill_scores
 from pallas_kernels.blocks import divisor
 from pallas_kernels.decode_attention.reference import EMPTY
+from pallas_kernels.implementation import resolve
 from pallas_kernels.soft_cap import soft_cap
 
 BLOCK = 512  # products of so many queries and keys at once
@@ -57,7 +58,7 @@ def channel_balance(prompt: Prompt) -> Float[Array, "B K R"]:
 
 def window_sums(prompt: Prompt, size: int) -> Float[Array, "B K T"]:
     """Attention that each prompt token received from the last `size` queries, averaged over its row's query heads."""
-    if prompt.kernels != "xla":
+    if resolve(prompt.kernels) != "xla":
         return _of_rows(prompt, query_column_sums(prompt, size))
     b, t, n, h = prompt.q.shape
     heads, size = prompt.k.shape[2], min(size, t)

@@ -87,10 +87,13 @@ def wanted(args: argparse.Namespace) -> list[tuple[str, Kernel, str, Shape]]:
     return found
 
 
-def implementations(text: str) -> list[Implementation]:
-    """What implementations a flag names, without repetition; raises `InputError` for another platform's."""
+def implementations(text: str, *, cpu: bool) -> list[Implementation]:
+    """What implementations a flag names, without repetition; raises `InputError` for another platform's.
+
+    `cpu`: those of CPUs among them.
+    """
     names = split("--implementations", text, tuple(IMPLEMENTATIONS))
-    found: list[Implementation] = list(dict.fromkeys(resolve(IMPLEMENTATIONS[name]) for name in names))
+    found: list[Implementation] = list(dict.fromkeys(resolve(IMPLEMENTATIONS[name], cpu=cpu) for name in names))
     for name in found:
         if name in ("tpu", "gpu") and name != jax.default_backend():
             raise InputError(f"--implementations {name} cannot run on {jax.default_backend()}")
@@ -143,7 +146,7 @@ COLUMNS = (
 
 def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     """What the command line asks for."""
-    chosen, todo = implementations(args.implementations), wanted(args)
+    chosen, todo = implementations(args.implementations, cpu=True), wanted(args)
     names = (*rivals.DECODE, "attention", "none")
     against = None if args.against is None else split("--against", args.against, names)
     compilation.enable_compilation_cache()
@@ -153,7 +156,7 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
         title = " ".join(filter(None, (name, shape.name, store)))
         say(title)
         case = kernel.make(shape, store, dtype)
-        found = list(contestants(case, chosen, against))
+        found = list(contestants(case, [each for each in chosen if each != "cpu" or not kernel.prompt], against))
         sections.append(_section(title, found, args.rounds, chosen[0]))
         del case, found
         jax.clear_caches()

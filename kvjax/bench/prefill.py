@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     """What the command line asks for."""
     recipes = chosen(args)
     command.check_numbers(args, batch=command.MOST_SEQUENCES)
-    full = next((label for label, recipe in recipes.items() if recipe._replace(kernels="xla") == make("full")), "full")
+    full = next((label for label, recipe in recipes.items() if recipe._replace(kernels="cpu") == make("full")), "full")
     recipes = {full: make("full", None, {} if args.kernels is None else {"kernels": args.kernels})} | recipes
     contexts = contexts_of(args)
     compilation.enable_compilation_cache()

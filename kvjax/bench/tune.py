@@ -67,7 +67,7 @@ def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     """What the command line asks for."""
-    (implementation,) = kernels.implementations(args.implementation)
+    (implementation,) = kernels.implementations(args.implementation, cpu=False)
     table = tuning.path() if args.table is None else args.table
     output.check_writable(table)
     todo = [each for each in kernels.wanted(args) if implementation in each[1].tries]

@@ -112,7 +112,7 @@ def add_store_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_kernels_flag(parser: Any, what: str, default: str | None = None) -> None:
     """The flag for kernels; `parser` may be a group of one."""
-    help_ = f"{what}; auto = the platform's kernel (default: xla)"
+    help_ = f"{what}; cpu = in C++ on CPUs, else xla; auto = the platform's kernel (default: {default or 'cpu'})"
     parser.add_argument("--kernels", choices=KERNELS, default=default, help=help_)
 
 

@@ -101,7 +101,7 @@ def make(name: str, budget: Keep | None = None, arguments: Mapping[str, object] 
         raise InputError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     parameters = inspect.signature(METHODS[name]).parameters
     given = dict(arguments or {})
-    kernels, windowed = given.pop("kernels", "xla"), given.pop("windowed", "compressed")
+    kernels, windowed = given.pop("kernels", "cpu"), given.pop("windowed", "compressed")
     if kernels not in KERNELS:
         raise InputError(f"kernels={kernels} is not one of {', '.join(KERNELS)}")
     if windowed not in get_args(Windowed):

@@ -172,10 +172,10 @@ def setting(args: argparse.Namespace, spec: ModelSpec, chip: Chip, method: str) 
         arguments = methods.taken(method, args.arguments)
         budget = None if default_budget(method) is None else budget
     recipe = make(method, budget if budget is not None else default_budget(method), arguments)
-    if recipe.kernels not in ("xla", None, chip.platform):
+    if recipe.kernels not in ("xla", "cpu", None, chip.platform):
         raise InputError(f"kernels={recipe.kernels} cannot run on {chip.name}: use auto or xla")
-    if recipe.kernels is None:
-        recipe = recipe._replace(kernels=chip.platform)
+    kernels = {None: chip.platform, "cpu": "xla"}.get(recipe.kernels, recipe.kernels)  # no plan is for a CPU
+    recipe = recipe._replace(kernels=kernels)
     longer = replace(spec, max_position=2 * LARGEST)  # bytes do not depend on what a model is made for
     return Setting(longer, args.dtype, recipe, args.context, args.new_tokens, args.batch, chip.platform, devices(args))
 

@@ -137,7 +137,8 @@ class Recipe(NamedTuple):
       positions: with `rotate="read"`: `(pos, now, length) -> pos`, where a slot stands; None = at its own position.
       select: `(attention weights of each tier [B K G S], seen [B]) -> slots of each tier [B K S]`, those that a step
         attends to of the `seen` tokens that it can read, itself included; None = all. It frees nothing.
-      kernels: which implementation of `pallas_kernels` fills and reads the cache; None = the platform's.
+      kernels: which implementation of `pallas_kernels` fills and reads the cache; None = the platform's, `cpu` = that
+        of CPUs and plain XLA elsewhere.
       amounts: how much it may keep: data, which programs are not compiled for, see `structure`.
       windowed: what becomes of layers with a sliding window: "compressed" gives them a budget of what they can read,
         "whole" keeps their windows. See `kvjax.policies.layers.layer_recipe`.
@@ -152,7 +153,7 @@ class Recipe(NamedTuple):
     rotate: Literal["write", "read"] = "write"
     positions: Positions | None = None
     select: Select | None = None
-    kernels: Implementation | None = "xla"
+    kernels: Implementation | None = "cpu"
     windowed: Windowed = "compressed"
     amounts: Amounts = Amounts()
     replay: int | None = None

@@ -24,10 +24,14 @@ def decode_attention(
     Raises:
       NotImplementedError: where a kernel cannot do what is asked, which `xla` can.
     """
-    chosen = resolve(implementation)
+    chosen = resolve(implementation, cpu=True)
     options = tuning.settings("decode_attention", chosen, _shape(parts), options)
     if chosen == "xla":
         return reference.decode_attention(parts, **options)
+    if chosen == "cpu":
+        from pallas_kernels.decode_attention import cpu
+
+        return cpu.decode_attention(parts, **options)
     if any(part.slots is not None for part in parts):
         raise NotImplementedError("a choice of slots is for xla only")
     if chosen == "tpu":

@@ -1,0 +1,71 @@
+"""Kernels in C++ for CPUs: compiled for this machine at first use, and kept on disk.
+
+The system's compiler (`$CXX`, `c++`, `g++` or `clang++`) makes a library of a source in `kvjax/kernels` in
+`$XDG_CACHE_HOME` or `~/.cache`. Its name says what it was made of: the source, jaxlib, the processor, the compiler.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jaxlib.version
+
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-w")
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def register(name: str, source: Path, symbol: str) -> None:
+    """Make a function of a source what XLA calls by a name; raises `NotImplementedError` where that cannot be."""
+    reason = _registered(name, source, symbol)
+    if reason:
+        raise NotImplementedError(reason)
+
+
+@functools.cache
+def _registered(name: str, source: Path, symbol: str) -> str:
+    """Why it could not be registered; empty where it was. It is tried once."""
+    compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))), None)
+    if compiler is None:
+        return "there is no C++ compiler: install g++ or clang++"
+    made_of = (source.read_text(encoding="utf-8"), jaxlib.version.__version__, _processor(), compiler, *FLAGS)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    path = base / "kvjax" / "kernels" / f"{source.parent.name}-{key}.so"
+    try:
+        if not path.exists():
+            _compile(compiler, source, path)
+        found = getattr(ctypes.CDLL(str(path)), symbol)
+    except OSError as error:
+        return f"{path} cannot be made or read: {error}"
+    except subprocess.CalledProcessError as error:
+        why = next((line for line in error.stderr.splitlines() if "error" in line), f"status {error.returncode}")
+        return f"{compiler} cannot compile {source.name}: {why}"
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(found), platform="cpu")
+    return ""
+
+
+def _compile(compiler: str, source: Path, path: Path) -> None:
+    """Make a library; processes that do so at once each put a whole file in its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(source), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        made.replace(path)
+
+
+def _processor() -> str:
+    """What the compiler's -march=native depends on."""
+    try:
+        known = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return " ".join(platform.uname())
+    return " ".join(sorted(set(re.findall(r"(?m)^(?:model name|flags|Features|CPU part)\s*:.*", known))))
