@@ -23,6 +23,7 @@ from kvjax.checkpoint.convert import convert
 from kvjax.checkpoint.lorc import lorc, ranks
 from kvjax.cli import command
 from kvjax.evaluation import runner
+from kvjax.generation import accounting
 from kvjax.generation.model import Model
 from kvjax.models.decoder import forward
 from kvjax.tasks.task import Sample
@@ -110,6 +111,8 @@ def test_questions_about_one_context_are_asked_of_one_reading(method, tmp_path, 
         assert line["prompt_tokens"] == sequence.prompt_tokens == len(ids + question)
         assert line["full_bytes"] == out.compared.full
         assert line["cache_bytes"] == pytest.approx(out.compared.cache, rel=5e-3)  # free pages are listed per batch
+        alone = accounting.compare(model, original(model, ids, method, "20%").cache, [len(ids)])
+        assert (line["context_bytes"], line["context_full_bytes"]) == alone and alone.cache < line["cache_bytes"]
         assert line["kept"] == pytest.approx(np.mean(out.slots) / (sequence.prompt_tokens + 1))
     before, path = results(tmp_path), tmp_path / "samples.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:7]))  # as if killed while writing a context

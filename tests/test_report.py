@@ -105,7 +105,8 @@ def row(**changes: Any) -> Row:
         "better": "higher",
     }
     values |= {"value": 0.5, "low": 0.4, "high": 0.7, "p99": math.nan, "bytes_per_token": 20.0, "of_full": 0.2}
-    values |= {"full_bytes_per_token": 100.0, "kept": 0.2, "tokens_per_s": 9.0, "n": 10, "contexts": 10, "largest": 10}
+    values |= {"full_bytes_per_token": 100.0, "context": math.nan, "kept": 0.2, "tokens_per_s": 9.0}
+    values |= {"n": 10, "contexts": 10, "largest": 10}
     return Row(**(values | changes))
 
 
@@ -161,6 +162,9 @@ def test_all_right_says_no_more_than_its_contexts() -> None:
     lines = [sample(1.0, index=i, asked=j) for i in range(5) for j in range(4)]
     assert results.estimate(lines) == (1.0, *results.wilson(1.0, 5))
     (_, row) = results.aggregate(lines)
+    assert "context" not in report.columns([row])
+    beside = row._replace(context=0.213)
+    assert dict(zip(report.columns([beside]), report.cells(beside, context=True), strict=True))["context"] == "21.3%"
     assert (row.n, row.contexts, report.cells(row)[-1]) == (20, 5, "20 in 5")
     assert report.CLUSTERED in report.notes([row], {})
 

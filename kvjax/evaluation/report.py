@@ -27,6 +27,7 @@ NOTES = {
     "interval of the samples' mean; p99: 99th percentile of all tokens.",
 }
 BYTES = "Bytes: of the cache in 16 bits: numbers that no store encodes count two bytes, here and in the full cache."
+CONTEXT = "Context: what is kept of a context alone, of its full cache; questions and answers lie beside it."
 CLUSTERED = "n = a in b: a questions about b contexts, and intervals that say how alike those of one context are."
 NAMED = 6  # most points that are named
 PARTIAL = "n = a/b: only a of b samples were run; such a row does not compare with the others."
@@ -78,11 +79,13 @@ def header(run: dict[str, Any]) -> str:
 def notes(rows: Sequence[Row], run: dict[str, Any]) -> list[str]:
     """How the numbers of these rows are to be read, and which rows are not there yet."""
     used = [NOTES[metric] for metric in dict.fromkeys(row.metric for row in rows)]
+    context = [CONTEXT] * _asked_beside(rows)
     clustered = [CLUSTERED] * any(row.contexts < row.n for row in rows)
     partial = [PARTIAL] * any(row.n < row.largest for row in rows)
     absent = missing(rows, run)
     more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
-    return [*used, BYTES, *clustered, *partial] + [f"Not run yet: {', '.join(absent[:NAMED])}{more}."] * bool(absent)
+    absent = [f"Not run yet: {', '.join(absent[:NAMED])}{more}."] * bool(absent)
+    return [*used, BYTES, *context, *clustered, *partial, *absent]
 
 
 def missing(rows: Sequence[Row], run: dict[str, Any]) -> list[str]:
@@ -100,14 +103,21 @@ def missing(rows: Sequence[Row], run: dict[str, Any]) -> list[str]:
     return names
 
 
-def columns(metric: str) -> list[str]:
+def columns(rows: Sequence[Row]) -> list[str]:
     """Headings of a task's table."""
-    p99 = ["p99"] * (metric == "kl")
-    return ["method", "budget", LABELS[metric], "95% interval", *p99, "bytes/token", "of full", "kept", "tokens/s", "n"]
+    metric = rows[0].metric
+    p99, context = ["p99"] * (metric == "kl"), ["context"] * _asked_beside(rows)
+    heads = ["method", "budget", LABELS[metric], "95% interval", *p99, "bytes/token", "of full", *context]
+    return [*heads, "kept", "tokens/s", "n"]
 
 
-def cells(row: Row) -> list[str]:
-    """A row of a task's table."""
+def _asked_beside(rows: Sequence[Row]) -> bool:
+    """Whether contexts have bytes of their own."""
+    return not all(math.isnan(row.context) for row in rows)
+
+
+def cells(row: Row, context: bool = False) -> list[str]:
+    """A row of a task's table; `context`: with the bytes of the context alone."""
     show = lambda x: "–" if math.isnan(x) else f"{x:.3f}" if row.metric == "score" else f"{x:#.3g}".rstrip(".")
     known = lambda x, form: "–" if math.isnan(x) else format(x, form)
     interval = "–" if math.isnan(row.low) else f"{show(row.low)}–{show(row.high)}"
@@ -120,6 +130,7 @@ def cells(row: Row) -> list[str]:
         *([show(row.p99)] if row.metric == "kl" else []),
         f"{row.bytes_per_token:,.0f}",
         percent(row.of_full),
+        *([known(row.context, ".1%")] if context else []),
         percent(row.kept),
         known(row.tokens_per_s, ",.0f" if row.tokens_per_s >= 10 else ".1f"),
         f"{row.n}" + f"/{row.largest}" * (row.n < row.largest) + f" in {row.contexts}" * (row.contexts < row.n),
@@ -132,13 +143,13 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     for task, members in by_task(rows).items():
         title = Text(f"\n{task}", "bold")
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-        first, *rest = columns(members[0].metric)
+        first, *rest = columns(members)
         table.add_column(first, overflow="fold")
         for name in rest:
             heading = name.replace("/", "\n/").replace(" ", "\n")
             table.add_column(heading, justify="left" if name == "budget" else "right", no_wrap=True)
         for row in members:
-            table.add_row(*map(Text, cells(row)))
+            table.add_row(*map(Text, cells(row, _asked_beside(members))))
         found.append(table)
     return found
 
@@ -150,9 +161,9 @@ def markdown(rows: Sequence[Row], run: dict[str, Any]) -> str:
         text += ["```", called, "```", ""]
     line = lambda items: "| " + " | ".join(item.replace("|", "\\|") for item in items) + " |"
     for task, members in by_task(rows).items():
-        names = columns(members[0].metric)
+        names = columns(members)
         text += [f"## {task}", "", line(names), line(["---", "---"] + ["---:"] * (len(names) - 2))]
-        text += [*(line(cells(row)) for row in members), ""]
+        text += [*(line(cells(row, _asked_beside(members))) for row in members), ""]
     return "\n".join([*text, *(f"- {note}" for note in notes(rows, run)), ""])
 
 

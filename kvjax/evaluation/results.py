@@ -28,6 +28,7 @@ LEAST = {
     "full_bytes": 1,
     "kept": 0,
 }
+OF_CONTEXT = ("context_bytes", "context_full_bytes")  # where questions are asked beside it
 TIMING = ("batch", "decode_s", "decoded")
 METRICS = ("score", "perplexity", "kl")
 KINDS = {"arguments": dict, "versions": dict, "calls": list, "command": str}  # of what `run.json` says
@@ -47,6 +48,7 @@ class Row(NamedTuple):
       bytes_per_token: cache over prompt and new tokens, counted as `generation.Compared` does.
       full_bytes_per_token: the same of a full cache.
       of_full: their ratio.
+      context: the same of a context alone, which questions are asked beside.
       kept: filled slots over those of a full cache, mean over samples.
       tokens_per_s: decoding speed, all sequences of a batch together.
       n: questions.
@@ -67,6 +69,7 @@ class Row(NamedTuple):
     bytes_per_token: float
     full_bytes_per_token: float
     of_full: float
+    context: float
     kept: float
     tokens_per_s: float
     n: int
@@ -123,8 +126,11 @@ def _fault(line: object, metrics: dict[str, str]) -> str | None:
     for name, least in LEAST.items():
         if not _is_number(line.get(name), least):
             return f"{name!r} is not a finite number" + f" from {least} on" * (least >= 0)
-    if not _is_number(line.get("asked", 0), 0):
-        return "'asked' is not a number from 0 on"
+    for name in ("asked", *OF_CONTEXT):
+        if name in line and not _is_number(line[name], 0):
+            return f"{name!r} is not a number from 0 on"
+    if [name in line for name in OF_CONTEXT] == [True, False] or not line.get(OF_CONTEXT[1], 1):
+        return f"{OF_CONTEXT[0]!r} is there without {OF_CONTEXT[1]!r}"
     if isinstance(line.get("budget", 0.0), bool) or not isinstance(line.get("budget", 0.0), str | int | None):
         return "'budget' is neither a string, an integer nor null"
     for name, numbers in (("timing", TIMING), ("facts", ("depth", "length"))):
@@ -186,6 +192,7 @@ def _row(part: str, group: Sequence[Line]) -> Row:
     first, total = group[0], lambda key: float(sum(line[key] for line in group))
     value, low, high = estimate(group)
     tokens = total("prompt_tokens") + total("new_tokens")
+    beside = all("context_bytes" in line for line in group)
     divergences = [value for line in group for value in line["tokens"]] if first["metric"] == "kl" else [math.nan]
     return Row(
         **{key: first[key] for key in ("task", "method", "budget", "metric", "better")},
@@ -197,6 +204,7 @@ def _row(part: str, group: Sequence[Line]) -> Row:
         bytes_per_token=total("cache_bytes") / tokens,
         full_bytes_per_token=total("full_bytes") / tokens,
         of_full=total("cache_bytes") / total("full_bytes"),
+        context=total("context_bytes") / total("context_full_bytes") if beside else math.nan,
         kept=total("kept") / len(group),
         tokens_per_s=speed(group),
         n=len(group),

@@ -153,7 +153,8 @@ class Evaluation:
             asked += asked[:1] * (pages.ladder(len(asked), steps=1, smallest=1) - len(asked))  # one of few shapes
             out = context.ask(asked, max_new_tokens=new)
             samples = batch.samples[start : start + self._batch]
-            lines += self._scored(task, samples, new, batch.number, out, _each(out.compared, len(asked), alone))
+            found = self._scored(task, samples, new, batch.number, out, _each(out.compared, len(asked), alone))
+            lines += [line | {"context_bytes": alone.cache, "context_full_bytes": alone.full} for line in found]
         return lines
 
     def _scored(

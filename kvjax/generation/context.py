@@ -168,7 +168,7 @@ class Context:
                 " set windowed=whole or positions=absolute"
             )
         whole = [prompt + question for prompt, question in zip(ids, after, strict=True)]
-        new = pages.ladder(max(map(len, after)) + max_new_tokens, steps=1, smallest=64)
+        new = pages.ladder(max(map(len, after)) + max_new_tokens, steps=2, smallest=32)
         with Stopwatch() as watch:
             own = allocate(model.decoder, recipe, Lengths((0,) * len(after), new, padded=64))
             logits = jnp.broadcast_to(self.logits, (len(after), *self.logits.shape[1:]))
