@@ -18,7 +18,7 @@ from kvjax.cli import command
 from kvjax.cli.console import to_stdout
 from kvjax.cli.flags import add_number_flags, numbers
 from kvjax.files import output
-from kvjax.generation.calibrate import METHOD, TEXTS, calibrate, sample
+from kvjax.generation.calibrate import METHOD, TEXTS, calibrate, check, sample
 from kvjax.generation.model import load_from
 from kvjax.policies.budgets import profile
 
@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _calibrate(args: argparse.Namespace) -> None:
     output.check_writable(args.out)
+    check(args.method)
     text = None if args.text is None else calibration.read_text(args.text)
     compilation.enable_compilation_cache()
     model, directory = load_from(args.model, **numbers(args), ignore_config=args.ignore_config)

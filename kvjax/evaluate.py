@@ -25,7 +25,7 @@ from kvjax.cli import command
 from kvjax.cli.console import to_stdout
 from kvjax.cli.factories import list_factories
 from kvjax.cli.flags import add_method_flags, add_number_flags, numbers
-from kvjax.errors import InputError
+from kvjax.errors import InputError, say_once
 from kvjax.evaluation import manifest, report, runner
 from kvjax.evaluation.runner import Evaluation, Point
 from kvjax.files.text import read_text
@@ -33,6 +33,7 @@ from kvjax.generation.generate import check_recipe
 from kvjax.generation.model import Model, load_from
 from kvjax.methods import LEARNED, METHODS, default_budget, make, read_entry, taken
 from kvjax.plan import dry_run
+from kvjax.policies.budgets import profile
 from kvjax.policies.budgets.budget import parse_keep
 from kvjax.tasks.registry import TASKS, make_task
 from kvjax.tasks.task import Request, Sample, Task
@@ -111,11 +112,13 @@ def main(argv: list[str] | None = None) -> None:
     reference, origin = (None, None) if args.reference is None else load(args.reference, dtype=numbers(args)["dtype"])
     for point in grid:
         check_recipe(model, point.recipe)
+    weights, profiles = fingerprint(directory), _profiles(model, grid, settings)
+    _check_profile(model, weights, profiles)
     request, chat = _request(args, model, text)
     samples = {task.name: task.samples(request) for task in tasks}
     batch = args.batch or max(1, BATCH_TOKENS // max(request.lengths))
     arguments = {
-        "model": model.name, "weights": fingerprint(directory), "stop": model.stop,
+        "model": model.name, "weights": weights, "stop": model.stop,
         "reference": reference and reference.name, "reference_weights": origin and fingerprint(origin),
         "tasks": list(samples),
         "methods": list(dict.fromkeys(point.method for point in grid)),
@@ -129,11 +132,28 @@ def main(argv: list[str] | None = None) -> None:
     unseen = args.question == "unseen"
     evaluation = Evaluation(model, batch=batch, unseen=unseen, chat=chat, reference=reference)
     with runner.results(args.out) as (done, file):
-        calls = manifest.earlier(args.out, arguments) if done else []
+        calls = manifest.earlier(args.out, arguments, profiles) if done else []
         evaluation.check(samples, done)
-        manifest.write(args.out, [PROG, *argv], arguments, calls)
+        manifest.write(args.out, [PROG, *argv], arguments, calls, profiles)
         run(evaluation, tasks, samples, grid, done, file)
     console.print(f"python -m kvjax.evaluate report {shlex.quote(str(args.out))}", highlight=False)
+
+
+def _profiles(model: Model, grid: Sequence[Point], settings: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Digests of the profiles that methods use, by what their `split` says."""
+    entries = (read_entry(point.method) for point in grid)
+    splits = {({"split": ""} | settings.get(name, {}) | given)["split"] for name, given in entries}
+    found = {split: profile.read(profile.find(split)) for split in splits if split.endswith(".json")}
+    if "profile" in splits and model.spec.profile is not None:
+        found["profile"] = model.spec.profile
+    return {split: manifest.digest(repr((spec.levels, spec.shares))) for split, spec in found.items()}
+
+
+def _check_profile(model: Model, weights: str, profiles: dict[str, str]) -> None:
+    """Say where the profile that lies beside the weights is of other ones."""
+    own = model.spec.profile
+    if "profile" in profiles and own is not None and own.model not in ("", weights):
+        say_once(f"{own.source} was measured on other weights: python -m kvjax.calibrate measures these")
 
 
 def _grid(args: argparse.Namespace, settings: dict[str, dict[str, str]]) -> list[Point]:

@@ -99,6 +99,7 @@ class ProfileSpec:
     levels: tuple[float, ...]  # kept shares of all rows together, rising, between 0 and 1
     shares: tuple[tuple[tuple[float, ...], ...], ...]  # of each row at each level [levels L K]
     source: str = dataclasses.field(default="", compare=False)  # the file, for errors
+    model: str = dataclasses.field(default="", compare=False)  # fingerprint of the weights that it was measured on
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,6 +137,7 @@ def test_a_context_that_grows_within_its_length_compiles_nothing():
 PRUNED = (
     *("streaming_llm", "streaming_llm+positions=absolute", "h2o", "h2o+store=int4", "h2o+decode_budget=60%", "tova"),
     *("snapkv+window=4", "snapkv+window=4+decode_budget=60%", "snapkv+window=4+store=int4", "pyramidkv+window=4"),
+    "keydiff+split=row",
 )
 
 
@@ -171,10 +172,17 @@ def test_a_pruned_context_was_read_with_less(case, tmp_path):
         more.prune(2)
 
 
-@pytest.mark.parametrize("method", ("full", "adakv+window=4", "dynamickv+window=4", "keydiff", "d2o", "mikv", "oracle"))
-def test_what_cannot_be_pruned(method):
+NOT_PRUNED = {
+    "it has no budget": ("full", "oracle"),
+    "share slots by scores": ("adakv+window=4", "dynamickv+window=4", "keydiff", "d2o"),
+    "are merged, or go to another tier": ("mikv",),
+}
+
+
+@pytest.mark.parametrize(("method", "why"), [(name, why) for why, names in NOT_PRUNED.items() for name in names])
+def test_what_cannot_be_pruned(method, why):
     context = model("gqa").read(TEXT, method, None if method == "full" else "50%")
-    with pytest.raises(InputError, match="cannot be made less"):
+    with pytest.raises(InputError, match=f"{why}.*: read the text with budget 10%"):
         context.prune("10%")
 
 
@@ -183,6 +191,10 @@ def test_questions_share_a_context():
     context = model("gqa").read(TEXT)
     sizes = [context.ask([[1]] * n, max_new_tokens=2).bytes.total for n in (2, 4, 6)]
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0] and sizes[0] - (sizes[1] - sizes[0]) <= context.bytes.total + 64
+    out = context.ask([text(1 + i % 9, i) for i in range(32)], max_new_tokens=2)
+    private = context.ask([[1]], max_new_tokens=2).bytes.total - context.bytes.total
+    assert out.bytes.total <= context.bytes.total + 32 * private
+    assert context.ask([text(9, i) for i in range(32)], max_new_tokens=3).timing.compile_s == 0
     assert context.kept == [len(TEXT)] * 2
 
 

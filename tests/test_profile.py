@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import calibrate, methods
+from kvjax import calibrate, evaluate, methods
 from kvjax.cache.layout import layer_groups
-from kvjax.checkpoint import shipped
+from kvjax.checkpoint import identity, shipped
 from kvjax.errors import InputError
 from kvjax.evaluation.runner import Evaluation
 from kvjax.generation.model import Model
@@ -119,7 +119,7 @@ def test_profiles_that_come_with_the_library():
 def test_what_is_wrong_with_a_profile_is_one_line(tmp_path: Path):
     decoder = oracle.random_model(5, num_layers=3)
     model, path = Model(decoder, None, (), "random"), tmp_path / "other.json"
-    with pytest.raises(InputError, match="no profile lies beside the model"):
+    with pytest.raises(InputError, match=r"no profile lies beside the model.*come smollm2-135m-instruct\.json"):
         model.generate([[1, 2, 3]], "snapkv+split=profile")
     with pytest.raises(InputError, match="split='heads' is not row, layer, global, profile or a profile's file"):
         methods.snapkv(split="heads")
@@ -140,8 +140,33 @@ def test_what_is_wrong_with_a_profile_is_one_line(tmp_path: Path):
 
 
 def test_a_profile_makes_no_other_model(tmp_path):
-    """KL is compared with a model that has another one, or none."""
+    """KL is compared with a model that has another one, or none, and contexts are read by it."""
     shutil.copytree(shipped.directory(), tmp_path / "bare", ignore=shutil.ignore_patterns(profile.BESIDE))
     bare, demo = kvjax.load(tmp_path / "bare"), kvjax.load()
     assert bare.spec.profile is None and demo.spec.profile is not None
     Evaluation(bare, batch=1, unseen=False, chat=False, reference=demo)
+    assert identity.of_model(bare.decoder) == identity.of_model(demo.decoder)
+
+
+def test_a_run_names_its_profiles(tmp_path, capsys):
+    """And goes on with these only; one that was measured on other weights is used, and said to be."""
+    shutil.copytree(shipped.directory(), tmp_path / "model")
+    own, other = tmp_path / "model" / profile.BESIDE, tmp_path / "other.json"
+    shutil.copy(own, other)
+    flags = ("--model", str(tmp_path / "model"), "--form", "short", "--tasks", "lines", "--lengths", "128")
+    flags = (*flags, "--samples", "1", "--out", str(tmp_path / "out"))
+
+    def run(methods: str) -> dict[str, str]:
+        evaluate.main([*flags, "--methods", methods, "--budgets", "20%"])
+        return json.loads((tmp_path / "out" / "run.json").read_text())["calls"][-1].get("profiles", {})
+
+    found = run(f"snapkv+split=profile,snapkv+split={other}")
+    assert found.keys() == {"profile", str(other)} and len(set(found.values())) == 1
+    assert run("snapkv") == {} and "other weights" not in capsys.readouterr().err
+    changed = json.loads(own.read_text())
+    own.write_text(json.dumps(changed | {"model": "another"}))
+    assert run("snapkv+split=profile")["profile"] == found["profile"]  # the same shares
+    assert "was measured on other weights" in capsys.readouterr().err
+    own.write_text(json.dumps(changed | {"shares": changed["shares"][::-1]}))
+    with pytest.raises(InputError, match="another split=profile profile"):
+        run("snapkv+split=profile")

@@ -140,6 +140,13 @@ def test_wrong_arguments_are_refused(name, value):
         methods.kvzip(**{name: value})
 
 
+@PLUS
+def test_chunks_can_be_cut_into_equal_blocks(method):
+    """From 64 tokens on they are a multiple of it: a prime number would be read one by one."""
+    sizes = {given: methods.make(method, "20%", {"chunk": given}).replay for given in (1, 61, 64, 127, 1009, 2048)}
+    assert sizes == {1: 1, 61: 61, 64: 64, 127: 64, 1009: 960, 2048: 2048}
+
+
 def test_what_is_far_behind_a_window_is_a_number():
     """No query of a second reading, however far behind the prompt's end, may see nothing at all."""
     model = Model(oracle.random_model(5, num_layers=2, windows=(16, None), max_position=1024), None, (), "random")

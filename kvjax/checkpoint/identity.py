@@ -1,5 +1,6 @@
 """Which model a checkpoint holds, so that results and caches of one are not taken for those of another."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def of_model(decoder: Decoder) -> str:
     parts, _ = hf.by_path(decoder)
     sample = lambda x: np.asarray(x.reshape(-1)[:: max(1, x.size // SAMPLE)])
     found = {name: [x.dtype.name, list(x.shape), digest.of_array(sample(x))] for name, x in parts.items()}
-    return digest.of_bytes(json.dumps([repr(decoder.spec), found], sort_keys=True).encode())
+    spec = dataclasses.replace(decoder.spec, profile=None)  # a profile makes no other model
+    return digest.of_bytes(json.dumps([repr(spec), found], sort_keys=True).encode())
 
 
 def _files(directory: Path) -> list[Any]:

@@ -9,6 +9,7 @@ from kvjax.cli.console import to_stdout
 from kvjax.cli.flags import CHAT_LENGTH, numbers, sampling
 from kvjax.cli.generating import show
 from kvjax.errors import InputError
+from kvjax.generation.accounting import full_bytes
 from kvjax.generation.chat import Chat
 from kvjax.generation.model import load
 from kvjax.generation.sampling import Sampling
@@ -23,6 +24,7 @@ def run(args: argparse.Namespace, messages: list[dict[str, str]]) -> None:
     length = min(CHAT_LENGTH, model.spec.max_position) if args.max_length is None else args.max_length
     asked = messages.pop()["content"] if messages and messages[-1]["role"] == "user" else None
     begun = chat = Chat(model, entry, args.budget, max_length=length, messages=(*messages,))
+    begun.check()
     if asked is not None:
         chat = _answer(chat, asked, args.max_new_tokens, how, args.stop)
     while (line := _line()) is not None:
@@ -43,9 +45,7 @@ def run(args: argparse.Namespace, messages: list[dict[str, str]]) -> None:
         elif line:
             try:
                 chat = _answer(chat, line, args.max_new_tokens, how, args.stop)
-            except InputError as error:  # the conversation goes on, once there is one
-                if chat.context is None:
-                    raise
+            except InputError as error:
                 print(f"({error})", flush=True)
 
 
@@ -74,11 +74,10 @@ def _show_bytes(chat: Chat, rest: str) -> Chat:
     if chat.context is None:
         print("nothing has been read yet", flush=True)
         return chat
-    held, full = chat.context.bytes.total, chat.context.full_bytes
-    tokens = len(chat.context.tokens)
+    tokens, most = len(chat.context.tokens), chat.max_length
+    held, full = chat.context.bytes.total, full_bytes(chat.model, [most])
     to_stdout().print(
-        f"{tokens:,} tokens; {held:,} bytes for up to {chat.max_length:,}; a full cache of these tokens has {full:,}",
-        highlight=False,
+        f"{tokens:,} tokens; {held:,} bytes for up to {most:,}, where a full cache takes {full:,}", highlight=False
     )
     return chat
 

@@ -21,7 +21,11 @@ MAY_CHANGE = ("tasks", "methods", "budgets", "samples")  # of a run that is cont
 
 
 def write(
-    directory: Path, command: Sequence[str], arguments: Mapping[str, object], calls: Sequence[Mapping[str, object]]
+    directory: Path,
+    command: Sequence[str],
+    arguments: Mapping[str, object],
+    calls: Sequence[Mapping[str, object]],
+    profiles: Mapping[str, str],
 ) -> None:
     """Write `run.json` with arguments, versions, commit and device; of a run that is continued, those of every call.
 
@@ -30,8 +34,9 @@ def write(
       command: module and flags.
       arguments: JSON values that determine the results.
       calls: from `earlier`.
+      profiles: digests of those that this call's methods use, by what `split` says.
     """
-    call = describe(command)
+    call = describe(command) | ({"profiles": dict(profiles)} if profiles else {})
     found = {**call, "arguments": arguments, "calls": [*calls, call]}
     output.write_json(directory / RUN, found)
 
@@ -51,8 +56,8 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def earlier(directory: Path, arguments: Mapping[str, object]) -> list[dict[str, object]]:
-    """The calls that have made the results of a folder; `InputError` if they have had other arguments."""
+def earlier(directory: Path, arguments: Mapping[str, object], profiles: Mapping[str, str]) -> list[dict[str, object]]:
+    """The calls that have made the results of a folder; `InputError` if they have had other arguments or profiles."""
     arguments = json.loads(json.dumps(arguments))  # as they were read
     path = directory / RUN
     run = read_run(path)
@@ -62,6 +67,10 @@ def earlier(directory: Path, arguments: Mapping[str, object]) -> list[dict[str, 
     for name in [name for name in arguments if name not in MAY_CHANGE and before.get(name) != arguments[name]]:
         was, now = (json.dumps(value) for value in (before.get(name), arguments[name]))
         raise InputError(f"{path.parent} holds a run with {name} {was}, not {now}: choose another --out")
+    for call in run["calls"]:
+        for split, found in (call.get("profiles") or {}).items():
+            if profiles.get(split, found) != found:
+                raise InputError(f"{path.parent} holds a run with another split={split} profile: choose another --out")
     return run["calls"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from kvjax.errors import InputError
 from kvjax.generation import context_file
 from kvjax.generation.context import Context, OnToken
-from kvjax.generation.generate import Pieces, Tokens, pieces, run
+from kvjax.generation.generate import Pieces, Tokens, check_recipe, pieces, run
 from kvjax.generation.model import Model
 from kvjax.generation.results import Generation
 from kvjax.generation.sampling import Sampling
@@ -111,33 +111,42 @@ class Chat:
         """The answer of `say` in pieces as they appear; see `Model.stream`. The generator returns what `say` does."""
         return pieces(self.model, self._say(words, max_new_tokens, sampling, stop), stop)
 
+    def check(self) -> None:
+        """Raise `InputError` where not even one word could be answered."""
+        check_recipe(self.model, resolve(self.model.spec, self.method, self.budget))
+        self._next("x")
+
     def _say(
         self, words: str, max_new_tokens: int, sampling: Sampling | None, stop: Sequence[str]
     ) -> Tokens[tuple[Generation, "Chat"]]:
-        tokenizer = self.model.tokenizer
-        if tokenizer is None:
-            raise InputError(f"{self.model.name} has no tokenizer: a conversation needs one, and a chat template")
-        messages = (*self.messages, {"role": "user", "content": words})
-        text = tokenizer.render(messages)
-        rest = self._rest(tokenizer, text)
-        ids = tokenizer.encode(text, special=False) if rest is None else rest
-        before = 0 if rest is None or self.context is None else len(self.context.tokens)
-        left = self.max_length - before - len(ids)
-        if left < 1:
-            raise InputError(
-                f"the conversation has {before + len(ids)} tokens, max-length is {self.max_length}: give more, or begin"
-                " another one"
-            )
-        if rest is None or self.context is None:
+        messages, text, ids, begun = self._next(words)
+        left = self.max_length - len(ids)
+        if begun is None:
             context = self.model.read(ids, self.method, self.budget, max_length=self.max_length)
         else:
-            context = self.context.extend(ids)
+            context, left = begun.extend(ids), left - len(begun.tokens)
         out, after = yield from context.generated(min(max_new_tokens, left), sampling, stop)
         answer = out.sequences[0].text or ""
         if out.sequences[0].finish_reason == "stop" and after.tokens[-1] not in self.model.stop:
             after = context.extend(answer)  # without the stop string, which later turns do not show
         messages = (*messages, {"role": "assistant", "content": answer})
         return out, dataclasses.replace(self, messages=messages, context=after, text=text + answer, read=len(ids))
+
+    def _next(self, words: str) -> tuple[tuple[dict[str, Any], ...], str, list[int], Context | None]:
+        """The messages with a user's words, their text, and its tokens behind a context; None = from the beginning."""
+        tokenizer = self.model.tokenizer
+        if tokenizer is None:
+            raise InputError(f"{self.model.name} has no tokenizer: a conversation needs one, and a chat template")
+        messages = (*self.messages, {"role": "user", "content": words})
+        text = tokenizer.render(messages)
+        rest = self._rest(tokenizer, text)
+        ids, context = (tokenizer.encode(text, special=False), None) if rest is None else (rest, self.context)
+        total = len(ids) + (0 if context is None else len(context.tokens))
+        if total >= self.max_length:
+            raise InputError(
+                f"the conversation has {total} tokens, max-length is {self.max_length}: give more, or begin another one"
+            )
+        return messages, text, ids, context
 
     def _rest(self, tokenizer: Tokenizer, text: str) -> list[int] | None:
         """The tokens of a conversation that the context has not read yet; None if it has read others."""

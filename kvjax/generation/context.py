@@ -241,7 +241,7 @@ class Context:
         """The context under a smaller budget, without reading the text again.
 
         As if it had been read with it, for methods whose rows each keep their best tokens: `snapkv`, `pyramidkv`,
-        `h2o`, `tova`, `streaming_llm`.
+        `h2o`, `tova`, `streaming_llm`, and any under `split=row` or `split=profile`.
 
         Args:
           budget: slots per row, 512 or "10%" of the text.
@@ -259,12 +259,11 @@ class Context:
         first = [group.index[0] for group in layout.layer_groups(spec)]
         windows = [spec.window(layer) for layer in first]
         whole = [window is not None and self.recipe.windowed == "whole" for window in windows]
-        prunes = [layer_recipe(spec, self.recipe, layer).policy.pool_hooks.prune for layer in first]
+        parts = [layer_recipe(spec, self.recipe, layer) for layer in first]
+        prunes = [part.policy.pool_hooks.prune for part in parts]
         if now is None or any(prune is None and not kept for prune, kept in zip(prunes, whole, strict=True)):
-            raise InputError(
-                f"{self.recipe.name}: what it keeps cannot be made less: slots are divided by scores that are not kept,"
-                f" or tokens are merged or demoted, or there is no budget: read the text with budget {budget}"
-            )
+            why = _not_pruned(self.recipe)
+            raise InputError(f"{self.recipe.name} cannot be pruned: {why}: read the text with budget {budget}")
         if len(self.tokens) > self.prompt:
             raise InputError("the context has grown since it was read: prune it before")
         if tokens_of(keep, self.prompt) > tokens_of(now, self.prompt):
@@ -376,6 +375,15 @@ def check_one_device(model: Model) -> None:
     """Raise `InputError` for a model whose weights are split."""
     if model.mesh is not None:
         raise InputError("a context lies on one device: load the model without a mesh")
+
+
+def _not_pruned(recipe: Recipe) -> str:
+    """Why what a method keeps cannot be made less."""
+    if recipe.amounts.keep is None or recipe.budget is None:
+        return "it has no budget"
+    if recipe.budget.allocate is not None or recipe.budget.split is not None:
+        return "its heads or layers share slots by scores that a cache does not keep"
+    return "tokens that leave are merged, or go to another tier"
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -11,6 +11,8 @@ from kvjax.policies.budgets.split import split_over
 from kvjax.policies.score import Score
 from kvjax.policies.select import retain
 
+PART = 64  # chunks of other sizes could not be cut into equal blocks
+
 
 @cached
 def kvzip(
@@ -27,7 +29,7 @@ def kvzip(
 
     Args:
       budget: prompt tokens kept per row, all together.
-      chunk: tokens that are read again together: fewer cost less; best a power of two.
+      chunk: tokens that are read again together, from 64 on a multiple of it: fewer cost less; best a power of two.
       split: who competes for slots, "row", "layer", "global" or "profile": see
         `kvjax.policies.budgets.split.split_over`.
       recent, sinks: newest and first tokens of the prompt, always kept; where a budget is smaller, newest ones.
@@ -51,4 +53,4 @@ def replaying(name: str, score: Score, budget: Keep, chunk: int, split: str, dec
     given = budgets.amounts(budget, decode_budget)
     evict = "before" if given.bounded else "never"
     policy = retain(score, split_over(split), store=named(store), evict=evict, bounded=given.bounded)
-    return Recipe(name, policy, amounts=given, replay=chunk)
+    return Recipe(name, policy, amounts=given, replay=chunk if chunk < PART else chunk // PART * PART)

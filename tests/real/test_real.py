@@ -12,6 +12,7 @@ import pytest
 
 import kvjax
 from kvjax.checkpoint.convert import convert
+from kvjax.generation.chat import Chat
 from tests.real.make_expected import FILE, NEW, PROMPTS
 
 pytestmark = [pytest.mark.real, pytest.mark.usefixtures("optimized")]
@@ -68,6 +69,28 @@ def test_compressed_caches_are_close_to_the_full_one(file, model):
     divergence, _ = model.divergence(prompts, said, "full+store=int8")
     assert max(kl.mean() for kl in divergence) < 2e-3
     assert all(len(tokens) > 1 for tokens in greedy(model, file.name, "h2o", "50%"))
+
+
+def test_ten_turns_are_one_long_prompt(file, model, tmp_path):
+    """Each reads what is new and compiles nothing; a conversation that was saved goes on with the same tokens."""
+    if not model.tokenizer.has_template:
+        pytest.skip("no chat model")
+    words = [case["prompt"] for case in EXPECTED[file.name]]
+    chat, loaded = Chat(model, max_length=512), None
+    for turn, said in enumerate([*words, *reversed(words)]):
+        before = 0 if chat.context is None else len(chat.context.tokens)
+        out, chat = chat.say(said, max_new_tokens=12)
+        assert before + chat.read == out.sequences[0].prompt_tokens and chat.context is not None
+        assert turn == 0 or (chat.read < 40 and out.timing.compile_s == 0)
+        if turn == 4:
+            chat.save(tmp_path / "talk.kv")
+            loaded = Chat.load(model, tmp_path / "talk.kv")
+        elif loaded is not None:
+            same, loaded = loaded.say(said, max_new_tokens=12)
+            assert same.sequences == out.sequences
+        answer = out.sequences[0].tokens
+        whole = model.generate([chat.context.tokens[: -len(answer)]], max_new_tokens=12, max_length=512)
+        assert whole.sequences[0].tokens == answer
 
 
 def test_the_converted_checkpoint_says_the_same(file, model, tmp_path):

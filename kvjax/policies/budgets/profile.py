@@ -54,7 +54,10 @@ def _rows(
 ) -> Int[np.ndarray, "l B K"]:
     profile = spec.profile if path is None else read(path)
     if profile is None:
-        raise InputError("split=profile: no profile lies beside the model: python -m kvjax.calibrate makes one")
+        raise InputError(
+            "split=profile: no profile lies beside the model: python -m kvjax.calibrate measures one; with the library"
+            f" come {', '.join(shipped())}, for split=NAME"
+        )
     share, heads = np.asarray(profile.shares), spec.num_rows * collectives.count(HEADS)
     if share.shape[1:] != (spec.num_layers, heads):
         raise InputError(
@@ -88,6 +91,11 @@ def noted(spec: ModelSpec, checkpoint: Path) -> ModelSpec:
 def first(profile: ProfileSpec | None, layers: int) -> ProfileSpec | None:
     """That of the first layers."""
     return profile and dataclasses.replace(profile, shares=tuple(level[:layers] for level in profile.shares))
+
+
+def shipped() -> list[str]:
+    """Names of the profiles that come with the library."""
+    return sorted(path.name for path in SHIPPED.glob("*.json"))
 
 
 def find(name: str) -> Path:
@@ -125,7 +133,8 @@ def read(path: Path) -> ProfileSpec:
         raise InputError(f"{path}: expected rising levels between 0 and 1, and shares [levels][layers][rows]")
     if not (shares.sum(axis=(1, 2)) > 0).all():
         raise InputError(f"{path}: at one of the levels nothing is shared")
-    return ProfileSpec(tuple(levels.tolist()), tuple(tuple(map(tuple, x)) for x in shares.tolist()), str(path))
+    shares = tuple(tuple(map(tuple, level)) for level in shares.tolist())
+    return ProfileSpec(tuple(levels.tolist()), shares, str(path), str(found.get("model", "")))
 
 
 def _numbers(given: Any) -> np.ndarray | None:
