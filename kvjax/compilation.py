@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +39,28 @@ def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) ->
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs are many
     interrupts.doubt(Path(folder))
+
+
+@contextmanager
+def few_programs(most: int = 300) -> Iterator[Callable[[], None]]:
+    """Yields what makes JAX forget its programs once it has compiled more than `most`: they would fill the memory."""
+    compiled: list[str] = []
+
+    def count(event: str, duration: float, **_: str | int) -> None:
+        del duration
+        if event == f"{_STAGES}backend_compile_duration":
+            compiled.append(event)
+
+    def forget() -> None:
+        if len(compiled) > most:
+            jax.clear_caches()
+            compiled.clear()
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        yield forget
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
 
 
 @contextmanager

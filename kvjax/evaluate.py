@@ -14,7 +14,6 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -189,7 +188,8 @@ def run(
     console = Console(stderr=True, highlight=False)
     console.print(f"{total} samples to run, in {len(grid)} methods and budgets")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    bars = Progress(*columns, console=console, disable=not console.is_terminal)
+    with bars as progress, compilation.few_programs() as forget:  # a long grid would fill the memory with code
         bar = progress.add_task("", total=total)
         for _, works in itertools.groupby(left, key=lambda work: work.point):
             for name, several in itertools.groupby(works, key=Work.name):
@@ -206,7 +206,7 @@ def run(
                     minutes = (time.monotonic() - start) / 60
                     rest = minutes / ran * (total - ran)
                     console.print(f"{name}: {ran} of {total} in {minutes:.1f} min, about {rest:.1f} min left")
-            jax.clear_caches()  # the next point's programs are others: a long grid would fill the memory with code
+            forget()
 
 
 class Work(NamedTuple):

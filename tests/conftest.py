@@ -5,7 +5,6 @@ Compiling takes most of the time, so nothing is optimized, here and in the proce
 
 import gc
 import importlib.metadata
-import itertools
 import json
 import os
 import re
@@ -35,12 +34,15 @@ if os.environ.get("KVJAX_TEST_SHAPES"):  # in every function that is traced, whi
 
     _hook = jaxtyping.install_import_hook(["kvjax", "pallas_kernels"], "tests.checker.checked")
     _hook.__enter__()
+from kvjax import compilation
 from kvjax.checkpoint import shipped
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
-_TESTS = itertools.count(1)
+# In one process; each takes some thirty mappings of memory, of which the system allows 65,530.
+_programs = compilation.few_programs(most=1000)
+_forget_if_many = _programs.__enter__()
 
 
 def pytest_collection_finish():
@@ -63,24 +65,16 @@ def no_kernel_races():
 @pytest.fixture
 def optimized():
     """For tests of what the compiler makes of a program, or of programs as they are used."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """Thousands of compiled programs in one process are more than the system maps into memory."""
-    yield
-    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
-def forget_programs_of_long_modules():
-    """Some modules alone have that many."""
-    yield
-    if next(_TESTS) % 40 == 0:
+def forget_programs(request: pytest.FixtureRequest):
+    """Tests share programs, where they are compiled alike: JAX does not look at how they were."""
+    quickly = "optimized" not in request.fixturenames
+    if jax.config.values["jax_disable_most_optimizations"] != quickly:
+        jax.config.update("jax_disable_most_optimizations", quickly)
         jax.clear_caches()
+    _forget_if_many()
 
 
 @pytest.fixture(scope="session")

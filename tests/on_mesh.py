@@ -1,6 +1,6 @@
 """Generate on one device and on a mesh of those that this process has; a JSON line for each method.
 
-python -m tests.on_mesh data=2,model=4 h2o full@demo count:tova
+python -m tests.on_mesh data=2,model=4 h2o full@demo data=1,model=8 count:tova
 """
 
 import collections
@@ -75,17 +75,20 @@ def collectives(model: Decoder, recipe: Recipe) -> dict[str, int]:
 
 
 def main() -> None:
-    size, *entries = sys.argv[1:]
-    for entry in entries:
+    size = ""
+    for entry in sys.argv[1:]:
+        if entry.startswith("data="):
+            size = entry
+            continue
         task, _, rest = entry.rpartition(":")
         method, _, of = rest.partition("@")
         one, many = models(of, method if method in GATES else "", size)
         recipe = matrix.recipe_of(method, BUDGET)
         if task == "count":
-            print(json.dumps({"method": method, "collectives": collectives(many, recipe)}))
+            print(json.dumps({"method": entry, "collectives": collectives(many, recipe)}))
             continue
         if task == "judge":
-            print(json.dumps({"method": method, "one": judge(one, recipe), "many": judge(many, recipe)}))
+            print(json.dumps({"method": entry, "one": judge(one, recipe), "many": judge(many, recipe)}))
             continue
         want, got = generate(one, recipe), generate(many, recipe)
         arrays = collections.Counter()
@@ -94,7 +97,7 @@ def main() -> None:
                 arrays[shard.device.id] += shard.data.nbytes
         tokens = lambda out: [sequence.tokens for sequence in out.sequences]
         found = {
-            "method": method, "tokens": tokens(got), "expected": tokens(want), "slots": got.slots,
+            "method": entry, "tokens": tokens(got), "expected": tokens(want), "slots": got.slots,
             "expected_slots": want.slots, "bytes": want.bytes.total, "device_bytes": got.device_bytes,
             "arrays": list(arrays.values()),
         }  # fmt: skip

@@ -4,6 +4,7 @@ A process has its devices from the start, so everything here runs in processes o
 generations, and the laws are tried again with their models on a mesh.
 """
 
+import functools
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ import pytest
 import kvjax
 from kvjax import METHODS, InputError
 from kvjax.checkpoint import shipped
+from kvjax.generate import main
 from kvjax.parallel import mesh
 from tests.matrix import slow
 
@@ -30,25 +32,30 @@ def devices(count: int, **more: str) -> dict[str, str]:
     return CPU | {"XLA_FLAGS": " ".join(flags)} | more
 
 
-def on_mesh(size: str, *methods: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "tests.on_mesh", size, *methods]
+def compare(*entries: str) -> tuple[dict[str, dict], str]:
+    """What `tests/on_mesh.py` says of each method, and its stderr."""
+    line = [sys.executable, "-m", "tests.on_mesh", *entries]
     done = subprocess.run(line, env=devices(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done
+    return {found["method"]: found for found in map(json.loads, done.stdout.splitlines())}, done.stderr
 
 
-def compare(size: str, *methods: str) -> list[dict]:
-    """What `tests/on_mesh.py` says of each method."""
-    return [json.loads(line) for line in on_mesh(size, *methods).stdout.splitlines()]
+COUNTED = ("full", "h2o", "tova", "snapkv")
+
+
+@functools.cache
+def quickly() -> tuple[dict[str, dict], str]:
+    """What most tests ask, of one process."""
+    return compare("data=2,model=4", "h2o", "mikv", "data=1,model=8", "h2o@demo", *map("count:{}".format, COUNTED))
 
 
 @pytest.mark.parametrize("size", slow(MESHES, ("data=1,model=8", "data=8,model=1")))
 def test_a_mesh_generates_what_one_device_does(size):
-    methods = ("h2o", "mikv") if size == "data=2,model=4" else METHODS
+    everything, _ = quickly() if size == "data=2,model=4" else compare(size, *METHODS)
     # Prompts of 61 to 90 tokens, one on each device: pools are for the longest.
     slack = 1.15 if size == "data=8,model=1" else 1.05
-    for found in compare(size, *methods):
-        name = found["method"]
+    for name in ("h2o", "mikv") if size == "data=2,model=4" else METHODS:
+        found = everything[name]
         assert found["tokens"] == found["expected"], name
         assert found["slots"] == found["expected_slots"], name
         if name not in ("adakv", "dmc", "dms"):  # whose heads differ: pools are for the device that holds most
@@ -58,22 +65,23 @@ def test_a_mesh_generates_what_one_device_does(size):
 
 @pytest.mark.slow
 def test_every_method_on_two_by_four():
-    for found in compare("data=2,model=4", *METHODS):
-        assert (found["tokens"], found["slots"]) == (found["expected"], found["expected_slots"]), found["method"]
+    for name, found in compare("data=2,model=4", *METHODS)[0].items():
+        assert (found["tokens"], found["slots"]) == (found["expected"], found["expected_slots"]), name
 
 
 @pytest.mark.slow
 def test_teacher_forcing_on_a_mesh():
-    for found in compare("data=2,model=4", "judge:h2o", "judge:d2o"):  # three prompts on two times four devices
-        assert found["many"] == pytest.approx(found["one"], rel=1e-3, abs=1e-4), found["method"]
+    found, _ = compare("data=2,model=4", "judge:h2o", "judge:d2o")  # three prompts on two times four devices
+    for name, judged in found.items():
+        assert judged["many"] == pytest.approx(judged["one"], rel=1e-3, abs=1e-4), name
 
 
 def test_more_devices_than_heads_hold_copies():
-    done = on_mesh("data=1,model=8", "h2o@demo")
-    found = json.loads(done.stdout)
+    everything, said = quickly()
+    found = everything["h2o@demo"]
     assert found["tokens"] == found["expected"]
     assert found["device_bytes"] == pytest.approx(found["bytes"] / 2, rel=0.05)  # two heads, of which each has one
-    assert "mesh model=8: 2 devices split the key/value heads, 4 have the same" in done.stderr
+    assert "mesh model=8: 2 devices split the key/value heads, 4 have the same" in said
 
 
 SOME = "gqa-dynamickv and not bf16 and not int8"
@@ -89,8 +97,7 @@ def test_the_laws_hold_on_a_mesh(chosen):
 
 
 def test_heads_talk_only_where_a_method_needs_all_of_them():
-    counts = {found["method"]: found["collectives"] for found in compare("data=1,model=8", "count:full", "count:h2o",
-                                                                          "count:tova", "count:snapkv")}  # fmt: skip
+    counts = {name: quickly()[0][f"count:{name}"]["collectives"] for name in COUNTED}
     layers = 2
     # A step: the embedding, attention's and the feed-forward network's sum in each layer; the logits are gathered.
     assert counts["full"] == counts["h2o"] == counts["snapkv"] == {"all-reduce": 1 + 2 * layers, "all-gather": 1}
@@ -109,11 +116,12 @@ def test_a_mesh_is_written_so(text, message):
         mesh.parse(text)
 
 
-def test_the_command_line_says_what_is_wrong():
-    for flags, words in ((["--mesh", "data=3"], "needs 3 devices, there are 1"), (["--distributed", "x"], "HOST:PORT")):
-        line = [sys.executable, "-m", "kvjax.generate", "--prompt", "a", *flags]
-        done = subprocess.run(line, env=CPU, capture_output=True, text=True)
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+@pytest.mark.parametrize(
+    ("flags", "words"), [("--mesh data=3", "needs 3 devices, there are 1"), ("--distributed x", "HOST:PORT")]
+)
+def test_the_command_line_says_what_is_wrong(flags, words):
+    with pytest.raises(InputError, match=words):
+        main(["--prompt", "a", *flags.split()])
 
 
 def together(*line: str, count: int = 2, each: int = 2) -> list[subprocess.Popen]:
@@ -128,17 +136,18 @@ def together(*line: str, count: int = 2, each: int = 2) -> list[subprocess.Popen
     return [start(i) for i in range(count)]
 
 
-def test_two_processes_generate_what_one_does():
+def test_two_processes_generate_what_one_does(capsys):
     ids = ",".join(map(str, np.random.default_rng(0).integers(2, 4000, 80).tolist()))
-    line = ["kvjax.generate", "--prompt-tokens", ids, "--prompt-tokens", ids[:99].rsplit(",", 1)[0], "--json"]
+    line = ["--prompt-tokens", ids, "--prompt-tokens", ids[:99].rsplit(",", 1)[0], "--json"]
     line += ["--method", "dynamickv", "--budget", "24", "--max-new-tokens", "12"]
-    alone = subprocess.run([sys.executable, "-m", *line], env=CPU, capture_output=True, text=True, check=True)
-    first, second = together(*line, "--mesh", "data=2,model=2")
+    first, second = together("kvjax.generate", *line, "--mesh", "data=2,model=2")
+    main(line)
+    alone = json.loads(capsys.readouterr().out)
     out, error = first.communicate(timeout=600)
     said, _ = second.communicate()
     assert (first.returncode, second.returncode) == (0, 0), error[-2000:]
     assert said == ""
-    assert json.loads(out)["sequences"] == json.loads(alone.stdout)["sequences"]
+    assert json.loads(out)["sequences"] == alone["sequences"]
 
 
 def test_a_process_that_dies_ends_the_others():

@@ -35,7 +35,7 @@ def compiling() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return Model(random_model(5, max_position=8192), None, (), "random")
+    return Model(random_model(5, num_layers=2, max_position=8192), None, (), "random")
 
 
 def texts(rng: np.random.Generator, lengths: list[int]) -> list[list[int]]:
