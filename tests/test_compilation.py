@@ -35,9 +35,10 @@ def test_a_second_run_compiles_nothing(tmp_path: Path) -> None:
 
 
 def test_it_can_be_turned_off_and_put_elsewhere(tmp_path: Path) -> None:
-    run(*GENERATE, XDG_CACHE_HOME=str(tmp_path / "a"), JAX_ENABLE_COMPILATION_CACHE="false", **ALL)
+    program = "import jax, kvjax; kvjax.enable_compilation_cache(); jax.jit(lambda x: x + 1)(1)"
+    run("-c", program, XDG_CACHE_HOME=str(tmp_path / "a"), JAX_ENABLE_COMPILATION_CACHE="false", **ALL)
     assert not (tmp_path / "a").exists()
-    run(*GENERATE, XDG_CACHE_HOME=str(tmp_path / "a"), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "b"), **ALL)
+    run("-c", program, XDG_CACHE_HOME=str(tmp_path / "a"), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "b"), **ALL)
     assert not (tmp_path / "a").exists() and list((tmp_path / "b").iterdir())
 
 
@@ -119,4 +120,4 @@ def test_a_command_tells_a_terminal_and_no_pipe(tmp_path: Path) -> None:
     assert done.returncode == 0 and len(json.loads(done.stdout)["sequences"]) == 1
     assert os.read(ours, 1000) == b"compiling ...\r\n"
     os.close(ours)
-    run("-c", program, *GENERATE[2:], XDG_CACHE_HOME=str(tmp_path / "other"))
+    run("-c", program, *GENERATE[2:], JAX_COMPILATION_CACHE_DIR=os.environ["JAX_COMPILATION_CACHE_DIR"])

@@ -84,7 +84,7 @@ def exact(model: kvjax.Model, length: int, samples: int, recipe=None, name: str 
 
 def test_shipped_model_finds_lines(model: kvjax.Model) -> None:
     assert model.spec.group_size > 1 and model.spec.max_position == 4096
-    assert exact(model, length=1024, samples=32) >= 0.97
+    assert exact(model, length=1024, samples=16) >= 0.97
 
 
 @pytest.mark.parametrize("name", ["needle", "passkey", "niah_multikey", "variable_tracking"])
@@ -115,7 +115,7 @@ def test_without_half_of_its_cache_the_shipped_model_forgets(model: kvjax.Model)
     keep, amounts = budgets.uniform(), budgets.amounts("50%")
     lot = score.recency(0)._replace(prompt=lambda prompt: jax.random.uniform(jax.random.key(0), scores_of(prompt)))
     forgetful = Recipe("lot", retain(lot, keep, evict="before"), amounts=amounts)
-    assert exact(model, length=1024, samples=32, recipe=forgetful) <= exact(model, length=1024, samples=32) - 0.3
+    assert exact(model, length=1024, samples=16, recipe=forgetful) <= exact(model, length=1024, samples=16) - 0.3
 
 
 def test_the_shipped_retrofitted_model_answers_from_a_third_of_the_bytes() -> None:

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -25,8 +24,8 @@ from kvjax.cli import command
 from kvjax.evaluation import runner
 from kvjax.generation import accounting
 from kvjax.generation.model import Model
-from kvjax.models.decoder import forward
 from kvjax.tasks.task import Sample
+from tests.matrix import reference
 from tests.test_tokenizer import STYLES, byte_level, write
 
 pytestmark = pytest.mark.usefixtures("shallow_demo")
@@ -226,7 +225,7 @@ def test_a_reference_is_another_models_full_cache(tmp_path):
 def _next_tokens(model, ids, after):
     """Log-probabilities after each token of the continuations, without a cache."""
     tokens = [[*before, *following] for before, following in zip(ids, after, strict=True)]
-    logits = [forward(model.decoder, jnp.asarray([text]))[0] for text in tokens]
+    logits = [reference(model.decoder, text) for text in tokens]
     return [np.asarray(jax.nn.log_softmax(x))[len(before) :] for x, before in zip(logits, ids, strict=True)]
 
 

@@ -551,7 +551,7 @@ def test_sinks_by_place_are_seen_whatever_lies_between(name, tmp_path):
     model = kvjax.load(golden.write_checkpoint(name, tmp_path))
     one = dataclasses.replace(model.spec, num_layers=1, windows=model.spec.windows[:1], max_position=256)
     model.decoder.spec, model.decoder.layers = one, nnx.List([model.decoder.layers[0]])
-    rng = np.random.default_rng(0)
+    rng, step = np.random.default_rng(0), jax.jit(kvjax.decode_step, static_argnames="recipe")
     sinks, other, newest = (rng.integers(0, 97, n).tolist() for n in (4, 4, 30))
 
     def logits(first, between):
@@ -561,7 +561,7 @@ def test_sinks_by_place_are_seen_whatever_lies_between(name, tmp_path):
         cache = kvjax.init_cache(model.decoder, recipe, lengths)
         length = jnp.asarray(lengths.prompt, jnp.int32)
         _, cache = kvjax.prefill(model.decoder, recipe, tokens, length, cache)
-        return kvjax.decode_step(model.decoder, recipe, cache, jnp.asarray([5], jnp.int32), length)[0]
+        return step(model.decoder, recipe, cache, jnp.asarray([5], jnp.int32), length)[0]
 
     near, far, changed = logits(sinks, 10), logits(sinks, 70), logits(other, 70)
     np.testing.assert_allclose(near, far, atol=1e-4)

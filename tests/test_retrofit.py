@@ -62,7 +62,8 @@ def test_pooling_is_that_of_loops(window: int) -> None:
     x, weight = rng.normal(size=(2, 40, 3, 4)), rng.random((2, 40, 3)) + 0.1
     merge = np.where(rng.random((2, 40, 3)) < 0.5, rng.random((2, 40, 3)), rng.integers(0, 2, (2, 40, 3)))
     merge[:, :, 2] = 1  # one long segment
-    got = segment_merge.pool(*(jnp.asarray(y, jnp.float32) for y in (x, merge, weight)), window=window)
+    pool = jax.jit(segment_merge.pool, static_argnames="window")
+    got = pool(*(jnp.asarray(y, jnp.float32) for y in (x, merge, weight)), window=window)
     for b, t, k in np.ndindex(2, 40, 3):
         carried, top, bottom = 1.0, np.zeros(4), 0.0
         for by in range(min(window or 40, t + 1)):
@@ -162,7 +163,7 @@ def test_the_loss_of_many_tokens_is_that_of_few_at_a_time(monkeypatch: pytest.Mo
             patch.setattr(objective, "LOGITS", 97 * 16)
             some = loss(remat)(model, teacher)
         np.testing.assert_allclose(some.total, whole.total, rtol=1e-5)
-    logs = jax.nn.log_softmax(forward(model, batch.ids[:, :-1]))
+    logs = jax.nn.log_softmax(jax.jit(forward)(model, batch.ids[:, :-1]))
     closed = jax.jit(
         lambda model: objective.losses(model, batch._replace(starts=batch.starts | True), jnp.float32(2), relax)
     )
@@ -317,13 +318,14 @@ def test_another_model_can_be_the_teacher(monkeypatch: pytest.MonkeyPatch) -> No
     run = step(gated)
     _, losses = run(run.begin(state, 0), batch, 0)
     relax = Relax(jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 1)[0])
-    wanted = objective.losses(gated, batch, jnp.float32(1), relax, base=other)
+    wanted = jax.jit(objective.losses)(gated, batch, jnp.float32(1), relax, base=other)
     np.testing.assert_allclose(losses.text, wanted.text, rtol=1e-4)
 
 
-def test_an_adapter_alone_is_trained(tmp_path: Path, texts: Path) -> None:
-    run(tmp_path, texts, "--objective", "dms", "--adapter", "--fade-steps", "0", "--window", "8")
-    model, source = orbax.load(tmp_path, np.float32), kvjax.load(dtype=jnp.float32).decoder
+def test_an_adapter_alone_is_trained(tmp_path: Path, texts: Path, shallow: Path) -> None:
+    flags = ("--model", str(shallow), "--objective", "dms", "--adapter", "--fade-steps", "0", "--window", "8")
+    run(tmp_path, texts, *flags)
+    model, source = orbax.load(tmp_path, np.float32), kvjax.load(shallow, dtype=jnp.float32).decoder
     gate = model.spec.gate
     assert gate is not None and gate.offset >= 5  # closed where the rate had passed its target
     assert gate == GateSpec("dms", gate.rate, 8, None, gate.offset, 100.0)
