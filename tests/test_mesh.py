@@ -1,7 +1,7 @@
 """Many devices: what one of them does, split over eight on the host, and over two processes.
 
-A process has its devices from the start, so everything here runs in processes of its own: `tests/on_mesh.py` compares
-generations, and the laws are tried again with their models on a mesh.
+A process has its devices from the start, so everything here runs in processes of its own: `tests/on_mesh.py`
+compares generations, and the laws are tried again with their models on a mesh.
 """
 
 import functools
