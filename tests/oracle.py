@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kvjax.cache import layout, sharding
+from kvjax.cache import layout
 from kvjax.cache import tier as tiers_
 from kvjax.generation import decode, prefill
 from kvjax.generation.allocate import init_cache
@@ -208,14 +208,16 @@ def random_model(seed: int, *, dtype=jnp.float32, **fields) -> Decoder:
     return model
 
 
-@mesh.program((sharding.cache,), lambda cache: mesh.ROWS, static=("spec",))
-def _positions(cache: layout.Cache, *, spec: ModelSpec) -> list[list[jax.Array]]:
-    """Positions of every layer's slots, one array per tier."""
-    layers: dict[int, list[jax.Array]] = {}
-    for group, tiers in zip(layout.layer_groups(spec), cache, strict=True):
-        for place, layer in enumerate(group.index):
-            layers[layer] = [tiers_.positions(tiers_.layer(tier, place)) for tier in tiers]
-    return [layers[layer] for layer in range(spec.num_layers)]
+def _positions(tier: tiers_.Tier, devices: dict[str, int]) -> np.ndarray:
+    """Positions `[L B K S]` of a tier's slots, -1 where they are empty; each device's pages lie side by side."""
+    table, length, slot = np.asarray(tier.table), np.asarray(tier.length), np.arange(tier.capacity)
+    pos = slot
+    if not isinstance(tier.pos, tuple):
+        pool, size = np.asarray(tier.pos), len(tier.pos) // len(tier.num_free)
+        of = lambda count, axis: np.arange(count) // (count // devices[axis])
+        device = of(table.shape[1], "data")[:, None] * devices["heads"] + of(table.shape[2], "heads")
+        pos = pool[np.minimum(table, size - 1) + size * device[..., None]].reshape(*length.shape, -1)
+    return np.where(slot < length[..., None], pos, -1)
 
 
 def step(model: Decoder, cache: layout.Cache, token: jax.Array, pos: jax.Array, active: jax.Array, *, recipe):
@@ -234,9 +236,12 @@ step.lower = _step.lower  # as of a compiled function
 
 def kept_positions(model: Decoder, cache: layout.Cache) -> list[list[list[list[int]]]]:
     """Positions `[B][L][K]` of the kept tokens, sorted; all tiers together."""
-    layers = _positions(cache, spec=model.spec)
-    pos = [np.concatenate(tiers, axis=-1) for tiers in layers]
-    return [[[sorted(row[row >= 0].tolist()) for row in layer[b]] for layer in pos] for b in range(pos[0].shape[0])]
+    layers: dict[int, np.ndarray] = {}
+    for group, tiers in zip(layout.layer_groups(model.spec), cache, strict=True):
+        pos = np.concatenate([_positions(tier, mesh.shape_of(model)) for tier in tiers], axis=-1)
+        layers |= zip(group.index, pos, strict=True)
+    batch = range(layers[0].shape[0])
+    return [[[sorted(row[row >= 0].tolist()) for row in layers[i][b]] for i in range(len(layers))] for b in batch]
 
 
 def start(
