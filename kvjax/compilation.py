@@ -46,8 +46,8 @@ def few_programs(most: int = 300) -> Iterator[Callable[[], None]]:
     """Yields what makes JAX forget its programs once it has compiled more than `most`: they would fill the memory."""
     compiled: list[str] = []
 
-    def count(event: str, duration: float, **_: str | int) -> None:
-        del duration
+    def count(event: str, duration_secs: float, **_: str | int) -> None:
+        del duration_secs
         if event == f"{_STAGES}backend_compile_duration":
             compiled.append(event)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kvjax import compilation
@@ -54,6 +55,15 @@ def test_it_counts_from_the_call_on(tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     run("-c", program, *map(str, folders), **ALL)
     assert all(list(folder.glob("jit__lambda*-cache")) for folder in folders)
+
+
+def test_programs_are_forgotten_once_they_are_many() -> None:
+    program = jax.jit(lambda x: x + 1)
+    with compilation.few_programs(most=1) as forget:
+        for size, kept in ((3, 1), (4, 0)):
+            program(np.zeros(size, np.float32))
+            forget()
+            assert program._cache_size() == kept
 
 
 class Terminal(io.StringIO):
