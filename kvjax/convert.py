@@ -10,8 +10,8 @@ from typing import get_args
 
 import jax
 
-from kvjax.checkpoint.convert import DTYPES, convert
-from kvjax.checkpoint.lorc import lorc, ranks
+from kvjax.checkpoint.header import DTYPES
+from kvjax.checkpoint.lorc import ranks
 from kvjax.cli import command
 from kvjax.errors import InputError
 from kvjax.spec import WEIGHT_BITS
@@ -44,10 +44,12 @@ def _convert(args: argparse.Namespace) -> None:
     if options is None:
         jax.config.update("jax_platforms", "cpu")  # an accelerator is of no use here
     command.begin(args)
+    from kvjax.checkpoint.convert import convert
+
     convert(args.src, args.dst, args.dtype, args.ignore_config, options, args.weights)
 
 
-def add_lorc_flags(parser: argparse.ArgumentParser, basis: lorc.Basis = lorc.BASIS) -> None:
+def add_lorc_flags(parser: argparse.ArgumentParser, basis: ranks.Basis = ranks.BASIS) -> None:
     """The flags that make keys and values low-rank; `basis` is the default of `--lorc-basis`, as help says it."""
     group = parser.add_argument_group("low-rank keys and values (LoRC)")
     how = group.add_mutually_exclusive_group()
@@ -61,14 +63,14 @@ def add_lorc_flags(parser: argparse.ArgumentParser, basis: lorc.Basis = lorc.BAS
     )
     group.add_argument(
         "--lorc-basis",
-        choices=get_args(lorc.Basis),
+        choices=get_args(ranks.Basis),
         help=f"best for the weights, as in the paper, or for what they make of a text (default: {basis})",
     )
     group.add_argument("--lorc-text", type=Path, metavar="FILE", help="that text (default: look-ups, code and prose)")
     group.add_argument("--lorc-hadamard", action="store_true", help="turn latents, so that low-bit stores lose less")
 
 
-def lorc_options(args: argparse.Namespace, basis: lorc.Basis = lorc.BASIS) -> lorc.LowRankOptions | None:
+def lorc_options(args: argparse.Namespace, basis: ranks.Basis = ranks.BASIS) -> ranks.LowRankOptions | None:
     """What the flags of `add_lorc_flags` ask for, `basis` where they do not say; None if it is nothing."""
     request = ranks.parse(args.lorc) if args.lorc is not None else args.lorc_ranks
     if request is None:
@@ -81,7 +83,7 @@ def lorc_options(args: argparse.Namespace, basis: lorc.Basis = lorc.BASIS) -> lo
     if args.lorc_text is not None and basis == "plain":
         raise InputError("--lorc-text is for --lorc-basis whiten")
     heads = None if args.lorc_groups == "joint" else int(args.lorc_groups)
-    return lorc.LowRankOptions(request, heads, basis, args.lorc_text, args.lorc_hadamard)
+    return ranks.LowRankOptions(request, heads, basis, args.lorc_text, args.lorc_hadamard)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
 import kvjax.convert
-from kvjax.checkpoint import hf, load_model, mxfp4, names, orbax
+from kvjax.checkpoint import hf, mxfp4, names, orbax
 from kvjax.checkpoint.convert import convert
+from kvjax.checkpoint.load import load_model
 from kvjax.errors import InputError
 from kvjax.models.decoder import forward
 from kvjax.models.hf_config import read_config

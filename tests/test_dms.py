@@ -79,4 +79,4 @@ def test_a_plan_says_that_the_model_decides(method):
     )
     assert planned.budget is None and planned.decided.startswith("by the model")
     assert 0 < planned.bytes["total"] < planned.full_bytes
-    assert dry_run.arguments(method, {"capacity": "50%"}) == {"capacity": "50%", "store": "dense"}
+    assert methods.arguments_of(method, {"capacity": "50%"}) == {"capacity": "50%", "store": "dense"}

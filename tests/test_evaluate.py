@@ -19,9 +19,9 @@ import kvjax
 from kvjax import METHODS, evaluate, methods
 from kvjax.checkpoint import shipped
 from kvjax.checkpoint.convert import convert
-from kvjax.checkpoint.lorc import lorc, ranks
+from kvjax.checkpoint.lorc import ranks
 from kvjax.cli import command
-from kvjax.evaluation import runner
+from kvjax.evaluation import grid, runner
 from kvjax.generation import accounting
 from kvjax.generation.model import Model
 from kvjax.tasks.task import Sample
@@ -157,11 +157,12 @@ def test_a_config_is_a_method_with_its_budget(tmp_path):
 def test_flags_take_precedence_over_a_config(tmp_path):
     (tmp_path / "a.toml").write_text(CONFIG)
     settings, stores = {"snapkv": {"window": "8"}}, {"store": "int4"}
-    entries = [("h2o", None), evaluate.configured(tmp_path / "a.toml", settings, stores)]
-    grid = evaluate.points(entries, None, settings, stores)
-    assert [(point.method, point.budget) for point in grid] == [("h2o+store=int4", "20%"), ("snapkv+store=int4", "20%")]
-    assert grid[1].recipe is methods.snapkv(budget="20%", window=8, store="int4")
-    assert [point.budget for point in evaluate.points(entries, ["32"])] == ["32", "32"]
+    entries = [("h2o", None), grid.configured(tmp_path / "a.toml", settings, stores)]
+    found = grid.points(entries, None, settings, stores)
+    named = [(point.method, point.budget) for point in found]
+    assert named == [("h2o+store=int4", "20%"), ("snapkv+store=int4", "20%")]
+    assert found[1].recipe is methods.snapkv(budget="20%", window=8, store="int4")
+    assert [point.budget for point in grid.points(entries, ["32"])] == ["32", "32"]
 
 
 def test_teacher_forced_tasks_measure_the_continuation(tmp_path):
@@ -206,7 +207,7 @@ def test_a_template_that_rewrites_messages_is_refused(tmp_path):
 
 def test_a_reference_is_another_models_full_cache(tmp_path):
     """Of a model with half of the keys and values: its divergence from the model that it was made from."""
-    options = lorc.LowRankOptions(ranks.parse("keep=50%,rule=uniform"), basis="plain")
+    options = ranks.LowRankOptions(ranks.parse("keep=50%,rule=uniform"), basis="plain")
     convert(str(shipped.directory()), tmp_path / "low", low_rank=options)
     flags = "--model", str(tmp_path / "low"), "--tasks", "kl", "--methods", "full", "--form", "short"
     alone = run(tmp_path / "alone", *flags)
@@ -400,7 +401,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_results(tmp_path):
         (["--tasks", "lines,sudoku"], "unknown task 'sudoku': choose from lines, needle"),
         (["--tasks", "lines", "--methods", "h2p"], "unknown method 'h2p': choose from full"),
         (["--tasks", "lines", "--budgets", "120%"], "120%"),
-        (["--tasks", "lines", "--lengths", "4097"], "lengths are 1 to 4096, the model's context limit"),
+        (["--tasks", "lines", "--lengths", "4097"], "--lengths 4097 is more than 4096, the model's context limit"),
         (["--tasks", "lines", "--lengths", "8"], "task lines does not fit into 8 tokens"),
         (["--tasks", "lines", "--lengths", "a"], "is not a list of lengths"),
         (["--tasks", "longbench"], "--data"),

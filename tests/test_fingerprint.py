@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from kvjax.checkpoint import fingerprint
 from kvjax.checkpoint.convert import convert
+from kvjax.checkpoint.identity import fingerprint
 from kvjax.errors import InputError
 
 

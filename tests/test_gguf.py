@@ -20,8 +20,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 import kvjax
-from kvjax.checkpoint import fingerprint, gguf, hf, load_model, mxfp4
+from kvjax.checkpoint import gguf, hf, mxfp4
 from kvjax.checkpoint.convert import convert
+from kvjax.checkpoint.identity import fingerprint
+from kvjax.checkpoint.load import load_model
 from kvjax.errors import InputError
 from kvjax.files import gguf as header
 from kvjax.generation.model import find_stop

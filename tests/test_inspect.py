@@ -80,7 +80,7 @@ def test_streaming_llm_keeps_sinks_and_the_newest_tokens(capsys):
     assert out["slots"] == [[9, 9]] * 6
     assert (out["method"], out["budget"], out["model"], out["dtype"]) == ("streaming_llm", 9, "demo", "float32")
     assert set(out) == {
-        *("method", "budget", "model", "dtype", "prompt_tokens", "tokens", "layers", "heads"),
+        *("method", "budget", "model", "dtype", "weights", "prompt_tokens", "tokens", "layers", "heads"),
         *("positions", "tiers", "slots", "cache"),
     }
 

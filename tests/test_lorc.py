@@ -27,7 +27,8 @@ from kvjax import METHODS, compilation, methods
 from kvjax.cache import layout
 from kvjax.cache import tier as tiers_
 from kvjax.cache.tier import Bytes
-from kvjax.checkpoint import hf, load_model, names, orbax
+from kvjax.checkpoint import hf, names, orbax
+from kvjax.checkpoint.load import load_model
 from kvjax.checkpoint.lorc import calibration
 from kvjax.generation.allocate import init_cache
 from kvjax.models.decoder import Decoder

@@ -21,7 +21,8 @@ from kvjax.plan import estimate as estimates
 from kvjax.plan.__main__ import main
 from kvjax.plan.chips import CHIPS, find
 from kvjax.plan.estimate import Parts, bound, estimate, weights
-from kvjax.plan.settings import PROG, Setting, find_model, parse, setting
+from kvjax.plan.flags import PROG, parse
+from kvjax.plan.settings import Setting, find_model, setting
 
 LLAMA = ["--model", "llama-3-8b", "--chip", "h200", "--estimate"]
 # Numbers in all tensors, as the hub shows them beside each checkpoint.

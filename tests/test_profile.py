@@ -13,6 +13,7 @@ import kvjax
 from kvjax import calibrate, evaluate, methods
 from kvjax.cache.layout import layer_groups
 from kvjax.checkpoint import identity, shipped
+from kvjax.checkpoint.identity import fingerprint
 from kvjax.errors import InputError
 from kvjax.evaluation.runner import Evaluation
 from kvjax.generation.model import Model
@@ -97,7 +98,7 @@ def test_the_command_writes_what_is_found_beside_the_weights(tmp_path: Path, cap
     out = tmp_path / profile.BESIDE
     calibrate.main([str(tmp_path), str(out), "--text", str(tmp_path / "text")])
     assert "shares of 6 layers at 5 levels" in capsys.readouterr().out
-    assert json.loads(out.read_text())["model"] == kvjax.checkpoint.fingerprint(tmp_path)
+    assert json.loads(out.read_text())["model"] == fingerprint(tmp_path)
     model = kvjax.load(tmp_path)
     planned = dry_run.plan_cache(dry_run.abstract_model(str(tmp_path)), methods.h2o(20, split="profile"), 100, 8)
     read = model.generate([text(100, 0)], "h2o+split=profile", 20, max_new_tokens=8)

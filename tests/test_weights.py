@@ -15,9 +15,11 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
 import kvjax
-from kvjax.checkpoint import fingerprint, hf, load_model, orbax
+from kvjax.checkpoint import hf, orbax
 from kvjax.checkpoint.convert import convert
-from kvjax.checkpoint.lorc import lorc, ranks
+from kvjax.checkpoint.identity import fingerprint
+from kvjax.checkpoint.load import load_model
+from kvjax.checkpoint.lorc import ranks
 from kvjax.errors import InputError
 from kvjax.models import quantized
 from kvjax.models.decoder import Decoder, forward
@@ -261,7 +263,7 @@ def test_weights_of_few_bits_are_not_made_twice_nor_trained(tmp_path):
 
 def test_low_rank_factors_stay_numbers(tmp_path):
     source, small = checkpoint("llama_tied", tmp_path / "source"), tmp_path / "small"
-    convert(source, small, low_rank=lorc.LowRankOptions(ranks.parse("keep=50%"), None, "plain"), weights="int4")
+    convert(source, small, low_rank=ranks.LowRankOptions(ranks.parse("keep=50%"), None, "plain"), weights="int4")
     model, _ = load_model(str(small), jnp.float32)
     found, _ = hf.by_path(model)
     assert found["layers.0.attention.k.down"].dtype == jnp.float32

@@ -11,21 +11,22 @@ process: read the ratios.
 """
 
 import argparse
+import importlib
 from pathlib import Path
 
-from kvjax.bench import convert, decode, kernels, prefill, report, tune
 from kvjax.cli import command
 from kvjax.errors import InputError
 
 PROG = "kvjax.bench"
-COMMANDS = {"kernels": kernels, "decode": decode, "prefill": prefill, "convert": convert, "tune": tune}
+COMMANDS = ("kernels", "decode", "prefill", "convert", "tune")  # a module of this package each
 
 
 def parser(name: str) -> command.Parser:
     """A command's flags, with those that all have."""
-    raw = argparse.RawDescriptionHelpFormatter
-    p = command.Parser(prog=f"{PROG} {name}", description=COMMANDS[name].__doc__, formatter_class=raw)
-    COMMANDS[name].add_flags(p)
+    raw, module = argparse.RawDescriptionHelpFormatter, importlib.import_module(f"kvjax.bench.{name}")
+    p = command.Parser(prog=f"{PROG} {name}", description=module.__doc__, formatter_class=raw)
+    module.add_flags(p)
+    p.set_defaults(run=module.run)
     p.add_argument("--rounds", type=int, default=7, help="turns of each contestant (default: 7)")
     p.add_argument("--out", type=Path, metavar="DIR", help="write JSON, a table and a picture")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -44,8 +45,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser(name).parse_args(flags)
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds} is not at least 1")
+    from kvjax.bench import report
+
     report.check(args.out)
-    found = COMMANDS[name].run(args, [PROG, name, *flags])
+    found = args.run(args, [PROG, name, *flags])
     report.tell(found, as_json=args.json, out=args.out)
 
 

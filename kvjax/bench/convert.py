@@ -22,7 +22,7 @@ from kvjax.bench import models, report, turns
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
 from kvjax.checkpoint import hf, names
-from kvjax.checkpoint.convert import DTYPES
+from kvjax.checkpoint.header import DTYPES
 from kvjax.errors import InputError
 from kvjax.models.hf_config import to_config
 from kvjax.spec import ModelSpec

@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from kvjax.checkpoint import hf, orbax
+from kvjax.checkpoint.header import DTYPES
 from kvjax.checkpoint.lorc import lorc
+from kvjax.checkpoint.lorc.ranks import LowRankOptions
 from kvjax.checkpoint.stage import check_absent
 from kvjax.errors import InputError
 from kvjax.models import quantized
 from kvjax.models.hf_config import read_config
 from kvjax.spec import ModelSpec
-
-DTYPES = ("bfloat16", "float32")
 
 
 def convert(
@@ -25,7 +25,7 @@ def convert(
     dst: Path,
     dtype: str | None = None,
     ignore: Collection[str] = (),
-    low_rank: lorc.LowRankOptions | None = None,
+    low_rank: LowRankOptions | None = None,
     weights: str | None = None,
 ) -> None:
     """Convert the checkpoint `source` into the new directory `dst`, with a progress bar on stderr.
@@ -81,7 +81,7 @@ def _cast(
     dst: Path,
     dtype: str | None,
     ignore: Collection[str],
-    low_rank: lorc.LowRankOptions | None,
+    low_rank: LowRankOptions | None,
     weights: str | None,
 ) -> None:
     """A converted checkpoint in another dtype or in few bits; low-rank and retrofitted ones stay what they are."""

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+DTYPES = ("bfloat16", "float32")  # what converted weights can be
+
 
 class Stored(NamedTuple):
     """Where a tensor is and what it is, from its file's header."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SHOWCASE_METHOD = "snapkv"  # of a run without a prompt
 CHAT_LENGTH = 4096  # tokens of a conversation, unless it is said
+CONTEXT = 4096  # prompt tokens of a cache that is only planned
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from kvjax import checkpoint
+from kvjax.checkpoint.load import load_model
 from kvjax.corpus import data, tokens
 from kvjax.errors import InputError
 from kvjax.models import rope
@@ -83,7 +83,7 @@ def continued(spec: ModelSpec, seed: int, folder: Path) -> Decoder:
     hundred steps (Code Llama, arXiv 2308.12950).
     """
     model = initial(spec, seed)
-    source, directory = checkpoint.load_model(str(folder), "float32")
+    source, directory = load_model(str(folder), "float32")
     same = dataclasses.replace(source.spec, rope=spec.rope, vocab_size=spec.vocab_size)
     if same != spec or not spec.tie_embeddings:
         raise InputError(f"{folder} has another architecture than the model that is to continue it: {source.spec}")

@@ -17,13 +17,13 @@ import numpy as np
 
 from kvjax.cache import pages
 from kvjax.errors import InputError
+from kvjax.evaluation.grid import Point
 from kvjax.evaluation.manifest import digest
 from kvjax.evaluation.results import SAMPLES, Key, Line, check, key
 from kvjax.files import journal
 from kvjax.generation.accounting import full_slots
 from kvjax.generation.model import Model
 from kvjax.generation.results import Compared, Footprint, Generation
-from kvjax.policies.base import Recipe
 from kvjax.spec import ModelSpec
 from kvjax.tasks.task import Form, Request, Sample, Task
 from kvjax.tasks.text import shipped_text
@@ -31,14 +31,6 @@ from kvjax.tasks.text import shipped_text
 Done = dict[Key, str | None]  # results that are there, and the digests of their samples
 Size = tuple[float, float]  # of a sequence's cache, and of its full one [bytes]
 NOTHING = Compared(0, 0)
-
-
-class Point(NamedTuple):
-    """One place in the grid: a method with a budget."""
-
-    method: str
-    budget: str | None
-    recipe: Recipe
 
 
 class Prompts(NamedTuple):

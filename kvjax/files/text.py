@@ -27,6 +27,14 @@ def read_text(path: Path) -> str:
         raise InputError(f"cannot read {path}: {error}") from None
 
 
+def read_prose(path: Path) -> str:
+    """The text of a UTF-8 file that has words in it."""
+    text = read_text(path)
+    if not text.strip():
+        raise InputError(f"{path} is empty")
+    return text
+
+
 def parse_json(text: str | bytes, where: object) -> Any:
     """What a JSON text says.
 

@@ -15,14 +15,13 @@ from kvjax.errors import InputError
 from kvjax.generation.allocate import init_cache
 from kvjax.generation.model import Model
 from kvjax.generation.prefill import padded_length, prefill
-from kvjax.methods import make, read_entry, resolve
+from kvjax.methods import resolve
 from kvjax.parallel import mesh
 from kvjax.policies.base import Recipe
+from kvjax.policies.budgets.profile import METHOD, TEXTS, check_measure
 from kvjax.spec import Lengths, ProfileSpec, readable
 
-METHOD = "kvzip_plus"
 LEVELS = (0.05, 0.1, 0.2, 0.3, 0.5)
-TEXTS = 4
 LEAST = 128  # tokens of a text
 
 
@@ -35,20 +34,13 @@ def calibrate(
     """See `Model.calibrate`; `counted` shows how far it is."""
     texts = sample(model) if texts is None else texts
     name = METHOD if method is None else method
-    check(name)
     recipes = [resolve(model.spec, name, f"{100 * level:g}%") for level in LEVELS]
+    for recipe in recipes:
+        check_measure(name, recipe.budget)
     rounds = [(recipe, text) for recipe in recipes for text in texts]
     found = np.stack([kept(model, recipe, text) for recipe, text in counted(rounds)])
     shares = found.reshape(len(recipes), len(texts), *found.shape[1:]).mean(axis=1)
     return ProfileSpec(LEVELS, tuple(tuple(map(tuple, level)) for level in shares.tolist()))
-
-
-def check(method: str) -> None:
-    """Raise `InputError` for a method that compares no rows of different layers."""
-    name, arguments = read_entry(method)
-    budget = make(name, None, arguments).budget
-    if budget is None or budget.allocate is None:
-        raise InputError(f"{method} does not compare rows of different layers: give a method with split=global")
 
 
 def sample(model: Model, text: str | None = None) -> list[list[int]]:

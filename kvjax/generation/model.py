@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from kvjax import checkpoint
 from kvjax.checkpoint import shipped
+from kvjax.checkpoint.load import load_model
 from kvjax.errors import InputError
 from kvjax.generation import sampling as choosing
 from kvjax.generation.results import Footprint, Generation, Judgement
@@ -305,7 +305,7 @@ class Model:
         """How this model's layers and heads share a budget, for methods with `split="profile"`.
 
         Args:
-          method: what compares tokens of all layers and heads, by name; None = `kvjax.generation.calibrate.METHOD`.
+          method: what compares tokens of all layers and heads, by name; None = `kvjax.policies.budgets.profile.METHOD`.
           texts: token ids; None = prose that comes with the library.
 
         Returns:
@@ -356,7 +356,7 @@ def load_from(
 ) -> tuple[Model, Path]:
     """Like `load`, and the directory that the checkpoint's files are in, or its GGUF file."""
     size = None if mesh is None else meshes.parse(mesh)
-    decoder, directory = checkpoint.load_model(str(shipped.find(name)), dtype, ignore_config, size, weights)
+    decoder, directory = load_model(str(shipped.find(name)), dtype, ignore_config, size, weights)
     label = "demo" if name is None else str(name)
     tokenizer = Tokenizer.load(directory)
     stop = find_stop(directory, decoder.spec.vocab_size, tokenizer)

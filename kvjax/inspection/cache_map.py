@@ -1,7 +1,6 @@
 """What a cache kept: the tokens that each layer and head holds, as marked text and as a picture."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,8 +10,6 @@ from rich.text import Text
 
 from kvjax.cache import layout
 from kvjax.cache.store import KVStore
-from kvjax.errors import InputError
-from kvjax.files import output
 from kvjax.generation.model import Model
 from kvjax.generation.results import Generation
 from kvjax.models.tokenizer import Tokenizer
@@ -192,28 +189,11 @@ def heat(kept: HeldTokens, columns: int = COLUMNS) -> tuple[Float[np.ndarray, "r
     return count / np.diff(starts, append=length), size
 
 
-def check_picture(path: Path) -> None:
-    """Raise `InputError` for a picture that cannot be drawn or written, before work is done for it."""
-    if path.suffix.lower() != ".png":
-        raise InputError(f"cannot draw {path}: pictures are PNG files, give a name that ends in .png")
-    output.check_writable(path)
-    check_matplotlib()
-
-
-def check_matplotlib() -> None:
-    """Raise `InputError` when pictures cannot be drawn."""
-    try:
-        import matplotlib  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise InputError("pictures need matplotlib: pip install 'kvjax[eval]'") from None
-
-
 def picture(kept: HeldTokens, title: str) -> Any:
     """A matplotlib `Figure` with a row per layer and head and a column per position: dark = kept, light = evicted.
 
     With two tiers, dark is the best one and grey the other. Bars beside it show how many slots each row holds.
     """
-    check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
     from matplotlib.colors import LinearSegmentedColormap  # pyright: ignore[reportMissingImports]
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]

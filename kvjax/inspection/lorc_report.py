@@ -15,17 +15,12 @@ from rich.text import Text
 
 from kvjax.checkpoint import hf, orbax, shipped
 from kvjax.checkpoint.lorc import lorc, low_rank, ranks
-from kvjax.cli import command
 from kvjax.cli.console import to_stdout
-from kvjax.convert import add_lorc_flags, lorc_options
 from kvjax.errors import InputError
-from kvjax.inspection import cache_map
 from kvjax.models.hf_config import read_config
 from kvjax.plotting import save_figure
 from kvjax.spec import ModelSpec
 
-PROG = "kvjax.inspect lorc"
-DEFAULT = "keep=60%"
 ITEMSIZE = 2  # bytes of a cached number: bfloat16
 NOTES = {  # what singular values are of -> how to read the table
     "weights": "energy: share of squared singular values; κ: condition number",
@@ -80,7 +75,7 @@ def energy(spectrum: Float[np.ndarray, "C n"], rank: int) -> float:
     return float(squares[:, :rank].sum() / squares.sum()) if squares.any() else 1.0
 
 
-def measure(src: Path, options: lorc.LowRankOptions, ignore: Sequence[str], report: lorc.Report) -> LowRankModel:
+def measure(src: Path, options: ranks.LowRankOptions, ignore: Sequence[str], report: lorc.Report) -> LowRankModel:
     """What a checkpoint would be converted to; reads keys' and values' projections beside `lorc.plan`."""
     weights, found = hf.locate(src, read_config(src, ignore)), []
     made = lorc.plan(weights, src, options, report)
@@ -199,45 +194,22 @@ def picture(report: Mapping[str, Any]) -> Any:
     return figure
 
 
-def parser() -> command.Parser:
-    """The command line's flags; those about ranks are `kvjax.convert`'s."""
-    p = command.Parser(prog=PROG, description=f"{__doc__} Without --lorc or --lorc-ranks: {DEFAULT}.")
-    where, drawn = (
-        "Hugging Face directory, GGUF file, hub id, or converted (default: demo)",
-        "draw it (default: spectra.png)",
-    )
-    p.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=where)
-    p.add_argument("--out", type=Path, nargs="?", const=Path("spectra.png"), metavar="FILE.png", help=drawn)
-    p.add_argument("--json", action="store_true", help="print one JSON object, with all singular values")
-    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
-    add_lorc_flags(p, "plain")  # spectra of the weights: no text has to be read
-    return p
-
-
-def main(argv: list[str]) -> None:
-    """Run the command line."""
-    args, console = parser().parse_args(argv), to_stdout()
-    if args.out is not None:
-        cache_map.check_picture(args.out)
-    report = describe(args.checkpoint or "demo", _measured(args))
+def run(args: argparse.Namespace, options: ranks.LowRankOptions | None, given: Sequence[str]) -> None:
+    """Measure and print; `given` are the names of the flags about ranks that were given."""
+    console, source = to_stdout(), str(shipped.find(args.checkpoint))
+    if orbax.is_orbax(Path(source)):
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')}: {source} has its ranks; inspect what it was made from")
+        found = measure_converted(Path(source), args.ignore_config)
+    else:
+        assert options is not None
+        with Console(stderr=True).status("reading") as status:
+            say = lambda what, done, total: status.update(f"{what}: layer {done} of {total}")
+            found = measure(hf.resolve(source), options, args.ignore_config, say)
+    report = describe(args.checkpoint or "demo", found)
     if args.out is not None:
         save_figure(picture(report), args.out)
     text = (table(report), summary(report), NOTES[report["spectra_of"]])
     print(json.dumps(report)) if args.json else console.print(*text, sep="\n", highlight=False)
     if args.out is not None and not args.json:
         console.print(f"drawn in {args.out}", highlight=False, markup=False)
-
-
-def _measured(args: argparse.Namespace) -> LowRankModel:
-    source = str(shipped.find(args.checkpoint))
-    if orbax.is_orbax(Path(source)):
-        for name, value in vars(args).items():
-            if name.startswith("lorc") and value != parser().get_default(name):
-                raise InputError(f"--{name.replace('_', '-')}: {source} has its ranks; inspect what it was made from")
-        return measure_converted(Path(source), args.ignore_config)
-    args.lorc = DEFAULT if args.lorc is None and args.lorc_ranks is None else args.lorc
-    options = lorc_options(args, "plain")
-    assert options is not None
-    with Console(stderr=True).status("reading") as status:
-        say = lambda what, done, total: status.update(f"{what}: layer {done} of {total}")
-        return measure(hf.resolve(source), options, args.ignore_config, say)

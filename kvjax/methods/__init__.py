@@ -191,6 +191,18 @@ def of(spec: ModelSpec) -> str:
     return "full" if spec.gate is None else spec.gate.objective
 
 
+def arguments_of(name: str, given: Mapping[str, object] | None = None) -> dict[str, object]:
+    """All of a method's own arguments with the values in force; those that every method has are not among them.
+
+    >>> arguments_of("snapkv", {"window": "16"})
+    {'window': 16, 'kernel': 5, 'pooling': 'avg', 'split': 'row', 'decode_budget': '', 'store': 'dense'}
+    """
+    parameters = inspect.signature(METHODS[name]).parameters
+    values = {key: parameter.default for key, parameter in parameters.items() if key != "budget"}
+    read = lambda key, value: value if key in AMOUNTS else read_argument(f"method {name}", parameters[key], value)
+    return values | {key: read(key, value) for key, value in (given or {}).items() if key not in COMMON}
+
+
 def taken(name: str, arguments: Mapping[str, str]) -> dict[str, str]:
     """Those of the arguments that a method has."""
     return {key: value for key, value in arguments.items() if key in (*accepted_arguments(name), *COMMON)}

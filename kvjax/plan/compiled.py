@@ -29,7 +29,8 @@ from kvjax.parallel import mesh
 from kvjax.plan import aot, estimate
 from kvjax.plan.chips import Chip, find
 from kvjax.plan.estimate import Parts, abstract_cache, size
-from kvjax.plan.settings import Setting, find_model, method_of, parse, setting
+from kvjax.plan.flags import parse
+from kvjax.plan.settings import Setting, find_model, method_of, setting
 from kvjax.policies.budgets import profile
 from kvjax.policies.layers import layer_recipe
 from kvjax.spec import ModelSpec, PyTree

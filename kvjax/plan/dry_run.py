@@ -1,7 +1,6 @@
 """Models and caches without arrays: what a method would do and its cache would cost, from a `config.json` alone."""
 
-import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -24,13 +23,11 @@ from kvjax.generation.allocate import init_cache
 from kvjax.generation.checks import check_frequencies
 from kvjax.generation.model import Model
 from kvjax.generation.results import Compared
-from kvjax.methods import COMMON, METHODS
-from kvjax.methods.arguments import read_argument
 from kvjax.models.decoder import Decoder, native_dtype
 from kvjax.models.hf_config import parse_config, read_config
 from kvjax.models.quantized import asked
 from kvjax.models.tokenizer import Tokenizer
-from kvjax.policies.base import AMOUNTS, Recipe
+from kvjax.policies.base import Recipe
 from kvjax.policies.budgets import profile
 from kvjax.policies.layers import layer_recipe, rotates_at_read
 from kvjax.spec import Lengths, ModelSpec, readable
@@ -84,19 +81,6 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
         compared=compared,
         notes=[beyond(spec)] if longest > spec.max_position else [],
     )
-
-
-def arguments(method: str, given: Mapping[str, object]) -> dict[str, object]:
-    """All of a method's own arguments with the values in force; those that every method has are not among them.
-
-    >>> arguments("snapkv", {"window": "16"})
-    {'window': 16, 'kernel': 5, 'pooling': 'avg', 'split': 'row', 'decode_budget': '', 'store': 'dense'}
-    """
-    parameters = inspect.signature(METHODS[method]).parameters
-    values = {name: parameter.default for name, parameter in parameters.items() if name != "budget"}
-    read = lambda name, value: read_argument(f"method {method}", parameters[name], value)
-    own = {name: value for name, value in given.items() if name not in COMMON}
-    return values | {name: value if name in AMOUNTS else read(name, value) for name, value in own.items()}
 
 
 def abstract_model(

@@ -6,26 +6,17 @@ started again with the same flags.
 
 import argparse
 import math
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
-import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from kvjax import compilation
-from kvjax.attention import dispatch
 from kvjax.cli import command
 from kvjax.errors import InputError
 from kvjax.methods import KERNELS
-from kvjax.models.decoder import native_dtype
-from kvjax.retrofit import curves
+from kvjax.retrofit.options import Options
 from kvjax.retrofit.schedule import Schedule
-from kvjax.retrofit.train import RUN, Options, Progress, retrofit
 from kvjax.spec import GateSpec
 
 T = TypeVar("T")
@@ -94,36 +85,17 @@ def parser() -> command.Parser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise `InputError` for flags that are no such numbers or do not go together."""
+    """Raise `InputError` for flags that do not go together; `Options.check` looks at what they ask for."""
     if args.out is None or not args.data:
         raise InputError("--out DST and --data FILE are needed")
-    if not 1 <= args.cr <= 1000:
-        raise InputError(f"--cr {args.cr:g}: tokens per slot are 1 or more")
-    if args.teacher is not None and not _chosen(args.distill, args.objective == "dms"):
-        raise InputError("--teacher is for --distill")
-    if args.adapter and args.objective != "dms":
-        raise InputError("--adapter is for --objective dms")
-    least = {"length": 2, "batch": 1, "micro_batch": 1, "seed": 0, "save_every": 1, "keep": 1, "log_every": 1}
-    for name, smallest in (least | {"fade_steps": 0, "ramp_steps": 0, "final_steps": 0, "window": 0}).items():
-        if (value := getattr(args, name)) is not None and value < smallest:
-            raise InputError(f"--{name.replace('_', '-')} {value} is less than {smallest}")
-    for name in ("learning_rate", "final_learning_rate", "temperature", "clip", "scale", "penalty"):
-        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is not above 0")
-    if not math.isfinite(args.offset) or not 0 <= (args.weight_decay or 0) < math.inf:
-        raise InputError(f"--offset {args.offset:g}, --weight-decay {args.weight_decay}: not such numbers")
-    for rate in args.export or ():
-        if not 1 < rate <= args.cr:
-            raise InputError(f"--export {rate:g} is not above 1 and up to --cr {args.cr:g}")
-    if args.adapter and args.fade_steps:
-        raise InputError("--adapter borrows nothing that could fade: leave --fade-steps out")
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out} is a file")
-    if args.batch % args.micro_batch:
-        raise InputError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch}")
-    if args.save_every % args.log_every:
-        raise InputError(f"--save-every {args.save_every} is not a multiple of --log-every {args.log_every}")
-    dispatch.check(KERNELS[args.kernels])
+    if not 1 <= args.cr <= 1000:
+        raise InputError(f"--cr {args.cr:g}: tokens per slot are 1 or more")
+    if args.adapter and args.objective != "dms":
+        raise InputError("--adapter is for --objective dms")
+    if args.adapter and args.fade_steps:
+        raise InputError("--adapter borrows nothing that could fade: leave --fade-steps out")
 
 
 def _schedule(args: argparse.Namespace) -> Schedule:
@@ -141,6 +113,8 @@ def _schedule(args: argparse.Namespace) -> Schedule:
 def options(args: argparse.Namespace) -> Options:
     """What the flags ask for."""
     _check(args)
+    from kvjax.models.decoder import native_dtype
+
     dms, schedule = args.objective == "dms", _schedule(args)
     gate = GateSpec(
         objective=args.objective,
@@ -150,13 +124,7 @@ def options(args: argparse.Namespace) -> Options:
         offset=args.offset,
         scale=_chosen(args.scale, SCALE[args.objective]),
     )
-    if schedule.steps == schedule.fade:
-        raise InputError("the gates are never trained: give --ramp-steps or --final-steps")
-    if args.export and not schedule.ramp:
-        raise InputError("--export: without a ramp no rate is passed on the way")
-    if dms and gate.window + 1 >= args.length:
-        raise InputError(f"--window {gate.window}: no sequence of {args.length} tokens would ever lose one")
-    return Options(
+    found = Options(
         model=args.model,
         files=tuple(map(Path, args.data)),
         gate=gate,
@@ -166,7 +134,7 @@ def options(args: argparse.Namespace) -> Options:
         together=args.micro_batch,
         distill=_chosen(args.distill, dms),
         teacher=args.teacher,
-        dtype=jnp.dtype(args.dtype or native_dtype()).name,
+        dtype=args.dtype or jnp.dtype(native_dtype()).name,
         temperature=args.temperature,
         penalty=args.penalty,
         weight_decay=_chosen(args.weight_decay, DECAY[args.objective]),
@@ -182,6 +150,8 @@ def options(args: argparse.Namespace) -> Options:
         mesh=args.mesh,
         ignore=tuple(args.ignore_config),
     )
+    found.check()
+    return found
 
 
 def _chosen(given: T | None, default: T) -> T:
@@ -198,30 +168,9 @@ def main(argv: list[str] | None = None) -> None:
     command.begin(args)
     chosen = options(args)
     compilation.enable_compilation_cache()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[about]}"), TimeRemainingColumn())
-    bar = Bar(*columns, console=Console(stderr=True))
-    task = bar.add_task("retrofitting", total=chosen.schedule.steps, about="")
-    with ExitStack() as shown:
+    from kvjax.retrofit import run
 
-        def show(progress: Progress, steps: int) -> None:
-            if not bar.live.is_started:  # not before: an error that comes first is one line
-                shown.enter_context(bar)
-            block = (progress.step - 1) % chosen.log_every + 1
-            speed = block * chosen.rows * chosen.length / max(progress.seconds, 1e-9)
-            about = f"loss {progress.text:.3f}  CR {progress.rate:.2f} of {progress.target:.2f}  {speed:,.0f} tokens/s"
-            bar.update(task, completed=progress.step, description=progress.stage, about=about)
-
-        complete = retrofit(chosen, args.out, show)
-    if jax.process_index():
-        return
-    try:
-        curves.save(args.out / RUN)
-        if complete:
-            curves.save_rates(args.out, args.out / RUN / "rates.png")
-    except ModuleNotFoundError:
-        print("no picture: pip install 'kvjax[eval]' for matplotlib", file=sys.stderr)
-    again = "" if complete else " so far; start the same command again to go on"
-    print(f"{args.out}: {curves.describe(args.out / RUN)}{again}")
+    run.run(chosen, args.out)
 
 
 if __name__ == "__main__":

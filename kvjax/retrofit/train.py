@@ -6,7 +6,6 @@ weights, bit for bit on the same machine.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
-from kvjax.checkpoint import fingerprint, hf, orbax, shipped
+from kvjax.checkpoint import hf, orbax, shipped
+from kvjax.checkpoint.identity import fingerprint
 from kvjax.errors import InputError
 from kvjax.generation.model import load, load_from
 from kvjax.parallel import mesh
@@ -27,52 +27,16 @@ from kvjax.parallel.collectives import DATA
 from kvjax.retrofit import data, objective, weights
 from kvjax.retrofit.data import DocumentStream
 from kvjax.retrofit.objective import Losses, PackedBatch, Relax
+from kvjax.retrofit.options import Options
 from kvjax.retrofit.schedule import Schedule
 from kvjax.retrofit.weights import Params
 from kvjax.spec import GateSpec, ModelSpec
 from kvjax.training import runs
-from pallas_kernels.implementation import Implementation
 
 RUN = "run"  # folder of the run, in that of the checkpoint
 MEASURED = 16  # sequences that a checkpoint's rate is measured on
 CLOSE = 1.01  # a measured rate is the target's up to so much
 LARGEST_STEP = 1e4  # of a gate's offset
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How a model is retrofitted; the defaults are those of DMC's paper where it has any."""
-
-    model: str | None
-    files: tuple[Path, ...]
-    gate: GateSpec  # its rate is the target
-    schedule: Schedule
-    length: int = 4096  # tokens of a sequence
-    rows: int = 1024  # sequences of a step
-    together: int = 4  # of them, that are computed at once
-    distill: bool = False
-    teacher: str | None = None  # what to be like; None = the model
-    dtype: str = "float32"  # of matrix products
-    temperature: float = 0.1
-    penalty: float = 1.0  # weight
-    weight_decay: float = 0.1
-    clip: float = 1.0  # largest norm of a step's gradient
-    remat: bool = True
-    kernels: Implementation | None = "xla"
-    seed: int = 0
-    export: tuple[float, ...] = ()  # rates at which a checkpoint is written on the way
-    log_every: int = 10
-    save_every: int = 100
-    keep: int = 2  # checkpoints to continue from
-    minutes: float = float("inf")
-    mesh: str | None = None  # devices, as `kvjax.load` takes them
-    ignore: tuple[str, ...] = ()
-
-    def identity(self) -> dict[str, Any]:
-        """What a run that is continued must agree on, as JSON has it."""
-        free = ("files", "keep", "minutes", "save_every", "log_every", "remat", "kernels", "export", "mesh")
-        found = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
-        return json.loads(json.dumps(found | {"schedule": self.schedule._asdict(), "model": str(self.model)}))
 
 
 class TrainState(NamedTuple):

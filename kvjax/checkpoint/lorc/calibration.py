@@ -5,7 +5,6 @@ One layer's weights are in memory at a time. The text passes a layer before the 
 
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,6 @@ from jaxtyping import Float, Int
 
 from kvjax.attention.prompt import prefill_attention
 from kvjax.checkpoint import hf
-from kvjax.errors import InputError
-from kvjax.files import text as text_files
 from kvjax.models import rope
 from kvjax.models.decoder import Layer, Linear, layer_forward, normed, scaled
 from kvjax.models.tokenizer import Tokenizer
@@ -74,14 +71,6 @@ def _pass(
     found = [(y @ p.kernel[...]).reshape(t, -1, n) for p in projections if isinstance(p, Linear)]
     x = layer_forward(layer, x, rope.whole_turn(rotary, spec.head_dim, t), attend)
     return x, jnp.stack([jnp.einsum("tcn,tcm->cnm", out, out) for out in found])
-
-
-def read_text(path: Path) -> str:
-    """A calibration text from a file."""
-    text = text_files.read_text(path)
-    if not text.strip():
-        raise InputError(f"{path} is empty, expected a text to calibrate on")
-    return text
 
 
 def sample_text() -> str:

@@ -3,44 +3,22 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from kvjax.checkpoint import hf
 from kvjax.checkpoint.lorc import calibration, low_rank, ranks
-from kvjax.checkpoint.lorc.ranks import RankRequest
+from kvjax.checkpoint.lorc.ranks import LowRankOptions, RankRequest
 from kvjax.errors import InputError
+from kvjax.files.text import read_prose
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.spec import LatentSpec, ModelSpec
 
 T = TypeVar("T")
 Report = Callable[[str, int, int], None]  # (what is done, done, in all)
-Basis = Literal["plain", "whiten"]
-BASIS: Basis = "whiten"
 KERNELS = ("attention.k.kernel", "attention.v.kernel")
-
-
-class LowRankOptions(NamedTuple):
-    """How keys and values are made low-rank.
-
-    Source: LoRC (arXiv 2410.03111); SVD-LLM (arXiv 2403.07378) for `whiten`.
-    Differs: the paper has `plain`; `docs/lorc.md` measures what the default saves.
-
-    Attributes:
-      request: how much of them is kept, or a file of ranks (`ranks.read_ranks`).
-      heads: key/value heads that share a latent; None = all, as in the paper.
-      basis: best for the weights, as in the paper, or for keys and values on a text.
-      text: that text; None = `calibration.sample_text`.
-      hadamard: turn the latents for low-bit stores.
-    """
-
-    request: RankRequest | Path
-    heads: int | None = None
-    basis: Basis = BASIS
-    text: Path | None = None
-    hadamard: bool = False
 
 
 class Preparation(NamedTuple):
@@ -89,7 +67,7 @@ def _calibration_ids(src: Path, text: Path | None, spec: ModelSpec) -> Int[np.nd
     tokenizer = Tokenizer.load(src)
     if tokenizer is None:
         raise InputError(f"{src}: has no tokenizer.json to calibrate on a text: --lorc-basis plain needs none")
-    read = calibration.sample_text() if text is None else calibration.read_text(text)
+    read = calibration.sample_text() if text is None else read_prose(text)
     ids = calibration.cut(read, tokenizer, spec.max_position)
     if ids.max() >= spec.vocab_size:
         raise InputError(f"{src}: its tokenizer's id {ids.max()} is not in the vocabulary (0 to {spec.vocab_size - 1})")

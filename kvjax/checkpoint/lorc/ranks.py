@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float64, Int
@@ -15,6 +15,8 @@ from kvjax.files.text import parse_json, read_text
 
 FLOOR = 1e-6  # of the largest singular value; smaller ones are noise
 FLAT = 1e-6  # layers whose condition numbers' logarithms differ less are equal
+Basis = Literal["plain", "whiten"]
+BASIS: Basis = "whiten"
 Ranks = tuple[tuple[int, int], ...]  # of keys and of values, layer by layer
 
 
@@ -31,6 +33,27 @@ class RankRequest(NamedTuple):
     keep: Fraction = Fraction(1)
     rule: str = "lorc"
     bounds: tuple[int | Fraction, int | Fraction] | None = None
+
+
+class LowRankOptions(NamedTuple):
+    """How keys and values are made low-rank.
+
+    Source: LoRC (arXiv 2410.03111); SVD-LLM (arXiv 2403.07378) for `whiten`.
+    Differs: the paper has `plain`; `docs/lorc.md` measures what the default saves.
+
+    Attributes:
+      request: how much of them is kept, or a file of ranks (`read_ranks`).
+      heads: key/value heads that share a latent; None = all, as in the paper.
+      basis: best for the weights, as in the paper, or for keys and values on a text.
+      text: that text; None = `calibration.sample_text`.
+      hadamard: turn the latents for low-bit stores.
+    """
+
+    request: RankRequest | Path
+    heads: int | None = None
+    basis: Basis = BASIS
+    text: Path | None = None
+    hadamard: bool = False
 
 
 def unit_of(outputs: int, n: int) -> int:

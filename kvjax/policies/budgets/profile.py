@@ -24,6 +24,8 @@ from kvjax.policies.budgets.apportion import hand_out
 from kvjax.policies.budgets.budget import Budget, tokens_of, uniform
 from kvjax.spec import ModelSpec, ProfileSpec
 
+METHOD = "kvzip_plus"  # what a profile is measured with, unless it is said
+TEXTS = 4  # that it is measured on
 FORMAT = 1
 BESIDE = "kvjax-profile.json"
 SHIPPED = Path(__file__).parents[2] / "profiles"
@@ -101,6 +103,12 @@ def shipped() -> list[str]:
 def find(name: str) -> Path:
     """A profile by its path, or of those that come with the library by its name."""
     return SHIPPED / name if not Path(name).exists() and (SHIPPED / name).is_file() else Path(name)
+
+
+def check_measure(name: str, budget: Budget | None) -> None:
+    """Raise `InputError` for a method that no profile can be measured with."""
+    if budget is None or budget.allocate is None:
+        raise InputError(f"{name} does not compare rows of different layers: give a method with split=global")
 
 
 def write(path: Path, profile: ProfileSpec, model: str, method: str) -> None:
