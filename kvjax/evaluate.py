@@ -28,7 +28,7 @@ def parser() -> command.Parser:
         "--model", metavar="M", help="Hugging Face directory, GGUF file, hub id or Orbax directory (default: demo)"
     )
     p.add_argument(
-        "--reference", metavar="M", help="model that kl compares with, such as what --model was made from (default: it)"
+        "--reference", metavar="M", help="model that kl compares with, such as --model without --weights, or what it was made from (default: it)"
     )
     p.add_argument("--tasks", metavar="T,...", help=f"of {', '.join(TASKS)}")
     p.add_argument(

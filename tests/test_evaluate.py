@@ -223,6 +223,16 @@ def test_a_reference_is_another_models_full_cache(tmp_path):
         np.testing.assert_allclose(line["tokens"], expected, rtol=2e-3, atol=1e-5)
 
 
+def test_a_reference_has_the_weights_that_few_bits_stand_for(tmp_path):
+    flags = "--model", "demo", "--tasks", "kl", "--methods", "full", "--form", "short", "--reference", "demo"
+    exact, coarse, coarser = (
+        [line["score"] for line in run(tmp_path / name, *flags, *more)]
+        for name, more in (("float", ()), ("int8", ("--weights", "int8")), ("int4", ("--weights", "int4")))
+    )
+    assert max(map(abs, exact)) < 1e-6
+    assert 0 < np.mean(coarse) < np.mean(coarser) / 4  # 16 times finer steps
+
+
 def _next_tokens(model, ids, after):
     """Log-probabilities after each token of the continuations, without a cache."""
     tokens = [[*before, *following] for before, following in zip(ids, after, strict=True)]

@@ -62,7 +62,8 @@ class Evaluation:
     def __init__(self, model: Model, *, batch: int, unseen: bool, chat: bool, reference: Model | None = None):
         self._model, self._batch, self._unseen, self._chat = model, batch, unseen, chat
         self._reference = reference or model
-        own, other = (replace(each.spec, latent=None, profile=None) for each in (model, self._reference))
+        numbers = {"latent": None, "profile": None, "weights": None}  # in which a model may be another's copy
+        own, other = (replace(each.spec, **numbers) for each in (model, self._reference))
         if own != other:
             raise InputError(f"{self._reference.name} is another model than {model.name}: kl cannot compare them")
         self._references: dict[tuple[str, int], np.ndarray] = {}  # of the full cache, for KL divergence
@@ -181,7 +182,9 @@ class Evaluation:
         key = (task.name, batch.number)
         if key not in self._references:
             self._references[key] = self._reference.references(*prompts)
-        values, reading = self._model.divergence(*prompts, point.recipe, reference=self._references[key])
+        values, reading = self._model.divergence(
+            *prompts, point.recipe, reference=self._references[key], source=self._reference
+        )
         return _forced_lines(self._model.spec, "kl", values, prompts, reading, fed=0)
 
 

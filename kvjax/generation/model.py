@@ -284,13 +284,15 @@ class Model:
         budget: Keep | None = None,
         *,
         reference: np.ndarray | None = None,
+        source: "Model | None" = None,
     ) -> tuple[list[np.ndarray], Footprint]:
         """KL divergence of the next-token distribution from the full cache's, after each token of a continuation.
 
         Args:
           prompts, continuations, method, budget: as in `log_likelihood`.
-          reference: from `references` for the same texts, of this model or of one with the same norm and head; None =
-            of this one.
+          reference: the source's `references` for the same texts; None = they are computed.
+          source: the model whose full cache is compared with, such as this one's before its weights were in few bits;
+            None = this one.
 
         Returns:
           Per continuation `sum_v p(v) log(p(v) / q(v))` [nats], p with the reference and q with the method's, `[q]`;
@@ -298,8 +300,10 @@ class Model:
         """
         from kvjax.generation.scoring import divergence, references
 
-        reference = references(self, prompts, continuations) if reference is None else reference
-        return divergence(self, prompts, continuations, resolve(self.spec, method, budget), reference)
+        source = self if source is None else source
+        reference = references(source, prompts, continuations) if reference is None else reference
+        recipe = resolve(self.spec, method, budget)
+        return divergence(self, prompts, continuations, recipe, reference, source.decoder)
 
     def calibrate(self, method: str | None = None, texts: Sequence[Sequence[int]] | None = None) -> ProfileSpec:
         """How this model's layers and heads share a budget, for methods with `split="profile"`.

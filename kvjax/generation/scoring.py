@@ -65,10 +65,15 @@ def divergence(
     continuations: Texts,
     recipe: Recipe,
     reference: np.ndarray,
+    source: Decoder,
 ) -> tuple[list[np.ndarray], Footprint]:
     """`Model.divergence` with everything said."""
     ids, after = _ids(model, recipe, prompts, continuations)
-    _, values, reading = _read(model, recipe, ids, after, np.asarray(reference, model.decoder.dtype), _diverge)
+    _, outputs, reading = _read(model, recipe, ids, after, (), _output)
+    size = len(even(model, ids, after)[0])
+    place = lambda x, decoder: _place(model, np.asarray(x, decoder.dtype), size)
+    pairs = place(reference, source), place(outputs, model.decoder)
+    values = mesh.read(_diverge(source, model.decoder, *pairs))
     found = [values[: len(text), i] for i, text in enumerate(after)]
     for i, each in enumerate(found):
         _check_finite(model, i, each)
@@ -133,9 +138,17 @@ def _judge_first(logits: Float[Array, "B V"], target: Int[Array, " B"]) -> tuple
     return logprob, logits.argmax(axis=-1) == target
 
 
-def _diverge(model: Decoder, x: Float[Array, "B D"], reference: Float[Array, "B D"]) -> Float[Array, " B"]:
-    p, q = (_log_softmax(model.logits(y)) for y in (reference, x))
-    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+@mesh.program((mesh.weights, mesh.weights, mesh.STEPS, mesh.STEPS), lambda *_: mesh.STEPS)
+def _diverge(
+    source: Decoder, model: Decoder, reference: Float[Array, "Q B D"], outputs: Float[Array, "Q B D"]
+) -> Float[Array, "Q B"]:
+    """KL divergence of what a model's norm and head make of its outputs from what the source's make of its own."""
+
+    def step(pair: tuple[Float[Array, "B D"], Float[Array, "B D"]]) -> Float[Array, " B"]:
+        p, q = (_log_softmax(each.logits(x)) for each, x in zip((source, model), pair, strict=True))
+        return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+    return jax.lax.map(step, (reference, outputs))
 
 
 def _log_softmax(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
