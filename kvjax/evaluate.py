@@ -28,7 +28,9 @@ def parser() -> command.Parser:
         "--model", metavar="M", help="Hugging Face directory, GGUF file, hub id or Orbax directory (default: demo)"
     )
     p.add_argument(
-        "--reference", metavar="M", help="model that kl compares with, such as --model without --weights, or what it was made from (default: it)"
+        "--reference",
+        metavar="M",
+        help="model that kl compares with: what --model was made from, or --model without its --weights (default: it)",
     )
     p.add_argument("--tasks", metavar="T,...", help=f"of {', '.join(TASKS)}")
     p.add_argument(
@@ -121,6 +123,8 @@ def _check(args: argparse.Namespace, tasks: set[str], methods: set[str], setting
         raise InputError(f"--reference {args.reference} is for the task kl, which --tasks does not name")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed} is not at least 0")
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out {args.out} is a file")
     if args.data is not None and not args.data.is_dir():
         raise InputError(f"--data {args.data} is not a folder")
 

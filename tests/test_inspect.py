@@ -341,7 +341,7 @@ BAD = {
     "--chat wraps text": ["--chat", "--prompt-tokens", "1"],
     "no such directory": ["--model", "./nowhere", "--prompt", "x"],
     "a dry run downloads nothing": ["--model", "some/model", "--dry-run"],
-    "cannot read tests/config.json": ["--model", "tests", "--dry-run"],
+    "tests: has no config.json": ["--model", "tests", "--dry-run"],
     "pyproject.toml is not JSON": ["--model", "pyproject.toml", "--dry-run"],
     "model.safetensors is not UTF-8 text: give the directory of a checkpoint, or its config.json": [
         *("--model", "kvjax/demo/model.safetensors", "--dry-run"),

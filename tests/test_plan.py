@@ -188,7 +188,7 @@ def test_a_device_of_a_mesh_has_its_part():
 def test_a_long_prompt_fits_on_eight_small_chips(method, capsys):
     if reason := aot.missing("v5e"):
         pytest.skip(reason)
-    flags = ["--model", "llama-3-8b", "--context", 131072, "--chip", "v5e", "--mesh", "model=8", "--no-verify"]
+    flags = ["--model", "llama-3-8b", "--context", 131072, "--chip", "v5e", "--mesh", "model=8"]
     budget = [] if method == "full" else ["--budget", "20%"]
     (plan,) = run_json(capsys, *flags, "--method", method, *budget)["plans"]
     assert plan["fits"] and not plan["refused"]
@@ -292,7 +292,7 @@ def test_a_compiled_plan_is_within_a_twentieth_of_its_estimate(chip, method, tmp
         pytest.skip(reason)
     config = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_key_value_heads": 8}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
-    flags = ["--model", tmp_path, "--chip", chip, "--context", 8192, "--batch", 2, "--method", method, "--no-verify"]
+    flags = ["--model", tmp_path, "--chip", chip, "--context", 8192, "--batch", 2, "--method", method]
     flags += [] if method == "full" else ["--budget", "20%"]
     (real,), (guess,) = (run_json(capsys, *flags, *more)["plans"] for more in ((), ("--estimate",)))
     assert real["compiled"] and not real["refused"]

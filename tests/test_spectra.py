@@ -239,7 +239,7 @@ def test_out_writes_a_picture(tmp_path, monkeypatch, capsys):
 BAD = {
     "unrecognized arguments: --bogus": ["--bogus"],
     "./nowhere: no such directory": ["./nowhere"],
-    "cannot read tests/config.json": ["tests"],
+    "tests: has no config.json": ["tests"],
     "expected keep=60%": ["--lorc", "much"],
     "not allowed with argument": ["--lorc", "keep=50%", "--lorc-ranks", "ranks.json"],
     "cannot read ranks.json": ["--lorc-ranks", "ranks.json"],

@@ -53,6 +53,7 @@ WRONG = (
     "evaluate --tasks nothing --out out",
     "evaluate --tasks facts --out out --methods snapvk",
     "evaluate --tasks facts --out out --lengths many",
+    "evaluate --tasks facts --out /dev/null",
     "inspect --layers 3",
     "inspect --dry-run --budget 200%",
     "inspect lorc --lorc much",

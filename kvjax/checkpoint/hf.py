@@ -88,6 +88,8 @@ def local(path: Path) -> Path:
     files = sorted({first_part(file) for file in path.glob("*.gguf") if not file.name.startswith("mmproj")})
     if len(files) > 1:
         raise InputError(f"{path}: has {len(files)} GGUF files: give one, such as {files[0]}")
+    if not files and not (path / "config.json").exists():
+        raise InputError(f"{path}: has no config.json and no GGUF file, so it is not a checkpoint")
     return files[0] if files else path
 
 

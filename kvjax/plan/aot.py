@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from kvjax.attention.dispatch import ON_XLA
@@ -84,7 +85,13 @@ def ptxas() -> str | None:
     return next((path for folder in folders for path in glob.glob(f"{folder}/*/bin/ptxas")), None)
 
 
-def run(target: str, module: str, *arguments: str, dump: bool = False) -> list[dict[str, Any]]:
+def run(
+    target: str,
+    module: str,
+    *arguments: str,
+    dump: bool = False,
+    heard: Callable[[dict[str, Any]], None] = lambda line: None,
+) -> list[dict[str, Any]]:
     """What a program prints, a JSON object a line, in a process of its own that sees no device.
 
     Args:
@@ -92,23 +99,31 @@ def run(target: str, module: str, *arguments: str, dump: bool = False) -> list[d
       module: run as `python -m`.
       arguments: that follow.
       dump: have XLA write a GPU's kernels to a folder, which `XLA_FLAGS` names, until the program ends.
+      heard: called with each line as soon as it is there.
     """
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "PYTHONWARNINGS": "ignore"}
     env["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no device is there to be shared
     for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # are about programs that run here
         env.pop(name, None)
-    with tempfile.TemporaryDirectory() as folder:
+    lines = []
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         if dump and target in GPUS:
             # Newer releases of XLA dump PTX only where the emitter is named.
             env["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_as_text=false --xla_dump_emitter_re=ptx"
         command = [sys.executable, "-m", module, target, *arguments]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    for line in done.stderr.splitlines():
+        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("{"):
+                    lines.append(json.loads(line))
+                    heard(lines[-1])
+        errors.seek(0)
+        said = errors.read()
+    for line in said.splitlines():
         if ON_XLA in line:
             say_once(line)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode:
-        raise RuntimeError(f"after {len(lines)} results: {done.stderr[-3000:]}")
+    if process.returncode:
+        raise RuntimeError(f"after {len(lines)} results: {said[-3000:]}")
     return lines
 
 

@@ -185,8 +185,15 @@ def measure(argv: Sequence[str], chip: Chip, planned: Setting, *, exact: bool, c
     """
     assert chip.target is not None
     guess = estimate.estimate(planned)  # first: it may raise what a user can mend
-    lines = aot.run(chip.target, "kvjax.plan.compiled", *argv, *changes)
+    lines = aot.run(chip.target, "kvjax.plan.compiled", *argv, *changes, heard=_say)
     return add_up(lines, guess, planned.spec.num_layers, exact=exact)
+
+
+def _say(line: dict[str, Any]) -> None:
+    """A program that is compiled, for whoever waits."""
+    how = "refused, too large" if line["refused"] else f"{line['seconds']:.1f} s"
+    of = f" of {line['layers']} layers" if line["layers"] else ""
+    print(f"  {line['program']}{of}: {how}", file=sys.stderr, flush=True)
 
 
 def add_up(lines: list[dict[str, Any]], guess: Parts, layers: int, *, exact: bool) -> Measured:

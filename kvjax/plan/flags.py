@@ -46,8 +46,9 @@ def parser() -> command.Parser:
     p.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compile the largest batch and context too, and the next ones (default: yes, but not for all methods)",
+        default=False,
+        help="compile the largest batch and context too, and the next ones: many minutes (default: they are estimated,"
+        " by as much as the estimate missed what was compiled; never for all methods)",
     )
     p.add_argument("--all-methods", action="store_true", help="a table over methods")
     p.add_argument("--only", choices=METHODS, help=argparse.SUPPRESS)  # one of all methods
