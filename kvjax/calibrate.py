@@ -31,7 +31,7 @@ def parser() -> command.Parser:
     )
     p.add_argument("--text", type=Path, metavar="FILE", help=f"up to {TEXTS} times 1,024 tokens of it (default: prose)")
     add_number_flags(p)
-    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="as in kvjax.convert")
+    command.add_ignore_flag(p)
     return p
 
 

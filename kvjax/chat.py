@@ -42,7 +42,7 @@ def parser() -> command.Parser:
     )  # fmt: skip
     add_sampling_flags(p)
     add_number_flags(p)
-    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
+    command.add_ignore_flag(p)
     return p
 
 

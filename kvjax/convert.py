@@ -26,13 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("dst", metavar="DST", type=Path, help="the directory to make; it must not exist")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights in DST (default: as stored in SRC)")
     parser.add_argument("--weights", choices=WEIGHT_BITS, help="matrices in so few bits, in groups of 32 inputs")
-    parser.add_argument(
-        "--ignore-config",
-        action="append",
-        default=[],
-        metavar="FIELD",
-        help="treat this field of config.json as absent; may be given several times",
-    )
+    command.add_ignore_flag(parser)
     add_lorc_flags(parser)
     command.add_distributed_flag(parser)
     args = parser.parse_args(argv)

@@ -62,7 +62,7 @@ def parser() -> command.Parser:
     p.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     add_number_flags(p)
     command.add_mesh_flag(p)
-    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
+    command.add_ignore_flag(p)
     p.add_argument("--list-tasks", action="store_true", help="show all tasks and their arguments")
     return p
 

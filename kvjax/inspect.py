@@ -53,7 +53,7 @@ def lorc_parser() -> command.Parser:
     p.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=where)
     p.add_argument("--out", type=Path, nargs="?", const=Path("spectra.png"), metavar="FILE.png", help=drawn)
     p.add_argument("--json", action="store_true", help="print one JSON object, with all singular values")
-    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
+    command.add_ignore_flag(p)
     add_lorc_flags(p, "plain")  # spectra of the weights: no text has to be read
     return p
 

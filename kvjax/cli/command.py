@@ -209,6 +209,14 @@ def read_settings(pairs: list[str]) -> dict[str, str]:
     return settings
 
 
+def add_ignore_flag(parser: Any) -> None:
+    """The flag for fields of a model's configuration that kvjax does not know."""
+    parser.add_argument(
+        "--ignore-config", action="append", default=[], metavar="FIELD",
+        help="repeatable; treat this field of config.json as absent",
+    )  # fmt: skip
+
+
 def add_mesh_flag(parser: Any) -> None:
     """The flag for more devices than one."""
     parser.add_argument(

@@ -40,7 +40,7 @@ def add_shared_flags(p: argparse.ArgumentParser, *, method: str, many: str = "")
     add_number_flags(p)
     command.add_mesh_flag(p)
     command.add_distributed_flag(p)
-    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
+    command.add_ignore_flag(p)
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 

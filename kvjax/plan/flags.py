@@ -40,7 +40,7 @@ def parser() -> command.Parser:
     p.add_argument(
         "--weights", choices=WEIGHT_BITS, help="matrices in so few bits, in groups of 32 (default: as stored)"
     )
-    p.add_argument("--ignore-config", action="append", default=[], metavar="FIELD", help="ignore a config.json field")
+    command.add_ignore_flag(p)
     p.add_argument("--estimate", action="store_true", help="by formula, nothing is compiled")
     p.add_argument("--exact", action="store_true", help="compile all layers of a step, not 2 and 4 of them")
     p.add_argument(
