@@ -20,11 +20,12 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PRINTED = {
     "compare_methods": r"mikv +15%",
     "long_context": r"217 130",
+    "many_questions": r"kvzip_plus 20% +12 of 12 right(.|\n)*the same answers: True",
     "new_method": r"all laws hold",
     "quickstart": r"\w+: +(\d+ \d+) +\1 +\1 +\1\n",  # expected, and answered with every cache
     "retrofit_dmc": r"CR 1\.[2-9]\d* of 2",
 }
-PICTURES = {"compare_methods", "long_context", "retrofit_dmc"}
+PICTURES = {"compare_methods", "long_context", "many_questions", "retrofit_dmc"}
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
