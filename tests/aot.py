@@ -312,7 +312,7 @@ def compile_loops(target: Target, width: int, methods: list[str]) -> None:
             cache = jax.eval_shape(init)
             chooser = jax.eval_shape(lambda: sampling.chooser(sampling.Sampling(), 2))
             of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
-            seen = of(jnp.bool, 2, spec.vocab_size)
+            seen = of(jnp.int32, 2, spec.vocab_size)
             numbers = of(jnp.int32, 2)
             state = decode.DecodeState(cache, numbers, numbers, of(jnp.bool, 2), numbers, seen)
             args = model, state, chooser, decode.Ends(of(jnp.int32, 2, 8), numbers)

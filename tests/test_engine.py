@@ -20,10 +20,15 @@ from tests.matrix import VARIANTS, decoder, model_of, quick, recipe_of, text
 
 LENGTH = 96
 QUICK = ("full", "h2o int4", "dynamickv", "mikv", "full kivi2", "dmc")
-HOW = (Sampling(), Sampling(1.0, seed=3), Sampling(0.8, top_p=0.9, repetition_penalty=1.2, seed=5))
-# Prompt, new tokens, how.
+HOW = (
+    Sampling(),
+    Sampling(1.0, seed=3),
+    Sampling(0.8, top_p=0.9, repetition_penalty=1.2, seed=5),
+    Sampling(presence_penalty=0.7, frequency_penalty=0.4, logit_bias=((5, 2.0), (7, -3.0))),
+)
+# Prompt, new tokens, how, log-probabilities.
 ASKED = [
-    (text(n, 7), new, HOW[i % 3])
+    (text(n, 7), new, HOW[i % 4], (None, 3, 0)[i % 3])
     for i, (n, new) in enumerate([(40, 9), (60, 6), (5, 20), (33, 2), (70, 12), (20, 1), (48, 16), (12, 30)])
 ]
 
@@ -66,21 +71,35 @@ def is_empty(engine):
 def test_a_request_gets_what_it_gets_alone(method):
     model, recipe = Model(decoder(model_of(method)), None, (), "random"), recipe_of(method, "20%")
     with Watched(model, recipe, seats=3, max_length=LENGTH, stall=0.0, steps=3) as engine, compilations() as names:
-        ask = lambda prompt, new, how: engine.submit(prompt, max_new_tokens=new, sampling=how)
+        ask = lambda prompt, new, how, ranks=None: engine.submit(
+            prompt, max_new_tokens=new, sampling=how, logprobs=ranks
+        )
         both = [ask(*each) for each in ASKED]
         early, late = ask(text(80, 8), 10, HOW[0]), ask(text(30, 8), 60, HOW[1])
         early.cancel()  # waits, or is read
         while len(late.choices[0].tokens) < 5:
             time.sleep(0.001)
         late.cancel()
-        together = [request.result()[0].tokens for request in both]
+        together = [request.result()[0] for request in both]
         assert [request.result()[0].finish_reason for request in (early, late)] == ["cancelled"] * 2
-        assert [ask(*each).result()[0].tokens for each in ASKED] == together
+        for each, found in zip(ASKED, together, strict=True):
+            alone = ask(*each).result()[0]
+            assert alone.tokens == found.tokens
+            jax.tree.map(np.testing.assert_array_equal, alone.logprobs, found.logprobs)
         assert not names
         assert is_empty(engine)
-    for (prompt, new, how), tokens in zip(ASKED, together, strict=True):
-        out = model.generate([prompt], recipe, max_new_tokens=new, sampling=how, max_length=LENGTH)
-        assert out.sequences[0].tokens == tokens
+    for (prompt, new, how, ranks), found in zip(ASKED, together, strict=True):
+        out = model.generate([prompt], recipe, max_new_tokens=new, sampling=how, max_length=LENGTH, logprobs=ranks)
+        assert out.sequences[0].tokens == found.tokens
+        if ranks is not None:
+            chosen, ids, top = out.sequences[0].logprobs
+            np.testing.assert_allclose(
+                found.logprobs.chosen, chosen, atol=2e-2
+            )  # few bits round apart in batches of other sizes
+            np.testing.assert_allclose(
+                found.logprobs.top, top, atol=2e-2
+            )  # few bits round apart in batches of other sizes
+            assert found.logprobs.ids.shape == ids.shape == (new, ranks)
 
 
 def test_requests_of_very_different_lengths_have_one_shape():
@@ -213,7 +232,7 @@ def test_damaged_weights_end_a_request_and_a_failure_all(monkeypatch):
         raise MemoryError("none is left")
 
     running = engine.submit([1, 2, 3], max_new_tokens=80)
-    monkeypatch.setattr(engines.decode, "decode_loop", fail)
+    monkeypatch.setattr(engines.programs, "steps", fail)
     with pytest.raises(EngineError, match="MemoryError: none is left"):
         running.result()
     with pytest.raises(EngineError):

@@ -432,11 +432,29 @@ def allowed(logits: np.ndarray, how: Sampling, seen: set[int]) -> set[int]:
 def test_only_allowed_tokens_are_drawn_and_all_of_them(how):
     rng = np.random.default_rng(0)
     logits, seen = rng.normal(size=30).astype(np.float32) * 2, {0, 5, 7}
-    marks = jnp.zeros((1, 30), bool).at[0, jnp.asarray(sorted(seen))].set(True)
+    marks = jnp.zeros((1, 30), jnp.int32).at[0, jnp.asarray(sorted(seen))].set(1)
     chooser = sampling.chooser(how, 1)
     draw = jax.jit(lambda step: sampling.choose(jnp.asarray(logits)[None], chooser, step, marks)[0])
     drawn = {int(draw(jnp.asarray([step]))) for step in range(3000)}
     assert drawn == allowed(logits, how, seen)
+
+
+def test_biases_and_penalties():
+    """Tokens 1 and 2 are in the prompt; 2 was generated twice, 3 once."""
+    penalties = {"repetition_penalty": 2.0, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    how = Sampling(**penalties, logit_bias=((3, 1.0), (0, 9.0)))
+    logits, seen = jnp.asarray([[1.0, 2.0, -3.0, 4.0, 0.5]]), jnp.asarray([[0, 1, 3, 2, 0]])
+    found = sampling.adjusted(logits, sampling.chooser(how, 1), seen)[0]
+    assert found.tolist() == [10.0, 1.0, -6.0 - 0.5 - 2 * 0.25, 2.5 - 0.5 - 0.25, 0.5]
+
+
+def test_generated_tokens_are_counted_apart_from_the_prompt(model):
+    out = model.generate([[1, 2, 3]], max_new_tokens=24).sequences[0].tokens
+    shy = model.generate([[1, 2, 3]], max_new_tokens=24, sampling=Sampling(presence_penalty=1e6)).sequences[0].tokens
+    assert out[0] == shy[0] and len(set(shy)) == 24 > len(set(out))
+    for wrong in ({"presence_penalty": 1e7}, {"frequency_penalty": math.nan}, {"logit_bias": ((-1, 0.0),)}):
+        with pytest.raises(InputError, match=r"penalty|logit-bias"):
+            model.generate([[1]], max_new_tokens=1, sampling=Sampling(**wrong))
 
 
 def test_the_repetition_penalty_applies_to_greedy_decoding_and_to_the_prompt(model):

@@ -144,6 +144,44 @@ def test_own_fields_and_harmless_ones(client):
     assert out.choices[0].message.content == greedy
 
 
+def test_log_probabilities(client, engine):
+    """Those of the library, in both shapes, whole and in pieces; the token and the text of a stop are in neither."""
+    model = engine.model
+    out = model.generate(["some words"], "h2o", 64, max_new_tokens=9, logprobs=3).sequences[0]
+    how = dict(model="demo", prompt="some words", max_tokens=9, temperature=0, logprobs=3)
+    said = client.completions.create(**how).choices[0].logprobs
+    assert "".join(said.tokens) == out.text and said.token_logprobs == pytest.approx(out.logprobs.chosen, abs=1e-4)
+    tops = [sorted(top.values(), reverse=True)[:3] for top in said.top_logprobs]
+    assert tops == [pytest.approx(top, abs=1e-4) for top in out.logprobs.top]
+    assert said.text_offset == [len("".join(said.tokens[:i])) for i in range(9)]
+    stop = out.text[9:12]
+    for stream in (False, True):
+        found = client.completions.create(**how, stop=stop, stream=stream)
+        pieces = [piece.choices[0] for piece in found] if stream else [found.choices[0]]
+        tokens = [token for piece in pieces if piece.logprobs for token in piece.logprobs.tokens]
+        text = "".join(piece.text for piece in pieces)
+        assert text == out.text[: out.text.index(stop)] and tokens == said.tokens[: len(tokens)]
+        assert len("".join(tokens[:-1])) < len(text) <= len("".join(tokens))
+    chat = dict(model="demo", messages=HELLO, max_tokens=9, temperature=2, seed=3, logprobs=True, top_logprobs=2)
+    whole = client.chat.completions.create(**chat, extra_body=ENDLESS).choices[0].logprobs.content
+    pieces = [p.choices[0].logprobs for p in client.chat.completions.create(**chat, extra_body=ENDLESS, stream=True)]
+    assert [one for piece in pieces if piece for one in piece.content] == whole and len(whole) == 9
+    assert all(len(one.top_logprobs) == 2 and one.logprob <= one.top_logprobs[0].logprob for one in whole)
+    assert all(one.bytes is None or bytes(one.bytes).decode() == one.token for one in whole)
+
+
+def test_biases_and_penalties(client, engine):
+    ask = lambda **how: client.completions.create(model="demo", prompt="a a a", max_tokens=12, temperature=0, **how)
+    text = lambda **how: ask(**how, extra_body=ENDLESS).choices[0].text
+    tokens = ask(logprobs=0, extra_body=ENDLESS).choices[0].logprobs.tokens
+    assert text(logit_bias={"300": 100}) == text(logit_bias={"300": 100, "301": -100}) != text()
+    assert len(text(logit_bias={"300": 100}).split(engine.model.tokenizer.piece(300))) == 13
+    many = (
+        ask(logprobs=0, logit_bias={"300": 20, "301": 19}, frequency_penalty=2, extra_body=ENDLESS).choices[0].logprobs
+    )
+    assert len(set(many.tokens)) > 1 and len(tokens) == 12
+
+
 def test_the_asynchronous_client_asks_many_things_at_once(url, engine):
     async def all_() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
@@ -175,7 +213,9 @@ WRONG = {
     "stop": (b'{"prompt": "a", "stop": ""}', b'{"prompt": "a", "stop": ["a", "b", "c", "d", "e"]}'),
     "stream": (b'{"prompt": "a", "stream": 1}',),
     "stream_options": (b'{"prompt": "a", "stream_options": {"include_usage": true}}',),
-    "logprobs": (b'{"prompt": "a", "logprobs": 2}', b'{"prompt": "a", "logprobs": 0}'),
+    "logprobs": (b'{"prompt": "a", "logprobs": 21}', b'{"prompt": "a", "logprobs": true}'),
+    "logit_bias": (b'{"prompt": "a", "logit_bias": {"a": 1}}', b'{"prompt": "a", "logit_bias": {"5": 101}}'),
+    "presence_penalty": (b'{"prompt": "a", "presence_penalty": 3}',),
     "echo": (b'{"prompt": "a", "echo": true}',),
     "seed": (b'{"prompt": "a", "seed": 1' + b"0" * 30 + b"}",),
 }
@@ -196,10 +236,12 @@ def test_malformed_bodies(param: str, url: str):
     [
         ({"messages": []}, None),
         ({"messages": [{"role": "user"}]}, None),
+        ({"messages": [{"role": "poet", "content": "some"}]}, None),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "unsupported_parameter"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported_parameter"),
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter"),
-        ({"logprobs": True}, "unsupported_parameter"),
+        ({"top_logprobs": 2}, None),
+        ({"logit_bias": {"4096": 1}}, None),
         ({"max_tokens": LENGTH}, "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "some words " * LENGTH}]}, "context_length_exceeded"),
         ({"n": SEATS + 1}, None),
@@ -304,7 +346,7 @@ def test_an_engine_that_fails_ends_streams_with_an_error_and_the_server(engine, 
         def fail(*_: object, **__: object) -> None:
             raise MemoryError("none is left")
 
-        monkeypatch.setattr("kvjax.engine.engine.decode.decode_loop", fail)
+        monkeypatch.setattr("kvjax.engine.engine.programs.steps", fail)
         with pytest.raises(openai.APIError, match="MemoryError: none is left"):
             list(stream)
     thread.join()

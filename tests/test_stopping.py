@@ -60,7 +60,7 @@ def test_texts_end_where_brute_force_says(model):
             count, text, stopped = brute(model.tokenizer, free.sequences[i].tokens, strings)
             assert (sequence.tokens, sequence.text) == (free.sequences[i].tokens[:count], text)
             assert sequence.finish_reason == ("stop" if stopped else "length")
-            assert shown[i] + texts[i].finish() == text
+            assert shown[i] + texts[i].held == text
             assert out.slots[i] == [len(PROMPTS[i]) + count - 1]  # nothing is read beyond the stop string
             ended += stopped
     assert ended > 12
@@ -80,7 +80,7 @@ def test_nothing_of_a_stop_string_is_shown(model, data):
     for token in ids:
         so_far += shown.push(token)
         assert text.startswith(so_far)
-    assert (so_far + shown.finish(), shown.stopped) == (text, stopped)
+    assert (so_far + shown.held, shown.stopped) == (text, stopped)
     if stopped:
         assert stopping.completing(model, strings)[ids[count - 1]]
 

@@ -3,6 +3,7 @@
     python -m kvjax.bench kernels --all          each kernel, shape and store against XLA and other libraries
     python -m kvjax.bench decode --model llama-3-8b --methods full,h2o:20% --batch max
     python -m kvjax.bench prefill                prompts, and what a method adds to attention
+    python -m kvjax.bench serve                  requests that come and go, over equal bytes of cache
     python -m kvjax.bench convert                a checkpoint's conversion: speed and memory
     python -m kvjax.bench tune                   block sizes of the kernels, for the table that the kernels read
 
@@ -18,7 +19,7 @@ from kvjax.cli import command
 from kvjax.errors import InputError
 
 PROG = "kvjax.bench"
-COMMANDS = ("kernels", "decode", "prefill", "convert", "tune")  # a module of this package each
+COMMANDS = ("kernels", "decode", "prefill", "serve", "convert", "tune")  # a module of this package each
 
 
 def parser(name: str) -> command.Parser:
@@ -27,7 +28,8 @@ def parser(name: str) -> command.Parser:
     p = command.Parser(prog=f"{PROG} {name}", description=module.__doc__, formatter_class=raw)
     module.add_flags(p)
     p.set_defaults(run=module.run)
-    p.add_argument("--rounds", type=int, default=7, help="turns of each contestant (default: 7)")
+    rounds = getattr(module, "ROUNDS", 7)
+    p.add_argument("--rounds", type=int, default=rounds, help=f"turns of each contestant (default: {rounds})")
     p.add_argument("--out", type=Path, metavar="DIR", help="write JSON, a table and a picture")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return p

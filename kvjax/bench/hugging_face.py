@@ -3,11 +3,13 @@
 import importlib.util
 import inspect
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from kvjax.bench.turns import Contestant
+from kvjax.checkpoint import shipped
 from kvjax.errors import InputError
 from kvjax.generation.model import Model
 
@@ -40,18 +42,10 @@ def contestant(model: Model, context: int, steps: int, weight_bytes: int, batch:
       batch: sequences.
     """
     import torch  # pyright: ignore[reportMissingImports]
-    from transformers import DynamicCache, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
+    from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
 
-    spec, place = model.spec, device()
+    spec, place, theirs = model.spec, device(), drawn(model)
     kind = getattr(torch, model.decoder.dtype.name)
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(kind)  # weights are made in it
-    try:
-        with torch.device(place):
-            theirs = LlamaForCausalLM(_config(model)).eval()
-    finally:
-        torch.set_default_dtype(before)
     cache = DynamicCache()
     shape = (batch, spec.num_kv_heads, context, spec.head_dim)
     for layer in range(spec.num_layers):
@@ -72,6 +66,34 @@ def contestant(model: Model, context: int, steps: int, weight_bytes: int, batch:
     size = 2 * model.decoder.dtype.itemsize * spec.num_layers * batch * spec.num_kv_heads * context * spec.head_dim
     facts = {"cache_bytes": size, "batch": batch, "steps": steps}
     return Contestant(NAME, turn, batch * steps, steps * (weight_bytes + size), facts)
+
+
+def drawn(model: Model) -> Any:
+    """A Llama of the model's shape and dtype with random weights."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import LlamaForCausalLM  # pyright: ignore[reportMissingImports]
+
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, model.decoder.dtype.name))  # weights are made in it
+    try:
+        with torch.device(device()):
+            return LlamaForCausalLM(_config(model)).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def causal(model: Model) -> Any:
+    """The same checkpoint, if transformers can read it, else random weights of its shape."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
+
+    where = shipped.find(model.name)
+    if not Path(where).is_dir():
+        return drawn(model)
+    kind = getattr(torch, model.decoder.dtype.name)
+    net: Any = AutoModelForCausalLM.from_pretrained(str(where), dtype=kind)
+    return net.to(device()).eval()
 
 
 def _config(model: Model) -> Any:

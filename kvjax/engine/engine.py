@@ -14,7 +14,7 @@ from jax import Array
 
 from kvjax.cache.layout import Cache
 from kvjax.engine import capacity, programs
-from kvjax.engine.request import Choice, EngineError, QueueFull, Request
+from kvjax.engine.request import Choice, EngineError, QueueFull, Rank, Request
 from kvjax.engine.schedule import READERS, Schedule
 from kvjax.errors import InputError
 from kvjax.generation import allocate, decode, prefill, stopping
@@ -43,6 +43,8 @@ class Load(NamedTuple):
     pages: tuple[int, ...]  # of each tier
     promised: tuple[int, ...]  # of these, to requests that are read or decode
     cache_bytes: int
+    read_s: float  # seconds that were spent on prompts
+    decode_s: float  # and on all other tokens
 
 
 @dataclasses.dataclass
@@ -72,6 +74,10 @@ def _next(layers: Generator[Array, None, tuple[Array, Cache]]) -> Array | tuple[
         return next(layers)
     except StopIteration as done:
         return done.value
+
+
+def _rank(said: decode.Ranked) -> Rank:
+    return Rank(float(said.chosen), said.ids.tolist(), said.top.tolist())
 
 
 class Engine:
@@ -137,7 +143,9 @@ class Engine:
         self._work = threading.Condition()
         self._closing = False
         self._error: BaseException | None = None
+        self._seconds = [0.0, 0.0]  # reading, decoding
         self._warm_up()
+        self._seconds = [0.0, 0.0]
         self._thread = threading.Thread(target=self._run, name="kvjax-engine", daemon=True)
         self._thread.start()
 
@@ -162,6 +170,7 @@ class Engine:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         ignore_stop: bool = False,
+        logprobs: int | None = None,
         n: int = 1,
     ) -> Request:
         """Ask for a continuation of a prompt; returns at once.
@@ -172,6 +181,7 @@ class Engine:
           sampling: how tokens are chosen; None = greedy.
           stop: a text ends before the first of these strings, as in `Model.generate`.
           ignore_stop: go on after a token that ends a text.
+          logprobs: tell of each token its log-probability and those of so many most likely ones, 20 at most.
           n: choices; the prompt is read once for all.
 
         Raises:
@@ -182,11 +192,13 @@ class Engine:
         ids, sampling = encode_prompt(self.model, prompt), sampling or Sampling()
         room = self.max_length - len(ids)
         limit = min(self.max_new_tokens, max(room, 1)) if max_new_tokens is None else max_new_tokens
-        check_options(self._spec, self.recipe, new=limit, sampling=sampling)
+        check_options(self._spec, self.recipe, new=limit, sampling=sampling, logprobs=logprobs)
         if limit > room:
             raise InputError(
                 f"prompt ({len(ids)} tokens) and max-new-tokens ({limit}) pass this engine's length ({self.max_length})"
             )
+        if logprobs is not None and logprobs > programs.TOP:
+            raise InputError(f"logprobs {logprobs}: an engine tells at most {programs.TOP}")
         check_texts(self._spec, self.recipe, [ids], [[]], limit)
         _check_positive(n=n)
         pages = tuple(n * each for each in self._promise(len(ids), limit))
@@ -198,7 +210,9 @@ class Engine:
         stops = stopping.stops(self.model, stop)
         if ignore_stop:
             stops = stops._replace(ids=tuple(i for i in stops.ids if i not in self.model.stop))
-        request = Request(ids, limit, sampling, stops, [Choice(self.model.tokenizer, stops) for _ in range(n)])
+        request = Request(
+            ids, limit, sampling, stops, [Choice(self.model.tokenizer, stops) for _ in range(n)], logprobs
+        )
         with self._work:
             if self._error is not None or self._closing:
                 raise self._ended()
@@ -222,6 +236,8 @@ class Engine:
                 pages=schedule.pages,
                 promised=tuple(schedule.promised),
                 cache_bytes=self.cache_bytes,
+                read_s=self._seconds[0],
+                decode_s=self._seconds[1],
             )
 
     @property
@@ -263,7 +279,7 @@ class Engine:
     def _warm_up(self) -> None:
         """Compile everything: two short requests, since what programs return may differ from what they are given."""
         for _ in range(2):
-            request = Request([0], 3, Sampling(), Stops(()), [Choice(None, Stops(()))])
+            request = Request([0], 3, Sampling(), Stops(()), [Choice(None, Stops(()))], 1)
             self._schedule.add(id(request), self._promise(1, 3), 1)
             self._requests[id(request)] = request
             while not request.done:
@@ -323,12 +339,12 @@ class Engine:
         while self._reading:
             began = time.monotonic()
             reading = min(self._reading, key=lambda each: each.work)
-            read = _next(reading.layers)
+            read = jax.block_until_ready(_next(reading.layers))
+            self._seconds[0] += time.monotonic() - began
             if isinstance(read, tuple):
                 self._reading.remove(reading)
                 self._seat(reading, *read)
             else:
-                jax.block_until_ready(read)
                 reading.left -= 1
             now = time.monotonic()
             if self._decoding and now - start + (now - began) > self._stall:
@@ -348,41 +364,49 @@ class Engine:
             sampling = request.sampling._replace(seed=request.sampling.seed + i)
             chooser = choosing.chooser(sampling, 1)
             one = programs.Seats(decode.first_token(logits, cache, length, chooser, ends, seen), chooser, ends)
-            token = int(one.state.token[0])
+            token, rank = int(one.state.token[0]), None
+            if request.logprobs is not None:
+                said = decode.ranked(logits, one.state.token, min(programs.TOP, self._spec.vocab_size))
+                rank = _rank(jax.tree.map(lambda x: np.asarray(x)[0], said))
             self._decoding[seat] = request, choice
             self._seats = programs.take(self._seats, jnp.asarray(seat, jnp.int32), one)
-            self._push(seat, token)
+            self._push(seat, token, rank)
         request.times.append(time.monotonic())
         self._settle(request)
 
     def _decode(self) -> None:
         if not self._decoding:
             return
-        state, out, _ = decode.decode_loop(
+        began = time.monotonic()
+        ranks = any(request.logprobs is not None for request, _ in self._decoding.values())
+        state, out, said = programs.steps(
             self.model.decoder,
-            self._seats.state,
-            self._seats.chooser,
-            self._seats.ends,
+            *self._seats,
+            np.asarray(ranks),
             recipe=self.recipe.structure,
             chunk=self._steps,
         )
         self._seats = self._seats._replace(state=state)
         requests = {id(request): request for request, _ in self._decoding.values()}
-        for seat, tokens in enumerate(np.asarray(out)):
-            for token in tokens:
+        out = np.asarray(out)
+        self._seconds[1] += time.monotonic() - began
+        said = jax.tree.map(np.asarray, said) if ranks else None
+        for seat, tokens in enumerate(out):
+            for i, token in enumerate(tokens):
                 if token != decode.ENDED and seat in self._decoding:
-                    self._push(seat, int(token))
+                    rank = said and _rank(jax.tree.map(lambda x, seat=seat, i=i: x[seat, i], said))
+                    self._push(seat, int(token), rank)
         for request in requests.values():
             self._settle(request)
 
-    def _push(self, seat: int, token: int) -> None:
+    def _push(self, seat: int, token: int, rank: Rank | None) -> None:
         """A token that was chosen in a seat."""
         request, choice = self._decoding[seat]
         if token == decode.NOT_FINITE:
             request.fail(not_finite(self.model, request.choices.index(choice)))
             return
         try:
-            choice.push(token)
+            choice.push(token, None if request.logprobs is None else rank)
         except InputError as error:  # of the tokenizer
             request.fail(error)
             return

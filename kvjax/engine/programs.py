@@ -1,4 +1,4 @@
-"""What an engine compiles besides prompts and the decode loop: sequences that take a seat and leave it."""
+"""What an engine compiles besides prompts: sequences that take a seat and leave it, and steps of all of them."""
 
 import functools
 from typing import NamedTuple
@@ -6,13 +6,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from kvjax.cache import seats
 from kvjax.cache.layout import Cache
-from kvjax.generation import sampling
-from kvjax.generation.decode import DecodeState, Ends
+from kvjax.generation import decode, sampling
+from kvjax.generation.decode import DecodeState, Ends, Ranked
 from kvjax.generation.sampling import Chooser
+from kvjax.models.decoder import Decoder
+from kvjax.policies.base import Recipe
+
+TOP = 20  # most likely tokens that are told
 
 
 class Seats(NamedTuple):
@@ -29,7 +33,7 @@ def empty(cache: Cache, count: int, vocabulary: int, stops: int) -> Seats:
     @functools.partial(jax.jit, donate_argnums=0)
     def make(cache: Cache) -> Seats:
         zeros = lambda: jnp.zeros(count, jnp.int32)
-        seen, done = jnp.zeros((count, vocabulary), bool), jnp.ones(count, bool)
+        seen, done = jnp.zeros((count, vocabulary), jnp.int32), jnp.ones(count, bool)
         state = DecodeState(cache, zeros(), zeros(), done, zeros(), seen)
         stop = jnp.full((count, stops), -1, jnp.int32)
         return Seats(state, sampling.chooser(sampling.Sampling(), count), Ends(stop, zeros()))
@@ -48,6 +52,28 @@ def take(all_: Seats, seat: Int[Array, ""], one: Seats) -> Seats:
     without = lambda seats_: seats_._replace(state=seats_.state._replace(cache=()))
     rest = jax.tree.map(put, without(all_), without(one))
     return rest._replace(state=rest.state._replace(cache=cache))
+
+
+@functools.partial(jax.jit, donate_argnums=1, static_argnames=("recipe", "chunk"))
+def steps(
+    model: Decoder,
+    state: DecodeState,
+    chooser: Chooser,
+    ends: Ends,
+    ranks: Bool[Array, ""],
+    *,
+    recipe: Recipe,
+    chunk: int,
+) -> tuple[DecodeState, Int[Array, "R chunk"], Ranked]:
+    """`decode.decode_loop`; and, where `ranks` is true, what `decode.ranked` says of each token."""
+    top = min(TOP, model.spec.vocab_size)
+    said = lambda *given: decode.ranked(*given, top)
+
+    def rank(*given: Array) -> Ranked:
+        nothing = lambda *given: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(said, *given))
+        return jax.lax.cond(ranks, said, nothing, *given)
+
+    return decode.loop(model, state, chooser, ends, (), (), recipe, chunk, rank)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -3,9 +3,12 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from kvjax.errors import InputError
-from kvjax.generation.results import Continuation
+from kvjax.generation.results import Continuation, Logprobs
 from kvjax.generation.sampling import Sampling
 from kvjax.generation.stopping import Stops, Text
 from kvjax.models.tokenizer import Tokenizer
@@ -19,6 +22,14 @@ class QueueFull(InputError):
     """As many requests wait as an engine lets; later there is room again."""
 
 
+class Rank(NamedTuple):
+    """What the model made of a place in the text, before anything was done to choose a token."""
+
+    logprob: float  # of the token that was chosen
+    ids: list[int]  # the most likely tokens, from the first on
+    top: list[float]  # theirs
+
+
 class Choice:
     """One continuation of a request's prompt.
 
@@ -26,17 +37,24 @@ class Choice:
       tokens: generated so far.
       text: of these that is certain: no unfinished character, and nothing that a stop string may begin with; "" without
         a tokenizer.
+      ranks: of each token, where they were asked for.
+      begins: where each token begins in the text.
       finish_reason: "stop", "length" or "cancelled"; None = it goes on.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Stops):
         self.tokens: list[int] = []
         self.text = ""
+        self.ranks: list[Rank] = []
+        self.begins: list[int] = []
         self.finish_reason: str | None = None
         self._text = None if tokenizer is None else Text(tokenizer, stops)
 
-    def push(self, token: int) -> None:
+    def push(self, token: int, rank: Rank | None = None) -> None:
         """One more token."""
+        if rank is not None:
+            self.begins.append(0 if self._text is None else len(self.text) + len(self._text.held))
+            self.ranks.append(rank)
         self.tokens.append(token)
         if self._text is not None:
             self.text += self._text.push(token)
@@ -46,7 +64,7 @@ class Choice:
     def finish(self, reason: str) -> None:
         """No more tokens."""
         if self._text is not None and self.finish_reason is None:
-            self.text += self._text.finish()
+            self.text += self._text.held
         self.finish_reason = self.finish_reason or reason
 
 
@@ -59,14 +77,23 @@ class Request:
       limit: most tokens of each.
       sampling: of the first; choice `i` has the seed `seed + i`.
       stops: what ends a choice.
+      logprobs: how many of the most likely tokens are told of each place; None = nothing.
       done: all choices have ended, or the engine has, and what the request has held is free.
       times: when it was submitted, when its prompt began to be read, and when the first tokens were there [s,
         `time.monotonic`]; as many of these as have happened.
     """
 
-    def __init__(self, prompt: Sequence[int], limit: int, sampling: Sampling, stops: Stops, choices: list[Choice]):
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        limit: int,
+        sampling: Sampling,
+        stops: Stops,
+        choices: list[Choice],
+        logprobs: int | None = None,
+    ):
         self.prompt, self.limit, self.sampling, self.stops = list(prompt), limit, sampling, stops
-        self.choices = choices
+        self.choices, self.logprobs = choices, logprobs
         self.cancelled = self.done = False
         self.times = [time.monotonic()]
         self._error: BaseException | None = None
@@ -98,7 +125,18 @@ class Request:
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"the request has not ended within {timeout} seconds")
         self.check()
-        return [Continuation(len(self.prompt), c.tokens, c.text, c.finish_reason or "") for c in self.choices]
+        return [
+            Continuation(len(self.prompt), c.tokens, c.text, c.finish_reason or "", self._logprobs(c))
+            for c in self.choices
+        ]
+
+    def _logprobs(self, choice: Choice) -> Logprobs | None:
+        if self.logprobs is None:
+            return None
+        chosen, ids, top = (
+            (np.asarray(x) for x in zip(*choice.ranks, strict=True)) if choice.ranks else [np.zeros((0, 0))] * 3
+        )
+        return Logprobs(chosen, ids[:, : self.logprobs], top[:, : self.logprobs])
 
     def check(self) -> None:
         """Raise what has ended the request before its time, if anything has."""

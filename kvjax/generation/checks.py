@@ -37,6 +37,8 @@ def check_options(
     if not isinstance(sampling, Sampling):
         raise InputError(f"sampling {sampling!r} is not a kvjax.Sampling")
     sampling.check()
+    if any(token >= spec.vocab_size for token, _ in sampling.logit_bias):
+        raise InputError(f"logit-bias has a token id that is not in the vocabulary (0 to {spec.vocab_size - 1})")
     if sampling.mode == "greedy" and (idle := sampling.changed(FILTERS)):
         say_once(f"{', '.join(idle)}: without effect, for at temperature {sampling.temperature:g} decoding is greedy")
     if logprobs is not None and (type(logprobs) is not int or not 0 <= logprobs <= spec.vocab_size):

@@ -279,7 +279,7 @@ class DecodeState(NamedTuple):
     pos: Int[Array, " B"]  # its position
     done: Bool[Array, " B"]  # the sequence has ended
     step: Int[Array, " B"]  # tokens chosen so far
-    seen: Bool[Array, "B V"]  # in the prompt or chosen: for the repetition penalty
+    seen: Int[Array, "B V"]  # 1 in the prompt; chosen: one more than how often; else 0: for penalties
 
 
 class Ends(NamedTuple):
@@ -312,7 +312,8 @@ def first_token(
 @jax.jit
 def _first_token(logits, length, chooser, ends, seen):
     none = jnp.zeros(length.shape, jnp.int32)
-    state, told = _choose(logits, DecodeState((), none, length - 1, none > 0, none, seen), chooser, ends)
+    state = DecodeState((), none, length - 1, none > 0, none, seen.astype(jnp.int32))
+    state, told = _choose(logits, state, chooser, ends)
     return state._replace(token=told)
 
 
@@ -325,13 +326,14 @@ def _choose(
     told = jnp.where(state.done, ENDED, jnp.where(finite, token, NOT_FINITE))
     step, pos = (x + jnp.where(state.done, 0, 1) for x in (state.step, state.pos))
     reached = (token[:, None] == ends.stop).any(axis=-1) | (step >= ends.limit)
+    here = jnp.arange(token.shape[0]), token
     return DecodeState(
         cache=state.cache,
         token=jnp.where(state.done, state.token, token),
         pos=pos,
         done=state.done | ~finite | reached,
         step=step,
-        seen=state.seen.at[jnp.arange(token.shape[0]), token].set(True),
+        seen=state.seen.at[here].set(jnp.maximum(state.seen[here], 1) + 1),
     ), told
 
 
@@ -390,9 +392,24 @@ def decode_loop(
       The new state and the chosen tokens, `ENDED` where a sequence had ended, `NOT_FINITE` where it ends because its
       logits are not numbers to choose by; and what is said of them, `[B chunk ...]`.
     """
+    rank = lambda logits, token: () if top is None else ranked(logits, token, top)
+    return loop(model, state, chooser, ends, shared, pause, recipe, chunk, rank)
+
+
+def loop(
+    model: Decoder,
+    state: DecodeState,
+    chooser: sampling.Chooser,
+    ends: Ends,
+    shared: Cache,
+    pause: Array | tuple[()],
+    recipe: Recipe,
+    chunk: int,
+    rank: Callable[[Array, Array], PyTree],
+) -> tuple[DecodeState, Array, PyTree]:
+    """`decode_loop`, inside of a program; and what `rank` makes of logits and chosen tokens, `[B chunk ...]`."""
     batch = state.token.shape[0]
     on_any_device = lambda found: add(jnp.sum(found, dtype=jnp.int32), DATA) > 0
-    rank = lambda logits, token: () if top is None else ranked(logits, token, top)
 
     def goes_on(state: DecodeState) -> Array:
         paused = False if isinstance(pause, tuple) else on_any_device(pause[state.token] & ~state.done)

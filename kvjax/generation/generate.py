@@ -46,7 +46,7 @@ def pieces(model: Model, tokens: Tokens[T], stop: Sequence[str]) -> Pieces[T]:
         try:
             _, token = next(tokens)
         except StopIteration as end:
-            if text and (rest := text.finish()):
+            if text and (rest := text.held):
                 yield rest
             return end.value
         if piece := text.push(token) if text else f"{token} ":

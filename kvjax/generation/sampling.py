@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty."""
+"""Choosing the next token: greedy, temperature, top-k, top-p, min-p, penalties, biases."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from kvjax.errors import InputError
 
@@ -16,6 +17,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 FILTERS = ("top_k", "top_p", "min_p")
 SETTINGS = ("temperature", *FILTERS, "repetition_penalty")  # all but the seed
 MOST_PENALTY = 1e6  # beyond it no rank changes any more, and logits leave float32
+BIASES = 64  # tokens that a request may favour or shun
 
 
 class Sampling(NamedTuple):
@@ -28,6 +30,9 @@ class Sampling(NamedTuple):
       min_p: sample among tokens at least this share as likely as the most likely one.
       repetition_penalty: divides the logits of tokens seen before (multiplies them if negative); 1 = off
         (arXiv 1909.05858).
+      presence_penalty, frequency_penalty: taken from the logits of tokens that were generated before, once and as often
+        as they were (OpenAI's).
+      logit_bias: tokens and what is added to their logits, `BIASES` at most.
       seed: same seed, same text; 64 bits. Sequence `i` of a batch has the seed `seed + i`: it draws what it would draw
         alone.
     """
@@ -38,6 +43,9 @@ class Sampling(NamedTuple):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
     def mode(self) -> Mode:
@@ -61,6 +69,15 @@ class Sampling(NamedTuple):
                 f"repetition-penalty {self.repetition_penalty} is not from {1 / MOST_PENALTY:g} to {MOST_PENALTY:g}"
                 " (1 is off)"
             )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not abs(getattr(self, name)) <= MOST_PENALTY:
+                raise InputError(
+                    f"{name.replace('_', '-')} {getattr(self, name)} is not from {-MOST_PENALTY:g} to {MOST_PENALTY:g}"
+                )
+        if len(self.logit_bias) > BIASES or not all(
+            0 <= token < 2**31 and abs(bias) <= MOST_PENALTY for token, bias in self.logit_bias
+        ):
+            raise InputError(f"logit-bias is not at most {BIASES} token ids and biases up to {MOST_PENALTY:g}")
         if not -(2**63) <= self.seed < 2**63:
             raise InputError(f"seed {self.seed} does not fit 64 bits")
 
@@ -105,6 +122,10 @@ class Chooser(NamedTuple):
     top_p: Float[Array, " B"]
     min_p: Float[Array, " B"]
     repetition_penalty: Float[Array, " B"]
+    presence_penalty: Float[Array, " B"]
+    frequency_penalty: Float[Array, " B"]
+    biased: Int[Array, "B biases"]  # tokens; none where the number is beyond the vocabulary
+    bias: Float[Array, "B biases"]
     mode: Int[Array, " B"]  # index into `MODES`
     key: Array  # [B]
 
@@ -112,6 +133,7 @@ class Chooser(NamedTuple):
 def chooser(sampling: Sampling, batch: int) -> Chooser:
     """The arrays of a `Sampling` for a batch; sequence `i` draws from the stream of the seed `seed + i`."""
     number = lambda x, dtype=jnp.float32: jnp.full(batch, x, dtype)
+    biases = [*sampling.logit_bias, *[(2**31 - 1, 0.0)] * BIASES][:BIASES]
     seeds = [(int(sampling.seed) + i) % 2**64 for i in range(batch)]
     words = jnp.asarray([divmod(seed, 2**32) for seed in seeds], jnp.uint32)  # `jax.random.key` drops the high one
     return Chooser(
@@ -120,6 +142,10 @@ def chooser(sampling: Sampling, batch: int) -> Chooser:
         number(sampling.top_p),
         number(sampling.min_p),
         number(sampling.repetition_penalty),
+        number(sampling.presence_penalty),
+        number(sampling.frequency_penalty),
+        jnp.asarray(np.tile(np.asarray([token for token, _ in biases], np.int32), (batch, 1))),
+        jnp.asarray(np.tile(np.asarray([bias for _, bias in biases], np.float32), (batch, 1))),
         number(MODES.index(sampling.mode), jnp.int32),
         jax.random.wrap_key_data(words, impl="threefry2x32"),
     )
@@ -129,24 +155,24 @@ def choose(
     logits: Float[Array, "B V"],
     chooser: Chooser,
     step: Int[Array, " B"],
-    seen: Bool[Array, "B V"],
+    seen: Int[Array, "B V"],
 ) -> Int[Array, " B"]:
     """The next token of each sequence.
 
-    Filters apply in the order of transformers' logits processors: repetition penalty, temperature, top-k, top-p, min-p.
+    Biases and penalties apply first, in vLLM's order: biases, repetition, frequency, presence; then filters in the
+    order of transformers' logits processors: temperature, top-k, top-p, min-p.
 
     Args:
       logits: next-token logits.
       chooser: parameters and keys.
       step: index of the token to be chosen, folded into the keys.
-      seen: tokens that the repetition penalty applies to.
+      seen: tokens that penalties apply to: 1 in the prompt or 0, and once generated one more than how often.
 
-    "greedy" takes the most likely token (after the repetition penalty), ties go to the lowest id; "sample" draws;
+    "greedy" takes the most likely token (after penalties), ties go to the lowest id; "sample" draws;
     "filter" draws among those that top-k, top-p and min-p leave. The mode is data: one program has all three, and runs
     what the sequence that asks for most needs.
     """
-    mode, penalty = chooser.mode, chooser.repetition_penalty[:, None]
-    logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    mode, logits = chooser.mode, adjusted(logits, chooser, seen)
     warm = logits / jnp.where(mode > 0, chooser.temperature, 1.0)[:, None]
     likeliest = lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -156,6 +182,17 @@ def choose(
 
     filtered = lambda: jnp.where((mode > 1)[:, None], _filter(warm, chooser), warm)
     return jax.lax.switch(jnp.max(mode), [likeliest, lambda: draw(warm), lambda: draw(filtered())])
+
+
+def adjusted(logits: Float[Array, "B V"], chooser: Chooser, seen: Int[Array, "B V"]) -> Float[Array, "B V"]:
+    """Logits under biases and penalties; see `choose`."""
+    logits = logits.at[jnp.arange(len(logits))[:, None], chooser.biased].add(chooser.bias, mode="drop")
+    penalty = chooser.repetition_penalty[:, None]
+    logits = jnp.where(seen > 0, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    count = jnp.maximum(seen.astype(jnp.float32) - 1, 0)
+    return logits - (
+        chooser.frequency_penalty[:, None] * count + chooser.presence_penalty[:, None] * jnp.minimum(count, 1)
+    )
 
 
 def _filter(logits: Float[Array, "B V"], chooser: Chooser) -> Float[Array, "B V"]:

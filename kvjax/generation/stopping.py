@@ -80,8 +80,9 @@ class Text:
         piece, self._held = self._held[:certain], self._held[certain:]
         return piece
 
-    def finish(self) -> str:
-        """What was held back."""
+    @property
+    def held(self) -> str:
+        """What is held back, as it stands."""
         return "" if self.stopped else self._held + self._stream.held
 
     def _begun(self) -> int:

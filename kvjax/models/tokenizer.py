@@ -119,6 +119,15 @@ class Tokenizer:
         """How the vocabulary spells a token; "" for an id that it does not have."""
         return self._backend.id_to_token(token) or ""
 
+    def piece(self, token: int) -> str:
+        """What a token adds to a text that has begun; U+FFFD for parts of a character, and special ones' names."""
+        begun = self._begun
+        return self.name(token) if self.is_special(token) else self.decode([*begun, token])[len(self.decode(begun)) :]
+
+    @functools.cached_property
+    def _begun(self) -> list[int]:
+        return self.encode("a", special=False)[-1:]
+
     def is_special(self, token: int) -> bool:
         """Whether `decode` leaves a token out."""
         return token in self._hidden
@@ -131,7 +140,7 @@ class Tokenizer:
     @functools.cached_property
     def having(self) -> dict[str, list[int]]:
         """Tokens by the characters that they add to a text that has begun; under U+FFFD those that are parts of one."""
-        begun, found = self.encode("a", special=False)[-1:], dict[str, list[int]]()
+        begun, found = self._begun, dict[str, list[int]]()
         each = [[*begun, i] for i in range(1 + max(self._backend.get_vocab().values(), default=-1))]
         decode = lambda: self._backend.decode_batch(each)
         texts = _guarded("this checkpoint's tokenizer cannot spell its tokens", decode)

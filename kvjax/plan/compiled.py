@@ -130,7 +130,7 @@ def _step(setting: Setting, layers: int) -> Program:
     cache, batch = abstract_cache(setting), setting.batch
     of: Any = lambda kind, *shape: jax.ShapeDtypeStruct(shape, kind)
     chooser = jax.eval_shape(functools.partial(sampling.chooser, sampling.Sampling(), batch))
-    seen = of(jnp.bool, batch, setting.spec.vocab_size)
+    seen = of(jnp.int32, batch, setting.spec.vocab_size)
     numbers = of(jnp.int32, batch)
     state = decode.DecodeState(cache, numbers, numbers, of(jnp.bool, batch), numbers, seen)
     args = model, state, chooser, decode.Ends(of(jnp.int32, batch, decode.STOPS), numbers)

@@ -29,6 +29,7 @@ from kvjax.engine.engine import Engine
 from kvjax.engine.request import EngineError, QueueFull, Request
 from kvjax.errors import InputError, one_line
 from kvjax.generation.accounting import full_bytes
+from kvjax.models.tokenizer import Tokenizer
 from kvjax.server import answers, bodies
 from kvjax.server.answers import Answer
 from kvjax.server.bodies import Asked, Refused
@@ -66,6 +67,13 @@ class Service:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine)
         self.created = int(time.time())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        found = self.engine.model.tokenizer
+        assert found is not None
+        return found
 
     @property
     def state(self) -> str:
@@ -201,8 +209,8 @@ async def _answer(http: Http, chat: bool) -> Response:
     body = bodies.parse(await _body(http, service.max_body))
     service.check_model(body.get("model", service.name))
     asked = bodies.chat(body) if chat else bodies.completion(body, service.engine.queue)
-    requests = await run_in_threadpool(_submit, service.engine, asked)
-    answer = answers.begin(service.name, chat, asked.usage, requests)
+    requests = await run_in_threadpool(_submit, service, asked)
+    answer = answers.begin(service.name, chat, asked.usage, requests, service.tokenizer)
     wake = _wake(answer)
     if asked.stream:
         return Stream(service, answer, _events(answer, wake))
@@ -245,10 +253,9 @@ async def _body(http: Http, most: int) -> bytes:
     return bytes(found)
 
 
-def _submit(engine: Engine, asked: Asked) -> list[Request]:
+def _submit(service: Service, asked: Asked) -> list[Request]:
     """All requests of a body, or none."""
-    tokenizer, requests = engine.model.tokenizer, list[Request]()
-    assert tokenizer is not None
+    engine, tokenizer, requests = service.engine, service.tokenizer, list[Request]()
     size = 0
     try:
         for prompt in asked.prompts or [tokenizer.chat(asked.messages)]:
@@ -256,7 +263,7 @@ def _submit(engine: Engine, asked: Asked) -> list[Request]:
             size = len(ids)
             request = engine.submit(
                 ids, max_new_tokens=asked.max_new_tokens, sampling=asked.sampling, stop=asked.stop,
-                ignore_stop=asked.ignore_eos, n=asked.n,
+                ignore_stop=asked.ignore_eos, n=asked.n, logprobs=asked.logprobs,
             )  # fmt: skip
             requests.append(request)
     except (InputError, EngineError) as error:
@@ -296,7 +303,8 @@ async def _events(answer: Answer, wake: asyncio.Event) -> AsyncIterator[bytes]:
     """An answer as it appears; an error is an event, too, and the last one."""
     for event in answers.first(answer):
         yield event
-    shown, open_ = [0] * len(answer.choices), set(range(len(answer.choices)))
+    shown, told = [0] * len(answer.choices), [0] * len(answer.choices)
+    open_ = set(range(len(answer.choices)))
     try:
         while open_:
             try:
@@ -309,12 +317,13 @@ async def _events(answer: Answer, wake: asyncio.Event) -> AsyncIterator[bytes]:
                 choice = answer.choices[i]
                 reason, text = choice.finish_reason, choice.text  # in this order: the text of an end is whole
                 if len(text) > shown[i]:
-                    yield answers.piece(answer, i, text[shown[i] :])
-                    shown[i] = len(text)
+                    ranks = answer.ranked(choice, len(text), None)
+                    yield answers.piece(answer, i, text[shown[i] :], (told[i], ranks))
+                    shown[i], told[i] = len(text), ranks
                 if reason == "cancelled":
                     raise EngineError("the server is shutting down")
                 if reason is not None:
-                    yield answers.end(answer, i, reason)
+                    yield answers.end(answer, i, reason, (told[i], answer.ranked(choice, len(text), reason)))
                     open_.remove(i)
     except (InputError, EngineError) as error:
         yield answers.event(Refused(500, str(error)).body)

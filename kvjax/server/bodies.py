@@ -1,14 +1,17 @@
 """What clients ask for: JSON bodies of OpenAI's completions and chats, checked field by field."""
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from kvjax.engine.programs import TOP
 from kvjax.errors import InputError
 from kvjax.files.text import parse_json
-from kvjax.generation.sampling import Sampling
+from kvjax.generation.sampling import BIASES, Sampling
 
 STOPS, STOP_LENGTH = 4, 256  # strings, and characters of each
+ROLES = ("system", "developer", "user", "assistant")  # of those who speak in a chat
 NEW_TOKENS = 16  # of a completion that does not say how many it wants, as OpenAI has it
 # Fields that would change the answer, and what is as good as leaving them out.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -17,11 +20,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
     "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),
@@ -78,6 +76,7 @@ class Asked(NamedTuple):
       messages: of a chat, each with `role` and `content`.
       max_new_tokens: of each choice; None = what the server has for those who do not say.
       usage: whether a stream tells what it has cost.
+      logprobs: how many of the most likely tokens are told of each place; None = nothing.
     """
 
     prompts: list[str | list[int]]
@@ -89,6 +88,7 @@ class Asked(NamedTuple):
     ignore_eos: bool
     stream: bool
     usage: bool
+    logprobs: int | None
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -113,7 +113,8 @@ def completion(body: dict[str, Any], most: int) -> Asked:
     if len(prompts) > most:
         raise Refused(400, f"{len(prompts)} prompts: at most {most} are read at a time", "prompt")
     new = _whole(body, "max_tokens", NEW_TOKENS, least=1)
-    return asked._replace(prompts=prompts, max_new_tokens=new)
+    ranks = _whole(body, "logprobs", None, least=0, most=TOP)
+    return asked._replace(prompts=prompts, max_new_tokens=new, logprobs=ranks)
 
 
 def chat(body: dict[str, Any]) -> Asked:
@@ -123,7 +124,12 @@ def chat(body: dict[str, Any]) -> Asked:
     if not isinstance(messages, list) or not messages:
         raise Refused(400, "messages is not a list of messages", "messages")
     new = _whole(body, "max_completion_tokens", _whole(body, "max_tokens", None, least=1), least=1)
-    return asked._replace(messages=[_message(i, each) for i, each in enumerate(messages)], max_new_tokens=new)
+    top = _whole(body, "top_logprobs", 0, least=0, most=TOP)
+    ranks = top if _flag(body, "logprobs") else None
+    if top and ranks is None:
+        raise Refused(400, "top_logprobs is for logprobs: say logprobs, or leave it out", "top_logprobs")
+    messages = [_message(i, each) for i, each in enumerate(messages)]
+    return asked._replace(messages=messages, max_new_tokens=new, logprobs=ranks)
 
 
 def _shared(body: dict[str, Any]) -> Asked:
@@ -138,7 +144,7 @@ def _shared(body: dict[str, Any]) -> Asked:
         raise Refused(400, "stream_options is for streams: say stream, or leave it out", "stream_options")
     usage = _flag({name: on for name, on in options.items() if on is not None}, "include_usage")
     n, endless = _whole(body, "n", 1, least=1), _flag(body, "ignore_eos")
-    return Asked([], [], None, _sampling(body), n, _stop(body), endless, stream, usage)
+    return Asked([], [], None, _sampling(body), n, _stop(body), endless, stream, usage, None)
 
 
 def _sampling(body: dict[str, Any]) -> Sampling:
@@ -150,9 +156,20 @@ def _sampling(body: dict[str, Any]) -> Sampling:
         min_p=_number(body, "min_p", 0.0, 0, 1),
         repetition_penalty=_number(body, "repetition_penalty", 1.0, 1e-6, 1e6),
         seed=_whole(body, "seed", secrets.randbits(31), least=-(2**63), most=2**63 - 1),
+        presence_penalty=_number(body, "presence_penalty", 0.0, -2, 2),
+        frequency_penalty=_number(body, "frequency_penalty", 0.0, -2, 2),
+        logit_bias=_biases(body),
     )
     # Filters have nothing to act on there, which is said to whoever starts a program, and not of each request.
     return found._replace(top_k=0, top_p=1.0, min_p=0.0) if found.mode == "greedy" else found
+
+
+def _biases(body: dict[str, Any]) -> tuple[tuple[int, float], ...]:
+    given = body.get("logit_bias", {})
+    if not isinstance(given, dict) or len(given) > BIASES or not all(re.fullmatch("[0-9]{1,9}", i) for i in given):
+        raise Refused(400, f"logit_bias is not an object of at most {BIASES} token ids", "logit_bias")
+    biases = {name: _number({"logit_bias": bias}, "logit_bias", 0.0, -100, 100) for name, bias in given.items()}
+    return tuple((int(name), bias) for name, bias in biases.items())
 
 
 def _stop(body: dict[str, Any]) -> list[str]:
@@ -170,6 +187,8 @@ def _message(i: int, message: Any) -> dict[str, str]:
     where = f"messages[{i}]"
     if not isinstance(message, dict) or not isinstance(role := message.get("role"), str):
         raise Refused(400, f"{where} is not an object with role and content", where)
+    if role not in ROLES:
+        raise Refused(400, f"{where}.role is not one of {', '.join(ROLES)}", where)
     for name in ("tool_calls", "function_call", "audio"):
         if message.get(name):
             raise Refused(400, f"{where}.{name} is not supported by this server", where, "unsupported_parameter")
