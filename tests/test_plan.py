@@ -13,6 +13,7 @@ import kvjax
 from kvjax import methods
 from kvjax.checkpoint import shipped
 from kvjax.cli import command
+from kvjax.errors import InputError
 from kvjax.generation import prefill
 from kvjax.generation.allocate import init_cache
 from kvjax.models.named import HUB, NAMED, named
@@ -311,3 +312,12 @@ def test_a_program_that_does_not_fit_is_numbers():
     args = parse(flags)
     guess = estimate(setting(args, NAMED["llama-3-8b"], find("v5e"), "full"))
     assert line["beside"] == pytest.approx(guess.prefill, rel=0.2)  # what it states is before it has found an order
+
+
+def test_lines_are_heard_and_a_crash_of_the_compiler_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "crashes.py").write_text('import os\nprint(\'{"program": "embed"}\', flush=True)\nos.abort()\n')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    heard = []
+    with pytest.raises(InputError, match=r"the compiler for v5e crashed after 'embed': .*--estimate"):
+        aot.run("v5e", "crashes", heard=heard.append)
+    assert heard == [{"program": "embed"}]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from kvjax.attention.dispatch import ON_XLA
-from kvjax.errors import say_once
+from kvjax.errors import InputError, say_once
 
 TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 CORES = {"tpu7x": 2}  # devices of a chip
@@ -122,6 +122,9 @@ def run(
     for line in said.splitlines():
         if ON_XLA in line:
             say_once(line)
+    if process.returncode < 0:  # by a signal: not Python's doing
+        after = f" after {lines[-1].get('program', 'some')!r}" if lines else ""
+        raise InputError(f"the compiler for {target} crashed{after}: kvjax.plan --estimate plans without it")
     if process.returncode:
         raise RuntimeError(f"after {len(lines)} results: {said[-3000:]}")
     return lines
