@@ -22,7 +22,6 @@ from kvjax.checkpoint.convert import convert
 from kvjax.checkpoint.lorc import ranks
 from kvjax.cli import command
 from kvjax.evaluation import grid, runner
-from kvjax.generation import accounting
 from kvjax.generation.model import Model
 from kvjax.tasks.task import Sample
 from tests.matrix import reference
@@ -110,7 +109,7 @@ def test_questions_about_one_context_are_asked_of_one_reading(method, tmp_path, 
         assert line["prompt_tokens"] == sequence.prompt_tokens == len(ids + question)
         assert line["full_bytes"] == out.compared.full
         assert line["cache_bytes"] == pytest.approx(out.compared.cache, rel=5e-3)  # free pages are listed per batch
-        alone = accounting.compare(model, original(model, ids, method, "20%").cache, [len(ids)])
+        alone = original(model, ids, method, "20%").footprint.compared
         assert (line["context_bytes"], line["context_full_bytes"]) == alone and alone.cache < line["cache_bytes"]
         assert line["kept"] == pytest.approx(np.mean(out.slots) / (sequence.prompt_tokens + 1))
     before, path = results(tmp_path), tmp_path / "samples.jsonl"
