@@ -51,6 +51,10 @@ def parser() -> command.Parser:
     p.add_argument(
         "--drain", type=float, default=30.0, metavar="S", help="seconds that SIGTERM leaves to requests (default: 30)"
     )
+    p.add_argument(
+        "--watchdog", type=float, default=60.0, metavar="S",
+        help="seconds without a sign of life after which health checks fail (default: 60)",
+    )  # fmt: skip
     p.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, one a line, of which clients show one")
     p.add_argument(
         "--cors-origin", action="append", default=[], metavar="URL", help="repeatable; web pages that may ask; * = all"
@@ -69,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     command.check_numbers(args, seats=command.MOST_SEQUENCES, max_new_tokens=2**31 - 1, max_queue=2**31 - 1)
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port {args.port} is not a whole number from 0 to {2**16 - 1}")
-    for name in ("stall", "drain"):
+    for name in ("stall", "drain", "watchdog"):
         if not 0 <= getattr(args, name) < float("inf"):
             raise InputError(f"--{name} {getattr(args, name)} is not a number of seconds")
     args.max_body = command.read_bytes(args.max_body, "--max-body")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
-from kvjax import convert, evaluate
+from kvjax import convert, evaluate, serve
 from kvjax.bench import __main__ as bench
 from kvjax.cli import command
 from kvjax.generate import main as generate
@@ -74,6 +74,16 @@ COMMANDS = {
         "--tasks lines,needle --methods h2o,mikv+low_store=int4 --budgets 10%,20% --samples 2 --lengths 128"
         " --set needle.depths=3 --batch 2 --seed 1",
     ),
+    "serve": Command(
+        serve.main, f"--model {ABSENT} --port 0",
+        "--method h2o --budget 20% --store int8 --seats 2 --max-length 256 --max-new-tokens 4 --cache 1GB --max-queue 4"
+        " --stall 0.1 --drain 1 --watchdog 9 --max-body 1MB --alias a --dtype float32",
+    ),
+    "bench serve": Command(
+        bench.main, f"serve --model {ABSENT}",
+        "--methods full,h2o:20% --prompt-tokens 20-40 --new-tokens 4 --requests 2 --clients 1 --pool 1 --seats 2"
+        " --loads 0.5 --stall 0.1 --seed 1 --rounds 1 --dtype float32",
+    ),
     "report": Command(evaluate.main, "report", FOLDER),
     "bench": Command(
         bench.main, f"decode --model {ABSENT}",
@@ -111,7 +121,7 @@ def flags_hold(case: tuple[str, list[str]], folder: Path) -> None:
         except SystemExit as error:
             code = error.code
     if code == 2:
-        line = err.getvalue().removesuffix("\n")
+        line = err.getvalue().removeprefix(f"loading {ABSENT}\n").removesuffix("\n")  # what a server begins with
         assert line.isprintable() and 0 < len(line) < LONGEST + len(name), line
         return
     assert code == 0 and how.says, (code, err.getvalue())

@@ -257,6 +257,23 @@ def test_what_cannot_be_done_is_refused(how, code, client):
         assert error.value.code == code
 
 
+def test_an_engine_that_gives_no_sign_of_life_fails_health_checks(engine, monkeypatch):
+    ask = lambda: (ask_app(service, "/health"), ask_app(service, "/health/live"))
+    service = Service(engine, "demo", "h2o")
+    assert ask() == (200, 200)
+    hangs, turned = threading.Event(), threading.Event()
+    turn = engine._turn
+    monkeypatch.setattr(engine, "_turn", lambda: (turned.set(), hangs.wait(), turn()))
+    request = engine.submit([1], max_new_tokens=2)
+    turned.wait()
+    service.watchdog = 0.01
+    wait(lambda: ask() == (503, 503))
+    hangs.set()
+    request.result()
+    service.watchdog = 60.0
+    assert ask() == (200, 200)
+
+
 def test_routes_and_sizes(url):
     refused = 'kvjax_refused_total{status="405"}'
     before = counted(url, refused)

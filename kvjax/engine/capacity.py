@@ -117,7 +117,12 @@ def made(init: Callable[[Lengths], Cache], lengths: Lengths, sizes: Pages) -> Ca
 def _parts(cache: Cache) -> tuple[int, int]:
     """Bytes of tables and the like, and of the pools."""
     pools = sum(_bytes(tier._replace(**dict.fromkeys(FIXED, ()))) for tier in tiers(cache))
-    return sum(map(_bytes, tiers(cache))) - pools, pools
+    return nbytes(cache) - pools, pools
+
+
+def nbytes(cache: Cache) -> int:
+    """Of all that a cache is."""
+    return sum(map(_bytes, tiers(cache)))
 
 
 def _bytes(tree: Tier) -> int:

@@ -143,6 +143,7 @@ class Engine:
         self._work = threading.Condition()
         self._closing = False
         self._error: BaseException | None = None
+        self._alive = time.monotonic()
         self._seconds = [0.0, 0.0]  # reading, decoding
         self._warm_up()
         self._seconds = [0.0, 0.0]
@@ -158,6 +159,10 @@ class Engine:
         self._promises = functools.lru_cache(4096)(functools.partial(capacity.promise, init, self._page))
         sizes = capacity.within(shapes, budget, self._longest)
         cache = capacity.made(init, lengths, sizes)
+        # Beside it: prompts have caches of their own while they are read.
+        self.reading_bytes = READERS * capacity.nbytes(
+            jax.eval_shape(lambda: init(capacity.lengths([1], 1, self.max_length)))
+        )
         self.cache_bytes = footprint(self.model, cache, ()).bytes.total
         self._seats = programs.empty(cache, seats, self._spec.vocab_size, self._width)
         self._schedule = Schedule(seats, sizes, queue)
@@ -241,6 +246,11 @@ class Engine:
             )
 
     @property
+    def silent(self) -> float:
+        """Seconds since its thread last said that it lives: no more than a turn takes, unless the device hangs."""
+        return time.monotonic() - self._alive
+
+    @property
     def error(self) -> BaseException | None:
         """What has ended the engine before it was closed."""
         return self._error
@@ -289,6 +299,7 @@ class Engine:
     def _run(self) -> None:
         try:
             while True:
+                self._alive = time.monotonic()
                 with self._work:
                     if not self._requests:
                         if self._closing:

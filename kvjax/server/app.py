@@ -52,6 +52,7 @@ class Service:
       origins: of web pages that may ask, "*" = all.
       local: only clients of this machine are meant: what a web page of another name sends is refused.
       max_body: bytes.
+      watchdog: seconds without a sign of life after which the engine counts as stuck.
       draining: no request is taken any more.
     """
 
@@ -62,6 +63,7 @@ class Service:
     origins: tuple[str, ...] = ()
     local: bool = True
     max_body: int = 8 * 2**20
+    watchdog: float = 60.0
     draining: bool = False
 
     def __post_init__(self) -> None:
@@ -78,7 +80,9 @@ class Service:
     @property
     def state(self) -> str:
         """Whether it takes requests."""
-        return "dead" if self.engine.error is not None else "draining" if self.draining else "ok"
+        if self.engine.error is not None:
+            return "dead"
+        return "draining" if self.draining else "stuck" if self.engine.silent > self.watchdog else "ok"
 
     def check(self) -> None:
         """Raise `Refused` if no request is taken."""
@@ -366,9 +370,9 @@ async def health(http: Http) -> Response:
 
 
 async def live(http: Http) -> Response:
-    """GET /health/live: whether the process answers."""
-    del http
-    return _json({"status": "ok"})
+    """GET /health/live: whether the process does its work, or is to be started anew."""
+    state = http.app.state.service.state
+    return _json({"status": state}, 503 if state in ("stuck", "dead") else 200)
 
 
 async def metrics(http: Http) -> Response:

@@ -80,8 +80,12 @@ def run(args: argparse.Namespace) -> int:
         service = Service(
             engine, args.alias or _name(engine.model.name), _method(args, engine), keys=args.keys,
             origins=tuple(args.cors_origin), local=app.is_local(f"//{_address(host)}"), max_body=args.max_body,
+            watchdog=args.watchdog,
         )  # fmt: skip
-        _say(f"{service.name} at http://{_address(host)}:{port}/v1, {engine.cache_bytes:,} bytes of cache")
+        _say(
+            f"{service.name} at http://{_address(host)}:{port}/v1, {engine.cache_bytes:,} bytes of cache"
+            f" and up to {engine.reading_bytes:,} of prompts that are read"
+        )
         Server(config(service), service, args.drain).run([bound])
     if engine.error is not None:
         _say(one_line(f"the engine has ended: {type(engine.error).__name__}: {engine.error}"))
