@@ -91,38 +91,67 @@ void convert(const Pool& pool, int64_t slot, int slots, float* __restrict to) {
       for (int i = 0; i < width; ++i) to[s * lanes + i] = Number(x[s * width + i]);
 }
 
-// What a piece adds to the numbers of neighbouring slots; `Higher`: to those of a plane of lower bits.
-template <int Width, bool Higher>
-void unpack(const Pool& pool, const Piece& piece, int64_t slot, int slots, float* __restrict to) {
+// What a piece adds to the numbers of neighbouring slots. `Bytes`: a code is a byte; `Higher`: the piece is added to a
+// plane of lower bits. `scale` and `zero` are those of the piece's group, `groups` apart.
+template <int Width, bool Bytes, bool Higher>
+void unpack(const Pool& pool, const Piece& piece, int64_t slot, int slots, const float* scale, const float* zero,
+            int64_t groups, float* __restrict to) {
   const int width = Width ? Width : piece.width, shift = piece.shift, mask = piece.mask, lanes = pool.lanes();
-  const int64_t bytes = pool.bytes, groups = pool.groups;
-  const float weight = piece.weight, offset = pool.offset;
+  const int64_t bytes = pool.bytes;
+  const float weight = piece.weight;
   auto* codes = reinterpret_cast<const uint8_t*>(pool.codes) + slot * bytes + piece.at;
-  auto* scales = pool.run ? nullptr : pool.scale + slot * groups + piece.group;
-  auto* zeros = pool.zero && scales ? pool.zero + slot * groups + piece.group : nullptr;
-  for (float* x = to + piece.start; slots-- > 0; x += lanes, codes += bytes) {
-    const float scale = scales ? of_bfloat16(*scales) : 1, zero = zeros ? of_bfloat16(*zeros) : scale * offset;
+  for (float* x = to + piece.start; slots-- > 0; x += lanes, codes += bytes, scale += groups, zero += groups) {
+    const float factor = Higher ? *scale * weight : *scale, added = *zero;
     int i = 0;
     for (; i + kLanes <= width; i += kLanes) {
-      const Lanes number = __builtin_convertvector(widened(codes + i) >> shift & mask, Lanes) * (scale * weight);
-      *(Lanes*)(x + i) = number + (Higher ? *(const Lanes*)(x + i) : Lanes{} + zero);
+      const Ints code = Bytes ? widened(codes + i) : widened(codes + i) >> shift & mask;
+      const Lanes number = __builtin_convertvector(code, Lanes) * factor;
+      *(Lanes*)(x + i) = number + (Higher ? *(const Lanes*)(x + i) : Lanes{} + added);
     }
-    for (; i < width; ++i) x[i] = float(codes[i] >> shift & mask) * (scale * weight) + (Higher ? x[i] : zero);
-    if (scales) scales += groups;
-    if (zeros) zeros += groups;
+    for (; i < width; ++i) x[i] = float(codes[i] >> shift & mask) * factor + (Higher ? x[i] : added);
   }
 }
 
-template <bool Higher>
+template <bool Bytes, bool Higher>
 auto unpack_of(int64_t width) {
-  return width == 16   ? unpack<16, Higher>
-         : width == 32 ? unpack<32, Higher>
-         : width == 64 ? unpack<64, Higher>
-                       : unpack<0, Higher>;
+  return width == 16   ? unpack<16, Bytes, Higher>
+         : width == 32 ? unpack<32, Bytes, Higher>
+         : width == 64 ? unpack<64, Bytes, Higher>
+                       : unpack<0, Bytes, Higher>;
 }
 
-// Numbers of neighbouring slots, `[slots lanes]`.
+// Numbers of neighbouring slots from codes with scales, a tile at most.
+void unpack_all(const Pool& pool, int64_t slot, int slots, float* to) {
+  const int64_t groups = pool.run ? 1 : pool.groups, n = pool.run ? slots : slots * groups;
+  static thread_local std::vector<float> scale, zero;  // of the tile's groups, which lie one after the other
+  scale.resize(kTile * groups), zero.resize(kTile * groups);
+  if (pool.run) {
+    std::fill_n(scale.data(), n, 1.0f), std::fill_n(zero.data(), n, 0.0f);  // channels have theirs
+  } else {
+    float *__restrict s = scale.data(), *__restrict z = zero.data();
+    for (int64_t i = 0; i < n; ++i) s[i] = of_bfloat16(pool.scale[slot * groups + i]);
+    if (pool.zero)
+      for (int64_t i = 0; i < n; ++i) z[i] = of_bfloat16(pool.zero[slot * groups + i]);
+    else
+      for (int64_t i = 0; i < n; ++i) z[i] = s[i] * pool.offset;
+  }
+  for (const Piece* piece = pool.pieces; piece < pool.pieces + pool.count; ++piece) {
+    auto run = piece->mask == 255   ? unpack_of<true, false>(piece->width)
+               : piece->weight == 1 ? unpack_of<false, false>(piece->width)
+                                    : unpack_of<false, true>(piece->width);
+    run(pool, *piece, slot, slots, scale.data() + piece->group, zero.data() + piece->group, groups, to);
+  }
+}
+
+// Numbers of neighbouring slots, `[slots lanes]`. The processor would wait for the next codes while it computes.
 void decode(const Pool& pool, int64_t slot, int slots, float* to) {
+  auto ask = [&](const void* array, int64_t bytes) {
+    const char* next = static_cast<const char*>(array) + (slot + slots) * bytes;
+    for (int64_t i = 0; i < slots * bytes; i += 64) __builtin_prefetch(next + i);
+  };
+  ask(pool.codes, pool.bytes);
+  if (pool.scale) ask(pool.scale, 2 * pool.groups);
+  if (pool.zero) ask(pool.zero, 2 * pool.groups);
   const int lanes = pool.lanes();
   if (pool.kind == kDense) {
     (pool.dtype == ffi::F32    ? convert<float, same>(pool, slot, slots, to)
@@ -133,8 +162,7 @@ void decode(const Pool& pool, int64_t slot, int slots, float* to) {
     for (int s = 0; s < slots; ++s)
       for (int i = 0; i < lanes; ++i) to[s * lanes + i] *= of_bfloat16(pool.scale[slot + s]);
   } else {
-    for (const Piece* piece = pool.pieces; piece < pool.pieces + pool.count; ++piece)
-      (piece->weight > 1 ? unpack_of<true> : unpack_of<false>)(piece->width)(pool, *piece, slot, slots, to);
+    unpack_all(pool, slot, slots, to);
   }
   if (pool.kind != kPerChannel) return;
   for (int s = 0; s < slots; ++s)  // channel c has its scale in column c / run of the run's slot c % run
