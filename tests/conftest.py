@@ -27,12 +27,12 @@ import jaxtyping
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests import strict
+from tests.lib import strict
 
 if os.environ.get("KVJAX_TEST_SHAPES"):  # in every function that is traced, which takes a tenth of the time
-    from tests import checker  # noqa: F401  # the hook finds it by its name
+    from tests.lib import checker  # noqa: F401  # the hook finds it by its name
 
-    _hook = jaxtyping.install_import_hook(["kvjax", "pallas_kernels"], "tests.checker.checked")
+    _hook = jaxtyping.install_import_hook(["kvjax", "pallas_kernels"], "tests.lib.checker.checked")
     _hook.__enter__()
 from kvjax import compilation
 from kvjax.checkpoint import shipped

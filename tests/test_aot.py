@@ -5,7 +5,7 @@ import pytest
 from kvjax.methods import METHODS
 from kvjax.plan.aot import GPUS, TPUS, missing, run
 from kvjax.plan.chips import find
-from tests import aot, whole_step
+from tests.lib import aot, whole_step
 
 ONCE = ("segment_merge", "topk_retain")  # kernels that read nothing twice
 TARGETS = (*TPUS, "sm_80", "sm_90")
@@ -20,7 +20,7 @@ def installed(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_without_copies_and_spills(target):
     installed(target)
-    found = run(target, "tests.aot", dump=True)
+    found = run(target, "tests.lib.aot", dump=True)
     assert len(found) == len(list(aot.cases(target)))
     neither_copies_nor_spills(target, found)
 
@@ -29,7 +29,7 @@ def test_every_kernel_compiles_without_copies_and_spills(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_other_shapes_compile_without_copies_and_spills(target):
     installed(target)
-    found = run(target, "tests.aot", "more", dump=True)
+    found = run(target, "tests.lib.aot", "more", dump=True)
     assert len(found) == len(list(aot.more(target)))
     neither_copies_nor_spills(target, found)
 
@@ -52,7 +52,7 @@ def neither_copies_nor_spills(target, lines):
 def test_every_decode_loop_compiles_and_updates_its_pools_in_place(target, width):
     """Heads of 64 are narrower than a TPU's lanes."""
     installed(target)
-    found = run(target, "tests.aot", "loop", str(width), *LOOPS)
+    found = run(target, "tests.lib.aot", "loop", str(width), *LOOPS)
     assert len(found) == 2 * len(LOOPS)
     for line in found:
         assert line["aliased"] >= line["pool"]

@@ -24,8 +24,8 @@ from kvjax.models.decoder import Decoder
 from kvjax.policies.base import Recipe
 from kvjax.policies.budgets import allocation
 from kvjax.spec import Lengths, ModelSpec
-from tests import brute, oracle
-from tests.oracle import Entry, Oracle
+from tests.lib import brute, oracle
+from tests.lib.oracle import Entry, Oracle
 
 STEPS = 10
 TOLERANCE = 1e-5

@@ -8,8 +8,8 @@ import pytest
 import kvjax
 from kvjax import METHODS, evaluate, generate
 from kvjax.retrofit import __main__ as retrofit
-from tests import configs
-from tests.configs import Config
+from tests.lib import configs
+from tests.lib.configs import Config
 
 CONFIGS = configs.every()
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.path.stem)

@@ -23,8 +23,8 @@ from kvjax.generation.context import Context
 from kvjax.generation.model import Model
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.policies.base import Recipe
-from tests import oracle
-from tests.matrix import BUDGET, VARIANTS, WITH_BUDGET, decoder, model_of, quick, reference, text
+from tests.lib import oracle
+from tests.lib.matrix import BUDGET, VARIANTS, WITH_BUDGET, decoder, model_of, quick, reference, text
 
 TEXT, QUESTIONS = text(40, 0), (text(3, 1), text(5, 2), text(1, 3))
 # What differs most: rings of runs, places in the cache, budgets over layers, two tiers, a gate.

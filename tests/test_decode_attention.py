@@ -32,8 +32,8 @@ from pallas_kernels.decode_attention import (
 from pallas_kernels.decode_attention.formats import Format
 from pallas_kernels.packing import PLANES
 from pallas_kernels.rotation import Rotation
-from tests import matrix, oracle
-from tests.strict import STRICT
+from tests.lib import matrix, oracle
+from tests.lib.strict import STRICT
 
 STORES = (
     "dense", "fp8", "int8", "int4", "int3", "int2", "int8/int4", "int4:32", "int4:symmetric", "int2:16:symmetric",

@@ -16,8 +16,8 @@ from kvjax.policies.base import Recipe
 from kvjax.policies.budgets import budget as budgets
 from kvjax.policies.budgets.allocation import from_scores, from_variance, per_head
 from kvjax.policies.select import retain
-from tests import brute, oracle
-from tests.matrix import EVICTING, WINDOW, quick, text
+from tests.lib import brute, oracle
+from tests.lib.matrix import EVICTING, WINDOW, quick, text
 from tests.test_budget_methods import assert_same, model_of, run, texts
 from tests.test_loop import traced_functions
 from tests.test_methods import best

@@ -22,7 +22,7 @@ from kvjax.models import decoder
 from kvjax.spec import RopeSpec
 from kvjax.tasks import lines as demo_lines
 from kvjax.tasks import vocabulary as v
-from tests.killing import CPU, kill
+from tests.lib.killing import CPU, kill
 
 TEXT = "The text of the tests.\nIt has a few lines, and none of them is a needle.\n" * 9
 TINY = ["--steps", "6", "--block", "1", "--checkpoint-every", "1", "--tokens-per-batch", "128", "--max-length", "64"]

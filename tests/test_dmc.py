@@ -13,8 +13,8 @@ from kvjax.generation.allocate import init_cache
 from kvjax.models import gate as gates
 from kvjax.policies.budgets.apportion import choose_best
 from kvjax.spec import GateSpec, RopeSpec
-from tests import oracle
-from tests.brute_gate import compare, compression, forced, gated_model, tokens
+from tests.lib import oracle
+from tests.lib.brute_gate import compare, compression, forced, gated_model, tokens
 
 PROMPTS, NEW = (50, 31, 9), 12
 DTYPES = (jnp.bfloat16, jnp.float32)

@@ -9,9 +9,9 @@ from rich.console import Console
 from kvjax import Model, methods
 from kvjax.cli import tables
 from kvjax.plan import dry_run
-from tests import oracle
-from tests.brute_gate import compare, compression, forced, gated_model, tokens
-from tests.matrix import assert_close
+from tests.lib import oracle
+from tests.lib.brute_gate import compare, compression, forced, gated_model, tokens
+from tests.lib.matrix import assert_close
 
 PROMPTS, NEW = (60, 31, 9), 14
 dms = methods.dms

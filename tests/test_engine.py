@@ -16,7 +16,7 @@ from kvjax.engine.capacity import tiers
 from kvjax.engine.request import EngineError
 from kvjax.errors import InputError
 from kvjax.generation.model import Model
-from tests.matrix import VARIANTS, decoder, model_of, quick, recipe_of, text
+from tests.lib.matrix import VARIANTS, decoder, model_of, quick, recipe_of, text
 
 LENGTH = 96
 QUICK = ("full", "h2o int4", "dynamickv", "mikv", "full kivi2", "dmc")

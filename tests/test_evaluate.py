@@ -24,7 +24,7 @@ from kvjax.cli import command
 from kvjax.evaluation import grid, runner
 from kvjax.generation.model import Model
 from kvjax.tasks.task import Sample
-from tests.matrix import reference
+from tests.lib.matrix import reference
 from tests.test_tokenizer import STYLES, byte_level, write
 
 pytestmark = pytest.mark.usefixtures("shallow_demo")

@@ -28,7 +28,7 @@ from kvjax.generation.model import Model
 from kvjax.generation.sampling import Sampling, chooser
 from kvjax.models.hf_config import parse_config
 from tests import golden
-from tests.matrix import quick
+from tests.lib.matrix import quick
 
 PROG = "kvjax.generate"
 optimized = pytest.mark.usefixtures("optimized")  # as it is used

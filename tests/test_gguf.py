@@ -31,7 +31,8 @@ from kvjax.models import gguf_config
 from kvjax.models.decoder import forward
 from kvjax.models.hf_config import read_config
 from kvjax.models.tokenizer import Tokenizer
-from tests import gguf_files, golden
+from tests import golden
+from tests.lib import gguf_files
 
 ROOT = Path(kvjax.__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

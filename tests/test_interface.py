@@ -21,7 +21,7 @@ from kvjax.policies.base import CachePolicy, PrefillOutput, Recipe
 from kvjax.policies.budgets import budget as budgets
 from kvjax.policies.select import retain
 from kvjax.spec import Lengths
-from tests.oracle import Entry, Oracle, entries, random_model
+from tests.lib.oracle import Entry, Oracle, entries, random_model
 
 PROMPTS, NEW = (41, 29), 20
 

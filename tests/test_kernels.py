@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.decode_attention import PagedKV, decode_attention, merge, probabilities
 from pallas_kernels.prefill_attention import attention, gpu, tpu
 from pallas_kernels.prefill_scores import column_sums
-from tests import strict
+from tests.lib import strict
 
 B, K, G, H, PAGE, M = 2, 3, 2, 8, 8, 5
 

@@ -15,8 +15,8 @@ from kvjax.errors import InputError, say_once
 from kvjax.generation.allocate import init_cache
 from kvjax.models.decoder import Decoder, forward
 from kvjax.spec import LatentSpec, Lengths, RopeSpec
-from tests import oracle
-from tests.matrix import ARGUMENTS, BATCH, assert_close, slow, teacher, tiers_of
+from tests.lib import oracle
+from tests.lib.matrix import ARGUMENTS, BATCH, assert_close, slow, teacher, tiers_of
 
 # Ranks of keys and values; heads of 8.
 FAMILIES = {

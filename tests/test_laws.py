@@ -16,8 +16,8 @@ from kvjax.cache import tier as tiers_
 from kvjax.parallel import mesh
 from kvjax.plan import dry_run
 from kvjax.spec import RopeSpec, readable
-from tests import matrix, oracle
-from tests.matrix import (
+from tests.lib import matrix, oracle
+from tests.lib.matrix import (
     BATCH,
     BUDGET,
     EVICTING,

@@ -10,8 +10,8 @@ import kvjax
 from kvjax import METHODS, methods
 from kvjax.errors import InputError
 from kvjax.generation.model import Model
-from tests import oracle
-from tests.matrix import (
+from tests.lib import oracle
+from tests.lib.matrix import (
     BATCH,
     BUDGET,
     MODELS,

@@ -13,8 +13,8 @@ from kvjax.cache import layout
 from kvjax.generation import decode, sampling
 from kvjax.models.decoder import Decoder
 from kvjax.policies.base import Recipe
-from tests import matrix, oracle
-from tests.matrix import (
+from tests.lib import matrix, oracle
+from tests.lib.matrix import (
     BATCH,
     BUDGET,
     EVICTING,

@@ -36,8 +36,9 @@ from kvjax.models.hf_config import read_config
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.policies.base import Recipe
 from kvjax.spec import LatentSpec, Lengths, ModelSpec
-from tests import golden, oracle
-from tests.matrix import ARGUMENTS, BATCH, assert_close, quick, teacher, tiers_of
+from tests import golden
+from tests.lib import oracle
+from tests.lib.matrix import ARGUMENTS, BATCH, assert_close, quick, teacher, tiers_of
 
 SMALL = dict(vocab_size=260, embed_dim=48, num_layers=2, num_heads=4, head_dim=16, mlp_dim=64, max_position=256)
 # Families: what differs in the model, and what config.json says of it.

@@ -1,6 +1,6 @@
 """Many devices: what one of them does, split over eight on the host, and over two processes.
 
-A process has its devices from the start, so everything here runs in processes of its own: `tests/on_mesh.py`
+A process has its devices from the start, so everything here runs in processes of its own: `tests/lib/on_mesh.py`
 compares generations, and the laws are tried again with their models on a mesh.
 """
 
@@ -20,7 +20,7 @@ from kvjax import METHODS, InputError
 from kvjax.checkpoint import shipped
 from kvjax.generate import main
 from kvjax.parallel import mesh
-from tests.matrix import slow
+from tests.lib.matrix import slow
 
 CPU = {**os.environ, "JAX_PLATFORMS": "cpu"}
 MESHES = ("data=1,model=8", "data=2,model=4", "data=8,model=1")
@@ -33,8 +33,8 @@ def devices(count: int, **more: str) -> dict[str, str]:
 
 
 def compare(*entries: str) -> tuple[dict[str, dict], str]:
-    """What `tests/on_mesh.py` says of each method, and its stderr."""
-    line = [sys.executable, "-m", "tests.on_mesh", *entries]
+    """What `tests/lib/on_mesh.py` says of each method, and its stderr."""
+    line = [sys.executable, "-m", "tests.lib.on_mesh", *entries]
     done = subprocess.run(line, env=devices(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return {found["method"]: found for found in map(json.loads, done.stdout.splitlines())}, done.stderr

@@ -19,8 +19,8 @@ from kvjax.methods.expected import foreseen
 from kvjax.models import rope
 from kvjax.policies.budgets import budget as budgets
 from kvjax.spec import Prompt, RopeSpec
-from tests import oracle
-from tests.oracle import Entry, LayerPrompt, Oracle, Rows, entries
+from tests.lib import oracle
+from tests.lib.oracle import Entry, LayerPrompt, Oracle, Rows, entries
 
 LENGTHS = (141, 60, 33, 9, 1)  # longer and shorter than the budgets and windows below
 STEPS = 10

@@ -11,10 +11,10 @@ import pytest
 from kvjax import methods
 from kvjax.cache import layout
 from kvjax.cache import tier as tiers_
-from tests import brute_mikv, oracle
-from tests.brute_mikv import KIVI, MiKV, Moment, Theirs
-from tests.matrix import assert_close, slow, text
-from tests.oracle import Oracle
+from tests.lib import brute_mikv, oracle
+from tests.lib.brute_mikv import KIVI, MiKV, Moment, Theirs
+from tests.lib.matrix import assert_close, slow, text
+from tests.lib.oracle import Oracle
 
 LENGTHS = (40, 32, 24, 5)  # one is a multiple of KIVI's residual; the last is shorter than the budgets
 STEPS, KIVI_STEPS = 64, 40

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests import (
+from tests.lib import (
     mutated_configs,
     mutated_data,
     mutated_flags,
@@ -15,7 +15,7 @@ from tests import (
     mutated_toml,
     mutated_weights,
 )
-from tests.mutate import explore
+from tests.lib.mutate import explore
 
 FILES = (
     mutated_configs, mutated_weights, mutated_params, mutated_tokenizers, mutated_toml, mutated_data, mutated_flags,
@@ -33,6 +33,6 @@ def test_a_few_mutations_are_refused_or_mean_what_they_say(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_mutations_are_refused_or_mean_what_they_say(kind, tmp_path):
     tried = tmp_path / "case"
-    command = [sys.executable, "-W", "error", "-m", "tests.mutate", kind, "400", str(tried)]
+    command = [sys.executable, "-W", "error", "-m", "tests.lib.mutate", kind, "400", str(tried)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-5000:] + tried.read_text()

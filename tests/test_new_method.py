@@ -42,7 +42,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(source, folder)
     apply(folder)
-    run(folder, "tests.pages")
+    run(folder, "tests.lib.pages")
     return folder
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 nbformat = pytest.importorskip("nbformat")
-notebooks = pytest.importorskip("tests.notebooks", exc_type=ModuleNotFoundError)  # needs nbclient
+notebooks = pytest.importorskip("tests.lib.notebooks", exc_type=ModuleNotFoundError)  # needs nbclient
 
 # What is printed when all went well.
 PRINTED = {

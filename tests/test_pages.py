@@ -19,7 +19,7 @@ import pytest
 
 from kvjax import compilation
 from kvjax.checkpoint import shipped
-from tests import pages
+from tests.lib import pages
 
 EXECUTED = ("README.md", "docs/guide.md")  # others take minutes, or other checkpoints: their imports are tried
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -57,7 +57,7 @@ def commands(path: Path) -> list[list[str]]:
 @every_page
 def test_parts_are_those_of_the_code(path: Path):
     text = path.read_text(encoding="utf-8")
-    assert text == pages.renewed(text), "python -m tests.pages"
+    assert text == pages.renewed(text), "python -m tests.lib.pages"
 
 
 @every_page

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.prefill_scores import column_sums, gpu, tpu
-from tests.strict import STRICT
+from tests.lib.strict import STRICT
 
 T = 192
 

@@ -20,8 +20,8 @@ from kvjax.generation.model import Model
 from kvjax.plan import dry_run
 from kvjax.policies.budgets import profile
 from kvjax.spec import LatentSpec, ProfileSpec
-from tests import oracle
-from tests.matrix import text
+from tests.lib import oracle
+from tests.lib.matrix import text
 
 UNEVEN = ProfileSpec((0.1, 0.3), (((0.3, 0.0), (0.06, 0.04)), ((0.9, 0.1), (0.1, 0.1))), "uneven.json")
 

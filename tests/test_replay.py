@@ -11,9 +11,9 @@ from kvjax.errors import InputError
 from kvjax.generation.model import Model
 from kvjax.policies.base import Recipe
 from kvjax.spec import Prompt
-from tests import oracle
-from tests.matrix import assert_close, text
-from tests.oracle import LayerPrompt, Oracle
+from tests.lib import oracle
+from tests.lib.matrix import assert_close, text
+from tests.lib.oracle import LayerPrompt, Oracle
 
 PLUS = pytest.mark.parametrize("method", ["kvzip", "kvzip_plus"])
 MODELS = {

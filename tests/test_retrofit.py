@@ -28,9 +28,9 @@ from kvjax.retrofit.schedule import Schedule
 from kvjax.spec import Gate, GateSpec, RopeSpec
 from kvjax.training import attention
 from pallas_kernels import segment_merge
-from tests.killing import CPU, kill
-from tests.matrix import CAPPED, slow
-from tests.oracle import random_model
+from tests.lib.killing import CPU, kill
+from tests.lib.matrix import CAPPED, slow
+from tests.lib.oracle import random_model
 
 DMC = GateSpec("dmc", rate=2.0, window=5)
 DMS = GateSpec("dms", rate=2.0, window=5, scale=100.0)

@@ -5,7 +5,7 @@ import pytest
 
 from kvjax.errors import InputError
 from kvjax.generation.sampling import Sampling
-from tests.matrix import VARIANTS, model_of, quick, reference, text
+from tests.lib.matrix import VARIANTS, model_of, quick, reference, text
 from tests.test_context import APPENDING, model, recipe, tokens
 
 TEXT, OTHER = text(40, 0), text(7, 9)

@@ -12,9 +12,9 @@ from kvjax.errors import say_once
 from kvjax.retrofit import objective
 from kvjax.spec import Gate, GateSpec
 from pallas_kernels.segment_merge import pool, tpu
-from tests import oracle
-from tests.brute_gate import gated_model, tokens
-from tests.strict import STRICT
+from tests.lib import oracle
+from tests.lib.brute_gate import gated_model, tokens
+from tests.lib.strict import STRICT
 
 XLA = functools.partial(pool, implementation="xla")
 INTERPRETED = functools.partial(pool, implementation="interpret")

@@ -13,7 +13,7 @@ from kvjax.generation.model import Model
 from kvjax.generation.sampling import Sampling
 from kvjax.generation.steps import drain
 from kvjax.generation.stopping import Stops, Text
-from tests import oracle
+from tests.lib import oracle
 from tests.test_tokenizer import STYLES, write
 
 PROMPTS = [[1, 2, 3], [7], [9, 8, 7, 6]]

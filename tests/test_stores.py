@@ -17,8 +17,8 @@ from kvjax.generation.allocate import init_cache
 from kvjax.models.decoder import Decoder
 from kvjax.policies.layers import rotates_at_read
 from kvjax.spec import Lengths, ModelSpec
-from tests import oracle
-from tests.matrix import ARGUMENTS, BATCH, BUDGET, STEPS, assert_close, decoder, quick, teacher
+from tests.lib import oracle
+from tests.lib.matrix import ARGUMENTS, BATCH, BUDGET, STEPS, assert_close, decoder, quick, teacher
 
 COMPOSED = ("h2o", "snapkv", "dynamickv", "adakv", "d2o")
 QUICK = [("h2o", "int2"), ("snapkv", "int4"), ("adakv", "int8"), ("d2o", "int4")]

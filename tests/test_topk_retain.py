@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.topk_retain import gpu, topk_retain, tpu, tpu_copy
-from tests.strict import STRICT
+from tests.lib.strict import STRICT
 
 B, K, R, W = 3, 3, 24, 16  # more rows than a TPU's program reads
 KINDS = ("spread", "ties", "equal", "protected", "tiny", "strange")

@@ -14,7 +14,7 @@ from kvjax.generation.model import Model
 from kvjax.models import rope
 from kvjax.models.decoder import forward
 from kvjax.models.hf_config import parse_config
-from tests.matrix import slow
+from tests.lib.matrix import slow
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # theirs

@@ -9,7 +9,7 @@ import pytest
 
 import kvjax
 from kvjax import InputError, Model, Sampling
-from tests.oracle import random_model
+from tests.lib.oracle import random_model
 
 TOTAL, NEW = 2048, 200
 METHODS = ("full", "streaming_llm", "h2o", "snapkv+window=8", "dynamickv+window=8", "mikv")

@@ -20,7 +20,7 @@ from kvjax.generation.model import Model
 from kvjax.plan import dry_run
 from kvjax.policies.base import PromptHooks, Recipe
 from kvjax.spec import Lengths, ModelSpec, Prompt
-from tests import matrix, oracle
+from tests.lib import matrix, oracle
 from tests.test_methods import append, best, grouped
 
 WINDOW, PROMPTS, STEPS, LONG = 12, (60, 30, 7), 20, 10**9

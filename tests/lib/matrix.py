@@ -23,7 +23,7 @@ from kvjax.models.decoder import Decoder, forward
 from kvjax.parallel import mesh as meshes
 from kvjax.policies.base import Recipe
 from kvjax.spec import GateSpec, LatentSpec, RopeSpec
-from tests import oracle
+from tests.lib import oracle
 
 STEPS, BUDGET, WINDOW = 6, 12, 4
 MESH = os.environ.get("KVJAX_TEST_MESH")  # try everything on this mesh; set by tests/test_mesh.py

@@ -1,8 +1,8 @@
 """Compile kernels and decode loops for accelerators that are not there, and print what they take: a JSON line each.
 
-    python -m tests.aot v5e                     # every kernel
-    python -m tests.aot v5e more                # other shapes and options
-    python -m tests.aot sm_90 loop 128 full h2o # methods' decode loops with heads of 128, with kernels and without
+    python -m tests.lib.aot v5e                     # every kernel
+    python -m tests.lib.aot v5e more                # other shapes and options
+    python -m tests.lib.aot sm_90 loop 128 full h2o # methods' decode loops with heads of 128, with kernels and without
 
 A process of its own for each target, because the plug-ins change what JAX sees. Needs `pip install '.[aot]'`.
 """

@@ -1,6 +1,6 @@
 """Mutated input: what is drawn of a text, a document or bytes, and how a property of it is tried.
 
-    python -m tests.mutate KIND COUNT FILE  # in a process whose memory is bounded and that ends where a case hangs
+    python -m tests.lib.mutate KIND COUNT FILE  # in a process whose memory is bounded and that ends where a case hangs
 
 FILE is where the case is that is being tried.
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from kvjax.checkpoint import orbax
 from kvjax.checkpoint.convert import convert
-from tests import mutated_weights
-from tests.mutate import REFUSED, Kind, refused
+from tests.lib import mutated_weights
+from tests.lib.mutate import REFUSED, Kind, refused
 
 HOW = "cut empty flip flip flip grow remove remove_folder folder loop fifo twin swap stray_file stray_folder".split()
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.brute import exact, read
-from tests.oracle import Entry, LayerPrompt, Oracle, Rows, entries, softmax
+from tests.lib.brute import exact, read
+from tests.lib.oracle import Entry, LayerPrompt, Oracle, Rows, entries, softmax
 from tests.test_methods import append, best, grouped, tokens
 
 NEAR = 1e-5  # of a vector's largest number

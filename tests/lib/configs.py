@@ -1,6 +1,6 @@
-"""What the files in configs/ say of themselves, and the table of them that `tests.pages` writes.
+"""What the files in configs/ say of themselves, and the table of them that `tests.lib.pages` writes.
 
-    python -m tests.configs kivi2 mikv     # runs what these files say, and notes what the demo model answers
+    python -m tests.lib.configs kivi2 mikv     # runs what these files say, and notes what the demo model answers
 
 The comment at the top of a file says what it reproduces, how it is run, and what the demo model then answers; what has
 not been measured is `?`.
@@ -19,7 +19,7 @@ from kvjax import METHODS
 from kvjax.checkpoint import shipped
 from kvjax.evaluation import results
 
-FOLDER = Path(__file__).parent.parent / "configs"
+FOLDER = Path(__file__).parents[2] / "configs"
 TABLE = ("config", "method", "budget", "stores", "what it is", "look-ups", "bytes")
 SAYS = "The demo model answers {}% of 20 look-ups at {}% of the full cache's bytes in 16 bits"
 ANSWERS = re.compile(SAYS.format(*[r"(\d+|\?)"] * 2))

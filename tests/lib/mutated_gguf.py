@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from kvjax.checkpoint import hf
 from kvjax.models.hf_config import read_config
 from kvjax.models.tokenizer import Tokenizer
-from tests import gguf_files
-from tests.mutate import REFUSED, Kind, mangled, refused
+from tests.lib import gguf_files
+from tests.lib.mutate import REFUSED, Kind, mangled, refused
 
 LETTERS = list("▁abcdefghijklmnopqrstuvwxyz")
 FIELDS = {

@@ -1,6 +1,6 @@
 """Compile whole decoding steps of Llama-3-8B for chips that are not there: rows of a table in docs/performance.md.
 
-python -m tests.whole_step h200 "v5e model=8"
+python -m tests.lib.whole_step h200 "v5e model=8"
 """
 
 import re
@@ -15,7 +15,7 @@ from kvjax.plan.chips import find
 
 LENGTHS = ("--context", "32768", "--new-tokens", "1024", "--batch", "4")
 BUDGETS = {name: () if default_budget(name) is None else ("--budget", "20%") for name in METHODS if name not in LEARNED}
-TABLE = Path(__file__).parent.parent / "docs" / "performance.md"
+TABLE = Path(__file__).parents[2] / "docs" / "performance.md"
 ROW = r"\| (\w+(?: [\w=,]+)?) \| (\w+) \| (\w+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|"
 
 

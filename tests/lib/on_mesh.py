@@ -1,6 +1,6 @@
 """Generate on one device and on a mesh of those that this process has; a JSON line for each method.
 
-python -m tests.on_mesh data=2,model=4 h2o full@demo data=1,model=8 count:tova
+python -m tests.lib.on_mesh data=2,model=4 h2o full@demo data=1,model=8 count:tova
 """
 
 import collections
@@ -23,7 +23,7 @@ from kvjax.models.decoder import Decoder
 from kvjax.parallel import mesh
 from kvjax.policies.base import Recipe
 from kvjax.spec import GateSpec, Lengths
-from tests import matrix, oracle
+from tests.lib import matrix, oracle
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 HEADS = dict(vocab_size=104, num_layers=2, num_heads=16, num_kv_heads=8, max_position=512)

@@ -13,7 +13,7 @@ from kvjax.retrofit import data
 from kvjax.tasks.gsm8k import gsm8k
 from kvjax.tasks.longbench import longbench
 from tests import test_file_tasks, test_report
-from tests.mutate import DEEP, REFUSED, Kind, dump, edited, mangled, reading, refused
+from tests.lib.mutate import DEEP, REFUSED, Kind, dump, edited, mangled, reading, refused
 
 # Results
 

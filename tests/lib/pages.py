@@ -1,6 +1,6 @@
 """Parts of pages that say what the code says: written from it, between two marks.
 
-    python -m tests.pages
+    python -m tests.lib.pages
 
 A part stands between `<!-- NAME -->` and `<!-- /NAME -->`, NAME being a key of `PARTS`.
 """
@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvjax import METHODS
-from tests import configs, test_house
+from tests import test_house
+from tests.lib import configs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PLACES = ("*.md", "docs/**/*.md", "colab/*.md", "configs/*.md", "kvjax/demo/**/*.md")
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kvjax.checkpoint import hf
 from kvjax.models.hf_config import read_config
 from tests import golden
-from tests.mutate import REFUSED, Kind, dump, edited, json_of, mangled, reading, refused
+from tests.lib.mutate import REFUSED, Kind, dump, edited, json_of, mangled, reading, refused
 
 NAME = "llama_gqa"
 _ORIGINALS = Path(tempfile.mkdtemp(prefix="mutated"))

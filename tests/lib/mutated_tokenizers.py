@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvjax.models.tokenizer import Tokenizer
 from tests import test_tokenizer
-from tests.mutate import REFUSED, Kind, dump, edited, json_of, mangled, reading, refused
+from tests.lib.mutate import REFUSED, Kind, dump, edited, json_of, mangled, reading, refused
 
 TEXTS = ["hello world", "naïve 🙂 你好", "", " a\nb", "half \ud800"]
 MESSAGES = test_tokenizer.MESSAGES

@@ -12,7 +12,7 @@ from kvjax.models import config_fields
 from kvjax.models.hf_config import read_config, read_generation_config
 from kvjax.spec import ModelSpec, RopeSpec
 from tests import golden
-from tests.mutate import DEEP, REFUSED, Kind, dump, json_of, reading, refused
+from tests.lib.mutate import DEEP, REFUSED, Kind, dump, json_of, reading, refused
 
 FAMILIES = ("llama_gqa", "llama3_scaling", "mistral_window", "phi3_longrope", "qwen2_window", "falcon_40b", "gemma2")
 SHOWN = ("id2label", "use_cache", "dtype", "eos_token_id")  # of the fields that do not matter

@@ -1,6 +1,6 @@
 """What one `generate` walks through: files and named functions of ours, tracing included.
 
-    python -m tests.walk [METHOD]
+    python -m tests.lib.walk [METHOD]
 
 Lambdas, comprehensions and closures are counted apart; bodies of modules and classes are not.
 """

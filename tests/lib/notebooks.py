@@ -1,6 +1,6 @@
 """Notebooks as a browser runs them, in a kernel of their own.
 
-    python -m tests.notebooks NAME...
+    python -m tests.lib.notebooks NAME...
 
 runs them and stores the pictures that they draw. Those of a real model read the SmolLM2*.gguf of $KVJAX_REAL_MODELS.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 
-FOLDER = Path(__file__).parent.parent / "colab"
+FOLDER = Path(__file__).parents[2] / "colab"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MODEL = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvjax.spec import ModelSpec
-from tests.oracle import Entry, LayerPrompt, Observe, Oracle, Rows, entries
+from tests.lib.oracle import Entry, LayerPrompt, Observe, Oracle, Rows, entries
 from tests.test_methods import append, best, pyramid_cap, tokens
 
 TOO_CLOSE = 2e-6  # of cosines

@@ -14,7 +14,7 @@ from kvjax.cache.layout import Tiers
 from kvjax.models.decoder import Decoder
 from kvjax.policies.base import Recipe
 from kvjax.spec import GateSpec
-from tests.oracle import Entry, Oracle, random_model, run
+from tests.lib.oracle import Entry, Oracle, random_model, run
 
 
 def sigmoid(x):

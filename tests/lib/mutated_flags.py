@@ -21,7 +21,7 @@ from kvjax.generate import main as generate
 from kvjax.inspect import main as inspect
 from kvjax.plan import __main__ as plan
 from kvjax.retrofit import __main__ as retrofit
-from tests.mutate import LONGEST, WORDS, Kind
+from tests.lib.mutate import LONGEST, WORDS, Kind
 
 ABSENT = "/not/there"
 VALUES = [word for word in WORDS if "\x00" not in word and word.isascii()] + (

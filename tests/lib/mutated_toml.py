@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from kvjax import methods
 from kvjax.cli import command
 from kvjax.generate import parser
-from tests import configs
-from tests.mutate import DEEP, REFUSED, Kind, dump, edited, mangled, refused
+from tests.lib import configs
+from tests.lib.mutate import DEEP, REFUSED, Kind, dump, edited, mangled, refused
 
 
 @st.composite
