@@ -673,6 +673,7 @@ def test_command_line(tmp_path, source, capfd):
 KILLER = """
 import os, signal, sys, threading, time
 from pathlib import Path
+import kvjax.checkpoint.convert
 import kvjax.checkpoint.orbax as orbax
 import kvjax.convert
 moment, src, dst = sys.argv[1], sys.argv[2], Path(sys.argv[3])

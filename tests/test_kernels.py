@@ -50,7 +50,7 @@ def dense(paged, after=None):
 def test_decode_attention_is_dense_attention(paged, block, after):
     o, total, weights = dense(paged, after)
     part = decode_attention(
-        [PagedKV(*map(jnp.asarray, paged))], scale=H**-0.5, block=block, with_logits=True,
+        [PagedKV(*map(jnp.asarray, paged))], implementation="xla", scale=H**-0.5, block=block, with_logits=True,
         after=None if after is None else jnp.broadcast_to(jnp.asarray(after)[:, None], (B, K)),
     )  # fmt: skip
     back = np.exp(np.asarray(part.m, np.float64))

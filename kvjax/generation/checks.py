@@ -52,6 +52,7 @@ def check_texts(
     after: Sequence[Sequence[int]],
     new: int = 0,
     max_length: int | None = None,
+    unread: int = 0,
 ) -> None:
     """Raise `InputError` for texts that cannot be read.
 
@@ -61,6 +62,7 @@ def check_texts(
       after: of what is read after each through its cache.
       new: tokens that are generated then.
       max_length: most tokens of any sequence; None = as many as the model is made for.
+      unread: of `after`, tokens at its end that are judged and not read.
     """
     if not prompts:
         raise InputError("there is no prompt")
@@ -94,7 +96,7 @@ def check_texts(
                 f"{recipe.name} reads the {len(prompt)} tokens of a prompt again behind its end, {recipe.replay} at a"
                 f" time: that passes the context limit ({spec.max_position}); set a smaller chunk"
             )
-        check_frequencies(spec, recipe, len(prompt), length + max(new - 1, 0))
+        check_frequencies(spec, recipe, len(prompt), length - unread + max(new - 1, 0))
 
 
 def check_frequencies(spec: ModelSpec, recipe: Recipe, prompt: int, reach: int) -> None:

@@ -31,7 +31,7 @@ def log_likelihood(
     recipe: Recipe,
 ) -> tuple[list[Judgement], Footprint]:
     """`Model.log_likelihood` with everything said."""
-    ids, after = _ids(model, recipe, prompts, continuations)
+    ids, after = _ids(model, recipe, prompts, continuations, unread=1)
     fed = [text[:-1] for text in after]
     targets = np.zeros((fed_length(fed), len(ids)), np.int32)
     for column, text in enumerate(after):
@@ -91,10 +91,11 @@ def _ids(
     recipe: Recipe,
     prompts: Texts,
     continuations: Texts,
+    unread: int = 0,
 ) -> tuple[list[list[int]], list[list[int]]]:
     ids = [encode_prompt(model, prompt) for prompt in prompts]
     after = [encode_continuation(model, text) for text in continuations]
-    check_texts(model.spec, recipe, ids, after)
+    check_texts(model.spec, recipe, ids, after, unread=unread)
     if not all(after):
         raise InputError("a continuation is empty")
     return ids, after
