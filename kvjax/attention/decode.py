@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kvjax.attention.dispatch import kernel_or_xla
+from kvjax.attention.dispatch import DECODE, kernel_or_xla
 from kvjax.cache.store import KVStore
 from kvjax.cache.tier import Tier
 from pallas_kernels import decode_attention as kernel
@@ -81,7 +81,7 @@ def decode_attention(
         except NotImplementedError:
             for part in launch:
                 run = kernel.decode_attention
-                found.append(kernel_or_xla("decode attention", run, implementation, [part], **given))
+                found.append(kernel_or_xla(DECODE, run, implementation, [part], **given))
     if len(launches) > 1:
         found = [_each_sequence(each, q.shape[0]) if each.o.shape[0] < q.shape[0] else each for each in found]
     if options.sink is not None:

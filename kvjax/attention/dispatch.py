@@ -6,16 +6,23 @@ from typing import Any, TypeVar
 import jax
 
 from kvjax.errors import InputError, say_once
-from pallas_kernels.implementation import Implementation
+from pallas_kernels.decode_attention import cpu
+from pallas_kernels.implementation import Implementation, resolve
 
 T = TypeVar("T")
+DECODE = "decode attention"
 ON_XLA = " on XLA, not in a kernel: "
 
 
 def check(kernels: Implementation | None) -> None:
-    """Raise `InputError` for kernels of another platform."""
+    """Raise `InputError` for kernels of another platform; say, before a text begins, that one cannot be compiled."""
     if kernels in ("tpu", "gpu") and kernels != jax.default_backend():
         raise InputError(f"kernels={kernels} cannot run on {jax.default_backend()}: use auto, xla or interpret")
+    if resolve(kernels, cpu=True) == "cpu":
+        try:
+            cpu.register()
+        except NotImplementedError as error:
+            say_once(f"{DECODE}{ON_XLA}{error}")
 
 
 def kernel_or_xla(name: str, run: Callable[..., T], kernels: Implementation | None, *args: Any, **kwargs: Any) -> T:

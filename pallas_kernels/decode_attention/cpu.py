@@ -25,6 +25,11 @@ SOURCE = Path(__file__).with_name("cpu.cc")
 KINDS = (Dense, Affine, Float8, PerChannel)  # `Kind` of the source
 
 
+def register() -> None:
+    """Compile the kernel, where that has not been done; raises `NotImplementedError` where it cannot be."""
+    native.register(NAME, SOURCE, SYMBOL)
+
+
 def decode_attention(
     parts: Sequence[PagedKV],
     *,
@@ -46,7 +51,7 @@ def decode_attention(
     formats = [
         [_format("keys", part.decode_key, part.k), _format("values", part.decode_value, part.v)] for part in parts
     ]
-    native.register(NAME, SOURCE, SYMBOL)
+    register()
     found = [
         _attend(part, *each, scale=scale, after=after, cap=cap, place=place, expand=expand, with_logits=with_logits)
         for part, each in zip(parts, formats, strict=True)
