@@ -15,7 +15,7 @@ from jaxtyping import Float
 from kvjax.spec import PyTree
 from pallas_kernels.codes import DENSE
 
-Balance = Float[Array, "B K R"] | tuple  # `Tier.balance` of one layer
+Balance = Float[Array, "#B K R"] | tuple  # `Tier.balance` of one layer; of one sequence where that is shared
 
 
 class Store(NamedTuple):
