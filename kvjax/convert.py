@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = command.Parser(prog="kvjax.convert", description=__doc__)
     parser.add_argument(
-        "src", metavar="SRC", help="a Hugging Face directory with safetensors, a GGUF file, a hub id, or a DST"
+        "src", metavar="SRC", help="a Hugging Face directory with safetensors, a GGUF file, a hub id, demo, or a DST"
     )
     parser.add_argument("dst", metavar="DST", type=Path, help="the directory to make; it must not exist")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights in DST (default: as stored in SRC)")

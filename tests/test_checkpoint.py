@@ -670,6 +670,12 @@ def test_command_line(tmp_path, source, capfd):
     assert message.startswith(f"kvjax.convert: error: {tmp_path / 'absent'}") and message.count("\n") == 1
 
 
+def test_a_shipped_checkpoint_is_converted_by_its_name(tmp_path):
+    kvjax.convert.main(["demo", str(tmp_path / "demo")])
+    assert kvjax.load(tmp_path / "demo").spec == dataclasses.replace(kvjax.load().spec, profile=None)
+
+
+
 KILLER = """
 import os, signal, sys, threading, time
 from pathlib import Path

@@ -26,9 +26,10 @@ def check(kernels: Implementation | None) -> None:
 
 
 def kernel_or_xla(name: str, run: Callable[..., T], kernels: Implementation | None, *args: Any, **kwargs: Any) -> T:
-    """What a kernel computes, or plain XLA with a line that says why."""
+    """What a kernel computes, or plain XLA with a line that says why; `cpu` asks for one where there is one."""
     try:
         return run(*args, implementation=kernels, **kwargs)
     except NotImplementedError as error:
-        say_once(f"{name}{ON_XLA}{error}")
+        if kernels != "cpu":
+            say_once(f"{name}{ON_XLA}{error}")
         return run(*args, implementation="xla", **kwargs)

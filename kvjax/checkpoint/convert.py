@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from kvjax.checkpoint import hf, orbax
+from kvjax.checkpoint import hf, orbax, shipped
 from kvjax.checkpoint.header import DTYPES
 from kvjax.checkpoint.lorc import lorc
 from kvjax.checkpoint.lorc.ranks import LowRankOptions
@@ -31,7 +31,8 @@ def convert(
     """Convert the checkpoint `source` into the new directory `dst`, with a progress bar on stderr.
 
     Args:
-      source: a Hugging Face directory, a GGUF file, a hub id, or a converted checkpoint to have in another dtype.
+      source: a Hugging Face directory, a GGUF file, a hub id, a shipped checkpoint (`demo`), or a converted one to have
+        in another dtype.
       dst: the directory to make.
       dtype: one of `DTYPES`; None keeps each tensor's own, float32 where it is quantised.
       ignore: fields of `config.json` to treat as absent; noted in `dst`, so that loading it needs no flag.
@@ -45,6 +46,7 @@ def convert(
     if dtype not in (None, *DTYPES):
         raise InputError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     check_absent(dst)
+    source = str(shipped.find(source))
     if orbax.is_orbax(Path(source)):
         _cast(Path(source), dst, dtype, ignore, low_rank, weights)
         return
