@@ -36,15 +36,15 @@ def _registered(name: str, source: Path, symbol: str) -> str:
     if compiler is None:
         return "there is no C++ compiler: install g++ or clang++"
     made_of = (source.read_text(encoding="utf-8"), jaxlib.version.__version__, _processor(), compiler, *FLAGS)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
-    path = base / "kvjax" / "kernels" / f"{source.parent.name}-{key}.so"
+    place = Path("kvjax", "kernels", f"{source.parent.name}-{key}.so")
     try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / place
         if not path.exists():
             _compile(compiler, source, path)
         found = getattr(ctypes.CDLL(str(path)), symbol)
-    except OSError as error:
-        return f"{path} cannot be made or read: {error}"
+    except (OSError, RuntimeError, AttributeError) as error:  # no home; no such symbol
+        return f"{place} cannot be made or read: {error}"
     except subprocess.CalledProcessError as error:
         why = next((line for line in error.stderr.splitlines() if "error" in line), f"status {error.returncode}")
         return f"{compiler} cannot compile {source.name}: {why}"
@@ -58,7 +58,9 @@ def _compile(compiler: str, source: Path, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(source), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+        with made.open("rb") as file:
+            os.fsync(file.fileno())  # whole, or not there: half a library ends a process
         made.replace(path)
 
 

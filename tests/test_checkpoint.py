@@ -675,7 +675,6 @@ def test_a_shipped_checkpoint_is_converted_by_its_name(tmp_path):
     assert kvjax.load(tmp_path / "demo").spec == dataclasses.replace(kvjax.load().spec, profile=None)
 
 
-
 KILLER = """
 import os, signal, sys, threading, time
 from pathlib import Path

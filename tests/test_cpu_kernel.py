@@ -70,6 +70,51 @@ def test_windows_caps_and_places(logits):
     check(parts, everything)
 
 
+def test_numbers_too_small_for_their_exponent():
+    """XLA's threads take such float32 numbers for zero, codes of others are none."""
+    parts, options = case("dense", dtype=jnp.float16, m=10)
+    halves = [
+        part._replace(v=jax.tree.map(lambda x: jnp.asarray(np.asarray(x) * np.float16(1e-5)), part.v)) for part in parts
+    ]
+    parts, _ = case("fp8", m=10)
+    eighths = [
+        part._replace(v=part.v | {"codes": jnp.asarray(np.full_like(np.asarray(part.v["codes"]), 4))}) for part in parts
+    ]
+    for given in (halves, eighths):
+        plain = [part._replace(q=part.q.astype(jnp.float32)) for part in given]
+        got, want = (
+            compiled(cpu.decode_attention, given, **options),
+            compiled(reference.decode_attention, plain, **options),
+        )
+        assert np.abs(want.o).max() > 0
+        np.testing.assert_allclose(got.o, want.o, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_what_is_not_a_number_is_seen(dtype, number):
+    parts, options = case("dense", dtype=dtype, m=10)
+    for name in ("k", "v"):
+        broken = [
+            part._replace(**{name: jax.tree.map(lambda x: x.at[..., 0].set(number), getattr(part, name))})
+            for part in parts
+        ]
+        plain = [part._replace(q=part.q.astype(jnp.float32)) for part in broken]
+        got, want = (
+            compiled(cpu.decode_attention, broken, **options),
+            compiled(reference.decode_attention, plain, **options),
+        )
+        rows = np.asarray(parts[0].length) > 0  # in others nothing is seen
+        assert not np.isfinite(want.o[rows]).all()
+        np.testing.assert_array_equal(np.isfinite(got.o[rows]), np.isfinite(want.o[rows]))
+
+
+def test_shapes_that_do_not_fit():
+    parts, options = case("dense", m=10)
+    with pytest.raises(ValueError, match="queries have 32 numbers, and keys 64"):
+        cpu.decode_attention([part._replace(q=part.q[..., :32]) for part in parts], **options)
+
+
 def test_a_choice_of_slots():
     parts, options = case("dense", m=20, with_logits=True)
     slots = jnp.asarray(np.random.default_rng(1).integers(0, 2, (2, 2, 320)), bool)

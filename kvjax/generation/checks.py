@@ -36,7 +36,10 @@ def check_options(
         raise InputError(f"max-new-tokens ({new}) pass max-length ({max_length})")
     if not isinstance(sampling, Sampling):
         raise InputError(f"sampling {sampling!r} is not a kvjax.Sampling")
-    sampling.check()
+    try:
+        sampling.check()
+    except TypeError as error:
+        raise InputError(f"{sampling!r} has a value of a wrong type: {error}") from None
     if any(token >= spec.vocab_size for token, _ in sampling.logit_bias):
         raise InputError(f"logit-bias has a token id that is not in the vocabulary (0 to {spec.vocab_size - 1})")
     if sampling.mode == "greedy" and (idle := sampling.changed(FILTERS)):

@@ -75,7 +75,8 @@ class Sampling(NamedTuple):
                     f"{name.replace('_', '-')} {getattr(self, name)} is not from {-MOST_PENALTY:g} to {MOST_PENALTY:g}"
                 )
         if len(self.logit_bias) > BIASES or not all(
-            0 <= token < 2**31 and abs(bias) <= MOST_PENALTY for token, bias in self.logit_bias
+            isinstance(token, int) and 0 <= token < 2**31 and abs(bias) <= MOST_PENALTY
+            for token, bias in self.logit_bias
         ):
             raise InputError(f"logit-bias is not at most {BIASES} token ids and biases up to {MOST_PENALTY:g}")
         if not -(2**63) <= self.seed < 2**63:

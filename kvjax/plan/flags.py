@@ -74,6 +74,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise InputError(f"--all-methods plans --method {args.method} too: leave one of them out")
     if args.estimate and args.exact:
         raise InputError("--estimate compiles nothing: leave --exact out")
+    if args.estimate and args.verify:
+        raise InputError("--estimate compiles nothing: leave --verify out")
     return args
 
 

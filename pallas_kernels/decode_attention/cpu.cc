@@ -72,12 +72,18 @@ float same(float x) { return x; }
 
 float of_bfloat16(uint16_t x) { return of_bits(uint32_t(x) << 16); }
 
+// XLA's threads take subnormal numbers for zero: products of codes, which are no such numbers, stand for them.
 float of_half(uint16_t x) {
-  return of_bits(__builtin_bit_cast(uint32_t, of_bits((x & 0x7fffu) << 13) * 0x1p112f) | (x & 0x8000u) << 16);
+  const uint32_t rest = x & 0x7fffu, infinite = rest >= 0x7c00 ? 112u << 23 : 0;
+  const uint32_t normal = (rest << 13) + (112u << 23) + infinite;
+  const uint32_t small = __builtin_bit_cast(uint32_t, float(int(rest)) * 0x1p-24f);
+  return of_bits((rest < 0x400 ? small : normal) | (x & 0x8000u) << 16);
 }
 
 float of_float8(uint8_t x) {
-  return of_bits(__builtin_bit_cast(uint32_t, of_bits((x & 0x7fu) << 20) * 0x1p120f) | (x & 0x80u) << 24);
+  const uint32_t rest = x & 0x7fu, normal = rest == 0x7f ? 0x7fc00000u : (rest << 20) + (120u << 23);
+  const uint32_t small = __builtin_bit_cast(uint32_t, float(int(rest)) * 0x1p-9f);
+  return of_bits((rest < 8 ? small : normal) | (x & 0x80u) << 24);
 }
 
 template <class T, float Number(T)>
@@ -326,7 +332,8 @@ struct Call {
       if (logits) std::memcpy(logits + (int64_t(item.row) * heads + g) * capacity() + item.first, p, 4 * n);
       for (int i = 0; i < n; i += kLanes) {
         Lanes& x = *(Lanes*)(p + i);
-        x = x > kEmpty ? exp_(x - most) : Lanes{};
+        const Lanes below = x - most, weight = exp_(below);
+        x = *(const Ints*)(seen + i) ? (below == below ? weight : below) : Lanes{};  // what is not a number stays so
         total += x;
       }
       for (int j = 0; j < kLanes; ++j) sum += total[j];

@@ -64,6 +64,8 @@ def _attend(
     with_logits: bool,
 ) -> Partial:  # fmt: skip
     heads = part.q.shape[:3]
+    if part.q.shape[3] != int(key[1]):
+        raise ValueError(f"queries have {part.q.shape[3]} numbers, and keys {int(key[1])}")
     where = after is not None or expand is not None  # somebody asks where slots are
     none = lambda dtype: jnp.zeros(0, dtype)
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -74,7 +76,7 @@ def _attend(
         *(part.q.astype(jnp.float32), *_arrays(part.k), *_arrays(part.v), part.table, part.length),
         none(jnp.int32) if part.pos is None or not where else part.pos,
         none(jnp.int32) if place is None or not where else part.places(place),
-        none(jnp.int32) if after is None else after,
+        none(jnp.int32) if after is None else jnp.broadcast_to(after, heads[:2]).astype(jnp.int32),
         none(bool) if part.slots is None else part.slots,
         *(cos.astype(jnp.float32), sin.astype(jnp.float32)),
         scale=np.float32(scale),
