@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kvjax.cache.pages import LARGEST
 from kvjax.cli import command
-from kvjax.cli.flags import CONTEXT, DTYPES
+from kvjax.cli.flags import CONTEXT, DTYPES, add_method_flags
 from kvjax.errors import InputError
 from kvjax.methods import METHODS
 from kvjax.models.named import NAMED
@@ -30,12 +30,7 @@ def parser() -> command.Parser:
     p.add_argument("--context", type=int, default=CONTEXT, metavar="N", help=f"prompt tokens (default: {CONTEXT})")
     p.add_argument("--new-tokens", type=int, default=1024, metavar="N", help="generated tokens (default: 1024)")
     p.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default: 1)")
-    p.add_argument("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: full)")
-    p.add_argument("--budget", metavar="512|20%", help="slots per row, in tokens or as a share of the prompt")
-    p.add_argument("--decode-budget", metavar="512|20%", help="slots per row while decoding (default: by method)")
-    command.add_store_flags(p)
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the method")
-    p.add_argument("--config", type=Path, metavar="FILE.toml", help="options from a file; flags take precedence")
+    add_method_flags(p, method="full")
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache (default: bfloat16)")
     p.add_argument(
         "--weights", choices=WEIGHT_BITS, help="matrices in so few bits, in groups of 32 (default: as stored)"
