@@ -1,7 +1,9 @@
 """What users are told: the one error, and lines about what is done another way."""
 
+import difflib
 import functools
 import sys
+from collections.abc import Iterable
 
 LONGEST = 1000  # characters of a message
 
@@ -27,6 +29,19 @@ def one_line(message: str) -> str:
         message = f"{message[: LONGEST * 2 // 3]} ... {message[-LONGEST // 3 :]}"
     message = " ".join(message.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
+    """What to raise for a name that is none of those that are known.
+
+    >>> unknown("method", "H2O", ["full", "h2o"])
+    InputError("unknown method 'H2O': choose from full, h2o (did you mean h2o?)")
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name.lower(), known, 1)
+    return InputError(
+        f"unknown {what} {name!r}: choose from {', '.join(known)}{f' (did you mean {near[0]}?)' if near else ''}"
+    )
 
 
 @functools.cache

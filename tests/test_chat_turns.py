@@ -208,7 +208,8 @@ def test_the_command_talks(directory, monkeypatch, capsys):
     flags = ("--model", str(directory), "--method", "snapkv", "--budget", "50%", "--max-length", "128")
     lines = b"/bytes\nsome words\n\n/bytes\n/what\nmore words\n/reset\nsome words\n/quit\nnot this"
     out = say(monkeypatch, capsys, lines, *flags, "--max-new-tokens", "4", "--system", "be brief")
-    assert "nothing has been read yet" in out and "where a full cache takes" in out and "begin with a slash" in out
+    assert "nothing has been read yet" in out and "where a full cache takes" in out and "unknown command /what" in out
+    assert "50% kept" in out
     answers = [line for line in out.splitlines() if not line.startswith(("(", "/bytes"))]
     assert answers[1] == answers[-1]  # the same words after /reset
     assert (answer := answers[1].strip()) not in say(monkeypatch, capsys, b"some words\n", *flags, "--stop", answer[-1])

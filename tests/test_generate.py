@@ -233,6 +233,9 @@ def test_too_little_memory_and_a_failing_disk_are_one_line(capsys):
 BAD = {
     "unrecognized arguments: --bogus": ["--bogus"],
     "unknown method 'nope'": ["--method", "nope", "--prompt-tokens", "1"],
+    "(did you mean snapkv?)": ["--method", "snap-kv", "--prompt-tokens", "1"],
+    "store is given twice: by a flag and by --method": ["--method", "h2o+store=int4", "--store", "int8"],
+    "store is given twice: by --set and by --method": ["--method", "h2o+store=int4", "--set", "store=int8"],
     "keeps nothing": ["--method", "h2o", "--budget", "0", "--prompt-tokens", "1"],
     "budget -3 tokens keeps nothing": ["--method", "h2o", "--budget=-3", "--prompt-tokens", "1"],
     "more than the whole prompt": ["--method", "h2o", "--budget", "101%", "--prompt-tokens", "1"],
@@ -465,7 +468,22 @@ def test_the_repetition_penalty_applies_to_greedy_decoding_and_to_the_prompt(mod
     assert len(set(out) | {1, 2, 3}) == len(out) + 3
 
 
-@pytest.mark.parametrize("prompts", ["one text", [1, 2], [["a"]], [], [[1.5]]])
+def test_what_is_no_model_and_no_number_format_is_refused():
+    for dtype in ("fp16", "int8", "float64"):
+        with pytest.raises(InputError, match="is not one of float32, bfloat16, float16"):
+            kvjax.load(dtype=dtype)
+    with pytest.raises((InputError, TypeCheckError), match=r"is not a name or a path|name"):
+        kvjax.load(5)  # pyright: ignore[reportArgumentType]
+
+
+def test_arguments_of_a_method_may_stand_in_its_name(directory, capsys):
+    flags = ["--model", directory, "--prompt-tokens", ids(range(1, 60)), "--max-new-tokens", 4, "--budget", "50%"]
+    one = run_json(capsys, *flags, "--method", "h2o+store=int8+recent=0.25")
+    other = run_json(capsys, *flags, "--method", "h2o", "--store", "int8", "--set", "recent=0.25")
+    assert one["stores"] == ["int8"] and one["sequences"] == other["sequences"] and one["cache"] == other["cache"]
+
+
+@pytest.mark.parametrize("prompts", ["one text", 5, b"abc", [b"abc"], [1, 2], [["a"]], [], [[1.5]]])
 def test_prompts_of_the_wrong_kind_are_refused(model, prompts):
     with pytest.raises((kvjax.InputError, TypeCheckError), match="prompt"):  # or the type checker, if it is on
         model.generate(prompts)

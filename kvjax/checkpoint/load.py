@@ -3,12 +3,16 @@
 from collections.abc import Collection
 from pathlib import Path
 
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kvjax.checkpoint import hf, orbax
+from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder, native_dtype
 from kvjax.parallel.mesh import Size
 from kvjax.policies.budgets import profile
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_model(
@@ -27,7 +31,7 @@ def load_model(
       size: of the mesh to put it on; None = one device.
       weights: int8 or int4, what matrices are encoded in as they are read; None = as they are.
     """
-    wanted = native_dtype() if dtype is None else dtype
+    wanted = native_dtype() if dtype is None else _floating(dtype)
     path = Path(name)
     if orbax.is_orbax(path):
         decoder = orbax.load(path, wanted, ignore, size, weights)
@@ -36,3 +40,12 @@ def load_model(
         decoder = hf.load(path, wanted, ignore, size=size, quantize=weights)
     decoder.spec = profile.noted(decoder.spec, path)
     return decoder, path
+
+
+def _floating(dtype: DTypeLike) -> DTypeLike:
+    try:
+        if jnp.dtype(dtype).name in DTYPES:
+            return dtype
+    except TypeError:  # what NumPy does not know
+        pass
+    raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")

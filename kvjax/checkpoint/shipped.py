@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from kvjax.errors import InputError
+
 DMC = "demo-dmc"  # the demo model, retrofitted to four tokens per slot
 
 
@@ -12,6 +14,8 @@ def directory() -> Path:
 
 def find(name: str | Path | None) -> str | Path:
     """A checkpoint's name, or the folder of a shipped one: `demo` (None as well) or `demo-dmc`."""
+    if not isinstance(name, str | Path | None):
+        raise InputError(f"model {name!r} is not a name or a path")
     if name is not None and Path(name).exists():
         return name
     return {None: directory(), "demo": directory(), DMC: directory() / "dmc"}.get(name, name)  # pyright: ignore

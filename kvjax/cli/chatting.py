@@ -13,7 +13,7 @@ from kvjax.generation.accounting import full_bytes
 from kvjax.generation.chat import Chat
 from kvjax.generation.model import load
 from kvjax.generation.sampling import Sampling
-from kvjax.methods import of, write_entry
+from kvjax.methods import default_budget, of, read_entry, write_entry
 
 
 def run(args: argparse.Namespace, messages: list[dict[str, str]]) -> None:
@@ -39,9 +39,8 @@ def run(args: argparse.Namespace, messages: list[dict[str, str]]) -> None:
             except InputError as error:  # the conversation goes on
                 print(f"({error})", flush=True)
         elif line.startswith("/"):
-            print(
-                "/bytes, /load FILE, /method NAME BUDGET, /reset, /save FILE and /quit begin with a slash", flush=True
-            )
+            known = "/bytes, /load FILE, /method NAME BUDGET, /reset, /save FILE and /quit"
+            print(f"(unknown command {name}: there are {known})", flush=True)
         elif line:
             try:
                 chat = _answer(chat, line, args.max_new_tokens, how, args.stop)
@@ -65,7 +64,7 @@ def _answer(chat: Chat, line: str, new: int, how: Sampling, stop: list[str]) -> 
     if chat.context is not None and after.read == out.sequences[0].prompt_tokens:
         print("(the chat template shows earlier turns otherwise now: everything was read again)", flush=True)
     if out.sequences[0].finish_reason == "length":
-        print("(cut off: --max-new-tokens or --max-length)", flush=True)
+        print(f"(cut off: --max-new-tokens {new}, or --max-length {chat.max_length})", flush=True)
     return after
 
 
@@ -76,21 +75,21 @@ def _show_bytes(chat: Chat, rest: str) -> Chat:
         return chat
     tokens, most = len(chat.context.tokens), chat.max_length
     held, full = chat.context.bytes.total, full_bytes(chat.model, [most])
-    to_stdout().print(
-        f"{tokens:,} tokens; {held:,} bytes for up to {most:,}, where a full cache takes {full:,}", highlight=False
-    )
+    kept = sum(chat.context.kept) / (len(chat.context.kept) * tokens)
+    line = f"{tokens:,} tokens, {kept:.0%} kept; {held:,} bytes with the room for up to {most:,}"
+    to_stdout().print(f"{line}, where a full cache takes {full:,}", highlight=False, soft_wrap=True)
     return chat
 
 
 def _save(chat: Chat, rest: str) -> Chat:
     chat.save(_path("/save", rest))
-    print(f"({rest}: {_size(chat)})", flush=True)
+    print(f"(saved in {rest}: {_size(chat)})", flush=True)
     return chat
 
 
 def _load(chat: Chat, rest: str) -> Chat:
     chat = Chat.load(chat.model, _path("/load", rest))
-    print(f"({rest}: {_size(chat)})", flush=True)
+    print(f"(loaded from {rest}: {_size(chat)})", flush=True)
     return chat
 
 
@@ -111,7 +110,9 @@ def _path(command: str, rest: str) -> Path:
 
 
 def _named(chat: Chat) -> str:
-    return " ".join(str(part) for part in (chat.method, chat.budget) if part is not None)
+    entry = str(chat.method)
+    budget = default_budget(read_entry(entry)[0]) if chat.budget is None else chat.budget
+    return entry if budget is None else f"{entry} {budget}"
 
 
 def _size(chat: Chat) -> str:

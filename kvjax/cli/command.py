@@ -1,6 +1,7 @@
 """What the command lines share: one clear line for bad input, TOML configs, several processes."""
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -12,9 +13,9 @@ import jax
 
 from kvjax import interrupts
 from kvjax.compilation import announced
-from kvjax.errors import InputError, one_line
+from kvjax.errors import InputError, one_line, unknown
 from kvjax.files.text import read_toml
-from kvjax.methods import KERNELS
+from kvjax.methods import KERNELS, read_entry
 
 HEARTBEAT = 30  # seconds without a sign of life until a process counts as dead
 MOST_SEQUENCES = 2**16
@@ -77,15 +78,20 @@ class Parser(argparse.ArgumentParser):
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Flags, with the options of the `--config` file before them; `arguments` are the method's own, from both."""
     args = parser.parse_args(argv)
-    settings, arguments = read_settings(args.set), {}
-    for key in flag_arguments(args).keys() & settings.keys():
-        raise InputError(f"{key} is given twice: as a flag and as --set {key}={settings[key]}")
+    arguments = {}
     if args.config is not None:
         config = read_config(args.config)
         arguments = config.pop("arguments", {})
         flags = config_flags(args.config, config, parser, args)
         args = parser.parse_args([*flags, *given(argv)])
-    args.arguments = arguments | flag_arguments(args) | settings
+    entry, settings = {}, read_settings(args.set)
+    if args.method is not None:
+        args.method, entry = read_entry(args.method)
+    by = {"a flag": flag_arguments(args), "--set": settings, "--method": entry}
+    for one, other in itertools.combinations(by, 2):
+        for key in by[one].keys() & by[other].keys():
+            raise InputError(f"{key} is given twice: by {one} and by {other}")
+    args.arguments = arguments | flag_arguments(args) | settings | entry
     return args
 
 
@@ -174,7 +180,7 @@ def config_flags(
         if any("\0" in item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)):
             raise InputError(f"{path}: {key} has a null character, which no name of a file and no text has")
         if key not in actions:
-            raise InputError(f"{path}: unknown option {key!r}: choose from {', '.join(sorted(actions))}")
+            raise InputError(f"{path}: {unknown('option', key, sorted(actions))}")
         flag, kind = actions[key].option_strings[-1], type(actions[key]).__name__
         if kind == "_StoreTrueAction":
             if not isinstance(value, bool):

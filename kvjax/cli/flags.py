@@ -92,7 +92,11 @@ def sampling(args: argparse.Namespace, model: "Model | None" = None) -> Sampling
 
 def add_method_flags(p: argparse.ArgumentParser, *, method: str) -> None:
     """Flags that say which method and how, as a config file does."""
-    p.add_argument("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: {method})")
+    p.add_argument(
+        "--method",
+        metavar="NAME",
+        help=f"one of {', '.join(METHODS)}; or with arguments, h2o+store=int4 (default: {method})",
+    )
     p.add_argument("--budget", metavar="512|20%", help="slots per row, in tokens or as a share of the prompt")
     p.add_argument("--decode-budget", metavar="512|20%", help="slots per row while decoding (default: by method)")
     command.add_store_flags(p)

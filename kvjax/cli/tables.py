@@ -12,6 +12,13 @@ from kvjax.methods import label_of
 from kvjax.policies.base import Recipe
 
 SHARE = "of the full cache, both in 16 bits"
+PARTS = {
+    "payload": "kept keys and values",
+    "scales": "of few bits",
+    "statistics": "scores, positions",
+    "tables": "of pages",
+    "slack": "slots that are free",
+}
 
 
 def describe(model: Model, out: Generation, budget: str | int | None) -> dict[str, Any]:
@@ -69,8 +76,8 @@ def summary(outs: Sequence[Generation], names: Sequence[str], dtype: str) -> Tab
     }
     if any(out.device_bytes != out.bytes.total for out in outs):
         rows["  on each device"] = [f"{out.device_bytes:,}" for out in outs]
-    for part in ("payload", "scales", "statistics", "tables", "slack"):
-        rows[f"  {part}"] = [f"{getattr(out.bytes, part):,}" for out in outs]
+    for part, what in PARTS.items():
+        rows[f"  {part}: {what}"] = [f"{getattr(out.bytes, part):,}" for out in outs]
     rows |= {
         f"full cache bytes ({dtype})": [f"{out.full_bytes:,}" for out in outs],
         SHARE: [f"{out.compared.share:.1%}" for out in outs],

@@ -1,6 +1,7 @@
 """What may be asked of a model: every request is looked at here, before anything is allocated."""
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Collection, Sequence
 
 from kvjax.attention import dispatch
 from kvjax.cache.layout import layer_groups
@@ -27,10 +28,10 @@ def check_options(
     """Raise `InputError` for what cannot be asked, whatever the texts are: the arguments of `Model.generate`."""
     dispatch.check(recipe.kernels)
     if type(new) is not int or not 1 <= new <= LARGEST:
-        raise InputError(f"max-new-tokens {new} is not a whole number from 1 to {LARGEST}")
+        raise InputError(f"max-new-tokens {new!r} is not a whole number from 1 to {LARGEST}")
     if max_length is not None and (type(max_length) is not int or not 2 <= max_length <= spec.max_position):
         raise InputError(
-            f"max-length {max_length} is not a whole number from 2 to the context limit {spec.max_position}"
+            f"max-length {max_length!r} is not a whole number from 2 to the context limit {spec.max_position}"
         )
     if max_length is not None and new > max_length:
         raise InputError(f"max-new-tokens ({new}) pass max-length ({max_length})")
@@ -45,7 +46,15 @@ def check_options(
     if sampling.mode == "greedy" and (idle := sampling.changed(FILTERS)):
         say_once(f"{', '.join(idle)}: without effect, for at temperature {sampling.temperature:g} decoding is greedy")
     if logprobs is not None and (type(logprobs) is not int or not 0 <= logprobs <= spec.vocab_size):
-        raise InputError(f"logprobs {logprobs} is not a whole number from 0 to the vocabulary's {spec.vocab_size}")
+        raise InputError(f"logprobs {logprobs!r} is not a whole number from 0 to the vocabulary's {spec.vocab_size}")
+
+
+def check_list(name: str, given: object) -> None:
+    """Raise `InputError` for what is not a list of texts."""
+    if isinstance(given, str):
+        raise InputError(f"{name} is one text: give a list of {name}")
+    if isinstance(given, bytes) or not isinstance(given, Collection):
+        raise InputError(f"{name} {reprlib.repr(given)} is not a list of texts")
 
 
 def check_texts(

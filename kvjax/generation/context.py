@@ -21,7 +21,7 @@ from kvjax.generation import generate as generating
 from kvjax.generation import stopping
 from kvjax.generation.accounting import footprint
 from kvjax.generation.allocate import allocate
-from kvjax.generation.checks import check_options, check_texts
+from kvjax.generation.checks import check_list, check_options, check_texts
 from kvjax.generation.generate import Pieces, Tokens
 from kvjax.generation.model import Model, Texts, encode_continuation, encode_prompt
 from kvjax.generation.prefill import padded_length
@@ -145,8 +145,7 @@ class Context:
         n: int = 1,
     ) -> Tokens[Generation]:
         """`ask` as a generator of (sequence, token)."""
-        if isinstance(questions, str):
-            raise InputError("questions is one text: give a list of questions")
+        check_list("questions", questions)
         if not len(questions):
             raise InputError("there is no question")
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:

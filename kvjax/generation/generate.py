@@ -9,12 +9,11 @@ import numpy as np
 
 from kvjax.cache import layout, pages
 from kvjax.cache.layout import Cache
-from kvjax.errors import InputError
 from kvjax.generation import decode, prefill, stopping
 from kvjax.generation import sampling as choosing
 from kvjax.generation.accounting import footprint, forced, full_slots
 from kvjax.generation.allocate import allocate, init_cache
-from kvjax.generation.checks import check_options, check_texts
+from kvjax.generation.checks import check_list, check_options, check_texts
 from kvjax.generation.model import Model, Texts, encode_continuation, encode_prompt, not_finite
 from kvjax.generation.results import Continuation, Generation, Logprobs, Timing
 from kvjax.generation.sampling import Sampling
@@ -68,9 +67,9 @@ def generate(
 ) -> Tokens[Generation]:
     """`Model.generate` with everything said."""
     stops = stopping.stops(model, stop)
-    for name, given in {"prompts": prompts, "questions": questions}.items():
-        if isinstance(given, str):
-            raise InputError(f"{name} is one text: give a list of {name}")
+    check_list("prompts", prompts)
+    if questions is not None:
+        check_list("questions", questions)
     ids = [encode_prompt(model, prompt) for prompt in prompts]
     after = [[] for _ in ids] if questions is None else [encode_continuation(model, question) for question in questions]
     check_options(model.spec, recipe, new=max_new_tokens, max_length=max_length, sampling=sampling, logprobs=logprobs)

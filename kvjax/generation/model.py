@@ -388,6 +388,8 @@ def encode_prompt(model: Model, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt, with what the tokenizer puts around a text."""
     if not isinstance(prompt, str):
         try:
+            if isinstance(prompt, bytes):  # its numbers are no tokens
+                raise TypeError
             return [operator.index(i) for i in prompt]
         except TypeError:
             raise InputError(f"prompt {reprlib.repr(prompt)} is not a text or a list of token ids") from None

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import get_args
 
-from kvjax.errors import InputError
+from kvjax.errors import InputError, unknown
 from kvjax.methods.adakv import adakv
 from kvjax.methods.arguments import read_argument
 from kvjax.methods.d2o import d2o
@@ -98,7 +98,7 @@ def make(name: str, budget: Keep | None = None, arguments: Mapping[str, object] 
     'h2o'
     """
     if name not in METHODS:
-        raise InputError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+        raise unknown("method", name, METHODS)
     parameters = inspect.signature(METHODS[name]).parameters
     given = dict(arguments or {})
     kernels, windowed = given.pop("kernels", "cpu"), given.pop("windowed", "compressed")
@@ -152,7 +152,7 @@ def resolve(spec: ModelSpec, method: str | Recipe | None = None, budget: Keep | 
 def accepted_arguments(name: str) -> list[str]:
     """The names of a method's own arguments."""
     if name not in METHODS:
-        raise InputError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+        raise unknown("method", name, METHODS)
     return [key for key in inspect.signature(METHODS[name]).parameters if key != "budget"]
 
 
@@ -220,6 +220,6 @@ def label_of(entry: str) -> str:
 def default_budget(name: str) -> str | int | None:
     """The budget that a method takes when none is given; None if it takes none."""
     if name not in METHODS:
-        raise InputError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+        raise unknown("method", name, METHODS)
     parameter = inspect.signature(METHODS[name]).parameters.get("budget")
     return None if parameter is None else parameter.default

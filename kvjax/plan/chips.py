@@ -6,7 +6,7 @@ architecture of each generation), NVIDIA's data sheets of the SXM and PCIe parts
 
 from typing import Literal, NamedTuple
 
-from kvjax.errors import InputError
+from kvjax.errors import unknown
 
 GIB = 2**30
 Platform = Literal["tpu", "gpu"]
@@ -62,5 +62,5 @@ def find(name: str) -> Chip:
     3350000000000
     """
     if name.lower() not in CHIPS:
-        raise InputError(f"unknown chip {name!r}: choose from {', '.join(CHIPS)}")
+        raise unknown("chip", name, CHIPS)
     return CHIPS[name.lower()]

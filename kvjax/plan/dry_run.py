@@ -49,9 +49,9 @@ class Plan(NamedTuple):
     notes: list[str]  # what to know when reading it
 
 
-def beyond(spec: ModelSpec) -> str:
+def beyond(spec: ModelSpec, context: int, new: int) -> str:
     """The note on a plan of more tokens than a model is made for: what a cache takes does not depend on that."""
-    return f"the model is made for {spec.max_position:,} tokens: planned as if it read more"
+    return f"the model is made for {spec.max_position:,} tokens: planned as if it read {context:,} and {new:,} new ones"
 
 
 def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int = 1) -> Plan:
@@ -79,7 +79,7 @@ def plan_cache(model: Model, recipe: Recipe, context: int, new: int, batch: int 
         bytes=parts | {"tables": size.tables, "total": size.total},
         full_bytes=full,
         compared=compared,
-        notes=[beyond(spec)] if longest > spec.max_position else [],
+        notes=[beyond(spec, context, new)] if longest > spec.max_position else [],
     )
 
 

@@ -60,7 +60,11 @@ def plan_one(args: argparse.Namespace, argv: Sequence[str], planned: Setting, ch
     if args.estimate:
         parts, about = estimate(planned), {"compiled": False, "refused": [], "guessed": []}
     else:
-        print(f"compiling {planned.recipe.name} for {chip.name} ...", file=sys.stderr, flush=True)
+        print(
+            f"compiling {planned.recipe.name} for {chip.name} (minutes; --estimate goes by formula) ...",
+            file=sys.stderr,
+            flush=True,
+        )
         measured = compiled.measure(argv, chip, planned, exact=args.exact)
         parts = measured.parts
         about = {"compiled": True, "refused": measured.refused, "guessed": measured.guessed}

@@ -60,7 +60,7 @@ def notes(args: argparse.Namespace, chip: Chip, spec: ModelSpec, plans: Sequence
     if chip.platform == "gpu":
         found.append("JAX takes 75% of a GPU's memory: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 for what is usable here")
     if args.context + args.new_tokens > spec.max_position:
-        found.append(beyond(spec))
+        found.append(beyond(spec, args.context, args.new_tokens))
     if spec.gate is not None:
         found.append("how many slots the model's gate asks for is not known: bytes are those while the prompt is read")
     if args.estimate:
@@ -84,7 +84,8 @@ def show(console: Console, found: Plan) -> None:
     chips = (
         chip["name"] if found["mesh"] is None else f"{chip['name']}, {found['mesh']}: bytes are those of each device"
     )
-    title = f"{found['model']} ({found['shape']}) in {found['dtype']}, {lengths} on {chips}"
+    shape = "" if found["shape"].endswith(found["model"]) else f" ({found['shape']})"
+    title = f"{found['model']}{shape} in {found['dtype']}, {lengths} on {chips}"
     console.print(title, highlight=False, markup=False)
     if len(plans) == 1:
         console.print(one(found, plans[0]))

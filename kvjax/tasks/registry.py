@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 
-from kvjax.errors import InputError
+from kvjax.errors import InputError, unknown
 from kvjax.methods.arguments import read_argument
 from kvjax.tasks.aggregation import common_words, frequent_words, variable_tracking
 from kvjax.tasks.facts import facts
@@ -45,7 +45,7 @@ def make_task(name: str, arguments: Mapping[str, object] | None = None) -> Task:
     'higher'
     """
     if name not in TASKS:
-        raise InputError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
+        raise unknown("task", name, TASKS)
     parameters, given = inspect.signature(TASKS[name]).parameters, dict(arguments or {})
     for key, value in given.items():
         if key not in parameters:
