@@ -12,8 +12,19 @@ import pytest
 
 import kvjax
 from kvjax.__main__ import COMMANDS
+from kvjax.bench.__main__ import COMMANDS as BENCH
 
-OPTIONAL = {"orbax", "scipy", "huggingface_hub", "jinja2", "matplotlib", "transformers", "starlette", "uvicorn"}
+OPTIONAL = {
+    "orbax",
+    "scipy",
+    "torch",
+    "huggingface_hub",
+    "jinja2",
+    "matplotlib",
+    "transformers",
+    "starlette",
+    "uvicorn",
+}
 OPTIONAL |= {"jax.experimental.pallas"}
 MODELS = {"flax", "optax", "tokenizers", "safetensors"}  # what a model is read with
 RUN = """if True:
@@ -33,6 +44,7 @@ RUN = """if True:
 """
 HELP = (
     *(f"{command} --help" for command in COMMANDS),
+    *(f"bench {command} --help" for command in BENCH),
     "inspect lorc --help",
     "evaluate report --help",
     "generate --list-methods",
@@ -60,6 +72,17 @@ WRONG = (
     "plan --model llama-3-8b --chip v5",
     "plan --model llama-3-8b --chip v5e --batches 3",
     "bench decod",
+    "bench --metods full",
+    "bench decode --contexts long",
+    "bench decode --methods snapvk:20%",
+    "bench decode --against rival",
+    "bench decode --batch many",
+    "bench prefill --batch 0",
+    "bench kernels --stores int5",
+    "bench kernels --shapes llama-9:64",
+    "bench serve --pool 0",
+    "bench convert --dtypes int8",
+    "bench tune --implementation fast",
     "retrofit --out out",
     "retrofit --out out --data text --cr 0",
 )

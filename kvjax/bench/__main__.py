@@ -13,22 +13,30 @@ process: read the ratios.
 
 import argparse
 import importlib
+import inspect
 from pathlib import Path
 
+from kvjax.bench import flags
 from kvjax.cli import command
 from kvjax.errors import InputError
 
 PROG = "kvjax.bench"
-COMMANDS = ("kernels", "decode", "prefill", "serve", "convert", "tune")  # a module of this package each
+COMMANDS = (
+    "kernels",
+    "decode",
+    "prefill",
+    "serve",
+    "convert",
+    "tune",
+)  # a module here, a function of flags and settings
 
 
 def parser(name: str) -> command.Parser:
     """A command's flags, with those that all have."""
-    raw, module = argparse.RawDescriptionHelpFormatter, importlib.import_module(f"kvjax.bench.{name}")
-    p = command.Parser(prog=f"{PROG} {name}", description=module.__doc__, formatter_class=raw)
-    module.add_flags(p)
-    p.set_defaults(run=module.run)
-    rounds = getattr(module, "ROUNDS", 7)
+    raw, add = argparse.RawDescriptionHelpFormatter, getattr(flags, name)
+    p = command.Parser(prog=f"{PROG} {name}", description=inspect.getdoc(add), formatter_class=raw)
+    add(p)
+    rounds = flags.ROUNDS.get(name, 7)
     p.add_argument("--rounds", type=int, default=rounds, help=f"turns of each contestant (default: {rounds})")
     p.add_argument("--out", type=Path, metavar="DIR", help="write JSON, a table and a picture")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -43,14 +51,15 @@ def main(argv: list[str] | None = None) -> None:
         return
     if argv[:1] and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         raise InputError(f"no command {argv[0]!r}: choose from {', '.join(COMMANDS)}")
-    name, flags = (argv[0], argv[1:]) if argv[:1] and argv[0] in COMMANDS else ("decode", argv)
-    args = parser(name).parse_args(flags)
+    name, given = (argv[0], argv[1:]) if argv[:1] and argv[0] in COMMANDS else ("decode", argv)
+    args = parser(name).parse_args(given)
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds} is not at least 1")
-    from kvjax.bench import report
+    from kvjax.bench import report, settings
 
+    getattr(settings, name)(args)
     report.check(args.out)
-    found = args.run(args, [PROG, name, *flags])
+    found = importlib.import_module(f"kvjax.bench.{name}").run(args, [PROG, name, *given])
     report.tell(found, as_json=args.json, out=args.out)
 
 

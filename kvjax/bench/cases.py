@@ -12,40 +12,19 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kvjax.bench import models
 from kvjax.bench.rivals import DECODE, Call, prompt_attention
+from kvjax.bench.shapes import STORES, Shape
 from kvjax.cache import pages
 from kvjax.cache.quantize import named
-from kvjax.errors import InputError
 from pallas_kernels import prefill_attention, segment_merge
 from pallas_kernels.decode_attention import PagedKV, decode_attention
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.prefill_scores import column_sums
 from pallas_kernels.topk_retain import topk_retain
 
-STORES = ("dense", "int8", "int4", "int3", "int2", "fp8", "kivi2", "mikv")
 MIKV = (("dense", 0.2), ("int2", 0.8))  # tiers and their shares of the tokens
 Settings = Mapping[str, Any]
-Make = Callable[["Shape", str, DTypeLike], "KernelCase"]
-
-
-class Shape(NamedTuple):
-    """What a kernel is run at."""
-
-    model: str  # a name of `kvjax.bench.models.SHAPES`
-    context: int  # tokens
-    batch: int  # sequences
-
-    @property
-    def heads(self) -> tuple[int, int, int]:
-        """K, G, H."""
-        spec = models.SHAPES[self.model]
-        return spec.num_kv_heads, spec.group_size, spec.head_dim
-
-    @property
-    def name(self) -> str:
-        """As the command line has it."""
-        return f"{self.model}:{self.context}:{self.batch}"
+Make = Callable[[Shape, str, DTypeLike], "KernelCase"]
 
 
 class KernelCase(NamedTuple):
@@ -80,20 +59,6 @@ class Kernel(NamedTuple):
     stores: tuple[str, ...] = ("",)
     prompt: bool = False
     tries: dict[Implementation, Sequence[Settings]] = {}  # noqa: RUF012  (never changed)
-
-
-def read_shape(text: str) -> Shape:
-    """A shape from `model:context:batch`.
-
-    >>> read_shape("llama-3-8b:32768:16").heads
-    (8, 4, 128)
-    """
-    model, *numbers = text.split(":")
-    if model not in models.SHAPES:
-        raise InputError(f"--shapes {text}: no model {model!r}: choose from {', '.join(models.SHAPES)}")
-    if len(numbers) not in (1, 2) or not all(n.isdecimal() and int(n) > 0 for n in numbers):
-        raise InputError(f"--shapes {text}: give model:context or model:context:batch, such as llama-3-8b:32768:16")
-    return Shape(model, int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 1)
 
 
 def _normal(seed: int, *shape: int, dtype: DTypeLike) -> Array:

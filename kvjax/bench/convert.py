@@ -1,7 +1,4 @@
-"""Conversion: bytes per second and peak memory, of a checkpoint with random weights that is written first.
-
-Each conversion runs in a process of its own, beside a copy of the same files, which is what the disk can do.
-"""
+"""Conversion: bytes per second and peak memory, of a checkpoint with random weights that is written first."""
 
 import argparse
 import json
@@ -18,21 +15,13 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from kvjax.bench import models, report, turns
+from kvjax.bench import report, turns
 from kvjax.bench.report import Column, Report, Section
+from kvjax.bench.shapes import SHAPES
 from kvjax.bench.turns import Contestant
 from kvjax.checkpoint import hf, names
-from kvjax.checkpoint.header import DTYPES
-from kvjax.errors import InputError
 from kvjax.models.hf_config import to_config
 from kvjax.spec import ModelSpec
-
-
-def add_flags(p: argparse.ArgumentParser) -> None:
-    """The command line's flags, without those that all commands share."""
-    p.add_argument("--model", default=models.DEFAULT, metavar="M", help=f"random: {', '.join(models.SHAPES)}")
-    p.add_argument("--dtypes", default="bfloat16", metavar="A,B", help=f"to convert to: {', '.join(DTYPES)}")
-    p.add_argument("--folder", type=Path, metavar="DIR", help="for the checkpoints (default: a temporary one)")
 
 
 def write_random(spec: ModelSpec, path: Path) -> int:
@@ -111,19 +100,11 @@ def copying(source: Path, dst: Path, size: int) -> Contestant:
 
 def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     """What the command line asks for."""
-    if args.model not in models.SHAPES:
-        raise InputError(f"--model {args.model}: random weights only: {', '.join(models.SHAPES)}")
-    dtypes = args.dtypes.split(",")
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise InputError(f"--dtypes {dtype}: choose from {', '.join(DTYPES)}")
-    if args.folder is not None and not args.folder.is_dir():
-        raise InputError(f"--folder {args.folder} is not a folder")
     with tempfile.TemporaryDirectory(dir=args.folder, ignore_cleanup_errors=True) as folder:
         source = Path(folder) / "source"
-        size = write_random(models.SHAPES[args.model], source)
+        size = write_random(SHAPES[args.model], source)
         found = [copying(source, Path(folder) / "copy", size)]
-        found += [conversion(source, Path(folder) / dtype, dtype, size) for dtype in dtypes]
+        found += [conversion(source, Path(folder) / dtype, dtype, size) for dtype in args.dtypes]
         measured = turns.measure(found, args.rounds)
     rows = turns.rows(found, measured, [found[0].name])
     columns = (

@@ -1,15 +1,7 @@
-"""Decode speed: methods against the full cache, against transformers, and against the memory's speed.
-
---methods full,h2o:20%+store=int4   budgets and arguments of each; the first is what the others are compared with
---model llama-3-8b                  random weights of that shape; or a checkpoint
---against full,transformers         compare with these
---batch max                         as many sequences as fit; then one method after the other, not in turns
---impose-cr 8                       give dmc and dms a gate with random decisions at that rate
-"""
+"""Decode speed: methods against the full cache, against other libraries, and against the machine's limit."""
 
 import argparse
 import functools
-import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,28 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import compilation
-from kvjax.attention import dispatch
 from kvjax.bench import compiling, hugging_face, memory, models, report, turns
+from kvjax.bench.flags import STORED
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
 from kvjax.cache import layout
 from kvjax.cache.pages import LARGEST
-from kvjax.cli import command
-from kvjax.cli.flags import DTYPES
 from kvjax.errors import InputError
 from kvjax.generation import decode, prefill, sampling
 from kvjax.generation.accounting import footprint, forced
 from kvjax.generation.allocate import init_cache
 from kvjax.generation.model import Model
-from kvjax.methods import LEARNED, label_of, make, read_entry, taken
+from kvjax.methods import LEARNED, make
 from kvjax.models.decoder import Decoder
 from kvjax.parallel import mesh as meshes
 from kvjax.policies.base import Recipe
-from kvjax.spec import WEIGHT_BITS, Lengths
-
-PROG = "kvjax.bench decode"
-AGAINST = ("full", "transformers")
-STORED = "stored"  # weights as they are
+from kvjax.spec import Lengths
 
 
 class Contest(NamedTuple):
@@ -104,67 +90,6 @@ def weight_bytes(model: Decoder) -> int:
     return total if model.head is None else total - sum(x.nbytes for x in jax.tree.leaves(model.embedding))
 
 
-def read_recipe(entry: str, stores: dict[str, str]) -> Recipe:
-    """A recipe from `method:budget+key=value`."""
-    head, plus, rest = entry.partition("+")
-    method, _, budget = head.partition(":")
-    name, arguments = read_entry(method + plus + rest)
-    return make(name, budget or None, taken(name, stores) | arguments)
-
-
-def add_flags(p: argparse.ArgumentParser) -> None:
-    """The command line's flags, without those that all commands share."""
-    add_model_flags(p)
-    p.add_argument("--batch", default="1", metavar="N", help="sequences, or max = as many as fit (default: 1)")
-    p.add_argument("--memory", metavar="SIZE", help="of the device, for --batch max (default: what the device says)")
-    p.add_argument("--steps", type=int, default=16, help="tokens per turn (default: 16)")
-    p.add_argument(
-        "--prefill",
-        choices=("real", "cheap"),
-        default="real",
-        help="what fills the cache: the model, or a narrow one of the same cache, in a fraction of the time",
-    )
-    command.add_mesh_flag(p)
-    p.add_argument(
-        "--weights", default=STORED, metavar="A,B", help=f"{STORED}, {', '.join(WEIGHT_BITS)}: several take turns"
-    )
-    p.add_argument("--impose-cr", type=float, metavar="CR", help="tokens per slot of dmc and dms on random weights")
-    p.add_argument("--against", default="", metavar="A,B", help=f"compare with: {', '.join(AGAINST)}")
-    p.add_argument("--transformers", action="store_true", help="short for --against transformers")
-    p.add_argument("--compile", type=int, metavar="LAYERS", help="only time the compilation of so many tiny layers")
-
-
-def add_model_flags(p: argparse.ArgumentParser, contexts: str = "4096,16384") -> None:
-    """Which model, which methods, how long."""
-    names = ", ".join(models.SHAPES)
-    p.add_argument("--model", default=models.DEFAULT, metavar="M", help=f"a checkpoint, or random: {names}")
-    p.add_argument(
-        "--methods",
-        default="full,snapkv:10%",
-        metavar="A,B:20%",
-        help="such as h2o:20%%+store=int4: a budget and arguments",
-    )
-    command.add_store_flags(p)
-    p.add_argument("--contexts", default=contexts, metavar="N,M", help=f"prompt tokens (default: {contexts})")
-    p.add_argument("--dtype", choices=DTYPES, help="(default: float32 on CPU, else bfloat16)")
-
-
-def chosen(args: argparse.Namespace) -> dict[str, Recipe]:
-    """The methods by their labels."""
-    recipes = {label_of(e): read_recipe(e, command.stores(args)) for e in args.methods.split(",")}
-    for recipe in recipes.values():
-        dispatch.check(recipe.kernels)
-    return recipes
-
-
-def contexts_of(args: argparse.Namespace) -> list[int]:
-    """The prompts' lengths [tokens]."""
-    try:
-        return [int(n) for n in args.contexts.split(",")]
-    except ValueError:
-        raise InputError(f"--contexts {args.contexts!r} is not a list of lengths such as 4096,16384") from None
-
-
 def check_contexts(contexts: list[int], model: Model, new: int) -> None:
     """Whether the model has room for such prompts and `new` tokens."""
     for context in contexts:
@@ -172,44 +97,11 @@ def check_contexts(contexts: list[int], model: Model, new: int) -> None:
             raise InputError(f"--contexts {context}: give 1 to {model.spec.max_position - new} tokens")
 
 
-def _opponents(args: argparse.Namespace) -> list[str]:
-    names = [name for name in args.against.split(",") if name] + ["transformers"] * args.transformers
-    for name in names:
-        if name not in AGAINST:
-            raise InputError(f"--against {name}: choose from {', '.join(AGAINST)}")
-    if "transformers" in names:
-        hugging_face.check()
-    return list(dict.fromkeys(names))
-
-
 def _gated(model: Model, recipe: Recipe, rate: float | None) -> Model:
     """The model that a method runs on: with an imposed gate where it needs one."""
     if rate is None or recipe.name not in LEARNED:
         return model
     return models.gated(model, recipe.name, rate)  # pyright: ignore[reportArgumentType]
-
-
-def _check(args: argparse.Namespace, recipes: dict[str, Recipe]) -> None:
-    if min(args.steps, args.rounds) < 1:
-        raise InputError("--steps and --rounds are at least 1")
-    most = command.MOST_SEQUENCES
-    if args.batch != "max" and not (re.fullmatch("[1-9][0-9]{0,4}", args.batch) and int(args.batch) <= most):
-        raise InputError(f"--batch {args.batch} is not a number from 1 to {most}, or max")
-    if args.batch != "max" and args.memory is not None:
-        raise InputError("--memory is for --batch max")
-    if args.compile is not None and args.compile < 1:
-        raise InputError(f"--compile {args.compile} is not at least 1 layer")
-    if args.impose_cr is not None:
-        if not 1 < args.impose_cr <= 1000:
-            raise InputError(f"--impose-cr {args.impose_cr:g} is not above 1, tokens per slot")
-        if args.model not in models.SHAPES:
-            raise InputError("--impose-cr is for random weights (--model llama-3-8b): a checkpoint has its own gate")
-        if not any(recipe.name in LEARNED for recipe in recipes.values()):
-            raise InputError(f"--impose-cr is for {' and '.join(LEARNED)}: name one in --methods")
-    if args.batch == "max" and args.mesh is not None:
-        raise InputError("--batch max is for one device: give a number with --mesh")
-    if args.batch == "max" and "transformers" in _opponents(args):
-        raise InputError("--batch max fills the memory with one cache: leave --against transformers out")
 
 
 COLUMNS = (
@@ -227,27 +119,25 @@ KEPT = Column("tokens/slot", "tokens_per_slot")
 
 def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     """What the command line asks for."""
-    recipes = chosen(args)
-    _check(args, recipes)
+    recipes = args.recipes
     if args.compile is not None:
         sections = [compiling.section(recipes, args.compile)]
         return Report("decode", report.about(command_line), compiling.COLUMNS, compiling.COLUMNS[1], sections)
-    against, new = _opponents(args), args.steps * (args.rounds + 1) + 1
+    against, new = args.against, args.steps * (args.rounds + 1) + 1
     if "full" in against:
         label = next((label for label, recipe in recipes.items() if recipe == make("full")), "full")
         recipes = {label: make("full", None, _kernels(args))} | recipes
         against[against.index("full")] = label
-    contexts = contexts_of(args)
     limit = memory.of_device(args.memory) if args.batch == "max" else 0
     compilation.enable_compilation_cache()
-    loaded = {w: models.load(args.model, args.dtype, args.mesh, None if w == STORED else w) for w in _weights(args)}
+    loaded = {w: models.load(args.model, args.dtype, args.mesh, None if w == STORED else w) for w in args.weights}
     model = next(iter(loaded.values()))
-    check_contexts(contexts, model, new)
+    check_contexts(args.contexts, model, new)
     named = lambda label, weights: label if len(loaded) == 1 else f"{label}, weights {weights}"
     against = [hugging_face.NAME if name == "transformers" else name for name in against] or [next(iter(recipes))]
     against = [named(name, next(iter(loaded))) if name in recipes else name for name in against]
     sections = []
-    for context in contexts:
+    for context in args.contexts:
         setting = Contest(context, new, args.steps, args.prefill == "cheap")
         ready = [
             _maker(_gated(one, recipe, args.impose_cr), named(label, weights), recipe, setting, args, limit)
@@ -262,15 +152,6 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     columns += (KEPT,) if args.impose_cr else ()
     about = report.about(command_line, model=model.name, dtype=model.decoder.dtype.name)
     return Report("decode", about, columns, COLUMNS[1], sections)
-
-
-def _weights(args: argparse.Namespace) -> list[str]:
-    """What `--weights` names."""
-    names = args.weights.split(",")
-    for name in names:
-        if name not in (STORED, *WEIGHT_BITS):
-            raise InputError(f"--weights {name}: choose from {', '.join((STORED, *WEIGHT_BITS))}")
-    return names
 
 
 def _kernels(args: argparse.Namespace) -> dict[str, str]:

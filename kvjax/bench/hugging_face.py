@@ -1,6 +1,5 @@
 """transformers' Llama with its `DynamicCache`: what decoding is compared with."""
 
-import importlib.util
 import inspect
 import time
 from pathlib import Path
@@ -14,12 +13,6 @@ from kvjax.errors import InputError
 from kvjax.generation.model import Model
 
 NAME = "transformers"
-
-
-def check() -> None:
-    """Raise `InputError` where it is not installed."""
-    if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
-        raise InputError("--against transformers needs transformers and torch: pip install '.[parity]'")
 
 
 def device() -> str:

@@ -1,10 +1,4 @@
-"""Kernels: time, bytes, bandwidth beside a copy's, how many times as fast as plain XLA and other libraries.
-
-    --shapes llama-3-8b:32768:16        model, context [tokens] and batch; several with commas
-    --all                               every kernel and store at the shapes of three models, 4,096 to 131,072 tokens
-
-What a kernel cannot do is said, and other libraries take part where they are installed.
-"""
+"""Kernels: time, share of the machine's limit, how many times as fast as plain XLA and other libraries."""
 
 import argparse
 import functools
@@ -16,87 +10,22 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from kvjax import compilation
-from kvjax.bench import cases, models, report, rivals, turns
+from kvjax.bench import report, rivals, turns
 from kvjax.bench.cases import KERNELS, Kernel, KernelCase, Shape
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
-from kvjax.cli.flags import DTYPES
-from kvjax.errors import InputError
-from kvjax.methods import KERNELS as IMPLEMENTATIONS
 from kvjax.models.decoder import native_dtype
-from pallas_kernels.implementation import Implementation, resolve
-
-SMALL, LARGE = "llama-88m:4096", "llama-3-8b:32768:16"
-ALL = [
-    f"{model}:{context}:{batch}"
-    for model in ("llama-3-8b", "llama-2-7b", "qwen2-7b")
-    for context, batch in ((4096, 16), (32768, 16 if model != "llama-2-7b" else 4), (131072, 1))
-]
-
-
-def add_flags(p: argparse.ArgumentParser) -> None:
-    """The command line's flags, without those that all commands share."""
-    add_case_flags(p)
-    p.add_argument("--all", action="store_true", help="every kernel, store and shape")
-    p.add_argument(
-        "--implementations",
-        default="xla,auto",
-        metavar="A,B",
-        help=f"{', '.join(IMPLEMENTATIONS)}; the first is what others are compared with (default: xla,auto)",
-    )
-    names = ", ".join([*rivals.DECODE, "attention"])
-    p.add_argument("--against", metavar="A,B", help=f"{names}, or none (default: all that can run here)")
-
-
-def add_case_flags(p: argparse.ArgumentParser) -> None:
-    """Which kernels, stores, shapes."""
-    p.add_argument("--kernels", metavar="A,B", help=f"{', '.join(KERNELS)} (default: all)")
-    p.add_argument("--stores", metavar="A,B", help=f"of decode_attention: {', '.join(cases.STORES)} (default: all)")
-    p.add_argument(
-        "--shapes", metavar="M:N:B,..", help=f"model:context:batch (default: {SMALL} on CPU, else {LARGE}; see below)"
-    )
-    p.add_argument("--dtype", choices=DTYPES, help="(default: float32 on CPU, else bfloat16)")
-    p.epilog = f"models: {', '.join(models.SHAPES)}; kernels of prompts take a batch of one"
-
-
-def split(flag: str, text: str | None, known: tuple[str, ...]) -> list[str]:
-    """The names that a flag lists; all that are known where it was not given."""
-    names = list(known) if text is None else list(dict.fromkeys(name for name in text.split(",") if name))
-    for name in names:
-        if name not in known:
-            raise InputError(f"{flag} {name}: choose from {', '.join(known)}")
-    if not names:
-        raise InputError(f"{flag} names none: choose from {', '.join(known)}")
-    return names
+from pallas_kernels.implementation import Implementation
 
 
 def wanted(args: argparse.Namespace) -> list[tuple[str, Kernel, str, Shape]]:
     """Every kernel at every shape with every store."""
-    everything = getattr(args, "all", False)
-    if everything and (args.kernels or args.stores or args.shapes):
-        raise InputError("--all is for all kernels, stores and shapes: leave --kernels, --stores and --shapes out")
-    text = ",".join(ALL) if everything else args.shapes or (SMALL if jax.default_backend() == "cpu" else LARGE)
-    shapes = [cases.read_shape(each) for each in text.split(",")]
-    stores = split("--stores", args.stores, cases.STORES)
     found = []
-    for name in split("--kernels", args.kernels, tuple(KERNELS)):
+    for name in args.kernels:
         kernel = KERNELS[name]
-        own = list(dict.fromkeys(shape._replace(batch=1) if kernel.prompt else shape for shape in shapes))
-        of = [store for store in stores if store in kernel.stores] if kernel.stores != ("",) else [""]
+        own = list(dict.fromkeys(shape._replace(batch=1) if kernel.prompt else shape for shape in args.shapes))
+        of = [store for store in args.stores if store in kernel.stores] if kernel.stores != ("",) else [""]
         found += [(name, kernel, store, shape) for shape in own for store in of]
-    return found
-
-
-def implementations(text: str, *, cpu: bool) -> list[Implementation]:
-    """What implementations a flag names, without repetition; raises `InputError` for another platform's.
-
-    `cpu`: those of CPUs among them.
-    """
-    names = split("--implementations", text, tuple(IMPLEMENTATIONS))
-    found: list[Implementation] = list(dict.fromkeys(resolve(IMPLEMENTATIONS[name], cpu=cpu) for name in names))
-    for name in found:
-        if name in ("tpu", "gpu") and name != jax.default_backend():
-            raise InputError(f"--implementations {name} cannot run on {jax.default_backend()}")
     return found
 
 
@@ -146,9 +75,7 @@ COLUMNS = (
 
 def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     """What the command line asks for."""
-    chosen, todo = implementations(args.implementations, cpu=True), wanted(args)
-    names = (*rivals.DECODE, "attention", "none")
-    against = None if args.against is None else split("--against", args.against, names)
+    chosen, todo = args.implementations, wanted(args)
     compilation.enable_compilation_cache()
     dtype = jnp.dtype(args.dtype or native_dtype())
     sections = []
@@ -156,7 +83,7 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
         title = " ".join(filter(None, (name, shape.name, store)))
         say(title)
         case = kernel.make(shape, store, dtype)
-        found = list(contestants(case, [each for each in chosen if each != "cpu" or not kernel.prompt], against))
+        found = list(contestants(case, [each for each in chosen if each != "cpu" or not kernel.prompt], args.against))
         sections.append(_section(title, found, args.rounds, chosen[0]))
         del case, found
         jax.clear_caches()

@@ -12,27 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from kvjax.bench.shapes import SHAPES
 from kvjax.errors import InputError
 from kvjax.generation import model as models
 from kvjax.generation.model import Model
 from kvjax.models.decoder import Decoder, native_dtype
-from kvjax.models.named import NAMED
 from kvjax.models.quantized import asked
 from kvjax.parallel import mesh as meshes
 from kvjax.spec import GateSpec, ModelSpec
 
-DEFAULT = "llama-88m"
-CONTEXT = 1 << 20  # tokens: random weights know no limit
-_LLAMA = ModelSpec(
-    vocab_size=8192, embed_dim=768, num_layers=12, num_heads=12, num_kv_heads=4, head_dim=64, mlp_dim=2048,
-    max_position=CONTEXT,
-)  # fmt: skip
-SHAPES = {
-    "llama-tiny": dataclasses.replace(
-        _LLAMA, vocab_size=256, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128
-    ),
-    DEFAULT: _LLAMA,
-} | {name: dataclasses.replace(spec, max_position=CONTEXT) for name, spec in NAMED.items()}
 WINDOWS = {"dmc": 12, "dms": 256}  # tokens, as the papers have them
 
 

@@ -1,7 +1,4 @@
-"""Prompts: tokens per second, and what a method's scores and compression add to attention's own time.
-
-The full cache and attention alone always take part: `added` is (time - the full cache's) over attention's, all layers.
-"""
+"""Prompts: tokens per second, and what a method's scores and compression add to attention's own time."""
 
 import argparse
 import time
@@ -14,10 +11,9 @@ import numpy as np
 from kvjax import compilation
 from kvjax.attention.prompt import prefill_attention
 from kvjax.bench import models, report, turns
-from kvjax.bench.decode import add_model_flags, check_contexts, chosen, contexts_of
+from kvjax.bench.decode import check_contexts
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
-from kvjax.cli import command
 from kvjax.generation import prefill
 from kvjax.generation.allocate import init_cache
 from kvjax.generation.model import Model
@@ -26,12 +22,6 @@ from kvjax.policies.base import Recipe
 from kvjax.spec import Lengths
 
 ATTENTION = "attention alone"
-
-
-def add_flags(p: argparse.ArgumentParser) -> None:
-    """The command line's flags, without those that all commands share."""
-    add_model_flags(p, contexts="4096")
-    p.add_argument("--batch", type=int, default=1, help="sequences (default: 1)")
 
 
 def contestant(model: Model, label: str, recipe: Recipe, batch: int, context: int) -> Contestant:
@@ -73,16 +63,14 @@ def added(measured: turns.Timings, name: str, full: str) -> float:
 
 def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     """What the command line asks for."""
-    recipes = chosen(args)
-    command.check_numbers(args, batch=command.MOST_SEQUENCES)
+    recipes = args.recipes
     full = next((label for label, recipe in recipes.items() if recipe._replace(kernels="cpu") == make("full")), "full")
     recipes = {full: make("full", None, {} if args.kernels is None else {"kernels": args.kernels})} | recipes
-    contexts = contexts_of(args)
     compilation.enable_compilation_cache()
     model = models.load(args.model, args.dtype)
-    check_contexts(contexts, model, 1)
+    check_contexts(args.contexts, model, 1)
     sections = []
-    for context in contexts:
+    for context in args.contexts:
         found = [attention_alone(model, args.batch, context)]
         found += [contestant(model, label, recipe, args.batch, context) for label, recipe in recipes.items()]
         measured = turns.measure(found, args.rounds)

@@ -1,16 +1,4 @@
-"""Requests that come and go: what methods make of the same bytes of cache, and transformers' continuous batching.
-
---methods full,h2o:20%,full+store=int4   budgets and arguments of each; the first is what the others are compared with
---prompt-tokens 2000-3000 --new-tokens 512-1024   of each request, drawn evenly
---pool 4       the cache of all has the bytes of so many longest requests in full
---clients 8    closed loop: so many ask, one request after the other (default: all requests at once)
---loads 0.5,1  open loop, too: requests arrive at random, at so many times the rate of the first method's closed loop
---against transformers   its continuous batching, in pages of the same bytes
-
-Each method has as many seats as these bytes have room for, --seats at most. "reading" is the share of busy time that
-prompts take, which no method shortens: where it nears 100%, more compression gains nothing. Latencies count from the
-moment at which a request was to arrive; a gap is the time between two pieces of a text.
-"""
+"""Requests that come and go: what methods make of the same bytes of cache, and transformers' continuous batching."""
 
 import argparse
 import bisect
@@ -18,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,21 +17,17 @@ from rich.progress import track
 
 from kvjax import compilation
 from kvjax.bench import hugging_face, models, report
-from kvjax.bench.decode import read_recipe
 from kvjax.bench.report import Column, Report, Section
 from kvjax.checkpoint import shipped
-from kvjax.cli import command
-from kvjax.cli.flags import DTYPES
 from kvjax.engine import capacity
 from kvjax.engine.capacity import Asked
 from kvjax.engine.engine import Engine
 from kvjax.errors import InputError
 from kvjax.generation.model import Model
-from kvjax.methods import LEARNED, label_of, make
+from kvjax.methods import LEARNED, make
 from kvjax.policies.base import Recipe
 from kvjax.tasks.text import shipped_text
 
-ROUNDS = 2  # that are usual
 PAGE, AT_ONCE = 64, 512  # transformers': tokens of a page, and those that a step reads at most
 
 
@@ -248,50 +231,6 @@ def requests(model: Model, args: argparse.Namespace) -> list[tuple[list[int], in
     return found
 
 
-def add_flags(p: argparse.ArgumentParser) -> None:
-    """The command line's flags, without those that all commands share."""
-    p.add_argument("--model", default="demo", metavar="M", help=f"a checkpoint, or random: {', '.join(models.SHAPES)}")
-    p.add_argument(
-        "--methods", default="full,h2o:20%,h2o:5%", metavar="A,B:20%", help="(default: full,h2o:20%%,h2o:5%%)"
-    )
-    command.add_store_flags(p)
-    p.add_argument("--dtype", choices=DTYPES, help="(default: float32 on CPU, else bfloat16)")
-    p.add_argument("--prompt-tokens", default="200-400", metavar="N-M", help="(default: 200-400)")
-    p.add_argument("--new-tokens", default="32-64", metavar="N-M", help="(default: 32-64)")
-    p.add_argument("--requests", type=int, default=12, metavar="N", help="of a round (default: 12)")
-    p.add_argument("--clients", type=int, metavar="N", help="that ask in a closed loop (default: as many as requests)")
-    p.add_argument("--loads", default="", metavar="X,Y", help="of open loops, in rates of the first")
-    p.add_argument("--pool", type=int, default=2, metavar="N", help="longest requests of the cache (default: 2)")
-    p.add_argument("--seats", type=int, default=16, metavar="N", help="most of a method (default: 16)")
-    p.add_argument("--stall", type=float, default=0.1, metavar="S", help="as for kvjax.serve (default: 0.1)")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the requests (default: 0)")
-    p.add_argument("--against", default="", choices=("", hugging_face.NAME), help="compare with this, too")
-
-
-def _range(text: str, flag: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", text)
-    low, high = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-    if high < low:
-        raise InputError(f"{flag} {text} is not a range of tokens such as 200-400")
-    return low, high
-
-
-def _check(args: argparse.Namespace) -> None:
-    most = command.MOST_SEQUENCES
-    args.clients = args.requests if args.clients is None else args.clients
-    command.check_numbers(args, requests=most, clients=most, pool=most, seats=most)
-    for name in ("prompt_tokens", "new_tokens"):
-        setattr(args, name, _range(getattr(args, name), f"--{name.replace('_', '-')}"))
-    try:
-        args.loads = [float(x) for x in args.loads.split(",") if x]
-    except ValueError:
-        args.loads = [0.0]
-    if not all(0 < load < 1e6 for load in args.loads):
-        raise InputError("--loads is not a list of rates such as 0.5,1")
-    if args.against:
-        hugging_face.check()
-
-
 SECONDS = "{:.2f}".format
 MILLISECONDS = lambda s: f"{1e3 * s:,.0f}"
 COLUMNS = (
@@ -313,8 +252,6 @@ COLUMNS = (
 
 def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     """What the command line asks for."""
-    _check(args)
-    recipes = {label_of(e): read_recipe(e, command.stores(args)) for e in args.methods.split(",")}
     compilation.enable_compilation_cache()
     model = models.load(args.model, args.dtype)
     longest = args.prompt_tokens[1] + args.new_tokens[1]
@@ -325,7 +262,7 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     retrofitted = functools.cache(lambda: models.load(shipped.DMC, args.dtype))
     with contextlib.ExitStack() as stack:
         found = []
-        for name, recipe in recipes.items():
+        for name, recipe in args.recipes.items():
             own = retrofitted() if recipe.name in LEARNED and args.model == "demo" else model
             found.append(stack.enter_context(ours(own, name, recipe, cache, args)))
         if args.against:

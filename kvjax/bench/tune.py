@@ -1,16 +1,9 @@
-"""Block sizes: the kernels with each of several, and the fastest into the table that the kernels read.
-
-    --shapes llama-3-8b:32768:16 --stores dense,int4     what is tried; a kernel takes the nearest entry of its kind
-    --table FILE                                         (default: pallas_kernels/tuning.json)
-
-A kernel reads FILE if the environment variable PALLAS_KERNELS_TUNING names it. Entries note device, date and command.
-"""
+"""Block sizes: the kernels with each of several, and the fastest into the table that the kernels read."""
 
 import argparse
 import datetime
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,20 +15,12 @@ from kvjax.bench.cases import KernelCase, Settings
 from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
 from kvjax.files import output
-from kvjax.methods import KERNELS as IMPLEMENTATIONS
 from kvjax.models.decoder import native_dtype
 from pallas_kernels import tuning
 from pallas_kernels.implementation import Implementation
 
 DEFAULT = "default"
 GAIN = 1.02  # times as fast as the kernel's own default, for an entry that differs from it
-
-
-def add_flags(p: argparse.ArgumentParser) -> None:
-    """The command line's flags, without those that all commands share."""
-    kernels.add_case_flags(p)
-    p.add_argument("--implementation", choices=tuple(IMPLEMENTATIONS), default="auto", help="(default: the platform's)")
-    p.add_argument("--table", type=Path, metavar="FILE", help="(default: what the kernels read)")
 
 
 def candidates(
@@ -67,7 +52,7 @@ def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     """What the command line asks for."""
-    (implementation,) = kernels.implementations(args.implementation, cpu=False)
+    implementation = args.implementation
     table = tuning.path() if args.table is None else args.table
     output.check_writable(table)
     todo = [each for each in kernels.wanted(args) if implementation in each[1].tries]
