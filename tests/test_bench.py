@@ -9,10 +9,11 @@ import pytest
 
 from kvjax import compilation
 from kvjax.bench import __main__ as bench
-from kvjax.bench import cases, memory, models, report, rivals, turns
+from kvjax.bench import cases, kernels, memory, models, prefill, report, rivals, turns
 from kvjax.bench.cases import Shape
 from kvjax.cli import command
 from kvjax.errors import InputError
+from kvjax.methods import make
 from pallas_kernels import tuning
 
 TINY = Shape("llama-tiny", 64, 2)
@@ -54,6 +55,41 @@ def test_kernels(capsys, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"kernels.json", "kernels.md", "kernels.png"}
 
 
+def test_the_limit_is_the_slower_of_bytes_and_products():
+    limits = turns.Limits(copy=10.0, read=20.0, product=100.0)
+    assert limits.seconds(40, 100) == 2.0 and limits.seconds(40, 500) == 5.0
+
+
+@pytest.mark.parametrize("command", ["decode", "prefill", "kernels"])
+def test_every_row_says_what_share_of_the_limit_it_reaches(command, capsys):
+    flags = ["--model", "llama-tiny", "--contexts", "70", "--methods", "full,snapkv:50%"]
+    flags = (
+        ["--shapes", "llama-tiny:64:1", "--kernels", "decode_attention,column_sums"] if command == "kernels" else flags
+    )
+    for section in run(capsys, command, *flags)["sections"]:
+        assert min(section["copy"], section["read"], section["product"]) > 0
+        assert all(row["of_limit"] > 0 for row in section["rows"] if "failed" not in row)
+
+
+def test_the_products_of_a_prompt_are_counted():
+    spec = models.SHAPES["llama-tiny"]
+    model = models.load("llama-tiny", "float32")
+    matrices = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128  # of a layer: q and o, k and v, the MLP's
+    seen = sum(range(1, 101)) * 2 * spec.num_heads * spec.head_dim
+    want = 2 * spec.num_layers * (100 * matrices + seen)
+    counted = prefill.contestant(model, "full", make("full"), 1, 100).flop
+    assert counted == pytest.approx(want, rel=0.02)  # the diagonal of attention counts half
+
+
+def test_wrong_results_are_no_times():
+    case = cases.attention(TINY, "dense", jnp.float32)
+    wrong = case._replace(
+        run=lambda *args, implementation: case.run(*args, implementation="xla") * (1 + (implementation != "xla"))
+    )
+    right, bad = kernels.checked(wrong, ["xla", "cpu"], jnp.float32)
+    assert right == {"name": "xla", "off": 0.0} and bad["failed"].startswith("wrong: ")
+
+
 def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
     seconds = report.Column("s", "seconds")
     (tmp_path / "decode.json").mkdir()
@@ -85,8 +121,6 @@ def test_the_table_is_read(monkeypatch, tmp_path, capsys):
 
 
 def test_the_largest_batch_is_the_last_that_fits():
-    from kvjax.methods import make
-
     model, recipe = models.load("llama-tiny", "float32"), make("full")
     sizes = [memory.needed(model, recipe, 512, 8, batch, model.spec) for batch in (3, 4)]
     limit = int((sizes[0] + 1) / memory.USABLE) + 1

@@ -3,6 +3,8 @@
     python -m kvjax.bench kernels --all          each kernel, shape and store against XLA and other libraries
     python -m kvjax.bench decode --model llama-3-8b --methods full,h2o:20% --batch max
     python -m kvjax.bench prefill                prompts, and what a method adds to attention
+    python -m kvjax.bench peers --model FILE.gguf   beside transformers and llama.cpp, on the same weights
+    python -m kvjax.bench device --minutes 8     all that decides on a GPU or TPU, in one call
     python -m kvjax.bench serve                  requests that come and go, over equal bytes of cache
     python -m kvjax.bench convert                a checkpoint's conversion: speed and memory
     python -m kvjax.bench tune                   block sizes of the kernels, for the table that the kernels read
@@ -14,6 +16,7 @@ process: read the ratios.
 import argparse
 import importlib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 from kvjax.bench import flags
@@ -21,14 +24,8 @@ from kvjax.cli import command
 from kvjax.errors import InputError
 
 PROG = "kvjax.bench"
-COMMANDS = (
-    "kernels",
-    "decode",
-    "prefill",
-    "serve",
-    "convert",
-    "tune",
-)  # a module here, a function of flags and settings
+# A module each, and a function of `flags` and of `settings`.
+COMMANDS = ("kernels", "decode", "prefill", "peers", "device", "serve", "convert", "tune")
 
 
 def parser(name: str) -> command.Parser:
@@ -43,6 +40,13 @@ def parser(name: str) -> command.Parser:
     return p
 
 
+def settings_of(name: str) -> Callable[[argparse.Namespace], None]:
+    """What says what a command's flags mean, and refuses what is wrong with them."""
+    from kvjax.bench import settings
+
+    return getattr(settings, name)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     argv = command.given(argv)
@@ -55,12 +59,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser(name).parse_args(given)
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds} is not at least 1")
-    from kvjax.bench import report, settings
+    from kvjax.bench import report
 
-    getattr(settings, name)(args)
+    settings_of(name)(args)
     report.check(args.out)
     found = importlib.import_module(f"kvjax.bench.{name}").run(args, [PROG, name, *given])
-    report.tell(found, as_json=args.json, out=args.out)
+    if found is not None:
+        report.tell(found, as_json=args.json, out=args.out)
 
 
 if __name__ == "__main__":

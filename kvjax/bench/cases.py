@@ -36,6 +36,7 @@ class KernelCase(NamedTuple):
       bytes: that are read and written at least.
       flop: of its products, a multiplication and an addition apart.
       rivals: by name, functions that make a `Call` or raise `NotImplementedError`.
+      attention: the products [FLOP] of a rival of that name, which does something else.
     """
 
     run: Callable[..., Any]
@@ -43,6 +44,7 @@ class KernelCase(NamedTuple):
     bytes: int
     flop: float
     rivals: dict[str, Callable[[], Call]] = {}  # noqa: RUF012  (never changed)
+    attention: float = 0.0
 
 
 class Kernel(NamedTuple):
@@ -127,7 +129,8 @@ def scores(shape: Shape, store: str, dtype: DTypeLike, *, recent: int | None = N
     read = _size(key) + (_size(q, lse) * queries) // t + _size(lse)
     pairs = queries * (2 * t - queries + 1) / 2
     others = {"attention": lambda: prompt_attention(q, key, value)}
-    return KernelCase(run, (q, key, lse, jnp.full((b,), t, jnp.int32)), read, 2.0 * pairs * h * k * g * b, others)
+    args, heads = (q, key, lse, jnp.full((b,), t, jnp.int32)), h * k * g * b
+    return KernelCase(run, args, read, 2.0 * pairs * heads, others, 2.0 * t * t * heads)
 
 
 # Segments

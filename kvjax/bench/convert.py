@@ -85,7 +85,7 @@ def conversion(source: Path, dst: Path, dtype: str, size: int) -> Contestant:
         facts["held_bytes"] = max(facts["held_bytes"], peak - before)
         return seconds
 
-    return Contestant(f"convert to {dtype}", turn, size, 0, facts)
+    return Contestant(f"convert to {dtype}", turn, size, facts=facts)
 
 
 def copying(source: Path, dst: Path, size: int) -> Contestant:
@@ -105,6 +105,8 @@ def run(args: argparse.Namespace, command_line: list[str]) -> Report:
         size = write_random(SHAPES[args.model], source)
         found = [copying(source, Path(folder) / "copy", size)]
         found += [conversion(source, Path(folder) / dtype, dtype, size) for dtype in args.dtypes]
+        for each in found:
+            each.turn()
         measured = turns.measure(found, args.rounds)
     rows = turns.rows(found, measured, [found[0].name])
     columns = (

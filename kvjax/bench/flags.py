@@ -3,16 +3,16 @@
 import argparse
 from pathlib import Path
 
-from kvjax.bench.shapes import ATTENTION, DEFAULT, KERNELS, LARGE, SHAPES, SMALL, STORES
+from kvjax.bench.shapes import ATTENTION, DEFAULT, KERNELS, LARGE, PEERS, SHAPES, SMALL, STAGES, STORES
 from kvjax.checkpoint.header import DTYPES as STORED_DTYPES
 from kvjax.cli import command
 from kvjax.cli.flags import DTYPES
 from kvjax.methods import KERNELS as IMPLEMENTATIONS
 from kvjax.spec import WEIGHT_BITS
 
-AGAINST = ("full", "transformers")
+AGAINST = ("full", *PEERS)
 STORED = "stored"  # weights as they are
-ROUNDS = {"serve": 2}  # that are usual, where they are not 7
+ROUNDS = {"serve": 2, "peers": 5}  # that are usual, where they are not 7
 
 
 def decode(p: argparse.ArgumentParser) -> None:
@@ -52,6 +52,24 @@ def prefill(p: argparse.ArgumentParser) -> None:
     """
     _model(p, contexts="4096")
     p.add_argument("--batch", type=int, default=1, help="sequences (default: 1)")
+    p.add_argument("--against", default="", metavar="A,B", help=f"compare with: {', '.join(PEERS)}")
+
+
+def peers(p: argparse.ArgumentParser) -> None:
+    """Methods beside transformers and llama.cpp: the same weights and prompts, decoding and reading, in turns.
+
+    --methods full,full+store=int8          budgets and arguments of each
+    --against transformers,llama.cpp+q8_0   compare with these, where they can run (default: with all)
+    --measure decode --prefill cheap        only decoding, behind prompts that a narrow model reads
+
+    llama.cpp runs through node-llama-cpp (npm install node-llama-cpp) in a folder that KVJAX_LLAMA_CPP names; + says
+    its cache's format (default: f16). It is given our weights in float32, and reads each prompt itself.
+    """
+    _model(p, contexts="1024,4096", methods="full")
+    p.add_argument("--steps", type=int, default=16, help="tokens per turn of decoding (default: 16)")
+    p.add_argument("--measure", default="prefill,decode", metavar="A,B", help="(default: prefill,decode)")
+    p.add_argument("--prefill", choices=("real", "cheap"), default="real", help="what fills caches, as for decode")
+    p.add_argument("--against", default=",".join(PEERS), metavar="A,B", help=f"(default: {','.join(PEERS)})")
 
 
 def kernels(p: argparse.ArgumentParser) -> None:
@@ -70,6 +88,7 @@ def kernels(p: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help=f"{', '.join(IMPLEMENTATIONS)}; the first is what others are compared with (default: xla,auto)",
     )
+    p.add_argument("--check", action="store_true", help="only compare results with the reference's")
     names = ", ".join([*ATTENTION, "attention"])
     p.add_argument("--against", metavar="A,B", help=f"{names}, or none (default: all that can run here)")
 
@@ -128,6 +147,22 @@ def serve(p: argparse.ArgumentParser) -> None:
     p.add_argument("--stall", type=float, default=0.1, metavar="S", help="as for kvjax.serve (default: 0.1)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the requests (default: 0)")
     p.add_argument("--against", default="", choices=("", "transformers"), help="compare with this, too")
+
+
+def device(p: argparse.ArgumentParser) -> None:
+    """All that decides on a GPU or TPU in one call: other commands of bench, each in a process of its own.
+
+    In order of importance: results of every kernel against the reference's, decode attention of each store at 4k to
+    128k, whole steps of a model with eight billion parameters, as many sequences as fit, kernels of prompts, prompts.
+    Each has its share of the minutes. What fails, hangs or is killed is said, and the next stage begins; what it had
+    measured stays.
+
+    Writes DIR/device.json and DIR/device.md, a page for docs/results, after every stage.
+    """
+    p.add_argument("--minutes", type=float, default=8.0, metavar="N", help="in all (default: 8)")
+    p.add_argument("--sizes", choices=("tiny", "full"), help="(default: tiny on CPU, else full)")
+    p.add_argument("--stages", metavar="A,B", help=f"{', '.join(STAGES)} (default: all)")
+    p.set_defaults(out=Path("device"))
 
 
 def _model(p: argparse.ArgumentParser, contexts: str = "4096,16384", methods: str = "full,snapkv:10%") -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from rich.console import Console
 
 from kvjax import compilation
@@ -16,6 +18,9 @@ from kvjax.bench.report import Column, Report, Section
 from kvjax.bench.turns import Contestant
 from kvjax.models.decoder import native_dtype
 from pallas_kernels.implementation import Implementation
+
+FAILURES = (*turns.FAILURES, RuntimeError, ValueError)
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}  # relative to the largest number
 
 
 def wanted(args: argparse.Namespace) -> list[tuple[str, Kernel, str, Shape]]:
@@ -35,7 +40,7 @@ def say(line: str) -> None:
 
 
 def contestants(
-    case: KernelCase, chosen: list[Implementation], against: list[str] | None
+    case: KernelCase, chosen: list[Implementation], against: list[str] | None, dtype: DTypeLike
 ) -> Iterator[Contestant | dict[str, Any]]:
     """Who takes turns at a case; a dict with a reason instead of who cannot."""
     ready: dict[str, Callable[[], rivals.Call]] = {name: functools.partial(_ours, case, name) for name in chosen}
@@ -47,16 +52,44 @@ def contestants(
                 say(f"{name}: {reason}")
                 continue
             ready[name] = make
+    differs = difference(case, dtype)
     for name, make in ready.items():
         try:
             call, wait = make()
+            facts = {"off": differs(call())} if name in chosen else {}
             turn, times = turns.repeated(call, wait)
-        except (NotImplementedError, jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
-            yield {"name": name, "failed": next(iter(str(error).splitlines()), type(error).__name__)}
+        except FAILURES as error:
+            yield {"name": name, "failed": turns.reason(error)}
             continue
-        counted = case.bytes if name != "attention" else 0
-        facts = {"flop": case.flop} if counted else {}
-        yield Contestant(name, turn, times, times * counted, facts)
+        size, flop = (case.bytes, case.flop) if name != "attention" else (0, case.attention)
+        yield Contestant(name, turn, times, times * size, times * flop, facts)
+
+
+def difference(case: KernelCase, dtype: DTypeLike) -> Callable[[Any], float]:
+    """A function of a result: its largest difference from the reference's, relative to the reference's largest number.
+
+    It raises `ValueError` where that is more than rounding explains.
+    """
+    reference = functools.cache(lambda: np.asarray(_ours(case, "xla")[0](), np.float32))
+
+    def differs(result: Any) -> float:
+        got, want = np.asarray(result, np.float32), reference()
+        off = float(np.abs(got - want).max() / np.abs(want).max())
+        if not off <= TOLERANCE[jnp.dtype(dtype).name]:  # nor where it is not a number
+            raise ValueError(f"wrong: {off:.1e} off the reference")
+        return off
+
+    return differs
+
+
+def checked(case: KernelCase, chosen: list[Implementation], dtype: DTypeLike) -> Iterator[dict[str, Any]]:
+    """How far each implementation is from the reference; nothing is timed."""
+    differs = difference(case, dtype)
+    for name in chosen:
+        try:
+            yield {"name": name, "off": differs(_ours(case, name)[0]())}
+        except FAILURES as error:
+            yield {"name": name, "failed": turns.reason(error)}
 
 
 def _ours(case: KernelCase, implementation: Implementation) -> rivals.Call:
@@ -64,44 +97,50 @@ def _ours(case: KernelCase, implementation: Implementation) -> rivals.Call:
     return lambda: run(*case.args), jax.block_until_ready
 
 
+OFF = Column("off reference", "off", "{:.0e}".format)
 COLUMNS = (
     Column("us", "call_s", lambda s: f"{1e6 * s:,.1f}"),
     Column("MB", "call_bytes", lambda n: f"{n / 1e6:,.2f}"),
     Column("GB/s", "bytes_per_s", lambda n: f"{n / 1e9:,.1f}"),
-    Column("of copy", "of_copy", "{:.0%}".format),
     Column("TFLOP/s", "flop_per_s", lambda n: f"{n / 1e12:.2f}"),
+    report.LIMIT,
+    OFF,
 )
 
 
 def run(args: argparse.Namespace, command_line: list[str]) -> Report:
     """What the command line asks for."""
-    chosen, todo = args.implementations, wanted(args)
     compilation.enable_compilation_cache()
-    dtype = jnp.dtype(args.dtype or native_dtype())
-    sections = []
-    for name, kernel, store, shape in todo:
+    dtype, first = jnp.dtype(args.dtype or native_dtype()), args.implementations[0]
+    columns = (OFF,) if args.check else (*COLUMNS, Column(f"x {first}", f"x {first}"))
+    return Report("kernels", report.about(command_line, dtype=dtype.name), columns, columns[0], _sections(args, dtype))
+
+
+def _sections(args: argparse.Namespace, dtype: DTypeLike) -> Iterator[Section]:
+    for name, kernel, store, shape in wanted(args):
         title = " ".join(filter(None, (name, shape.name, store)))
         say(title)
-        case = kernel.make(shape, store, dtype)
-        found = list(contestants(case, [each for each in chosen if each != "cpu" or not kernel.prompt], args.against))
-        sections.append(_section(title, found, args.rounds, chosen[0]))
-        del case, found
+        chosen: list[Implementation] = [each for each in args.implementations if each != "cpu" or not kernel.prompt]
+        try:
+            case = kernel.make(shape, store, dtype)
+            if args.check:
+                yield Section(title, list(checked(case, chosen, dtype)))
+            else:
+                found = list(contestants(case, chosen, args.against, dtype))
+                yield _section(title, found, args.rounds, chosen[0], dtype)
+        except FAILURES as error:
+            yield Section(title, [{"name": "all", "failed": turns.reason(error)}])
+        case = found = None  # lets go of its arrays
         jax.clear_caches()
-    columns = (*COLUMNS, Column(f"x {chosen[0]}", f"x {chosen[0]}"))
-    about = report.about(command_line, dtype=dtype.name)
-    return Report("kernels", about, columns, COLUMNS[0], sections)
 
 
-def _section(title: str, found: list[Contestant | dict[str, Any]], rounds: int, first: str) -> Section:
-    able = [each for each in found if isinstance(each, Contestant)]
-    measured = turns.measure(able, rounds)
-    rows = {row["name"]: row for row in turns.rows(able, measured, [first])}
-    for row in rows.values():
-        row["call_s"] = row["seconds"] / row["work"]
-        if "bytes" in row:
-            row["call_bytes"] = row["bytes"] // row["work"]
-        if "flop" in row:
-            row["flop_per_s"] = row["flop"] / row["call_s"]
-    in_order = [rows[each.name] if isinstance(each, Contestant) else each for each in found]
-    facts = {"copy": measured.copy, "read": measured.read}
-    return Section(f"{title}, copy {measured.copy / 1e9:.1f} GB/s", in_order, facts)
+def _section(
+    title: str, found: list[Contestant | dict[str, Any]], rounds: int, first: str, dtype: DTypeLike
+) -> Section:
+    measured = turns.measure(found, rounds, dtype)
+    rows = turns.rows(found, measured, [first])
+    for row in rows:
+        if "failed" not in row:
+            row["call_s"] = row["seconds"] / row["work"]
+            row["call_bytes"] = row["bytes"] // row["work"] if "bytes" in row else None
+    return Section(f"{title}, {measured.limits}", rows, measured.limits._asdict())

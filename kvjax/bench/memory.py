@@ -5,6 +5,7 @@ import jax
 from kvjax.cli.command import read_bytes
 from kvjax.errors import InputError
 from kvjax.generation.model import Model
+from kvjax.parallel.mesh import Size, size_of
 from kvjax.plan import estimate, search
 from kvjax.plan.settings import Setting
 from kvjax.policies.base import Recipe
@@ -24,12 +25,18 @@ def of_device(given: str | None) -> int:
     return int(stats["bytes_limit"])
 
 
+def setting(model: Model, recipe: Recipe, context: int, new: int, batch: int) -> Setting:
+    """A generation as `kvjax.plan` describes it."""
+    platform = "tpu" if jax.default_backend() == "tpu" else "gpu"
+    devices = Size() if model.mesh is None else size_of(model.mesh)
+    return Setting(model.spec, model.decoder.dtype.name, recipe, context, new, batch, platform, devices)
+
+
 def needed(model: Model, recipe: Recipe, context: int, new: int, batch: int, reader: ModelSpec) -> int:
     """Bytes of weights, cache and temporaries, as `kvjax.plan` estimates them; `reader` reads the prompts."""
-    platform = "tpu" if jax.default_backend() == "tpu" else "gpu"
-    setting = Setting(model.spec, model.decoder.dtype.name, recipe, context, new, batch, platform)
-    parts = estimate.estimate(setting)
-    prefill = estimate.waiting(setting) + estimate.prefill_temporaries(setting._replace(spec=reader))
+    planned = setting(model, recipe, context, new, batch)
+    parts = estimate.estimate(planned)
+    prefill = estimate.waiting(planned) + estimate.prefill_temporaries(planned._replace(spec=reader))
     return parts._replace(prefill=prefill).peak
 
 

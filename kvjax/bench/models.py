@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -36,6 +37,12 @@ def load(name: str, dtype: str | None, mesh: str | None = None, weights: str | N
         return models.load(name, dtype=None if dtype is None else jnp.dtype(dtype), mesh=mesh, weights=weights)
     except InputError as error:
         raise InputError(f"{error}; random weights: {', '.join(SHAPES)}") from None
+
+
+def prompts(spec: ModelSpec, batch: int, context: int, padded: int | None = None) -> np.ndarray:
+    """Random tokens `[batch context]`, the same in every command, padded at the end."""
+    drawn = np.random.default_rng(0).integers(0, spec.vocab_size, (batch, context), np.int32)
+    return np.pad(drawn, ((0, 0), (0, (padded or context) - context)))
 
 
 def random(spec: ModelSpec, dtype: DTypeLike, name: str, size: meshes.Size | None = None) -> Model:

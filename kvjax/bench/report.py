@@ -2,12 +2,12 @@
 
 import datetime
 import errno
-import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import jax
 from rich.table import Table
 
 from kvjax.cli.console import to_stdout
-from kvjax.errors import InputError
+from kvjax.errors import InputError, say_once
 from kvjax.evaluation import manifest, pictures
 from kvjax.files import output
 from kvjax.plotting import COLOURS, save_figure
@@ -29,6 +29,9 @@ class Column(NamedTuple):
     heading: str
     key: str
     show: Callable[[Any], str] = "{:.2f}".format
+
+
+LIMIT = Column("of limit", "of_limit", "{:.0%}".format)  # the machine's, as it was measured in the same run
 
 
 class Section(NamedTuple):
@@ -46,12 +49,13 @@ class Report(NamedTuple):
     about: dict[str, Any]
     columns: Sequence[Column]
     drawn: Column  # what the picture shows
-    sections: list[Section]
+    sections: Iterable[Section]  # measured as they are asked for
 
     def plain(self) -> dict[str, Any]:
         """Everything as JSON values."""
         sections = [{"title": s.title, **s.facts, "rows": s.rows} for s in self.sections]
-        return {"bench": self.name, **self.about, "sections": sections}
+        about = self.about | {"versions": self.about["versions"] | _others()} if self.about else {}
+        return {"bench": self.name, **about, "sections": sections}
 
 
 def about(command: Sequence[str], **facts: Any) -> dict[str, Any]:
@@ -61,14 +65,15 @@ def about(command: Sequence[str], **facts: Any) -> dict[str, Any]:
       command: module and flags.
       facts: what else to note.
     """
-    found, versions = manifest.describe(command), {}
-    for name in OTHERS:
-        if name.partition("-")[0] in sys.modules:
-            versions[name] = importlib.metadata.version(name)
+    found = manifest.describe(command)
     hardware = {"device": found.pop("device"), "platform": jax.default_backend(), **_memory(), **_cpu()}
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    others = {"versions": {**found["versions"], **versions}}  # pyright: ignore[reportGeneralTypeIssues]
-    return {"date": date, "hardware": hardware, **found, **others, **facts}
+    return {"date": date, "hardware": hardware, **found, **facts}
+
+
+def _others() -> dict[str, str | None]:
+    """Versions of what took part."""
+    return {name: manifest.version(name) for name in OTHERS if name.partition("-")[0] in sys.modules}
 
 
 def _memory() -> dict[str, int]:
@@ -98,21 +103,37 @@ def check(out: Path | None) -> None:
         raise InputError(f"--out {out}: {error.strerror}") from None
     if not os.access(out, os.W_OK):
         raise InputError(f"--out {out}: {os.strerror(errno.EACCES)}")
-    pictures.blank(1, 1, (1.0, 1.0), 1.0, "")  # says what to install
+    if not _draws():
+        say_once("there will be no picture: pip install matplotlib")
+
+
+def _draws() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def tell(report: Report, *, as_json: bool, out: Path | None) -> None:
-    """Print a report, and write it as JSON, a table and a picture where that is wanted."""
+    """Print a report, and write it as JSON, a table and a picture where that is wanted.
+
+    What is measured is shown and written at once: a run that is ended leaves what it had.
+    """
+    done: list[Section] = []
+    shown = report._replace(sections=done)
+    for section in report.sections:
+        done.append(section)
+        if not as_json:
+            to_stdout().print(table(shown, section))
+        _write(shown, out)
     if as_json:
-        print(json.dumps(report.plain()))
-    else:
-        console = to_stdout()
-        for section in report.sections:
-            console.print(table(report, section))
+        print(json.dumps(shown.plain()))
+    _write(shown, out)
+    if out is not None and _draws():
+        save_figure(draw(shown), out / f"{report.name}.png")
+
+
+def _write(report: Report, out: Path | None) -> None:
     if out is not None:
         output.write_json(out / f"{report.name}.json", report.plain())
         output.write(out / f"{report.name}.md", markdown(report).encode())
-        save_figure(draw(report), out / f"{report.name}.png")
 
 
 def _cells(report: Report, row: dict[str, Any]) -> list[str]:
@@ -132,7 +153,7 @@ def table(report: Report, section: Section) -> Table:
 
 def markdown(report: Report) -> str:
     """A report as a page."""
-    hardware, versions = report.about["hardware"], report.about["versions"]
+    hardware, versions = report.about["hardware"], report.about["versions"] | _others()
     lines = [
         f"# {report.about['date']}: {report.name} on {hardware['device']}",
         f"`{report.about['command']}` at commit {report.about['commit']}",
@@ -150,13 +171,13 @@ def markdown(report: Report) -> str:
 
 def draw(report: Report) -> Any:
     """Bars of what the report is about, a panel for each section."""
-    column = report.drawn
-    most = max((len(section.rows) for section in report.sections), default=1)
-    longest = max((len(row["name"]) for section in report.sections for row in section.rows), default=1)
+    column, sections = report.drawn, list(report.sections)
+    most = max((len(section.rows) for section in sections), default=1)
+    longest = max((len(row["name"]) for section in sections for row in section.rows), default=1)
     size = 4.0 + 0.08 * longest, 0.9 + 0.3 * most
     title = f"{report.name}: {column.heading}, {report.about['hardware']['device']}"
-    figure, panels = pictures.blank(len(report.sections), 3, size, 0.6, title)
-    for section, axes in zip(report.sections, panels, strict=True):
+    figure, panels = pictures.blank(len(sections), 3, size, 0.6, title)
+    for section, axes in zip(sections, panels, strict=True):
         rows = [row for row in section.rows if row.get(column.key) is not None]
         values = [row[column.key] for row in rows]
         bars = axes.barh(range(len(rows)), values, color=[COLOURS[i % len(COLOURS)] for i in range(len(rows))])

@@ -1,16 +1,65 @@
-"""What other libraries make of one query per sequence over a dense cache, and of attention over a prompt.
+"""What other libraries make of one query per sequence over a dense cache, of attention over a prompt, and of models.
 
-Each takes the same numbers as our kernel, in the layout that the library likes best.
+Each takes the same numbers as our kernel, in the layout that the library likes best, or the same weights.
 """
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
+
+from kvjax.generation.model import Model
+
+
+class Reader(Protocol):
+    """Another library with a model: what it has read, and how it goes on."""
+
+    name: str
+    tokens: list[int]  # the newest ones that it has made
+
+    def read(self, prompts: np.ndarray) -> float:
+        """Read prompts `[B T]` from their beginning to the next tokens [s]."""
+        ...
+
+    def go_on(self, steps: int) -> float:
+        """Greedy tokens after them [s]."""
+        ...
+
+    def cache_bytes(self, batch: int, context: int) -> int:
+        """Of that many tokens."""
+        ...
+
+    def peak_bytes(self) -> int | None:
+        """The most memory of its process; None where it shares ours."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
+        ...
+
+
+@contextlib.contextmanager
+def opened(names: Sequence[str], model: Model, most: int) -> Iterator[list[Reader]]:
+    """Other libraries with the model's weights, for sequences of `most` tokens."""
+    from kvjax.bench.hugging_face import NAME, Transformers
+    from kvjax.bench.llama_cpp import LlamaCpp
+
+    with contextlib.ExitStack() as stack:
+        folder, found = Path(stack.enter_context(tempfile.TemporaryDirectory())), list[Reader]()
+        for name in names:
+            store = name.partition("+")[2] or "f16"
+            found.append(Transformers(model) if name == NAME else LlamaCpp(model, most, folder, store))
+            stack.callback(found[-1].close)
+        yield found
+
 
 Call = tuple[Callable[[], Any], Callable[[Any], Any]]  # queues the work; waits for what it returned
 

@@ -2,13 +2,28 @@
 
 import argparse
 import importlib.util
+import os
 import re
+import shutil
+from pathlib import Path
 
 import jax
 
 from kvjax.attention import dispatch
 from kvjax.bench.flags import AGAINST, STORED
-from kvjax.bench.shapes import ALL, ATTENTION, KERNELS, LARGE, SHAPES, SMALL, STORES, read_shape
+from kvjax.bench.shapes import (
+    ALL,
+    ATTENTION,
+    KERNELS,
+    LARGE,
+    LLAMA_CPP,
+    PEERS,
+    SHAPES,
+    SMALL,
+    STAGES,
+    STORES,
+    read_shape,
+)
 from kvjax.checkpoint.header import DTYPES
 from kvjax.cli import command
 from kvjax.errors import InputError
@@ -18,6 +33,10 @@ from kvjax.policies.base import Recipe
 from kvjax.spec import WEIGHT_BITS
 from pallas_kernels.implementation import Implementation, resolve
 
+MEASURED = ("prefill", "decode")  # by `bench peers`
+MOST_MINUTES = 24 * 60
+MOST_STEPS = 2**16  # tokens of a turn
+
 
 def decode(args: argparse.Namespace) -> None:
     """Of `bench decode`: recipes by their labels, contexts [tokens], kinds of weights, names of rivals."""
@@ -26,7 +45,7 @@ def decode(args: argparse.Namespace) -> None:
     against = args.against + ",transformers" * args.transformers
     args.against = names("--against", against, AGAINST) if against else []
     _check_decode(args)
-    _needs(args.against)
+    _needs(args.against, args.batch)
 
 
 def _check_decode(args: argparse.Namespace) -> None:
@@ -48,14 +67,24 @@ def _check_decode(args: argparse.Namespace) -> None:
             raise InputError(f"--impose-cr is for {' and '.join(LEARNED)}: name one in --methods")
     if args.batch == "max" and args.mesh is not None:
         raise InputError("--batch max is for one device: give a number with --mesh")
-    if args.batch == "max" and "transformers" in args.against:
-        raise InputError("--batch max fills the memory with one cache: leave --against transformers out")
+    if args.batch == "max" and {*args.against} & {*PEERS}:
+        raise InputError(f"--batch max fills the memory with one cache: leave {', '.join(PEERS)} out of --against")
 
 
 def prefill(args: argparse.Namespace) -> None:
     """Of `bench prefill`: recipes by their labels, contexts [tokens]."""
     _model(args)
     command.check_numbers(args, batch=command.MOST_SEQUENCES)
+    args.against = names("--against", args.against, PEERS) if args.against else []
+    _needs(args.against, args.batch)
+
+
+def peers(args: argparse.Namespace) -> None:
+    """Of `bench peers`: recipes by their labels, contexts [tokens], names of rivals, what is measured."""
+    _model(args)
+    command.check_numbers(args, steps=MOST_STEPS)
+    args.measure = names("--measure", args.measure, MEASURED)
+    args.against = names("--against", args.against, PEERS)
 
 
 def kernels(args: argparse.Namespace) -> None:
@@ -73,6 +102,13 @@ def tune(args: argparse.Namespace) -> None:
     """Of `bench tune`: kernels, stores, shapes, the implementation."""
     _cases(args)
     (args.implementation,) = implementations("--implementation", args.implementation, cpu=False)
+
+
+def device(args: argparse.Namespace) -> None:
+    """Of `bench device`: names of stages."""
+    if not 0 < args.minutes <= MOST_MINUTES:
+        raise InputError(f"--minutes {args.minutes:g} is not above 0 and at most {MOST_MINUTES}")
+    args.stages = names("--stages", args.stages, STAGES)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -98,7 +134,7 @@ def serve(args: argparse.Namespace) -> None:
     if not all(0 < load < 1e6 for load in args.loads):
         raise InputError("--loads is not a list of rates such as 0.5,1")
     args.recipes = {label_of(e): read_recipe(e, command.stores(args)) for e in args.methods.split(",")}
-    _needs([args.against])
+    _needs([args.against], 1)
 
 
 def read_recipe(entry: str, stores: dict[str, str]) -> Recipe:
@@ -133,10 +169,24 @@ def implementations(flag: str, text: str, *, cpu: bool) -> list[Implementation]:
     return found
 
 
-def _needs(against: list[str]) -> None:
-    """Raise `InputError` for another library that is not installed."""
-    if "transformers" in against and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
-        raise InputError("--against transformers needs transformers and torch: pip install '.[parity]'")
+def _needs(against: list[str], batch: int | str) -> None:
+    """Raise `InputError` for another library that cannot run here, or not that many sequences."""
+    for name in against:
+        if name in PEERS and (why := missing(name)):
+            raise InputError(f"--against {name}: {why}")
+        if name.startswith("llama.cpp") and str(batch) != "1":
+            raise InputError(f"--against {name} is for one sequence: leave --batch {batch} out")
+
+
+def missing(peer: str) -> str | None:
+    """Why a library cannot run here; None = it can."""
+    if peer == "transformers":
+        there = all(map(importlib.util.find_spec, ("torch", "transformers")))
+        return None if there else "needs transformers and torch: pip install '.[parity]'"
+    folder = os.environ.get(LLAMA_CPP)
+    if not folder or not (Path(folder) / "node_modules" / "node-llama-cpp").is_dir():
+        return f"{LLAMA_CPP} does not name a folder with node_modules/node-llama-cpp (npm install node-llama-cpp)"
+    return None if shutil.which("node") else "there is no node on the PATH"
 
 
 def _model(args: argparse.Namespace) -> None:

@@ -40,7 +40,7 @@ def candidates(
                 return [], []
             continue
         asked = asked or shapes
-        found.append(Contestant(name, turn, times, 0, {"settings": dict(settings)}))
+        found.append(Contestant(name, turn, times, facts={"settings": dict(settings)}))
     return found, asked
 
 

@@ -45,10 +45,18 @@ def describe(command: Sequence[str]) -> dict[str, object]:
     """A call as JSON: the command (module and flags), versions, commit and device."""
     return {
         "command": shlex.join(["python", "-m", *command]),
-        "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": commit(),
         "device": jax.devices()[0].device_kind,
     }
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None of one that is only on the path, or not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def digest(text: str) -> str:

@@ -230,24 +230,38 @@ def decode_temporaries(setting: Setting) -> int:
     return setting.batch * spec.vocab_size * (4 + itemsize) + block + learned
 
 
-def bound(setting: Setting, chip: Chip) -> Bound:
-    """What bandwidth and peak allow; what devices tell each other costs nothing."""
-    cache, stored, data = held(setting), weights(setting), setting.devices.data
+class Work(NamedTuple):
+    """What a device has to do at least."""
+
+    read: int  # bytes of a step: weights, and every slot that is allocated
+    step: float  # multiplications of a step, each with an addition
+    prompts: float  # likewise, of reading the prompts
+
+
+def work(setting: Setting) -> Work:
+    """Bytes and products of one device."""
+    cache, stored = held(setting), weights(setting)
     whole = setting._replace(spec=replace(setting.spec, weights=None))  # its bytes say how many products there are
     numbers, spare = weights(whole), functools.partial(idle, whole)
     unused, setting = functools.partial(idle, setting), setting.share
     spec, itemsize = setting.spec, jnp.dtype(setting.dtype).itemsize
-    read = stored.read - unused(setting.batch) + cache.bytes.total - cache.bytes.tables
-    products = setting.batch * (numbers.read - spare(1)) // itemsize + cache.slots * spec.group_size * sum(
-        spec.widths(0)
-    )
-    step = max(read / chip.bandwidth, 2 * products / chip.flops)
+    attended = cache.slots * spec.group_size * sum(spec.widths(0))
     seen = setting.context / 2 * spec.num_layers * spec.num_heads * 2 * spec.head_dim
     linear, again = (numbers.layers - spare(1)) // itemsize, setting.recipe.replay is not None  # and sees all tokens
-    prompts = setting.batch * setting.context * (linear * (1 + again) + seen * (1 + 2 * again))
+    return Work(
+        read=stored.read - unused(setting.batch) + cache.bytes.total - cache.bytes.tables,
+        step=setting.batch * (numbers.read - spare(1)) // itemsize + attended,
+        prompts=setting.batch * setting.context * (linear * (1 + again) + seen * (1 + 2 * again)),
+    )
+
+
+def bound(setting: Setting, chip: Chip) -> Bound:
+    """What bandwidth and peak allow; what devices tell each other costs nothing."""
+    needed = work(setting)
+    step = max(needed.read / chip.bandwidth, 2 * needed.step / chip.flops)
     return Bound(
-        prefill_s=max(2 * prompts / chip.flops, stored.read / chip.bandwidth),
+        prefill_s=max(2 * needed.prompts / chip.flops, weights(setting).read / chip.bandwidth),
         step_s=step,
-        tokens_per_s=data * setting.batch / step,
-        limit="bandwidth" if step == read / chip.bandwidth else "compute",
+        tokens_per_s=setting.devices.data * setting.share.batch / step,
+        limit="bandwidth" if step == needed.read / chip.bandwidth else "compute",
     )
