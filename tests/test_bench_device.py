@@ -48,7 +48,7 @@ def test_stages_are_commands_of_bench_that_read_their_flags(sizes, memory, monke
 
 @pytest.mark.slow
 def test_from_start_to_end_on_a_cpu(tmp_path):
-    bench.main(["device", "--sizes", "tiny", "--minutes", "8", "--out", str(tmp_path)])
+    bench.main(["device", "--sizes", "tiny", "--minutes", "30", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "device.json").read_text())
     assert [(s["name"], s["ended"]) for s in found["stages"]] == [(name, "finished") for name in STAGES]
     rows = [row for stage in found["stages"] for section in stage["report"]["sections"] for row in section["rows"]]

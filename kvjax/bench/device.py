@@ -53,18 +53,19 @@ def stages(sizes: str, memory: float) -> list[Stage]:
     shapes = lambda small, *large: ",".join(f"{model}:{each}" for each in ([small] if tiny else large))
     auto = lambda *methods: ",".join(f"{method}+kernels=auto" for method in methods)
     rounds, steps = ("--rounds 1", "--rounds 1 --steps 2") if tiny else ("--rounds 5", "--rounds 5")
-    how = "auto,interpret" if tiny else "auto"
-    decode = f"decode --model {model} --contexts {256 if tiny else 32768} --prefill cheap {steps} --methods "
+    how, checked = ("auto,interpret", "llama-88m:64:1") if tiny else ("auto", f"{model}:4096:2")
+    decode = f"decode --model {model} --contexts {256 if tiny else 16384} --prefill cheap {steps}"
     kept = auto("full", "full+store=int8", "full+store=int4", "snapkv:20%", "h2o:20%")
+    batch, equal = (2, "4MB") if tiny else (8, "40GB" if memory >= LARGE else "12GB")
     attention = shapes("256:2", "32768:16", "131072:4", "4096:16")
     prompts = "topk_retain,segment_merge,column_sums,window_sums,prefill_attention"
-    contexts, memory_of = ("256", "--memory 4MB") if tiny else ("8192,32768", "")
-    few = auto("full", "snapkv:20%", "h2o:20%")
+    contexts, few = "256" if tiny else "8192,32768", auto("full", "snapkv:20%", "h2o:20%")
     found = {
-        "correctness": (2, f"kernels --check --implementations {how} --shapes {shapes('64:2', '4096:2')}"),
+        "correctness": (2, f"kernels --check --implementations {how} --shapes {checked}"),
         "decode-attention": (4, f"kernels --kernels decode_attention --shapes {attention} --against none {rounds}"),
-        "step": (4, f"{decode}{kept},full+kernels=xla --batch {2 if tiny else 4}"),
-        "throughput": (3, f"{decode}{kept} --batch max {memory_of}"),
+        "step": (3, f"{decode} --methods full+kernels=auto,full+kernels=xla --batch {batch}"),
+        "step-methods": (4, f"{decode} --methods {kept} --batch {batch}"),
+        "throughput": (4, f"{decode} --methods {kept} --batch max --memory {equal}"),
         "prompt-kernels": (2, f"kernels --kernels {prompts} --shapes {shapes('256', '8192', '32768')} {rounds}"),
         "prefill": (2, f"prefill --model {model} --contexts {contexts} --methods {few} {rounds}"),
     }

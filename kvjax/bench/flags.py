@@ -153,7 +153,8 @@ def device(p: argparse.ArgumentParser) -> None:
     """All that decides on a GPU or TPU in one call: other commands of bench, each in a process of its own.
 
     In order of importance: results of every kernel against the reference's, decode attention of each store at 4k to
-    128k, whole steps of a model with eight billion parameters, as many sequences as fit, kernels of prompts, prompts.
+    128k, whole steps of a model with eight billion parameters, as many sequences as fit into equal bytes, kernels of
+    prompts, prompts.
     Each has its share of the minutes. What fails, hangs or is killed is said, and the next stage begins; what it had
     measured stays.
 

@@ -31,7 +31,8 @@ KERNELS = (
 STORES = ("dense", "int8", "int4", "int3", "int2", "fp8", "kivi2", "mikv")  # that decode attention is tried with
 ATTENTION = ("jax.nn", "torch", "flashinfer")  # libraries that attend to a dense cache
 PEERS = ("transformers", "llama.cpp", "llama.cpp+q8_0", "llama.cpp+q4_0")  # that run a model; + its cache's format
-STAGES = ("correctness", "decode-attention", "step", "throughput", "prompt-kernels", "prefill")  # of `bench device`
+# Of `bench device`.
+STAGES = ("correctness", "decode-attention", "step", "step-methods", "throughput", "prompt-kernels", "prefill")
 LLAMA_CPP = "KVJAX_LLAMA_CPP"  # the environment variable that names a folder with node_modules/node-llama-cpp
 SMALL, LARGE = "llama-88m:4096", "llama-3-8b:32768:16"  # shapes of kernels, on CPU and elsewhere
 ALL = [
