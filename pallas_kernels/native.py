@@ -1,7 +1,7 @@
 """Kernels in C++ for CPUs: compiled for this machine at first use, and kept on disk.
 
 The system's compiler (`$CXX`, `c++`, `g++` or `clang++`) makes a library of a source in `kvjax/kernels` in
-`$XDG_CACHE_HOME` or `~/.cache`. Its name says what it was made of: the source, jaxlib, the processor, the compiler.
+`$XDG_CACHE_HOME` or `~/.cache`. Its name says what it was made of: the sources, jaxlib, the processor, the compiler.
 """
 
 import ctypes
@@ -20,6 +20,7 @@ import jaxlib.version
 
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-w")
 COMPILERS = ("c++", "g++", "clang++")
+SHARED = Path(__file__).with_name("native.h")
 
 
 def register(name: str, source: Path, symbol: str) -> None:
@@ -35,7 +36,8 @@ def _registered(name: str, source: Path, symbol: str) -> str:
     compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))), None)
     if compiler is None:
         return "there is no C++ compiler: install g++ or clang++"
-    made_of = (source.read_text(encoding="utf-8"), jaxlib.version.__version__, _processor(), compiler, *FLAGS)
+    texts = (x.read_text(encoding="utf-8") for x in (source, *sorted(source.parent.glob("*.h")), SHARED))
+    made_of = (*texts, jaxlib.version.__version__, _processor(), compiler, *FLAGS)
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     place = Path("kvjax", "kernels", f"{source.parent.name}-{key}.so")
     try:
@@ -57,7 +59,8 @@ def _compile(compiler: str, source: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(source), "-o", str(made)]
+        headers = "-I", jax.ffi.include_dir(), "-I", str(SHARED.parent)
+        command = [compiler, *FLAGS, *headers, str(source), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
         with made.open("rb") as file:
             os.fsync(file.fileno())  # whole, or not there: half a library ends a process

@@ -16,14 +16,18 @@ def attention(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention over prompts: the arguments of `reference.attention`.
 
-    `tpu` is JAX's splash attention, `gpu` cuDNN's; `interpret` runs the TPU's step by step on any platform.
+    `cpu` is C++, `tpu` JAX's splash attention, `gpu` cuDNN's; `interpret` runs the TPU's step by step on any platform.
 
     Raises:
       NotImplementedError: where a kernel cannot do what is asked, which `xla` can.
     """
-    chosen = resolve(implementation)
+    chosen = resolve(implementation, cpu=True)
     if chosen == "xla":
         return reference.attention(*args, **kwargs)
+    if chosen == "cpu":
+        from pallas_kernels.prefill_attention import cpu
+
+        return cpu.attention(*args, **kwargs)
     if kwargs.pop("visible_until", None) is not None:
         raise NotImplementedError("keys that are seen for a while only are for xla")
     if kwargs.pop("behind", None) is not None:
