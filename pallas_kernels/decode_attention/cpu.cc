@@ -1,183 +1,21 @@
 // Decode attention on CPUs: `reference.attend` over one part, for XLA's foreign function interface.
 //
 // Rows are cut into blocks of slots, and threads take one block after the other, so that rows cost what they hold.
-// Codes become float32 numbers a tile at a time, which stay in the first cache; dense float32 is read where it lies.
+// Codes are multiplied as they are (packed.h), or become float32 numbers a tile at a time (pool.h), which stay in the first
+// cache; dense float32 is read where it lies.
 // A row's blocks are merged by whoever finishes its last one, in their order: results do not depend on the threads.
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <thread>
-#include <vector>
+#include <tuple>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
-#include "xla/ffi/api/ffi.h"
+#include "decode_attention/packed.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr float kEmpty = -1e30f;  // the logit of a slot that is not there
-constexpr int kBlock = 256;       // slots that a thread takes at once
-constexpr int kTile = 32;         // slots that are decoded at once
-constexpr int kLanes = 16;
+constexpr int kBlock = 256;           // slots that a thread takes at once
 constexpr int64_t kShare = 64 << 10;  // bytes that are worth another thread
-
-typedef float Lanes __attribute__((vector_size(4 * kLanes), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4)));
-
-inline Ints widened(const uint8_t* x) {
-#ifdef __AVX512F__  // compilers take the bytes one by one
-  return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)x));
-#else
-  int32_t y[kLanes];
-  for (int i = 0; i < kLanes; ++i) y[i] = x[i];
-  return *(const Ints*)y;
-#endif
-}
-
-int padded(int width) { return (width + kLanes - 1) / kLanes * kLanes; }
-
-float of_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
-
-// Numbers of a vector whose codes lie in neighbouring bytes: `pallas_kernels.codes.Piece`.
-struct Piece {
-  int64_t start, width, at, shift, mask, weight, group;
-};
-
-enum Kind { kDense, kAffine, kFloat8, kPerChannel };
-
-struct Pool {
-  ffi::DataType dtype;
-  const char* codes;
-  const uint16_t *scale, *zero;  // bfloat16; zero may be null
-  int64_t bytes, groups;         // of a slot
-  Kind kind;
-  int width, run;
-  float offset;  // of codes without zero points
-  const Piece* pieces;
-  int count;
-
-  int lanes() const { return padded(width); }
-  bool direct() const { return dtype == ffi::F32 && width % kLanes == 0; }
-};
-
-float same(float x) { return x; }
-
-float of_bfloat16(uint16_t x) { return of_bits(uint32_t(x) << 16); }
-
-// XLA's threads take subnormal numbers for zero: products of codes, which are no such numbers, stand for them.
-float of_half(uint16_t x) {
-  const uint32_t rest = x & 0x7fffu, infinite = rest >= 0x7c00 ? 112u << 23 : 0;
-  const uint32_t normal = (rest << 13) + (112u << 23) + infinite;
-  const uint32_t small = __builtin_bit_cast(uint32_t, float(int(rest)) * 0x1p-24f);
-  return of_bits((rest < 0x400 ? small : normal) | (x & 0x8000u) << 16);
-}
-
-float of_float8(uint8_t x) {
-  const uint32_t rest = x & 0x7fu, normal = rest == 0x7f ? 0x7fc00000u : (rest << 20) + (120u << 23);
-  const uint32_t small = __builtin_bit_cast(uint32_t, float(int(rest)) * 0x1p-9f);
-  return of_bits((rest < 8 ? small : normal) | (x & 0x80u) << 24);
-}
-
-template <class T, float Number(T)>
-void convert(const Pool& pool, int64_t slot, int slots, float* __restrict to) {
-  auto* __restrict x = reinterpret_cast<const T*>(pool.codes + slot * pool.bytes);
-  const int width = pool.width, lanes = pool.lanes();
-  if (width == lanes)
-    for (int i = 0; i < slots * width; ++i) to[i] = Number(x[i]);
-  else
-    for (int s = 0; s < slots; ++s)
-      for (int i = 0; i < width; ++i) to[s * lanes + i] = Number(x[s * width + i]);
-}
-
-// What a piece adds to the numbers of neighbouring slots. `Bytes`: a code is a byte; `Higher`: the piece is added to a
-// plane of lower bits. `scale` and `zero` are those of the piece's group, `groups` apart.
-template <int Width, bool Bytes, bool Higher>
-void unpack(const Pool& pool, const Piece& piece, int64_t slot, int slots, const float* scale, const float* zero,
-            int64_t groups, float* __restrict to) {
-  const int width = Width ? Width : piece.width, shift = piece.shift, mask = piece.mask, lanes = pool.lanes();
-  const int64_t bytes = pool.bytes;
-  const float weight = piece.weight;
-  auto* codes = reinterpret_cast<const uint8_t*>(pool.codes) + slot * bytes + piece.at;
-  for (float* x = to + piece.start; slots-- > 0; x += lanes, codes += bytes, scale += groups, zero += groups) {
-    const float factor = Higher ? *scale * weight : *scale, added = *zero;
-    int i = 0;
-    for (; i + kLanes <= width; i += kLanes) {
-      const Ints code = Bytes ? widened(codes + i) : widened(codes + i) >> shift & mask;
-      const Lanes number = __builtin_convertvector(code, Lanes) * factor;
-      *(Lanes*)(x + i) = number + (Higher ? *(const Lanes*)(x + i) : Lanes{} + added);
-    }
-    for (; i < width; ++i) x[i] = float(codes[i] >> shift & mask) * factor + (Higher ? x[i] : added);
-  }
-}
-
-template <bool Bytes, bool Higher>
-auto unpack_of(int64_t width) {
-  return width == 16   ? unpack<16, Bytes, Higher>
-         : width == 32 ? unpack<32, Bytes, Higher>
-         : width == 64 ? unpack<64, Bytes, Higher>
-                       : unpack<0, Bytes, Higher>;
-}
-
-// Numbers of neighbouring slots from codes with scales, a tile at most.
-void unpack_all(const Pool& pool, int64_t slot, int slots, float* to) {
-  const int64_t groups = pool.run ? 1 : pool.groups, n = pool.run ? slots : slots * groups;
-  static thread_local std::vector<float> scale, zero;  // of the tile's groups, which lie one after the other
-  scale.resize(kTile * groups), zero.resize(kTile * groups);
-  if (pool.run) {
-    std::fill_n(scale.data(), n, 1.0f), std::fill_n(zero.data(), n, 0.0f);  // channels have theirs
-  } else {
-    float *__restrict s = scale.data(), *__restrict z = zero.data();
-    for (int64_t i = 0; i < n; ++i) s[i] = of_bfloat16(pool.scale[slot * groups + i]);
-    if (pool.zero)
-      for (int64_t i = 0; i < n; ++i) z[i] = of_bfloat16(pool.zero[slot * groups + i]);
-    else
-      for (int64_t i = 0; i < n; ++i) z[i] = s[i] * pool.offset;
-  }
-  for (const Piece* piece = pool.pieces; piece < pool.pieces + pool.count; ++piece) {
-    auto run = piece->mask == 255   ? unpack_of<true, false>(piece->width)
-               : piece->weight == 1 ? unpack_of<false, false>(piece->width)
-                                    : unpack_of<false, true>(piece->width);
-    run(pool, *piece, slot, slots, scale.data() + piece->group, zero.data() + piece->group, groups, to);
-  }
-}
-
-// Numbers of neighbouring slots, `[slots lanes]`. The processor would wait for the next codes while it computes.
-void decode(const Pool& pool, int64_t slot, int slots, float* to) {
-  auto ask = [&](const void* array, int64_t bytes) {
-    const char* next = static_cast<const char*>(array) + (slot + slots) * bytes;
-    for (int64_t i = 0; i < slots * bytes; i += 64) __builtin_prefetch(next + i);
-  };
-  ask(pool.codes, pool.bytes);
-  if (pool.scale) ask(pool.scale, 2 * pool.groups);
-  if (pool.zero) ask(pool.zero, 2 * pool.groups);
-  const int lanes = pool.lanes();
-  if (pool.kind == kDense) {
-    (pool.dtype == ffi::F32    ? convert<float, same>(pool, slot, slots, to)
-     : pool.dtype == ffi::BF16 ? convert<uint16_t, of_bfloat16>(pool, slot, slots, to)
-                               : convert<uint16_t, of_half>(pool, slot, slots, to));
-  } else if (pool.kind == kFloat8) {
-    convert<uint8_t, of_float8>(pool, slot, slots, to);
-    for (int s = 0; s < slots; ++s)
-      for (int i = 0; i < lanes; ++i) to[s * lanes + i] *= of_bfloat16(pool.scale[slot + s]);
-  } else {
-    unpack_all(pool, slot, slots, to);
-  }
-  if (pool.kind != kPerChannel) return;
-  for (int s = 0; s < slots; ++s)  // channel c has its scale in column c / run of the run's slot c % run
-    for (int c = 0; c < pool.width; ++c) {
-      const int64_t at = ((slot + s) / pool.run * pool.run + c % pool.run) * pool.groups + c / pool.run;
-      float& x = to[s * lanes + c];
-      x = x * of_bfloat16(pool.scale[at]) + of_bfloat16(pool.zero[at]);
-    }
-}
 
 // Products of G queries and the keys of a tile, four keys at once.
 template <int G>
@@ -234,23 +72,16 @@ void by_fours(int heads, F run) {
   if (heads - g == 1) run(g, std::integral_constant<int, 1>());
 }
 
-// exp of what is not positive (Cephes' polynomial, 1 unit in the last place).
-inline Lanes exp_(Lanes x) {
-  x = x > -87.0f ? x : Lanes{} - 87.0f;
-  const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
-  const Lanes k = __builtin_convertvector(n, Lanes);
-  x = x - k * 0.693359375f + k * 2.12194440e-4f;
-  Lanes y = Lanes{} + 1.9875691500e-4f;
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    y = y * x + c;
-  return (y * x * x + x + 1.0f) * (Lanes)((n + 127) << 23);
-}
-
 struct Item {
   int row, first, end;  // slots
 };
 
-// All that a call is about; threads that come too late find nothing to do, but may still look.
+// A thread's; of codes that are multiplied as they are what `packed.h` says.
+struct Room {
+  std::vector<float> scores, numbers, sums, query, of_query, weights, of_codes;
+  std::vector<Lanes> codes, scale, zero, zeros;
+};
+
 struct Call {
   int heads, page, pages, size;  // query heads of a row, slots of a page, pages of a row, of the pool
   float scale, cap;
@@ -265,7 +96,6 @@ struct Call {
   std::vector<int> begin;                        // first item of each row, and their number
   std::vector<float> partial;                    // [items heads (m, l, o[lanes])]
   std::unique_ptr<std::atomic<int>[]> unfinished;  // items of each row
-  std::atomic<int> next{0}, done{0};
 
   int capacity() const { return pages * page; }
   int stride() const { return 2 + value.lanes(); }
@@ -293,64 +123,136 @@ struct Call {
     }
   }
 
-  void attend(int index) {
+  bool packed_keys() const { return !cos && packed(key, 4); }
+  bool packed_values() const { return packed(value, kLanes); }
+
+  Room room() const {
+    auto floats = [](int64_t n) { return std::vector<float>(n); };
+    const int64_t k = packed_keys() ? heads : 0, v = packed_values() ? heads : 0, groups = std::max(key.groups, value.groups);
+    auto lanes = [](int64_t n) { return std::vector<Lanes>(n); };
+    return {.scores = floats(heads * kBlock),
+            .numbers = floats(kTile * std::max(key.lanes(), value.lanes())),
+            .sums = floats(heads * value.lanes()),
+            .query = floats(k * parts(key)),
+            .of_query = floats(k * key.groups),
+            .weights = floats(v * value.groups * kTile),
+            .of_codes = floats(v * parts(value)),
+            .codes = lanes(k ? key.bytes / 4 : 0),
+            .scale = lanes(groups),
+            .zero = lanes(groups),
+            .zeros = lanes(v * value.groups)};
+  }
+
+  // Products of a row's queries and the keys of a tile, to `scores`.
+  void score_tile(const Item& item, int slot, int64_t at, int count, Room& room) const {
+    float* to = room.scores.data() + slot - item.first;
+    if (packed_keys()) {
+      const int64_t stride = parts(key);
+      for (int s = 0; s < count; s += kLanes) {
+        const int n = std::min(kLanes, count - s);
+        transpose_codes(key, at + s, n, room.codes.data()), lines(key, at + s, n, room.scale.data(), room.zero.data());
+        by_fours(heads, [&](int g, auto group) {
+          Lanes found[4];
+          score_codes<decltype(group)::value>(key, room.codes.data(), room.query.data() + g * stride, stride,
+                                              room.of_query.data() + g * key.groups, room.scale.data(),
+                                              room.zero.data(), found);
+          for (int i = 0; i < decltype(group)::value; ++i) std::memcpy(to + (g + i) * kBlock + s, found + i, 4 * n);
+        });
+      }
+      return;
+    }
+    const int lanes = key.lanes();
+    const float* keys = reinterpret_cast<const float*>(key.codes) + at * lanes;
+    if (!key.direct() || cos) decode(key, at, count, room.numbers.data()), keys = room.numbers.data();
+    for (int i = 0; cos && i < count; ++i) turn(room.numbers.data() + i * lanes, where(item.row, slot + i, at + i));
+    by_fours(heads, [&](int g, auto group) {
+      const float* query = q.data() + (int64_t(item.row) * heads + g) * lanes;
+      score<decltype(group)::value>(query, keys, count, lanes, to + g * kBlock, kBlock);
+    });
+  }
+
+  // The values of a tile, weighted and added to `sums`.
+  void add_tile(const Item& item, int slot, int64_t at, int count, Room& room) const {
+    const float* p = room.scores.data() + slot - item.first;
+    if (packed_values()) {
+      const int64_t groups = value.groups, stride = parts(value);
+      for (int s = 0; s < count; s += kLanes) {
+        const int n = std::min(kLanes, count - s);
+        lines(value, at + s, n, room.scale.data(), room.zero.data());
+        for (int g = 0; g < heads; ++g) {
+          Lanes weight{};
+          std::memcpy(&weight, p + g * kBlock + s, 4 * n);
+          for (int i = 0; i < groups; ++i) {
+            *(Lanes*)(room.weights.data() + (g * groups + i) * kTile + s) = weight * room.scale[i];
+            room.zeros[g * groups + i] += weight * room.zero[i];
+          }
+        }
+      }
+      by_fours(heads, [&](int g, auto group) {
+        add_codes<decltype(group)::value>(value, at, count, room.weights.data() + g * groups * kTile,
+                                          room.of_codes.data() + g * stride, stride);
+      });
+      return;
+    }
+    const float* values = reinterpret_cast<const float*>(value.codes) + at * value.width;
+    if (!value.direct()) decode(value, at, count, room.numbers.data()), values = room.numbers.data();
+    by_fours(heads, [&](int g, auto group) {
+      add<decltype(group)::value>(p + g * kBlock, kBlock, values, count, value.lanes(),
+                                  room.sums.data() + g * value.lanes());
+    });
+  }
+
+  // Scores become weights; the highest score and the weights' sum.
+  std::pair<float, float> soften(const Item& item, int head, const int32_t* seen, float* p) const {
+    const int n = item.end - item.first;
+    Lanes highest = Lanes{} + kEmpty, total{};
+    for (int i = 0; i < n; i += kLanes) {
+      Lanes& x = *(Lanes*)(p + i);
+      x *= scale;
+      if (cap > 0) x = cap * tanh_(x / cap);
+      x = *(const Ints*)(seen + i) ? x : Lanes{} + kEmpty;
+      highest = larger(x, highest);
+    }
+    float most = kEmpty;
+    for (int j = 0; j < kLanes; ++j) most = std::max(most, highest[j]);
+    if (logits) std::memcpy(logits + (int64_t(item.row) * heads + head) * capacity() + item.first, p, 4 * n);
+    for (int i = 0; i < n; i += kLanes) {
+      Lanes& x = *(Lanes*)(p + i);
+      x = *(const Ints*)(seen + i) ? exp2_((x - most) * kLog2) : Lanes{};
+      total += x;
+    }
+    return {most, sum(total)};
+  }
+
+  void attend(int index, Room& room) {
     const Item& item = items[index];
-    std::vector<float> scores(heads * kBlock), numbers(kTile * std::max(key.lanes(), value.lanes()));
-    const int lanes = key.lanes(), n = item.end - item.first;
-    const float* query = q.data() + int64_t(item.row) * heads * lanes;
     int32_t seen[kBlock] = {};
+    for (int g = 0; packed_keys() && g < heads; ++g)
+      meet(key, q.data() + (int64_t(item.row) * heads + g) * key.lanes(), room.query.data() + g * parts(key),
+           room.of_query.data() + g * key.groups);
     tiles(item, [&](int slot, int64_t at, int count) {
       int32_t* visible = seen + slot - item.first;
       bool any = false;
       for (int i = 0; i < count; ++i)
         any |= visible[i] = -((!after || where(item.row, slot + i, at + i) > after[item.row]) &&
                               (!slots || slots[int64_t(item.row) * capacity() + slot + i]));
-      if (!any) return;
-      const float* keys = reinterpret_cast<const float*>(key.codes) + at * lanes;
-      if (!key.direct() || cos) decode(key, at, count, numbers.data()), keys = numbers.data();
-      for (int i = 0; cos && i < count; ++i) turn(numbers.data() + i * lanes, where(item.row, slot + i, at + i));
-      by_fours(heads, [&](int g, auto group) {
-        float* to = scores.data() + g * kBlock + slot - item.first;
-        score<decltype(group)::value>(query + g * lanes, keys, count, lanes, to, kBlock);
-      });
+      if (any) score_tile(item, slot, at, count, room);
     });
     float* out = partial.data() + int64_t(index) * heads * stride();
-    std::vector<float> sums(heads * value.lanes());
-    for (int g = 0; g < heads; ++g) {
-      float* p = scores.data() + g * kBlock;
-      Lanes highest = Lanes{} + kEmpty, total{};
-      for (int i = 0; i < n; i += kLanes) {
-        Lanes& x = *(Lanes*)(p + i);
-        x *= scale;
-        if (cap > 0)
-          for (int j = 0; j < kLanes; ++j) x[j] = cap * std::tanh(x[j] / cap);
-        x = *(const Ints*)(seen + i) ? x : Lanes{} + kEmpty;
-        highest = x > highest ? x : highest;
-      }
-      float most = kEmpty, sum = 0;
-      for (int j = 0; j < kLanes; ++j) most = std::max(most, highest[j]);
-      if (logits) std::memcpy(logits + (int64_t(item.row) * heads + g) * capacity() + item.first, p, 4 * n);
-      for (int i = 0; i < n; i += kLanes) {
-        Lanes& x = *(Lanes*)(p + i);
-        const Lanes below = x - most, weight = exp_(below);
-        x = *(const Ints*)(seen + i) ? (below == below ? weight : below) : Lanes{};  // what is not a number stays so
-        total += x;
-      }
-      for (int j = 0; j < kLanes; ++j) sum += total[j];
-      out[g * stride()] = most, out[g * stride() + 1] = sum;
-    }
+    for (int g = 0; g < heads; ++g)
+      std::tie(out[g * stride()], out[g * stride() + 1]) = soften(item, g, seen, room.scores.data() + g * kBlock);
+    std::fill(room.sums.begin(), room.sums.end(), 0.0f), std::fill(room.of_codes.begin(), room.of_codes.end(), 0.0f);
+    std::fill(room.zeros.begin(), room.zeros.end(), Lanes{});
     tiles(item, [&](int slot, int64_t at, int count) {
       const int32_t* visible = seen + slot - item.first;
-      if (!std::any_of(visible, visible + count, [](int32_t x) { return x; })) return;
-      const float* values = reinterpret_cast<const float*>(value.codes) + at * value.width;
-      if (!value.direct()) decode(value, at, count, numbers.data()), values = numbers.data();
-      by_fours(heads, [&](int g, auto group) {
-        const float* weights = scores.data() + g * kBlock + slot - item.first;
-        add<decltype(group)::value>(weights, kBlock, values, count, value.lanes(), sums.data() + g * value.lanes());
-      });
+      if (std::any_of(visible, visible + count, [](int32_t x) { return x; })) add_tile(item, slot, at, count, room);
     });
     for (int g = 0; g < heads; ++g)
-      std::memcpy(out + g * stride() + 2, sums.data() + g * value.lanes(), 4 * value.lanes());
+      if (packed_values())
+        assemble(value, room.of_codes.data() + g * parts(value), room.zeros.data() + g * value.groups,
+                 out + g * stride() + 2);
+      else
+        std::memcpy(out + g * stride() + 2, room.sums.data() + g * value.lanes(), 4 * value.lanes());
   }
 
   void merge(int row) {
@@ -369,12 +271,9 @@ struct Call {
     }
   }
 
-  void work() {
-    for (int i; (i = next.fetch_add(1)) < int(items.size());) {
-      attend(i);
-      if (unfinished[items[i].row].fetch_sub(1) == 1) merge(items[i].row);
-      done.fetch_add(1);
-    }
+  void run(int64_t index, Room& room) {
+    attend(index, room);
+    if (unfinished[items[index].row].fetch_sub(1) == 1) merge(items[index].row);
   }
 };
 
@@ -439,10 +338,7 @@ ffi::Error Attend(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
   for (int row = 0; row < rows; ++row)
     if (call->unfinished[row] == 0) call->merge(row);
   const int64_t bytes = held * (call->key.bytes + call->value.bytes);
-  const int64_t helpers = std::min({threads.num_threads() - 1, bytes / kShare, int64_t(call->items.size()) - 1});
-  for (int64_t i = 0; i < helpers; ++i) threads.Schedule([call] { call->work(); });
-  call->work();
-  while (call->done.load() < int(call->items.size())) std::this_thread::yield();
+  share(threads, call, call->items.size(), bytes / kShare);
   return ffi::Error::Success();
 }
 

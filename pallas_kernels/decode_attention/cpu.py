@@ -1,7 +1,7 @@
 """Decode attention on CPUs: `cpu.cc`, compiled at first use (`pallas_kernels.native`).
 
 A step is bound by the bytes of the cache. XLA gathers a block of pages before it multiplies, and writes numbers of few
-bits back before it reads them; this kernel reads pages where they lie, and makes numbers of codes in the first cache.
+bits back before it reads them; this kernel reads pages where they lie, and multiplies codes in registers.
 """
 
 from collections.abc import Callable, Sequence
