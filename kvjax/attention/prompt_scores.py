@@ -8,12 +8,9 @@ from jaxtyping import Float
 from kvjax.attention.dispatch import kernel_or_xla
 from kvjax.spec import Probe, Prompt
 from pallas_kernels import prefill_scores
-from pallas_kernels.blocks import divisor
 from pallas_kernels.decode_attention.reference import EMPTY
 from pallas_kernels.implementation import resolve
 from pallas_kernels.soft_cap import soft_cap
-
-BLOCK = 512  # products of so many queries and keys at once
 
 
 def column_sums(prompt: Prompt) -> Float[Array, "B K T"]:
@@ -89,36 +86,33 @@ def replay_maxima(prompt: Prompt, sinks: int, *, weighted: bool) -> Float[Array,
 
     Cost: T (chunk + sinks) products for each query head, in blocks; weighted, T N H^2 more.
     """
-    probe, (b, t, heads, h) = prompt.probe, prompt.k.shape
+    probe, (b, t, _, _) = prompt.probe, prompt.k.shape
     assert isinstance(probe, Probe), "the recipe has no replay"
-    tokens, n, chunk, sinks = probe.q.shape[1], prompt.q.shape[2], probe.chunk, min(sinks, t)
-    block = divisor(chunk, max(1, BLOCK * BLOCK // (sinks + chunk)))
-    q = jnp.moveaxis(probe.q.reshape(b, tokens, heads, n // heads, h), 1, 3)  # B K G Q H
-    k = jnp.moveaxis(jnp.pad(prompt.k, ((0, 0), (0, tokens - t), (0, 0), (0, 0))), 1, 2)
-    of_own = probe.lse.reshape(b, heads, n // heads, tokens)
-    unit = -jnp.log(probe.size) if weighted else jnp.zeros_like(probe.size)
-    length = prompt.length[:, None]
-
-    def ask(i: Array, best: Array) -> Array:
-        start = i * block // chunk * chunk
-        cut = lambda x, axis, at=i * block, size=block: jax.lax.dynamic_slice_in_dim(x, at, size, axis)
-        pos = jnp.concatenate([jnp.arange(sinks), start + jnp.arange(chunk)])
-        inside = (pos >= start) & (pos < start + chunk)
-        seen = (pos < length) & (inside != (jnp.arange(sinks + chunk) < sinks))  # a sink of the chunk counts once
-        key = jnp.concatenate([k[:, :, :sinks], cut(k, 2, start, chunk)], axis=2)
-        s = jnp.einsum("bkgqh,bksh->bkgqs", cut(q, 3), key, preferred_element_type=jnp.float32) * prompt.scale
-        s = jnp.where(seen[:, None, None, None], soft_cap(s, prompt.cap), EMPTY)
-        lse = jnp.logaddexp(jax.nn.logsumexp(s, axis=-1), cut(of_own, 3))
-        asked = i * block + jnp.arange(block) < length
-        weight = s[..., sinks:] + (cut(unit, 1)[:, None, None] - lse)[..., None]
-        most = jnp.where(asked[:, None, None, :, None], weight, -jnp.inf).max(axis=3)
-        return jax.lax.dynamic_update_slice_in_dim(best, jnp.maximum(cut(best, 3, start, chunk), most), start, 3)
-
-    best = jnp.full((b, heads, n // heads, tokens), -jnp.inf, jnp.float32)
-    best = jax.lax.fori_loop(0, (jnp.max(length) + block - 1) // block, ask, best)[..., :t].reshape(b, n, t)
+    gain = -jnp.log(probe.size) if weighted else jnp.zeros_like(probe.size)
+    best = kernel_or_xla(
+        "scores of a prompt",
+        prefill_scores.column_max,
+        prompt.kernels,
+        *(probe.q, prompt.k, _beside(prompt, probe, min(sinks, t)), gain, prompt.length),
+        chunk=probe.chunk,
+        scale=prompt.scale,
+        cap=prompt.cap,
+    )
     if weighted:
         best = best + jnp.log(reach(prompt))
     return jnp.exp(best).reshape(b, prompt.key.shape[2], -1, t).max(axis=2)
+
+
+def _beside(prompt: Prompt, probe: Probe, sinks: int) -> Float[Array, "B N Q"]:
+    """Log-sum-exp of what a query attends to beside its chunk of the prompt: what was read again, and the sinks."""
+    b, tokens, n, h = probe.q.shape
+    heads, chunk = prompt.k.shape[2], jnp.arange(tokens)[:, None] // probe.chunk
+    q, k = probe.q.reshape(b, tokens, heads, n // heads, h), prompt.k[:, :sinks]
+    s = soft_cap(jnp.einsum("bqkgh,bskh->bkgqs", q, k, preferred_element_type=jnp.float32) * prompt.scale, prompt.cap)
+    pos = jnp.arange(sinks)
+    seen = (pos < prompt.length[:, None, None]) & (pos // probe.chunk != chunk)  # those of its chunk count once
+    s = jnp.where(seen[:, None, None], s, EMPTY).reshape(b, n, tokens, sinks)
+    return jax.nn.logsumexp(jnp.concatenate([s, probe.lse[..., None]], axis=-1), axis=-1)
 
 
 def reach(prompt: Prompt) -> Float[Array, "B N T"]:

@@ -19,7 +19,7 @@ from kvjax.cache.quantize import named
 from pallas_kernels import prefill_attention, segment_merge
 from pallas_kernels.decode_attention import PagedKV, decode_attention
 from pallas_kernels.implementation import Implementation
-from pallas_kernels.prefill_scores import column_sums
+from pallas_kernels.prefill_scores import column_max, column_sums
 from pallas_kernels.topk_retain import topk_retain
 
 MIKV = (("dense", 0.2), ("int2", 0.8))  # tiers and their shares of the tokens
@@ -133,6 +133,24 @@ def scores(shape: Shape, store: str, dtype: DTypeLike, *, recent: int | None = N
     return KernelCase(run, args, read, 2.0 * pairs * heads, others, 2.0 * t * t * heads)
 
 
+def maxima(shape: Shape, store: str, dtype: DTypeLike, *, chunk: int = 2048) -> KernelCase:
+    """Maxima of attention within chunks of a prompt of random queries and keys; beside attention itself."""
+    (k, g, h), t, b = shape.heads, shape.context, shape.batch
+    chunk = min(chunk, t)
+    tokens = -(-t // chunk) * chunk
+    q, key, value = (
+        _normal(i, b, size, n, h, dtype=dtype) for i, (n, size) in enumerate(((k * g, tokens), (k, t), (k, t)))
+    )
+    others, gain = jnp.ones((b, k * g, tokens), jnp.float32), jnp.zeros((b, tokens), jnp.float32)
+
+    def run(*args: Array, implementation: Implementation) -> Array:
+        return column_max(*args, chunk=chunk, scale=h**-0.5, implementation=implementation)
+
+    args = (q, key, others, gain, jnp.full((b,), t, jnp.int32))
+    rivals = {"attention": lambda: prompt_attention(q[:, :t], key, value)}
+    return KernelCase(run, args, _size(args) + 4 * b * k * g * t, 2.0 * tokens * chunk * h * k * g * b, rivals)
+
+
 # Segments
 
 
@@ -204,6 +222,7 @@ KERNELS = {
             "interpret": _blocks(32, 64),
         },
     ),
+    "column_max": Kernel(maxima, prompt=True, tries={"gpu": _SQUARE, "tpu": _blocks(256, 512, 1024, 2048)}),
     "window_sums": Kernel(functools.partial(scores, recent=32), prompt=True),
     "prefill_attention": Kernel(prompt, prompt=True),
     "topk_retain": Kernel(retention, prompt=True),

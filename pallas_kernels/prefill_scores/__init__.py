@@ -1,4 +1,4 @@
-"""Prefill scores: how much attention each prompt token received, without the T x T matrix."""
+"""Prefill scores: how much attention prompt tokens received, without the T x T matrix."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from pallas_kernels import tuning
 from pallas_kernels.implementation import Implementation, resolve
 from pallas_kernels.prefill_scores import reference
 
-__all__ = ["column_sums"]
+__all__ = ["column_max", "column_sums"]
 
 
 def column_sums(*args: Any, implementation: Implementation | None = None, **kwargs: Any) -> Float[Array, "B N T"]:
@@ -20,21 +20,31 @@ def column_sums(*args: Any, implementation: Implementation | None = None, **kwar
     Raises:
       NotImplementedError: where a kernel cannot do what is asked, which `xla` can.
     """
-    chosen = resolve(implementation)
-    kwargs = tuning.settings("column_sums", chosen, _shape(*args, **kwargs), kwargs)
+    return _run("column_sums", args, implementation, kwargs, {name: kwargs.get(name) for name in ("window", "recent")})
+
+
+def column_max(*args: Any, implementation: Implementation | None = None, **kwargs: Any) -> Float[Array, "B N T"]:
+    """The most attention that each token gets from its chunk: the arguments of `reference.column_max`.
+
+    Blocks and errors are as in `column_sums`.
+    """
+    return _run("column_max", args, implementation, kwargs, {"chunk": kwargs["chunk"]})
+
+
+def _run(
+    name: str, args: Any, implementation: Implementation | None, kwargs: dict[str, Any], limits: tuning.Shape
+) -> Float[Array, "B N T"]:
+    """An operation in the implementation that is asked for."""
+    chosen, (q, k) = resolve(implementation), args[:2]
+    b, t, n, width = q.shape
+    shape = {"dtype": q.dtype.name, "width": width, "group": n // k.shape[2], **limits, "rows": b * n, "tokens": t}
+    kwargs = tuning.settings(name, chosen, shape, kwargs)
     if chosen == "xla":
-        return reference.column_sums(*args, **kwargs)
+        return getattr(reference, name)(*args, **kwargs)
     if chosen == "tpu":
         from pallas_kernels.prefill_scores import tpu
 
-        return tpu.column_sums(*args, **kwargs)
+        return getattr(tpu, name)(*args, **kwargs)
     from pallas_kernels.prefill_scores import gpu
 
-    return gpu.column_sums(*args, interpret=chosen == "interpret", **kwargs)
-
-
-def _shape(q: Array, k: Array, *_: Any, **options: Any) -> tuning.Shape:
-    """What the best block depends on."""
-    b, t, n, width = q.shape
-    limits = {name: options.get(name) for name in ("window", "recent")}
-    return {"dtype": q.dtype.name, "width": width, "group": n // k.shape[2], **limits, "rows": b * n, "tokens": t}
+    return getattr(gpu, name)(*args, interpret=chosen == "interpret", **kwargs)

@@ -1,4 +1,4 @@
-"""Column sums of causal attention in plain jnp: the contract, and the XLA path on every platform."""
+"""What attention says of tokens, in plain jnp: the contract, and the XLA path on every platform."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.blocks import divisor
+from pallas_kernels.decode_attention.reference import EMPTY
+from pallas_kernels.prefill_scores.scopes import Causal
 from pallas_kernels.soft_cap import soft_cap
 
 
@@ -39,7 +41,7 @@ def column_sums(
     b, t, n, h = q.shape
     heads = k.shape[2]
     block = divisor(t, block)
-    reach, start = min(window or t, t), first_query(length, recent)
+    scope = Causal(min(window or t, t), recent)
     q = jnp.moveaxis(q.reshape(b, t, heads, n // heads, h), 1, 3)  # B K G T H
     k = jnp.moveaxis(k, 1, 2)
     lse = lse.reshape(b, heads, n // heads, t)
@@ -51,39 +53,72 @@ def column_sums(
         def row(i: Array, total: Array) -> Array:
             cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=3)
             pos = i * block + jnp.arange(block)
-            distance = pos[:, None] - key_pos
-            seen = (distance >= 0) & (distance < reach)
-            seen = seen & ((pos >= start[:, None]) & (pos < length[:, None]))[:, :, None]
+            seen = scope.seen(key_pos, pos[:, None], length[:, None, None])
             s = jnp.einsum("bkgqh,bksh->bkgqs", cut(q), key, preferred_element_type=jnp.float32) * scale
             s = soft_cap(s, cap)
             p = jnp.where(seen[:, None, None], jnp.exp(s - cut(lse)[..., None]), 0.0)
             return total + p.sum(axis=3)
 
-        first, last = query_blocks(j, block, block, length, reach, start)
+        found = scope.blocks(j, block, block, length)
         nothing = jnp.zeros((b, heads, n // heads, block), jnp.float32)
-        return jax.lax.fori_loop(first.min(), last.max(), row, nothing)
+        return jax.lax.fori_loop(found.first.min(), found.last.max(), row, nothing)
 
     sums = jax.lax.map(column, jnp.arange(t // block))  # T/block B K G block
     return jnp.moveaxis(sums, 0, 3).reshape(b, n, t)
 
 
-def first_query(length: Int[Array, "*b"], recent: int | None) -> Int[Array, "*b"]:
-    """The first query that counts."""
-    return jnp.zeros_like(length) if recent is None else jnp.maximum(length - recent, 0)
+def column_max(
+    q: Float[Array, "B Q N H"],
+    k: Float[Array, "B T K H"],
+    others: Float[Array, "B N Q"],
+    gain: Float[Array, "B Q"],
+    length: Int[Array, " B"],
+    *,
+    chunk: int,
+    scale: float,
+    cap: float | None = None,
+    block: int = 2**18,
+) -> Float[Array, "B N T"]:
+    """The logarithm of the most attention that each token gets from the queries of its chunk.
 
+        max over p of   gain[p] + s[p, j] - log(exp(others[p]) + sum over i of exp(s[p, i]))
 
-def query_blocks(
-    column: Array, keys: int, queries: int, length: Int[Array, "*b"], reach: int, start: Int[Array, "*b"]
-) -> tuple[Int[Array, "*b"], Int[Array, "*b"]]:
-    """The first block of queries that see a block of keys, and the one behind the last.
+    p are the chunk's queries, i its keys.
 
     Args:
-      column: index of the block of keys.
-      keys, queries: tokens of a block.
-      length: tokens of the prompt.
-      reach: keys that a query sees, its own the last of them.
-      start: first query that counts.
+      q: rotated queries, a whole number of chunks.
+      k: rotated keys.
+      others: log-sum-exp of what a query attends to beside its chunk's keys.
+      gain: is added to the logarithm of what a query pays.
+      length: tokens of each prompt; padded queries and keys count nothing.
+      chunk: tokens that see each other; it divides Q.
+      scale, cap: as in `column_sums`.
+      block: products of so many queries and keys at once.
+
+    Returns:
+      `EMPTY` or less where no query of the chunk counts; of padding anything.
+
+    Cost: Q chunk query-key products, in blocks.
     """
-    first = jnp.maximum(column * keys, start) // queries
-    behind = ((column + 1) * keys + reach - 2) // queries + 1  # the last key is seen by `reach - 1` later queries
-    return first, jnp.minimum((length + queries - 1) // queries, behind)
+    b, tokens, n, h = q.shape
+    t, heads = k.shape[1:3]
+    size = divisor(chunk, max(1, block // chunk))
+    q = jnp.moveaxis(q.reshape(b, tokens, heads, n // heads, h), 1, 3)  # B K G Q H
+    k = jnp.moveaxis(jnp.pad(k, ((0, 0), (0, tokens - t), (0, 0), (0, 0))), 1, 2)
+    others = others.reshape(b, heads, n // heads, tokens)
+
+    def ask(i: Array, best: Array) -> Array:
+        start = i * size // chunk * chunk
+        cut = lambda x, axis, at=i * size, size=size: jax.lax.dynamic_slice_in_dim(x, at, size, axis)
+        counts = lambda at, size: (at + jnp.arange(size) < length[:, None])[:, None, None]
+        key = cut(k, 2, start, chunk)
+        s = jnp.einsum("bkgqh,bksh->bkgqs", cut(q, 3), key, preferred_element_type=jnp.float32) * scale
+        s = jnp.where(counts(start, chunk)[..., None, :], soft_cap(s, cap), EMPTY)
+        lse = jnp.logaddexp(jax.nn.logsumexp(s, axis=-1), cut(others, 3))
+        weight = s + (cut(gain, 1)[:, None, None] - lse)[..., None]
+        most = jnp.where(counts(i * size, size)[..., None], weight, EMPTY).max(axis=3)
+        return jax.lax.dynamic_update_slice_in_dim(best, jnp.maximum(cut(best, 3, start, chunk), most), start, 3)
+
+    best = jnp.full((b, heads, n // heads, tokens), EMPTY, jnp.float32)
+    best = jax.lax.fori_loop(0, (jnp.max(length) + size - 1) // size, ask, best)
+    return best[..., :t].reshape(b, n, t)

@@ -1,15 +1,16 @@
-"""Column sums of causal attention on TPUs: Pallas, lowered by Mosaic.
+"""What attention says of tokens, on TPUs: Pallas, lowered by Mosaic.
 
-The grid is (query head, block of keys, block of queries that see it). Blocks of queries begin at the diagonal; those
-behind the prompt's end or the window's name the last one again, which is not fetched twice. Keys are the rows of a
-product and queries its columns: log-sum-exps are read as they lie, and sums over queries are sums over lanes, which are
-left to the end of a block of keys.
+The grid is (query head, block of rows, block of columns that they need). Rows are tokens that get a number each; blocks
+of columns begin where a scope does, at the diagonal for one; those behind its end name the last one again, which is not
+fetched twice. What is subtracted from the logits of columns is read as it lies, and reductions over columns are those
+over lanes, which are left to the end of a block of rows.
 
 A head's tokens are read as rows: where queries and keys do not lie heads first in memory, XLA copies them once.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,37 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from pallas_kernels.blocks import LANES
-from pallas_kernels.prefill_scores.reference import first_query, query_blocks
+from pallas_kernels.decode_attention.reference import EMPTY
+from pallas_kernels.prefill_scores.scopes import Causal, Chunked, Scope
 from pallas_kernels.product import dot
 from pallas_kernels.soft_cap import soft_cap
+
+
+class Reduction(NamedTuple):
+    """What becomes of a row's logits; numbers of each lane are kept apart until the end."""
+
+    init: tuple[float, ...]  # of the numbers that are carried, `[rows lanes]` each
+    add: Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]]  # them, and logits of all lanes -> them
+    done: Callable[..., Array]  # each of them, transposed -> [1 rows]
+
+
+def _add_exps(carried: Sequence[Array], parts: Sequence[Array]) -> Sequence[Array]:
+    largest, total = carried
+    new = functools.reduce(jnp.maximum, parts, largest)
+    return new, sum((jnp.exp(part - new) for part in parts), total * jnp.exp(largest - new))
+
+
+def _log_sum(largest: Array, total: Array) -> Array:
+    most = _largest(largest)
+    return most + jnp.log((total * jnp.exp(largest - most)).sum(axis=0, keepdims=True))
+
+
+_largest = lambda x: x.max(axis=0, keepdims=True)
+SUM = Reduction(
+    (0.0,), lambda carried, parts: [sum(map(jnp.exp, parts), *carried)], lambda x: x.sum(axis=0, keepdims=True)
+)
+MAX = Reduction((EMPTY,), lambda carried, parts: [functools.reduce(jnp.maximum, parts, *carried)], _largest)
+LOG_SUM = Reduction((EMPTY, 0.0), _add_exps, _log_sum)
 
 
 def column_sums(
@@ -43,68 +72,105 @@ def column_sums(
       block: tokens per block on both axes, rounded up to a multiple of 128.
       interpret: run without a TPU, slowly: True, or `pltpu.InterpretParams`.
     """
-    b, t, n, h = q.shape
-    heads, reach = k.shape[2], min(window or t, t)
-    block = pl.cdiv(min(block, t), LANES) * LANES
-    columns = pl.cdiv(t, block)
-    span = lambda queries: (queries + block - 2) // block + 1  # blocks that so many queries touch at most
-    steps = min(columns, span(reach), span(t if recent is None else max(recent, 1)))  # `reach` queries see the last key
+    scope = Causal(min(window or q.shape[1], q.shape[1]), recent)
+    options = {"scale": scale, "cap": cap, "block": block, "interpret": interpret}
+    return _reduce("column_sums", SUM, scope, k, q, lse, length, **options)
 
-    def of_query(r: Array, j: Array, i: Array, length: Any) -> Array:
-        first, last = query_blocks(j, block, block, length[r // n], reach, first_query(length[r // n], recent))
-        return jnp.minimum(first + i, jnp.maximum(last - 1, 0))
 
-    def of_key(r: Array, j: Array, i: Array, length: Any) -> tuple:
-        return r // (n // heads), jnp.minimum(j, jnp.maximum(pl.cdiv(length[r // n], block) - 1, 0)), 0
+def column_max(
+    q: Float[Array, "B Q N H"],
+    k: Float[Array, "B T K H"],
+    others: Float[Array, "B N Q"],
+    gain: Float[Array, "B Q"],
+    length: Int[Array, " B"],
+    *,
+    chunk: int,
+    scale: float,
+    cap: float | None = None,
+    block: int = 1024,
+    interpret: Any = False,
+) -> Float[Array, "B N T"]:
+    """The most attention that each token gets from its chunk: the contract of `reference.column_max`.
 
-    flat = lambda x: jnp.moveaxis(x, 1, 2).reshape(-1, t, h)
-    sums = pl.pallas_call(
-        functools.partial(_kernel, heads=n, block=block, scale=scale, cap=cap, reach=reach, recent=recent),
+    Args:
+      block, interpret: as in `column_sums`; what queries attend to is added up by a kernel of its own before.
+    """
+    options = {"scale": scale, "cap": cap, "block": block, "interpret": interpret}
+    own = _reduce("column_max_shares", LOG_SUM, Chunked(chunk), q, k, None, length, **options)
+    paid = jnp.logaddexp(others, own) - gain[:, None]
+    return _reduce("column_max", MAX, Chunked(chunk), k, q, paid, length, **options)
+
+
+def _reduce(
+    name: str, reduction: Reduction, scope: Scope, rows: Float[Array, "B R r H"], columns: Float[Array, "B C c H"],
+    shift: Float[Array, "B N C"] | None, length: Int[Array, " B"], *, scale: float, cap: float | None, block: int,
+    interpret: Any,
+) -> Float[Array, "B N R"]:  # fmt: skip
+    """The logits of rows and columns, less what columns are shifted by, reduced over the columns of a scope."""
+    (b, t, _, h), (_, wide, _, _) = rows.shape, columns.shape
+    n = max(rows.shape[2], columns.shape[2])
+    block = pl.cdiv(min(block, max(t, wide)), LANES) * LANES
+
+    def of_column(r: Array, j: Array, i: Array, length: Any) -> Array:
+        found = scope.blocks(j, block, block, length[r // n])
+        return jnp.minimum(found.first + i, jnp.maximum(found.last - 1, 0))
+
+    def of_row(r: Array, j: Array, i: Array, length: Any) -> Array:
+        return jnp.minimum(j, jnp.maximum(pl.cdiv(length[r // n], block) - 1, 0))
+
+    of = lambda x, place: pl.BlockSpec((1, block, h), lambda *at: (at[0] // (n // x.shape[2]), place(*at), 0))
+    shifts = () if shift is None else (shift.reshape(b * n, 1, wide),)
+    in_specs = [of(columns, of_column), of(rows, of_row)]
+    in_specs += [pl.BlockSpec((1, 1, block), lambda *at: (at[0], 0, of_column(*at))) for _ in shifts]
+    flat = lambda x: jnp.moveaxis(x, 1, 2).reshape(-1, x.shape[1], h)
+    body = functools.partial(
+        _kernel, heads=n, block=block, shifted=len(shifts), scale=scale, cap=cap, scope=scope, reduction=reduction
+    )
+    found = pl.pallas_call(
+        body,
         out_shape=jax.ShapeDtypeStruct((b * n, 1, t), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(b * n, columns, steps),
-            in_specs=[
-                pl.BlockSpec((1, block, h), lambda *at: (at[0], of_query(*at), 0)),
-                pl.BlockSpec((1, block, h), of_key),
-                pl.BlockSpec((1, 1, block), lambda *at: (at[0], 0, of_query(*at))),
-            ],
+            grid=(b * n, pl.cdiv(t, block), scope.most(block, wide)),
+            in_specs=in_specs,
             out_specs=pl.BlockSpec((1, 1, block), lambda r, j, i, _: (r, 0, j)),
-            scratch_shapes=[pltpu.VMEM((block, LANES), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((block, LANES), jnp.float32) for _ in reduction.init],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
-        name="column_sums",
-    )(length, flat(q), flat(k), lse.reshape(b * n, 1, t))
-    return sums.reshape(b, n, t)
+        name=name,
+    )(length, flat(columns), flat(rows), *shifts)
+    return found.reshape(b, n, t)
 
 
-def _kernel(length_ref: Any, q_ref: Any, k_ref: Any, lse_ref: Any, out_ref: Any, acc_ref: Any, *, heads: int,
-            block: int, scale: float, cap: float | None, reach: int, recent: int | None) -> None:  # fmt: skip
-    row, column, step = (pl.program_id(axis) for axis in range(3))
+def _kernel(length_ref: Any, column_ref: Any, row_ref: Any, *refs: Any, heads: int, block: int, shifted: int,
+            scale: float, cap: float | None, scope: Scope, reduction: Reduction) -> None:  # fmt: skip
+    shift_ref, out_ref, carried = refs[:shifted], refs[shifted], refs[shifted + 1 :]
+    row, own, step = (pl.program_id(axis) for axis in range(3))
     length = length_ref[row // heads]
-    start = first_query(length, recent)
-    first, last = query_blocks(column, block, block, length, reach, start)
-    i = first + step
+    found = scope.blocks(own, block, block, length)
+    i = found.first + step
 
     @pl.when(step == 0)
     def _() -> None:
-        acc_ref[...] = jnp.zeros_like(acc_ref)
+        for ref, value in zip(carried, reduction.init, strict=True):
+            ref[...] = jnp.full(ref.shape, value, ref.dtype)
 
     def add(masked: bool) -> None:
-        s = dot(k_ref[0], q_ref[0], (1, 1))
-        p = jnp.exp(soft_cap(s * scale, cap) - lse_ref[0])
+        s = soft_cap(dot(row_ref[0], column_ref[0], (1, 1)) * scale, cap)
+        for ref in shift_ref:
+            s = s - ref[0]
         if masked:
-            pos = i * block + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
-            distance = pos - column * block - jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
-            p = jnp.where((distance >= 0) & (distance < reach) & (pos >= start) & (pos < length), p, 0.0)
-        acc_ref[...] += functools.reduce(jnp.add, (p[:, at : at + LANES] for at in range(0, block, LANES)))
+            iota = lambda of, axis: of * block + jax.lax.broadcasted_iota(jnp.int32, s.shape, axis)
+            s = jnp.where(scope.seen(iota(own, 0), iota(i, 1), length), s, EMPTY)
+        parts = [s[:, at : at + LANES] for at in range(0, block, LANES)]
+        for ref, new in zip(carried, reduction.add([ref[...] for ref in carried], parts), strict=True):
+            ref[...] = new
 
-    # Whether every query of the block counts and sees every key.
-    whole = (i > column) & ((i - column + 1) * block <= reach) & (i * block >= start) & ((i + 1) * block <= length)
+    whole = (i >= found.whole) & (i < found.edge)
     pl.when(whole)(lambda: add(masked=False))
-    pl.when((i < last) & ~whole)(lambda: add(masked=True))
+    pl.when((i < found.last) & ~whole)(lambda: add(masked=True))
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _() -> None:
-        out_ref[0] = acc_ref[...].T.sum(axis=0, keepdims=True)
+        out_ref[0] = reduction.done(*(ref[...].T for ref in carried))

@@ -79,6 +79,7 @@ def cases(target: str) -> Iterator[Case]:
         if target not in REFUSED.get(store, ()):
             yield Case("decode_attention", "Llama-3-8B", store, 32768, 16)
     yield Case("column_sums", "Llama-3-8B", "", 32768, 1)
+    yield Case("column_max", "Llama-3-8B", "", 32768, 1, {"chunk": 2048})
     if target in TPUS:  # cuDNN is not compiled ahead of time
         yield Case("attention", "Llama-3-8B", "", 32768, 1)
     yield Case("segment_merge", "Llama-3-8B", "", 32768, 1, {"window": 4})  # 12 take longer to compile: below
@@ -114,6 +115,7 @@ def more(target: str) -> Iterator[Case]:
         yield Case("segment_merge", "Llama-2-7B", "", 4096, 1, {"window": window})
     for options in ({"window": 4096}, {"recent": 32}):
         yield Case("column_sums", "Llama-3-8B", "", 32768, 1, options)
+    yield Case("column_max", "Llama-3-8B", "", 8192, 1, {"chunk": 960})
     for context, batch, keep in ((4096, 8, 0.1), (131072, 1, 0.2)):
         yield Case("topk_retain", "Llama-3-8B", "", context, batch, {"keep": keep})
 
@@ -200,6 +202,27 @@ def column_sums(target: Target, case: Case) -> tuple[Callable, tuple]:
     return sums, (*vectors, jax.ShapeDtypeStruct((b, k * g, t), jnp.float32), jax.ShapeDtypeStruct((b,), jnp.int32))
 
 
+def column_max(target: Target, case: Case) -> tuple[Callable, tuple]:
+    """A function and its arguments, as for `column_sums`."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.prefill_scores import column_max
+
+    k, g, h = MODELS[case.model]
+    b, t, chunk = case.batch, case.context, case.options["chunk"]
+    tokens, tpu = -(-t // chunk) * chunk, target.platform == "tpu"
+
+    def most(q: Any, key: Any, *rest: Any) -> Any:
+        q, key = (jnp.moveaxis(x, 1, 2) for x in (q, key)) if tpu else (q, key)
+        return column_max(q, key, *rest, chunk=chunk, scale=h**-0.5, implementation=own(target))
+
+    vectors = [(b, n, t, h) if tpu else (b, t, n, h) for n, t in ((k * g, tokens), (k, t))]
+    numbers = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((b, k * g, tokens), (b, tokens))]
+    of_vectors = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in vectors]
+    return most, (*of_vectors, *numbers, jax.ShapeDtypeStruct((b,), jnp.int32))
+
+
 def attention(target: Target, case: Case) -> tuple[Callable, tuple]:
     """A function and its arguments, as for `column_sums`."""
     import jax
@@ -262,6 +285,7 @@ def topk_retain(target: Target, case: Case) -> tuple[Callable, tuple]:
 KERNELS = {
     "decode_attention": decode_attention,
     "column_sums": column_sums,
+    "column_max": column_max,
     "attention": attention,
     "segment_merge": segment_merge,
     "topk_retain": topk_retain,
