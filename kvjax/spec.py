@@ -282,6 +282,7 @@ class Prompt(NamedTuple):
     out: Callable[[], Float[Array, "N H D"]] | tuple = ()  # what heads' outputs are multiplied by: `Layer.output`
     probe: Probe | tuple = ()  # () where `Recipe.replay` is None
     rotation: Rotation | tuple = ()  # how its queries and keys were rotated
+    keep: Callable[[], Float[Array, "B K T"]] | tuple = ()  # what its gate says, `Layer.worth`; () if it has none
 
     def alive(self) -> Bool[Array, "B T"]:
         """Which tokens the next one can read: none that has left a sliding window, no padding."""

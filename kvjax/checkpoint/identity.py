@@ -40,7 +40,8 @@ def of_model(decoder: Decoder) -> str:
     """
     parts, _ = hf.by_path(decoder)
     sample = lambda x: np.asarray(x.reshape(-1)[:: max(1, x.size // SAMPLE)])
-    found = {name: [x.dtype.name, list(x.shape), digest.of_array(sample(x))] for name, x in parts.items()}
+    own = {name: x for name, x in parts.items() if ".keep." not in name}  # gates make no other model
+    found = {name: [x.dtype.name, list(x.shape), digest.of_array(sample(x))] for name, x in own.items()}
     spec = dataclasses.replace(decoder.spec, profile=None)  # a profile makes no other model
     return digest.of_bytes(json.dumps([repr(spec), found], sort_keys=True).encode())
 

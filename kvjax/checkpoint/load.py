@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kvjax.checkpoint import hf, orbax
+from kvjax.checkpoint import hf, keep_gate, orbax
 from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder, native_dtype
 from kvjax.parallel.mesh import Size
@@ -39,7 +39,7 @@ def load_model(
         path = hf.resolve(name)
         decoder = hf.load(path, wanted, ignore, size=size, quantize=weights)
     decoder.spec = profile.noted(decoder.spec, path)
-    return decoder, path
+    return keep_gate.noted(decoder, path), path
 
 
 def _floating(dtype: DTypeLike) -> DTypeLike:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from kvjax.cli import command
 from kvjax.cli.flags import add_method_flags
 from kvjax.errors import InputError
-from kvjax.methods import LEARNED, METHODS, arguments_of, default_budget, make, read_entry, taken
+from kvjax.methods import GUIDED, LEARNED, METHODS, arguments_of, default_budget, make, read_entry, taken
 from kvjax.policies.base import Recipe
 from kvjax.policies.budgets.budget import parse_keep
 
@@ -43,7 +43,7 @@ def split(names: str) -> list[str]:
 
 
 def _named(methods: str) -> list[Entry]:
-    every = [name for name in METHODS if name not in LEARNED]  # that any model can run
+    every = [name for name in METHODS if name not in (*LEARNED, *GUIDED)]  # that any model can run
     return [(entry, None) for entry in (every if methods == "all" else split(methods))]
 
 

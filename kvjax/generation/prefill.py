@@ -3,6 +3,7 @@
 Written for one device, and run on as many as the weights lie on; see `kvjax.parallel.mesh`.
 """
 
+import functools
 from collections.abc import Generator
 
 import jax
@@ -212,6 +213,7 @@ def _prefill_layer(
         out=layer.output,
         probe=probe,
         rotation=rotation,
+        keep=() if layer.keep is None else functools.partial(_worth, layer, x, chunk),
     )
     views, found = recipe.policy.prefill(olds, prompt)
     tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
@@ -283,6 +285,14 @@ def _project(
     whole = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
     whole = jax.lax.fori_loop(0, (longest + n - 1) // n, add_part, whole)
     return jax.tree.map(lambda y: jnp.moveaxis(y, -2, 1), whole)
+
+
+def _worth(layer: Layer, x: Float[Array, "B T D"], chunk: int) -> Float[Array, "B K T"]:
+    """`Layer.worth` of prompts, some tokens at a time."""
+    b, t, d = x.shape
+    parts = x.reshape(b, -1, at_once(b, t, chunk), d)
+    found = jax.lax.map(layer.worth, jnp.moveaxis(parts, 1, 0))  # parts B n K
+    return found.transpose(1, 3, 0, 2).reshape(b, -1, t)
 
 
 def _finish(

@@ -18,6 +18,7 @@ from kvjax.methods.dmc import dmc
 from kvjax.methods.dms import dms
 from kvjax.methods.dynamickv import dynamickv
 from kvjax.methods.expected import expected
+from kvjax.methods.fastkvzip import fastkvzip
 from kvjax.methods.full import full
 from kvjax.methods.h2o import h2o
 from kvjax.methods.keydiff import keydiff
@@ -46,6 +47,7 @@ METHODS: dict[str, Callable[..., Recipe]] = {
     "keydiff": keydiff,
     "kvzip": kvzip,
     "kvzip_plus": kvzip_plus,
+    "fastkvzip": fastkvzip,
     "expected": expected,
     "d2o": d2o,
     "mikv": mikv,
@@ -56,10 +58,12 @@ METHODS: dict[str, Callable[..., Recipe]] = {
 
 COMMON = ("kernels", "windowed")  # arguments that every method has, see `kvjax.policies.base.Recipe`
 LEARNED = ("dmc", "dms")  # methods that need a model which was retrofitted for them
+GUIDED = ("fastkvzip",)  # methods that need gates beside the model's weights, see `kvjax.models.keep`
 
 KERNELS: dict[str, Implementation | None] = {key: key for key in get_args(Implementation)} | {"auto": None}
 
 __all__ = [
+    "GUIDED",
     "KERNELS",
     "LEARNED",
     "METHODS",
@@ -69,6 +73,7 @@ __all__ = [
     "dms",
     "dynamickv",
     "expected",
+    "fastkvzip",
     "full",
     "h2o",
     "keydiff",

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from kvjax.models import gate as gates
 from kvjax.models import rope
 from kvjax.models.experts import Experts
+from kvjax.models.keep import KeepGate
 from kvjax.models.quantized import Quantized, finer, matrix, numbers, product, rows
 from kvjax.parallel.collectives import HEADS, MODEL, Axes, add, count, gather, look_up, own
 from kvjax.spec import Activation, ExpertSpec, Gate, ModelSpec, WeightFormat
@@ -195,6 +196,7 @@ class Layer(nnx.Module):
         self.late_bias = spec.late_bias
         self.gate = spec.gate
         self.adapter = gates.Adapter(spec, dtype) if spec.gate is not None and spec.gate.neuron is None else None
+        self.keep: KeepGate | None = nnx.data(None)  # `kvjax.checkpoint.keep_gate` puts it here
 
     def project(
         self, x: Float[Array, "*b D"]
@@ -266,6 +268,11 @@ class Layer(nnx.Module):
         kernel = numbers(kernel, jnp.float32) if coded else kernel[...].astype(jnp.float32)
         scaled = kernel if self.attention_post_norm is None else kernel * self.attention_post_norm.factor()
         return scaled.reshape(-1, self.head_dim, kernel.shape[-1])
+
+    def worth(self, x: Float[Array, "*b D"]) -> Float[Array, "*b K"]:
+        """How much each token will be needed, as the layer's gate has it."""
+        assert self.keep is not None
+        return self.keep(normed(x, self.attention_norm))
 
     def finish(self, x: Float[Array, "*b D"], heads: Float[Array, "*b N H"]) -> Float[Array, "*b D"]:
         """Add the attention's output and the feed-forward network to the residual stream."""

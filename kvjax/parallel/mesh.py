@@ -44,8 +44,9 @@ AnyMesh = Mesh | AbstractMesh
 _WEIGHTS = (  # of a parameter's dotted path
     (r"embedding", P(MODEL)),
     (r"head\.kernel", P(None, MODEL)),
-    (r"attention\.[qkv]\.kernel|adapter\.kernel|attention\.[kv]\.down", P(None, HEADS)),
+    (r"attention\.[qkv]\.kernel|adapter\.kernel|attention\.[kv]\.down|keep\.(query|key)", P(None, HEADS)),
     (r"attention\.[qkv]\.bias|attention\.[kv]\.up|attention\.o\.kernel|attention\.sink", P(HEADS)),
+    (r"keep\.(query_bias|sinks|offset)", P(HEADS)),
     (r"mlp\.(gate|up)\.kernel", P(None, MODEL)),
     (r"mlp\.(gate|up)\.bias|mlp\.down\.kernel", P(MODEL)),
     (r"mlp\.(gate|up)\.kernels", P(None, None, MODEL)),

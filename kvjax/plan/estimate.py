@@ -13,7 +13,9 @@ from kvjax.cache import layout, sharding
 from kvjax.cache.tier import Bytes
 from kvjax.generation import prefill
 from kvjax.generation.allocate import init_cache
+from kvjax.methods import GUIDED
 from kvjax.models.decoder import Layer
+from kvjax.models.keep import KeepGate
 from kvjax.parallel import mesh
 from kvjax.parallel.collectives import DATA, HEADS
 from kvjax.plan.chips import Chip
@@ -120,8 +122,10 @@ def _pools(setting: Setting) -> int:
 
 @functools.lru_cache(maxsize=64)
 def layer(setting: Setting, index: int) -> Layer:
-    """A layer without arrays."""
+    """A layer without arrays; it has a gate where the method needs one."""
     made = nnx.eval_shape(lambda: Layer(setting.spec, index, jnp.dtype(setting.dtype), nnx.Rngs(0)))
+    if setting.recipe.name in GUIDED and setting.spec.window(index) is None:
+        made.keep = nnx.eval_shape(lambda: KeepGate(setting.spec, nnx.Rngs(0)))
     return mesh.placed(setting.mesh, mesh.weights, made)
 
 

@@ -2,6 +2,9 @@
 
 DST becomes a checkpoint that every command takes as --model. A run that was killed goes on where it was when it is
 started again with the same flags.
+
+--objective keep leaves the model as it is and trains the gates of fastkvzip: DST is their file. In the model's
+directory as kvjax-gate.safetensors, or beside a GGUF file as FILE.gguf.kvjax-gate.safetensors, the method finds it.
 """
 
 import argparse
@@ -14,13 +17,17 @@ import jax.numpy as jnp
 from kvjax import compilation
 from kvjax.cli import command
 from kvjax.errors import InputError
+from kvjax.files import output
 from kvjax.methods import KERNELS
-from kvjax.retrofit.options import Options
+from kvjax.retrofit.options import KeepOptions, Options
 from kvjax.retrofit.schedule import Schedule
 from kvjax.spec import GateSpec
 
 T = TypeVar("T")
 PROG = "kvjax.retrofit"
+KEEP = "keep"
+FLAGS = ("model", "out", "data", "objective", "texts", "length", "batch", "final_steps", "learning_rate", "seed")
+FLAGS += ("log_every", "ignore_config", "config")  # those that it has
 WINDOW = {"dmc": 12, "dms": 256}  # tokens
 SCALE = {"dmc": 1.0, "dms": 100.0}
 FADE, FINISH, RAMP = (
@@ -28,6 +35,7 @@ FADE, FINISH, RAMP = (
     {"dmc": 2000, "dms": 34},
     {"dmc": 3000, "dms": 100},
 )  # steps; the ramp's are per unit of the rate
+LENGTH, LEARNING_RATE = 4096, 3e-5
 DECAY = {"dmc": 0.1, "dms": 0.0}
 
 
@@ -43,7 +51,7 @@ def parser() -> command.Parser:
     add("--cr", type=float, default=4.0, help="compression rate: tokens per slot (default: 4)")
     add("--config", type=Path, metavar="FILE.toml", help="options from a file; flags take precedence")
     gate = p.add_argument_group("gate")
-    gate.add_argument("--objective", choices=WINDOW, default="dmc", help="(default: dmc)")
+    gate.add_argument("--objective", choices=(*WINDOW, KEEP), default="dmc", help="(default: dmc)")
     gate.add_argument("--window", type=int, help="dmc: tokens that a slot remembers, 0 = all (12); dms: delay (256)")
     gate.add_argument("--neuron", type=int, default=-1, help="coordinate that the gate borrows (default: -1, the last)")
     gate.add_argument("--adapter", action="store_true", help="dms: a projection of its own, which alone is trained")
@@ -53,13 +61,14 @@ def parser() -> command.Parser:
     time = p.add_argument_group("schedule")
     time.add_argument("--fade-steps", type=int, help=f"while the coordinate fades (default: {FADE}; --adapter: 0)")
     time.add_argument("--ramp-steps", type=int, help="while the rate grows (default: --cr x 3000; dms: x 100)")
-    time.add_argument("--final-steps", type=int, help="at the final rate (default: 2000; dms: 34)")
-    time.add_argument("--learning-rate", type=float, default=3e-5, help="(default: 3e-5)")
+    time.add_argument("--final-steps", type=int, help="at the final rate (default: 2000; dms: 34); keep: all (1000)")
+    time.add_argument("--learning-rate", type=float, help="(default: 3e-5; keep: 5e-3)")
     time.add_argument("--final-learning-rate", type=float, help="of the last step (default: a tenth)")
     time.add_argument("--minutes", type=float, default=math.inf, help="stop after about so long; start again to go on")
     train = p.add_argument_group("training")
-    train.add_argument("--length", type=int, default=4096, help="tokens of a sequence (default: 4096)")
-    train.add_argument("--batch", type=int, default=1024, help="sequences of a step (default: 1024)")
+    train.add_argument("--length", type=int, help="tokens of a sequence (default: 4096; keep: 1024)")
+    train.add_argument("--batch", type=int, default=1024, help="sequences of a step, keep: tokens (default: 1024)")
+    train.add_argument("--texts", type=int, help="keep: sequences that are read, once each (default: 64)")
     train.add_argument("--micro-batch", type=int, default=4, help="of them, computed at once (default: 4)")
     train.add_argument("--distill", action=argparse.BooleanOptionalAction, help="be like SRC (default: only for dms)")
     train.add_argument("--teacher", metavar="M", help="--distill: be like this model instead (default: SRC)")
@@ -92,6 +101,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--out {args.out} is a file")
     if not 1 <= args.cr <= 1000:
         raise InputError(f"--cr {args.cr:g}: tokens per slot are 1 or more")
+    if args.texts is not None:
+        raise InputError("--texts is for --objective keep")
     if args.adapter and args.objective != "dms":
         raise InputError("--adapter is for --objective dms")
     if args.adapter and args.fade_steps:
@@ -105,8 +116,8 @@ def _schedule(args: argparse.Namespace) -> Schedule:
         ramp=_chosen(args.ramp_steps, math.ceil(RAMP[args.objective] * args.cr)),
         finish=_chosen(args.final_steps, FINISH[args.objective]),
         rate=args.cr,
-        first_learning_rate=args.learning_rate,
-        last_learning_rate=args.learning_rate / 10 if args.final_learning_rate is None else args.final_learning_rate,
+        first_learning_rate=(rate := _chosen(args.learning_rate, LEARNING_RATE)),
+        last_learning_rate=_chosen(args.final_learning_rate, rate / 10),
     )
 
 
@@ -129,7 +140,7 @@ def options(args: argparse.Namespace) -> Options:
         files=tuple(map(Path, args.data)),
         gate=gate,
         schedule=schedule,
-        length=args.length,
+        length=_chosen(args.length, LENGTH),
         rows=args.batch,
         together=args.micro_batch,
         distill=_chosen(args.distill, dms),
@@ -154,6 +165,28 @@ def options(args: argparse.Namespace) -> Options:
     return found
 
 
+def keep_options(args: argparse.Namespace, p: command.Parser) -> KeepOptions:
+    """What the flags ask for with --objective keep."""
+    if args.out is None:
+        raise InputError("--out FILE is needed")
+    for name, value in vars(args).items():
+        if name not in FLAGS and value != p.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')} is not for --objective keep")
+    output.check_writable(args.out)
+    given = {"texts": args.texts, "steps": args.final_steps, "length": args.length, "learning_rate": args.learning_rate}
+    found = KeepOptions(
+        model=args.model,
+        files=tuple(map(Path, args.data or ())),
+        batch=args.batch,
+        seed=args.seed,
+        log_every=args.log_every,
+        ignore=tuple(args.ignore_config),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    found.check()
+    return found
+
+
 def _chosen(given: T | None, default: T) -> T:
     return default if given is None else given
 
@@ -166,11 +199,14 @@ def main(argv: list[str] | None = None) -> None:
         flags = command.config_flags(args.config, command.read_config(args.config), p, args)
         args = p.parse_args([*flags, *command.given(argv)])
     command.begin(args)
-    chosen = options(args)
+    chosen = keep_options(args, p) if args.objective == KEEP else options(args)
     compilation.enable_compilation_cache()
     from kvjax.retrofit import run
 
-    run.run(chosen, args.out)
+    if isinstance(chosen, KeepOptions):
+        run.keep(chosen, args.out)
+    else:
+        run.run(chosen, args.out)
 
 
 if __name__ == "__main__":

@@ -80,3 +80,29 @@ class Options:
         if self.gate.objective == "dms" and self.gate.window + 1 >= self.length:
             raise InputError(f"--window {self.gate.window}: no sequence of {self.length} tokens would ever lose one")
         dispatch.check(self.kernels)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepOptions:
+    """How gates are trained that tell which tokens to keep: `kvjax.retrofit.keep`."""
+
+    model: str | None
+    files: tuple[Path, ...] = ()  # of text; () = prose that comes with the library
+    texts: int = 64
+    length: int = 1024  # tokens of a text
+    steps: int = 1000
+    batch: int = 1024  # tokens of a step
+    learning_rate: float = 5e-3  # the largest; it falls to nothing along a cosine
+    seed: int = 0
+    log_every: int = 10
+    ignore: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise `InputError` for what is no such number."""
+        least = {"texts": (self.texts, 2), "length": (self.length, 16), "final-steps": (self.steps, 1)}
+        least |= {"batch": (self.batch, 1), "seed": (self.seed, 0), "log-every": (self.log_every, 1)}
+        for name, (value, smallest) in least.items():
+            if value < smallest:
+                raise InputError(f"--{name} {value} is less than {smallest}")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"--learning-rate {self.learning_rate} is not above 0")

@@ -37,7 +37,7 @@ class Reduction(NamedTuple):
 def _add_exps(carried: Sequence[Array], parts: Sequence[Array]) -> Sequence[Array]:
     largest, total = carried
     new = functools.reduce(jnp.maximum, parts, largest)
-    return new, sum((jnp.exp(part - new) for part in parts), total * jnp.exp(largest - new))
+    return new, functools.reduce(jnp.add, (jnp.exp(part - new) for part in parts), total * jnp.exp(largest - new))
 
 
 def _log_sum(largest: Array, total: Array) -> Array:
@@ -47,7 +47,9 @@ def _log_sum(largest: Array, total: Array) -> Array:
 
 _largest = lambda x: x.max(axis=0, keepdims=True)
 SUM = Reduction(
-    (0.0,), lambda carried, parts: [sum(map(jnp.exp, parts), *carried)], lambda x: x.sum(axis=0, keepdims=True)
+    (0.0,),
+    lambda carried, parts: [functools.reduce(jnp.add, map(jnp.exp, parts), *carried)],
+    lambda x: x.sum(axis=0, keepdims=True),
 )
 MAX = Reduction((EMPTY,), lambda carried, parts: [functools.reduce(jnp.maximum, parts, *carried)], _largest)
 LOG_SUM = Reduction((EMPTY, 0.0), _add_exps, _log_sum)

@@ -130,6 +130,7 @@ every_model = pytest.mark.parametrize("model", MODELS)
 def decoder(name: str) -> Decoder:
     fields = MODELS[name]
     model = kvjax.load(dtype=jnp.float32).decoder if fields is None else oracle.random_model(5, **fields)
+    model = oracle.with_gates(model)
     return model if MESH is None else on_mesh(model, MESH)
 
 

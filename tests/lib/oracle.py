@@ -16,6 +16,7 @@ from flax import nnx
 
 from kvjax.cache import layout
 from kvjax.cache import tier as tiers_
+from kvjax.checkpoint import keep_gate
 from kvjax.generation import decode, prefill
 from kvjax.generation.allocate import init_cache
 from kvjax.models.decoder import Decoder
@@ -206,6 +207,15 @@ def random_model(seed: int, *, dtype=jnp.float32, **fields) -> Decoder:
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     nnx.update(model, nnx.from_flat_state([(path, leaf.replace(scaled(path, leaf[...]))) for path, leaf in flat]))
     return model
+
+
+def with_gates(model: Decoder, seed: int = 7) -> Decoder:
+    """The same model, with random gates beside its weights (`kvjax.models.keep`)."""
+    rng, drawn = np.random.default_rng(seed), {}
+    for name, shape in keep_gate.shapes(model.spec).items():
+        wide = name in ("query", "key")  # of numbers of size one
+        drawn[name] = rng.normal(0, model.spec.embed_dim**-0.5 if wide else 1, shape).astype(np.float32)
+    return keep_gate.attach(model, drawn)
 
 
 def _positions(tier: tiers_.Tier, devices: dict[str, int]) -> np.ndarray:

@@ -79,9 +79,9 @@ def _rows(
     return np.moveaxis(rows.reshape(len(layers.index), heads, -1), 1, 2)
 
 
-def beside(checkpoint: Path) -> Path:
-    """Where the profile of a checkpoint lies: in its directory, or beside a GGUF file."""
-    return checkpoint / BESIDE if checkpoint.is_dir() else checkpoint.with_name(f"{checkpoint.name}.{BESIDE}")
+def beside(checkpoint: Path, name: str = BESIDE) -> Path:
+    """Where the profile of a checkpoint lies, or another such file: in its directory, or beside a GGUF file."""
+    return checkpoint / name if checkpoint.is_dir() else checkpoint.with_name(f"{checkpoint.name}.{name}")
 
 
 def noted(spec: ModelSpec, checkpoint: Path) -> ModelSpec:
