@@ -43,6 +43,16 @@ def parser() -> command.Parser:
     p.add_argument(
         "--cache", metavar="4GB", help="bytes of the cache (default: for the longest sequence in every seat)"
     )
+    p.add_argument(
+        "--contexts", type=int, default=0, metavar="N", help="texts that clients may have kept at a time (default: 0)"
+    )
+    p.add_argument(
+        "--context-cache", metavar="4GB", help="bytes for those and what follows them (default: for the longest)"
+    )
+    p.add_argument(
+        "--after-context", type=int, default=1024, metavar="N",
+        help="most tokens that may follow a context, new ones included (default: 1024)",
+    )  # fmt: skip
     p.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that may wait (default: 256)")
     p.add_argument(
         "--stall", type=float, default=0.1, metavar="S",
@@ -71,6 +81,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.method is not None:
         make(args.method, args.budget, args.arguments)  # what is wrong is said before anything is loaded
     command.check_numbers(args, seats=command.MOST_SEQUENCES, max_new_tokens=2**31 - 1, max_queue=2**31 - 1)
+    if args.contexts != 0:
+        command.check_numbers(args, contexts=command.MOST_SEQUENCES, after_context=2**31 - 1)
+    elif args.context_cache is not None:
+        raise InputError("--context-cache is for contexts: say how many, as in --contexts 4")
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port {args.port} is not a whole number from 0 to {2**16 - 1}")
     for name in ("stall", "drain", "watchdog"):
@@ -78,6 +92,9 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"--{name} {getattr(args, name)} is not a number of seconds")
     args.max_body = command.read_bytes(args.max_body, "--max-body")
     args.cache = None if args.cache is None else command.read_bytes(args.cache, "--cache")
+    args.context_cache = (
+        None if args.context_cache is None else command.read_bytes(args.context_cache, "--context-cache")
+    )
     args.keys = () if args.api_key_file is None else _keys(args.api_key_file)
     try:
         from kvjax.server import run

@@ -13,7 +13,7 @@ import kvjax
 from kvjax import Sampling, methods
 from kvjax.engine import engine as engines
 from kvjax.engine.capacity import tiers
-from kvjax.engine.request import EngineError
+from kvjax.engine.request import ContextsFull, EngineError
 from kvjax.errors import InputError
 from kvjax.generation.model import Model
 from tests.lib.matrix import VARIANTS, decoder, model_of, quick, recipe_of, text
@@ -54,17 +54,21 @@ class Watched(kvjax.Engine):
 
     def _turn(self):
         super()._turn()
-        for tier, promised in zip(tiers(self._seats.state.cache), self._schedule.promised, strict=True):
-            size = tier.free.shape[0]
-            held = np.asarray(tier.table)[np.asarray(tier.table) < size]
-            assert len(set(held.tolist())) == held.size == size - int(tier.num_free[0]) <= promised
+        for lane in self._lanes:
+            for tier, promised in zip(tiers(lane.seats.state.cache), lane.schedule.promised, strict=True):
+                size = tier.free.shape[0]
+                held = np.asarray(tier.table)[np.asarray(tier.table) < size]
+                assert len(set(held.tolist())) == held.size == size - int(tier.num_free[0]) <= promised
 
 
 def is_empty(engine):
     load = engine.load
-    free = [int(tier.num_free[0]) for tier in tiers(engine._seats.state.cache)]
-    busy = load.waiting, load.reading, load.decoding, *load.promised
-    return not any(busy) and free == list(load.pages)
+    caches = [lane.seats.state.cache for lane in engine._lanes]
+    if engine._shelf is not None:
+        caches.insert(1, engine._shelf.cache)
+    free = [int(tier.num_free[0]) for cache in caches for tier in tiers(cache)]
+    busy = load.waiting, load.reading, load.decoding, load.contexts, *load.promised, *load.context_promised
+    return not any(busy) and free == [*load.pages, *load.context_pages]
 
 
 @pytest.mark.parametrize("method", quick([name for name in VARIANTS if name != "oracle"], QUICK))
@@ -100,6 +104,88 @@ def test_a_request_gets_what_it_gets_alone(method):
                 found.logprobs.top, top, atol=2e-2
             )  # few bits round apart in batches of other sizes
             assert found.logprobs.ids.shape == ids.shape == (new, ranks)
+
+
+@pytest.mark.parametrize(
+    "method", quick([name for name in VARIANTS if name != "oracle"], ("h2o int4", "full kivi2", "mikv"))
+)
+def test_contexts_answer_as_they_do_alone(method):
+    """Whoever else asks this one, another one, or none; and nothing of them stays when they are forgotten."""
+    model, recipe = Model(decoder(model_of(method)), None, (), "random"), recipe_of(method, "20%")
+    texts = [text(60, 3), text(33, 4)]
+    asked = [(i % 2, text(n, 5 + n), new, HOW[i % 4]) for i, (n, new) in enumerate([(3, 9), (20, 6), (0, 8), (1, 1)])]
+    engine = Watched(model, recipe, seats=2, max_length=LENGTH, stall=0.0, steps=3, contexts=2, after_context=32)
+    with engine, compilations() as names:
+        kept = [engine.read(each).wait() for each in texts]
+        with pytest.raises(ContextsFull):
+            engine.read(texts[0])
+        other = engine.submit(text(50, 9), max_new_tokens=30)
+        requests = [engine.submit(q, context=kept[i], max_new_tokens=new, sampling=how) for i, q, new, how in asked]
+        for each in kept:
+            engine.forget(each)  # which waits for those that read it
+        with pytest.raises(InputError, match="has forgotten it"):
+            engine.submit([1], context=kept[0])
+        found = [request.result()[0] for request in requests]
+        alone = engine.submit(text(50, 9), max_new_tokens=30).result()[0]
+        assert other.result()[0].tokens == alone.tokens
+        again = engine.read(texts[1]).wait()
+        assert (
+            engine.submit(asked[1][1], context=again, max_new_tokens=6, sampling=HOW[1]).result()[0].tokens
+            == found[1].tokens
+        )
+        engine.forget(again)
+        assert not names
+    engine._shelf.sweep()
+    assert is_empty(engine)
+    contexts = [model.read(each, recipe, max_length=LENGTH) for each in texts]
+    for (i, question, new, how), out in zip(asked, found, strict=True):
+        (same,) = contexts[i].ask([question], max_new_tokens=new, sampling=how).sequences
+        assert (same.tokens, same.prompt_tokens) == (out.tokens, out.prompt_tokens)
+
+
+def test_contexts_that_cannot_be():
+    model = Model(decoder("gqa"), None, (), "random")
+    with kvjax.Engine(model, seats=1, max_length=LENGTH, contexts=1, after_context=8, steps=1) as engine:
+        wrong = {"is empty": ([],), "passes this engine's length": (text(LENGTH, 1),), "no budget": ([1], "20%")}
+        for words, given in wrong.items():
+            with pytest.raises(InputError, match=words):
+                engine.read(*given)
+        reading = engine.read(text(80, 1))
+        with pytest.raises(InputError, match="still being read"):
+            engine.submit([1], context=reading)
+        engine.forget(reading)
+        while engine.load.contexts:
+            time.sleep(0.001)
+        kept = engine.read([1, 2]).wait()
+        for words, given in {
+            "room after a context": {"prompt": text(6, 1), "max_new_tokens": 3},
+            "has its own budget": {"prompt": [1], "budget": 3},
+            "not in the vocabulary": {"prompt": [99999]},
+        }.items():
+            with pytest.raises(InputError, match=words):
+                engine.submit(context=kept, **given)
+        with pytest.raises(InputError, match="no such context"):
+            engine.submit([1], context=reading)
+
+
+@pytest.mark.parametrize(
+    "method", quick(["h2o", "snapkv", "dynamickv", "adakv", "pyramidkv", "d2o", "tova int8/int3"], ("h2o", "dynamickv"))
+)
+def test_budgets_of_requests_are_those_of_generate(method):
+    """Side by side, in one program; less is promised to those with less."""
+    model, recipe = Model(decoder("gqa"), None, (), "random"), recipe_of(method, "50%")
+    asked = [(text(70, 1), "20%"), (text(60, 2), 14), (text(64, 3), None), (text(40, 4), "40%")]
+    with Watched(model, recipe, seats=4, max_length=LENGTH, stall=0.0, steps=3) as engine, compilations() as names:
+        requests = [engine.submit(prompt, max_new_tokens=12, budget=budget) for prompt, budget in asked]
+        found = [request.result()[0].tokens for request in requests]
+        promised = [engine._main.kind.promise(70, 12, engine._main.kind.amounts(b, 70, 12)) for b in ("20%", "50%")]
+        assert promised[0] < promised[1]
+        with pytest.raises(InputError, match="is more than this engine's, which is 50%"):
+            engine.submit(text(70, 1), budget="60%")
+        assert not names and is_empty(engine)
+    for (prompt, budget), tokens in zip(asked, found, strict=True):
+        recipe = recipe_of(method, budget or "50%")
+        assert model.generate([prompt], recipe, max_new_tokens=12, max_length=LENGTH).sequences[0].tokens == tokens
 
 
 def test_requests_of_very_different_lengths_have_one_shape():

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import kvjax
 from kvjax import serve
 from kvjax.errors import InputError
 from kvjax.models.tokenizer import Tokenizer
-from kvjax.server import app, run
+from kvjax.server import app, bodies, run
 from kvjax.server.app import Service
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}assistant:"
@@ -34,7 +35,9 @@ def engine(shallow_demo) -> Iterator[kvjax.Engine]:
     model = kvjax.load()
     assert model.tokenizer is not None
     model = dataclasses.replace(model, tokenizer=Tokenizer(model.tokenizer._backend, TEMPLATE, {}))
-    with kvjax.Engine(model, "h2o", 64, seats=SEATS, max_length=LENGTH, queue=QUEUE) as engine:
+    with kvjax.Engine(
+        model, "h2o", 64, seats=SEATS, max_length=LENGTH, queue=QUEUE, contexts=2, after_context=200
+    ) as engine:
         yield engine
 
 
@@ -193,6 +196,97 @@ def test_the_asynchronous_client_asks_many_things_at_once(url, engine):
     assert asyncio.run(all_()) == alone
 
 
+def test_contexts(client, url, engine):
+    """A text that is read once: what follows it is answered as the library does, and the usage says what it saved."""
+    text, before = "river: 217 130\nlake: 43 21\n" * 12, counted(url, "kvjax_cached_tokens_total")
+    made = httpx.post(f"{url}/v1/contexts", json={"input": text}, timeout=None).json()
+    alone = engine.model.read(text, "h2o", 64)
+    assert made["object"] == "context" and made["tokens"] == len(alone.tokens) and made["bytes"] < made["full_bytes"]
+    assert counted(url, "kvjax_contexts") == 1 and counted(url, "kvjax_context_tokens") == made["tokens"]
+    for prompts in (["river:"], ["", "lake: 43 "]):
+        how = dict(model="demo", prompt=prompts, max_tokens=10, temperature=0, extra_body={"context": made["id"]})
+        out, said = client.completions.create(**how), alone.ask(prompts, max_new_tokens=10).sequences
+        assert [choice.text for choice in out.choices] == [each.text for each in said]
+        assert out.usage.prompt_tokens == sum(each.prompt_tokens for each in said)
+        assert out.usage.prompt_tokens_details.cached_tokens == len(prompts) * made["tokens"]
+    assert counted(url, "kvjax_cached_tokens_total") == before + 3 * made["tokens"]
+    assert (
+        httpx.get(f"{url}/v1/contexts").json()["data"]
+        == [made]
+        == [httpx.get(f"{url}/v1/contexts/{made['id']}").json()]
+    )
+    stream = client.completions.create(
+        model="demo", prompt="", max_tokens=150, stream=True, extra_body=ENDLESS | {"context": made["id"]}
+    )
+    next(stream)
+    assert httpx.delete(f"{url}/v1/contexts/{made['id']}").json()["deleted"]  # whoever reads it goes on
+    assert len(list(stream)) > 1
+    for answer in (httpx.get(f"{url}/v1/contexts/{made['id']}"), httpx.delete(f"{url}/v1/contexts/{made['id']}")):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "context_not_found")
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(**how)
+    wait(lambda: counted(url, "kvjax_contexts") == 0 and idle(url))
+
+
+def test_conversations_begin_with_a_context(client, url):
+    """The whole conversation is sent, as ever; what does not begin as the context does is told from where on."""
+    long = {"role": "user", "content": "river: 217 130 lake: 43 21 " * 20}
+    made = httpx.post(f"{url}/v1/contexts", json={"messages": [long]}, timeout=None).json()
+    ask = lambda *messages: client.chat.completions.create(
+        model="demo", messages=messages, max_tokens=6, temperature=0, extra_body={"context": made["id"]}
+    )
+    more = {"role": "user", "content": long["content"] + "river:"}
+    one = ask(more)
+    assert one.usage.prompt_tokens_details.cached_tokens == made["tokens"] < one.usage.prompt_tokens
+    said = one.choices[0].message
+    assert (
+        ask(more, {"role": "assistant", "content": said.content}, *HELLO).usage.prompt_tokens > one.usage.prompt_tokens
+    )
+    with pytest.raises(openai.BadRequestError) as error:
+        ask({"role": "user", "content": "river: 218"})
+    assert error.value.code == "context_mismatch" and "from character 15 of" in error.value.message
+    plain = httpx.post(f"{url}/v1/contexts", json={"input": [1, 2, 3], "budget": 2}, timeout=None).json()
+    full = httpx.post(f"{url}/v1/contexts", json={"input": "some"})
+    assert (full.status_code, full.json()["error"]["code"]) == (429, "contexts_full")
+    made, more = plain, long
+    with pytest.raises(openai.BadRequestError, match="no conversation"):
+        ask(more)
+    for each in httpx.get(f"{url}/v1/contexts").json()["data"]:
+        httpx.delete(f"{url}/v1/contexts/{each['id']}")
+    wait(lambda: counted(url, "kvjax_contexts") == 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({}, "input"),
+        ({"input": "a", "messages": HELLO}, "input"),
+        ({"input": 5}, "input"),
+        ({"messages": []}, "messages"),
+        ({"input": "a", "budget": "101%"}, "budget"),
+        ({"input": "a", "budget": 65}, None),
+        ({"input": "some words " * LENGTH}, None),
+    ],
+    ids=range(7),
+)
+def test_contexts_that_cannot_be_made(given, param, url):
+    answer = httpx.post(f"{url}/v1/contexts", json=given)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+    assert httpx.get(f"{url}/v1/contexts").json()["data"] == []
+
+
+def test_budgets_of_requests(client, engine):
+    ask = lambda **own: client.completions.create(
+        model="demo", prompt="river: 217 130 " * 20, max_tokens=12, temperature=0, extra_body=ENDLESS | own
+    )
+    for budget in (16, "5%"):
+        (said,) = engine.model.generate(["river: 217 130 " * 20], "h2o", budget, max_new_tokens=12).sequences
+        assert ask(budget=budget).choices[0].text.startswith(said.text)
+    for budget in (65, "0%", "much", True, [1]):
+        with pytest.raises(openai.BadRequestError, match="budget"):
+            ask(budget=budget)
+
+
 def test_models(client, url):
     (model,) = client.models.list()
     assert model.id == "demo" and client.models.retrieve("demo").id == "demo"
@@ -201,7 +295,28 @@ def test_models(client, url):
     assert (error.value.code, error.value.param) == ("model_not_found", "model")
     page = httpx.get(url)
     assert page.headers["content-type"].startswith("text/html") and "http" not in page.text
-    assert httpx.get(f"{url}/health").json() == httpx.get(f"{url}/health/live").json() == {"status": "ok"}
+    assert httpx.get(f"{url}/health/live").json() == {"status": "ok"}
+    assert httpx.get(f"{url}/health").json() == {"status": "ok", "contexts": 0, "most_contexts": 2}
+
+
+def test_the_examples_of_the_page(url, client, capfd):
+    """As they stand in docs/serving.md, but for the port and the name of the model."""
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text("utf-8")
+    here = lambda text: text.replace("localhost:8000", url.removeprefix("http://")).replace('"FILE"', '"demo"')
+    names = {"text": "river: 217 130\n" * 20}
+    python = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    for block in python:
+        exec(here(block), names)
+    assert len(python) == 2 and names["answer"].usage.prompt_tokens_details.cached_tokens == names["made"]["tokens"]
+    names["client"].delete(f"/contexts/{names['made']['id']}", cast_to=object)
+    names["client"].close()
+    said = capfd.readouterr().out
+    assert said.strip()
+    for line in re.findall(r"^curl .*", page, re.MULTILINE) if shutil.which("curl") else ():
+        answer = subprocess.run(["bash", "-c", f"{here(line)} -s"], check=True, capture_output=True, text=True).stdout
+        assert '"error"' not in answer and re.search(r'"id": ?"(chatcmpl|cmpl|ctx)', answer), answer
+    for each in httpx.get(f"{url}/v1/contexts").json()["data"]:
+        httpx.delete(f"{url}/v1/contexts/{each['id']}")
 
 
 WRONG = {
@@ -339,6 +454,18 @@ def test_keys(engine):
     assert ask_app(service, "/health") == ask_app(service, "/metrics", host="example.org") == 200
 
 
+def test_contexts_are_found_by_who_has_made_them(engine):
+    service = Service(engine, "demo", "h2o", keys=("one", "two"))
+    stored = service.contexts.read(bodies.context({"input": "some words"}), service.tokenizer, "one")
+    stored.kept.wait()
+    service.contexts.add(stored)
+    path = f"/v1/contexts/{stored.id}"
+    assert ask_app(service, path, authorization="Bearer one") == 200
+    assert ask_app(service, path, authorization="Bearer two") == 404
+    service.contexts.forget(stored)
+    assert ask_app(service, path, authorization="Bearer one") == 404
+
+
 def test_web_pages_of_others_are_refused(engine):
     service = Service(engine, "demo", "h2o")
     assert ask_app(service, "/health", host="127.0.0.1:80") == ask_app(service, "/health", host="[::1]") == 200
@@ -385,6 +512,8 @@ def test_what_is_not_installed_is_named(package: str, monkeypatch):
         ("--port 70000", "--port 70000 is not"),
         ("--cache much", "--cache 'much' is not a size"),
         ("--seats 0", "--seats 0 is not"),
+        ("--contexts -1", "--contexts -1 is not"),
+        ("--context-cache 1GB", "say how many, as in --contexts 4"),
         ("--drain -1", "--drain -1.0 is not"),
         ("--stall nan", "--stall nan is not"),
         ("--api-key-file /nowhere", "cannot read /nowhere"),

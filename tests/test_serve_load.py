@@ -44,7 +44,7 @@ def is_empty(engine: kvjax.Engine) -> bool:
     load = engine.load
     if any((load.waiting, load.reading, load.decoding, *load.promised)):
         return False
-    return [int(tier.num_free[0]) for tier in tiers(engine._seats.state.cache)] == list(load.pages)
+    return [int(tier.num_free[0]) for tier in tiers(engine._main.seats.state.cache)] == list(load.pages)
 
 
 def resident() -> int:

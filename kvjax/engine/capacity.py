@@ -16,6 +16,7 @@ from kvjax.generation import allocate
 from kvjax.generation.prefill import padded_length
 from kvjax.models.decoder import Decoder
 from kvjax.policies.base import Recipe
+from kvjax.policies.budgets.budget import Amounts, Keep, parse_keep, show, tokens_of
 from kvjax.spec import Lengths
 
 FIXED = (*PER_ROW, "num_free")  # fields of a tier whose sizes do not depend on its pool's
@@ -29,9 +30,10 @@ class Asked(NamedTuple):
     new: int
 
 
-def lengths(prompts: Sequence[int], new: int, max_length: int) -> Lengths:
+def lengths(prompts: Sequence[int], new: int, max_length: int, platform: str | None = None) -> Lengths:
     """What caches of an engine are made for: shapes are those of its longest sequences, however long these are."""
-    return Lengths(tuple(prompts), new, padded_length(max_length), total=max_length, most_new=max_length - 1)
+    padded = padded_length(max_length)
+    return Lengths(tuple(prompts), new, padded, platform=platform, total=max_length, most_new=max_length - 1)
 
 
 def tiers(cache: Cache) -> list[Tier]:
@@ -66,58 +68,143 @@ def within(cache: Cache, limit: int | None, least: Pages) -> Pages:
     return found
 
 
-def promise(init: Callable[[Lengths], Cache], page: Sequence[int], prompt: int, new: int) -> Pages:
-    """Pages that a sequence may need in each tier.
+class Kind:
+    """Caches of one recipe in an engine: of one sequence, and of all that share its pools.
 
     Args:
-      init: makes a cache.
-      page: slots of a page of each tier of the engine's.
-      prompt, new: its tokens.
+      decoder: of the model; shapes are enough.
+      recipe: whose.
+      batch: sequences that share pools.
+      lengths: what a cache is made for, given prompts and new tokens; always of the same shapes.
+
+    Attributes:
+      shapes: of the cache of all, with pools for the longest sequence of each.
+      longest: pages of each tier that one such sequence needs.
+      one_bytes: of a cache of one sequence.
     """
-    lengths = Lengths((prompt,), new, padded_length(prompt))
-    own = jax.eval_shape(lambda: init(lengths))
-    # Its rows may each have a page more that is partly filled.
-    of = lambda tier, page: pages.pages_for(tier.free.shape[0] * tier.page, page) + math.prod(tier.length.shape)
-    return tuple(of(*each) for each in zip(tiers(own), page, strict=True))
+
+    def __init__(self, decoder: Decoder, recipe: Recipe, batch: int, lengths: Callable[[Sequence[int], int], Lengths]):
+        self.recipe, self._decoder, self._lengths = recipe, decoder, lengths
+        self._all, own = lengths([1] * batch, 1), recipe.amounts
+        self.shapes = jax.eval_shape(lambda: self._init(self._all, own))
+        one = jax.eval_shape(lambda: self._init(lengths([1], 1), own))
+        self.longest, self.one_bytes = sizes(one), nbytes(one)
+        self._page = [tier.page for tier in tiers(self.shapes)]
+        self._promised = functools.lru_cache(4096)(self._promise)
+
+    def _init(self, lengths: Lengths, amounts: Amounts) -> Cache:
+        return allocate.allocate(self._decoder, self.recipe._replace(amounts=amounts), lengths)
+
+    def one(self, prompt: int, new: int, amounts: Amounts) -> Cache:
+        """An empty cache of one sequence, of the shapes that all have."""
+        return self._init(self._lengths([prompt], new), amounts)
+
+    def all(self, sizes: Pages) -> Cache:
+        """An empty cache of all with pools of so many pages; larger ones are not allocated on the way."""
+
+        def make() -> Cache:
+            left = iter(sizes)
+            return tuple(
+                tuple(tiers_.resize(t, next(left)) for t in tiers)
+                for tiers in self._init(self._all, self.recipe.amounts)
+            )
+
+        return jax.jit(make)()
+
+    def nbytes(self, pages: Pages) -> int:
+        """Of so many pages of each pool."""
+        each = zip(tiers(self.shapes), pages, strict=True)
+        return sum(_pool(tier) // tier.free.shape[0] * n for tier, n in each)
+
+    def amounts(self, budget: Keep | None, prompt: int, new: int) -> Amounts:
+        """What a sequence with a budget of its own may keep, in caches of these shapes; None = what all may.
+
+        Raises:
+          InputError: the method has no such budget, or shapes are made for less.
+        """
+        own = self.recipe.amounts
+        if budget is None:
+            return own
+        if own.keep is None or self.recipe.budget is None or len(self.recipe.stores) > 1:
+            raise InputError(f"{self.recipe.name} has no budget that a request could make smaller")
+        keep = parse_keep(budget)
+        if any(tokens_of(keep, n) > tokens_of(own.keep, n) for n in (prompt, prompt + new)):
+            raise InputError(f"budget {budget} is more than this engine's, which is {show(own.keep)}")
+        return own._replace(keep=keep, most=own.keep)
+
+    def promise(self, prompt: int, new: int, amounts: Amounts | None = None) -> Pages:
+        """Pages that a sequence may need in each tier.
+
+        Raises:
+          InputError: the method cannot keep it.
+        """
+        return self._promised(prompt, new, self.recipe.amounts if amounts is None else amounts)
+
+    def _promise(self, prompt: int, new: int, amounts: Amounts) -> Pages:
+        lengths = Lengths((prompt,), new, padded_length(prompt), platform=self._all.platform)
+        own = tiers(jax.eval_shape(lambda: self._init(lengths, amounts)))
+        # Its rows may each have a page more that is partly filled.
+        of = lambda tier, page: pages.pages_for(tier.free.shape[0] * tier.page, page) + math.prod(tier.length.shape)
+        return tuple(min(of(*each), most) for *each, most in zip(own, self._page, self.longest, strict=True))
 
 
-def holds(decoder: Decoder, recipe: Recipe, seats: int, max_length: int, limit: int | None, asked: Asked) -> int:
+def kind_of(decoder: Decoder, recipe: Recipe, seats: int, max_length: int, platform: str | None = None) -> Kind:
+    """The cache of an engine's seats; `platform` is what runs it, None = JAX's default."""
+    return Kind(decoder, recipe, seats, functools.partial(lengths, max_length=max_length, platform=platform))
+
+
+def holds(
+    decoder: Decoder,
+    recipe: Recipe,
+    seats: int,
+    max_length: int,
+    limit: int | None,
+    asked: Asked,
+    platform: str | None = None,
+) -> int:
     """Requests of one size that an engine of so many seats runs side by side.
 
     Args:
       decoder: of the model; shapes are enough.
       recipe, seats, max_length, limit: of the engine, as `kvjax.Engine` has them.
       asked: tokens of each prompt, and new ones.
+      platform: that runs it; None = JAX's default.
     """
-    init = functools.partial(allocate.allocate, decoder, recipe)
-    shapes = jax.eval_shape(lambda: init(lengths([1] * seats, 1, max_length)))
-    longest = sizes(jax.eval_shape(lambda: init(lengths([1], 1, max_length))))
-    page = [tier.page for tier in tiers(shapes)]
-    one = [min(pages, most) for pages, most in zip(promise(init, page, *asked), longest, strict=True)]
-    return min(seats, *(size // n for size, n in zip(within(shapes, limit, longest), one, strict=True)))
+    kind = kind_of(decoder, recipe, seats, max_length, platform)
+    pairs = zip(within(kind.shapes, limit, kind.longest), kind.promise(*asked), strict=True)
+    return min(seats, *(size // n for size, n in pairs))
+
+
+def at_once(one: Kind, limit: int, asked: Asked, beside: int = 0) -> int:
+    """Requests of one size that so many bytes have room for, each with a seat; 0 = not one of the largest fits.
+
+    Args:
+      one: of a single seat.
+      limit: bytes of pools and tables.
+      asked: as in `holds`, which counts what is allocated: this is the formula.
+      beside: bytes of each seat that are none of these.
+    """
+    fixed, pools = _parts(one.shapes)
+    if fixed + beside + pools > limit:
+        return 0
+    share = max(n / most for n, most in zip(one.promise(*asked), one.longest, strict=True))
+    return int(limit / (fixed + beside + pools * share))
 
 
 def shared(decoder: Decoder, recipe: Recipe, seats: int, max_length: int, sequences: int) -> int:
     """Bytes of an engine's pools with room for so many of the longest sequences, and of the tables of all seats."""
-    init = functools.partial(allocate.allocate, decoder, recipe)
-    fixed, pools = _parts(jax.eval_shape(lambda: init(lengths([1] * seats, 1, max_length))))
+    fixed, pools = _parts(kind_of(decoder, recipe, seats, max_length).shapes)
     return fixed + -(-pools * sequences // seats)
-
-
-def made(init: Callable[[Lengths], Cache], lengths: Lengths, sizes: Pages) -> Cache:
-    """An empty cache with pools of so many pages; larger ones are not allocated on the way."""
-
-    def make() -> Cache:
-        left = iter(sizes)
-        return tuple(tuple(tiers_.resize(tier, next(left)) for tier in tiers) for tiers in init(lengths))
-
-    return jax.jit(make)()
 
 
 def _parts(cache: Cache) -> tuple[int, int]:
     """Bytes of tables and the like, and of the pools."""
-    pools = sum(_bytes(tier._replace(**dict.fromkeys(FIXED, ()))) for tier in tiers(cache))
+    pools = sum(map(_pool, tiers(cache)))
     return nbytes(cache) - pools, pools
+
+
+def _pool(tier: Tier) -> int:
+    return _bytes(tier._replace(**dict.fromkeys(FIXED, ())))
 
 
 def nbytes(cache: Cache) -> int:

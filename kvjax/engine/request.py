@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jax import Array
 
 from kvjax.errors import InputError
 from kvjax.generation.results import Continuation, Logprobs
 from kvjax.generation.sampling import Sampling
 from kvjax.generation.stopping import Stops, Text
 from kvjax.models.tokenizer import Tokenizer
+from kvjax.policies.budgets.budget import Amounts
 
 
 class EngineError(RuntimeError):
@@ -22,12 +24,23 @@ class QueueFull(InputError):
     """As many requests wait as an engine lets; later there is room again."""
 
 
+class ContextsFull(InputError):
+    """There is no room for one more context until another is forgotten."""
+
+
 class Rank(NamedTuple):
     """What the model made of a place in the text, before anything was done to choose a token."""
 
     logprob: float  # of the token that was chosen
     ids: list[int]  # the most likely tokens, from the first on
     top: list[float]  # theirs
+
+
+class Place(NamedTuple):
+    """Where an engine has a context."""
+
+    index: int  # of its rows
+    pages: tuple[int, ...]  # of each tier, that it may hold
 
 
 class Choice:
@@ -77,7 +90,9 @@ class Request:
       limit: most tokens of each.
       sampling: of the first; choice `i` has the seed `seed + i`.
       stops: what ends a choice.
+      amounts: that the cache may keep.
       logprobs: how many of the most likely tokens are told of each place; None = nothing.
+      context: that the prompt continues, which is read already; None = it begins a text.
       done: all choices have ended, or the engine has, and what the request has held is free.
       times: when it was submitted, when its prompt began to be read, and when the first tokens were there [s,
         `time.monotonic`]; as many of these as have happened.
@@ -90,8 +105,11 @@ class Request:
         sampling: Sampling,
         stops: Stops,
         choices: list[Choice],
+        amounts: Amounts,
         logprobs: int | None = None,
+        context: "Kept | None" = None,
     ):
+        self.amounts, self.context = amounts, context
         self.prompt, self.limit, self.sampling, self.stops = list(prompt), limit, sampling, stops
         self.choices, self.logprobs = choices, logprobs
         self.cancelled = self.done = False
@@ -99,6 +117,11 @@ class Request:
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], None]] = []
+
+    @property
+    def whole(self) -> list[int]:
+        """Token ids of all that the choices continue."""
+        return [*(self.context.tokens if self.context else ()), *self.prompt]
 
     @property
     def over(self) -> bool:
@@ -126,7 +149,7 @@ class Request:
                 raise TimeoutError(f"the request has not ended within {timeout} seconds")
         self.check()
         return [
-            Continuation(len(self.prompt), c.tokens, c.text, c.finish_reason or "", self._logprobs(c))
+            Continuation(len(self.whole), c.tokens, c.text, c.finish_reason or "", self._logprobs(c))
             for c in self.choices
         ]
 
@@ -174,3 +197,28 @@ class Request:
         """All that the request has held is free."""
         self.done = True
         self.changed()
+
+
+class Kept:
+    """A context that an engine keeps: a text that is read once, and continued by many requests. Made by `Engine.read`.
+
+    Attributes:
+      request: that reads the text; when it is done the context can be continued.
+      tokens: of the text.
+      bytes: of the pages that it has.
+      place: in the engine.
+      logits: after its last token; None = it is not read yet.
+      users: requests that read or continue it and have not ended.
+      forgotten: no more requests may; its pages are free once there are no users.
+    """
+
+    def __init__(self, request: Request, place: Place, nbytes: int):
+        self.request, self.place, self.bytes = request, place, nbytes
+        self.tokens = request.prompt
+        self.logits: Array | None = None
+        self.users, self.forgotten = 1, False  # that reads it
+
+    def wait(self, timeout: float | None = None) -> "Kept":
+        """Itself, once the text is read; raises what `Request.result` does."""
+        self.request.result(timeout)
+        return self

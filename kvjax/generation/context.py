@@ -32,7 +32,7 @@ from kvjax.methods import of, resolve
 from kvjax.policies.base import Recipe
 from kvjax.policies.budgets.budget import Keep, parse_keep, tokens_of
 from kvjax.policies.layers import asking, layer_recipe
-from kvjax.spec import Lengths
+from kvjax.spec import Lengths, ModelSpec
 
 AT_ONCE = 64  # tokens that a context grows by in one call
 OnToken = Callable[[int, int], None]
@@ -161,11 +161,7 @@ class Context:
         after = [ids for text in texts for ids in [encode_continuation(model, text)] * n]
         ids = [list(self.tokens)] * len(after)
         self._check(recipe, after, max_new_tokens)
-        if self.recipe.positions is not None and self.recipe.windowed != "whole" and any(model.spec.windows):
-            raise InputError(
-                f"{self.recipe.name}: a sliding window counts places in its cache, which questions beside it have not:"
-                " set windowed=whole or positions=absolute"
-            )
+        check_askable(model.spec, self.recipe)
         whole = [prompt + question for prompt, question in zip(ids, after, strict=True)]
         new = pages.ladder(max(map(len, after)) + max_new_tokens, steps=2, smallest=32)
         with Stopwatch() as watch:
@@ -374,6 +370,15 @@ def check_one_device(model: Model) -> None:
     """Raise `InputError` for a model whose weights are split."""
     if model.mesh is not None:
         raise InputError("a context lies on one device: load the model without a mesh")
+
+
+def check_askable(spec: ModelSpec, recipe: Recipe) -> None:
+    """Raise `InputError` for a method whose contexts cannot be asked."""
+    if recipe.positions is not None and recipe.windowed != "whole" and any(spec.windows):
+        raise InputError(
+            f"{recipe.name}: a sliding window counts places in its cache, which questions beside it have not:"
+            " set windowed=whole or positions=absolute"
+        )
 
 
 def _not_pruned(recipe: Recipe) -> str:

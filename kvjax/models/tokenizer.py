@@ -92,12 +92,12 @@ class Tokenizer:
         """Token ids of a conversation, up to where the assistant answers; see `render`."""
         return self.encode(self.render(messages), special=False)
 
-    def around(self, words: str) -> tuple[str, str]:
+    def around(self, words: str, earlier: Sequence[dict[str, Any]] = ()) -> tuple[str, str]:
         """What a conversation has up to a user's words, them included, and from there to where the assistant answers.
 
-        More words may stand between the two.
+        More words may stand between the two. `earlier` messages come before them.
         """
-        before, mark, after = self.render([{"role": "user", "content": words + _MARK}]).rpartition(_MARK)
+        before, mark, after = self.render([*earlier, {"role": "user", "content": words + _MARK}]).rpartition(_MARK)
         if not mark:
             raise InputError("the chat template changes the end of what a user says: give a plain prompt instead")
         return before, after

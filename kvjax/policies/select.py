@@ -190,7 +190,7 @@ def near(amounts: Amounts, total: int | None) -> tuple[Amounts, Amounts]:
     if total is None or amounts.keep is None:
         return amounts, amounts
     rung = lambda keep: min(pages.ladder(int(tokens_of(keep, total)), *NEAR), total)
-    (steps, smallest), largest = NEAR, rung(amounts.keep)
+    (steps, smallest), largest = NEAR, rung(amounts.keep if amounts.most is None else amounts.most)
     more = Amounts(largest, None if amounts.decoding is None else rung(amounts.decoding))
     return Amounts(max(largest - max(largest // steps, smallest), 1)), more
 

@@ -36,8 +36,13 @@ class Answer(NamedTuple):
 
     @property
     def prompt_tokens(self) -> int:
-        """Of all prompts; each is read once for all its choices."""
-        return sum(len(request.prompt) for request in self.requests)
+        """Of all prompts, with the contexts that they continue; each is read once for all its choices."""
+        return sum(len(request.whole) for request in self.requests)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of these, those of contexts."""
+        return sum(len(request.context.tokens) for request in self.requests if request.context)
 
     @property
     def new_tokens(self) -> int:
@@ -166,6 +171,9 @@ def _object(answer: Answer, kind: str, choices: list[dict[str, Any]]) -> dict[st
     return {"id": answer.id, "object": kind, "created": answer.created, "model": answer.model, "choices": choices}
 
 
-def _usage(answer: Answer) -> dict[str, int]:
+def _usage(answer: Answer) -> dict[str, Any]:
     prompt, new = answer.prompt_tokens, answer.new_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    cached = {"cached_tokens": answer.cached_tokens}
+    return {
+        "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new, "prompt_tokens_details": cached
+    }  # fmt: skip

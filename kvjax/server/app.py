@@ -8,7 +8,7 @@ import hmac
 import ipaddress
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,6 +33,7 @@ from kvjax.models.tokenizer import Tokenizer
 from kvjax.server import answers, bodies
 from kvjax.server.answers import Answer
 from kvjax.server.bodies import Asked, Refused
+from kvjax.server.contexts import Contexts, Stored, rest_of
 from kvjax.server.metrics import Metrics
 
 HEARTBEAT = 10.0  # seconds of silence until a stream says that it is there: proxies cut silent ones
@@ -68,6 +69,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine)
+        self.contexts = Contexts(self.engine)
         self.created = int(time.time())
 
     @property
@@ -97,10 +99,15 @@ class Service:
             message = f"there is no model {name!r}: this server has {self.name!r}"
             raise Refused(404, one_line(message), "model", "model_not_found")
 
+    def owner(self, http: Http) -> str:
+        """Who asks, as far as that is known: whose contexts are found."""
+        return _key(http.headers) if self.keys else ""
+
     def about(self) -> dict[str, Any]:
         """The model, as OpenAI lists one."""
         engine = self.engine
         own = {"method": self.method, "seats": engine.seats, "max_new_tokens": engine.max_new_tokens}
+        own |= {"contexts": engine.contexts, "after_context": engine.after_context} if engine.contexts else {}
         return {
             "id": self.name, "object": "model", "created": self.created, "owned_by": "kvjax",
             "max_model_len": engine.max_length, "kvjax": own,
@@ -128,6 +135,10 @@ def make(service: Service) -> Starlette:
         Route("/v1/models/{id:path}", model),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/contexts", create_context, methods=["POST"]),
+        Route("/v1/contexts", contexts),
+        Route("/v1/contexts/{id}", context),
+        Route("/v1/contexts/{id}", delete_context, methods=["DELETE"]),
     ]
     guards = [Middleware(Guard, service=service)]
     if service.origins:
@@ -158,9 +169,8 @@ class Guard:
     def _check(self, headers: Headers, path: str) -> None:
         service = self._service
         if service.keys:
-            scheme, _, given = headers.get("authorization", "").partition(" ")
-            right = [hmac.compare_digest(given.strip().encode("latin-1"), key.encode()) for key in service.keys]
-            if path.startswith("/v1/") and not (scheme.lower() == "bearer" and any(right)):
+            right = [hmac.compare_digest(_key(headers).encode("latin-1"), key.encode()) for key in service.keys]
+            if path.startswith("/v1/") and not any(right):
                 raise Refused(
                     401, "no valid API key: send it as Authorization: Bearer KEY", None, "invalid_api_key",
                     {"www-authenticate": "Bearer"},
@@ -171,6 +181,12 @@ class Guard:
                 is_local(names[0]) and (not names[1] or names[1] in service.origins or is_local(names[1]))
             ):
                 raise Refused(403, "without --api-key-file this server answers only what is asked of localhost")
+
+
+def _key(headers: Headers) -> str:
+    """What a client shows; "" = nothing."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else ""
 
 
 def is_local(address: str) -> bool:
@@ -213,12 +229,12 @@ async def _answer(http: Http, chat: bool) -> Response:
     body = bodies.parse(await _body(http, service.max_body))
     service.check_model(body.get("model", service.name))
     asked = bodies.chat(body) if chat else bodies.completion(body, service.engine.queue)
-    requests = await run_in_threadpool(_submit, service, asked)
+    requests = await run_in_threadpool(_submit, service, asked, service.owner(http))
     answer = answers.begin(service.name, chat, asked.usage, requests, service.tokenizer)
-    wake = _wake(answer)
+    wake = _wake(requests)
     if asked.stream:
         return Stream(service, answer, _events(answer, wake))
-    gone = asyncio.create_task(_cancel_when_gone(http, answer, wake))
+    gone = asyncio.create_task(_when_gone(http, answer.cancel, wake))
     try:
         while not answer.done:
             await wake.wait()
@@ -257,32 +273,104 @@ async def _body(http: Http, most: int) -> bytes:
     return bytes(found)
 
 
-def _submit(service: Service, asked: Asked) -> list[Request]:
+def _submit(service: Service, asked: Asked, owner: str) -> list[Request]:
     """All requests of a body, or none."""
     engine, tokenizer, requests = service.engine, service.tokenizer, list[Request]()
-    size = 0
+    stored = None if asked.context is None else service.contexts.find(asked.context, owner)
+    room, size = engine.max_length if stored is None else engine.after_context, 0
     try:
-        for prompt in asked.prompts or [tokenizer.chat(asked.messages)]:
-            ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        for prompt in asked.prompts or [_conversation(asked, stored, tokenizer)]:
+            ids = tokenizer.encode(prompt, special=stored is None) if isinstance(prompt, str) else prompt
             size = len(ids)
             request = engine.submit(
                 ids, max_new_tokens=asked.max_new_tokens, sampling=asked.sampling, stop=asked.stop,
-                ignore_stop=asked.ignore_eos, n=asked.n, logprobs=asked.logprobs,
+                ignore_stop=asked.ignore_eos, n=asked.n, logprobs=asked.logprobs, budget=asked.budget,
+                context=None if stored is None else stored.kept,
             )  # fmt: skip
             requests.append(request)
     except (InputError, EngineError) as error:
         for request in requests:
             request.cancel()
-        if isinstance(error, QueueFull):
-            raise Refused(429, str(error), code="queue_full", headers={"retry-after": "1"}) from None
-        if isinstance(error, EngineError):
-            raise Refused(503, str(error), headers={"retry-after": "5"}) from None
-        too_long = size + (asked.max_new_tokens or 1) > engine.max_length
-        raise Refused(400, str(error), code="context_length_exceeded" if too_long else None) from None
+        raise _not_taken(
+            error, "context_length_exceeded" if size + (asked.max_new_tokens or 1) > room else None
+        ) from None
     return requests
 
 
-def _wake(answer: Answer) -> asyncio.Event:
+def _conversation(asked: Asked, stored: Stored | None, tokenizer: Tokenizer) -> str | list[int]:
+    """A chat as a prompt, or what of it follows a context."""
+    if stored is None:
+        return tokenizer.chat(asked.messages)
+    return rest_of(asked.messages, stored, tokenizer)
+
+
+def _not_taken(error: InputError | EngineError, code: str | None) -> Refused:
+    """What an engine says of a request, as an answer."""
+    if isinstance(error, QueueFull):
+        return Refused(429, str(error), code="queue_full", headers={"retry-after": "1"})
+    if isinstance(error, EngineError):
+        return Refused(503, str(error), headers={"retry-after": "5"})
+    return Refused(400, str(error), code=code)
+
+
+async def create_context(http: Http) -> Response:
+    """POST /v1/contexts: answered once the text is read."""
+    service: Service = http.app.state.service
+    service.check()
+    body = bodies.parse(await _body(http, service.max_body))
+    service.check_model(body.get("model", service.name))
+    asked, read = bodies.context(body), functools.partial(service.contexts.read, tokenizer=service.tokenizer)
+    try:
+        stored = await run_in_threadpool(read, asked, owner=service.owner(http))
+    except (InputError, EngineError) as error:
+        raise _not_taken(error, None) from None
+    request, forget = stored.kept.request, functools.partial(service.contexts.forget, stored)
+    wake = _wake([request])
+    gone = asyncio.create_task(_when_gone(http, forget, wake))
+    try:
+        while not request.done:
+            await wake.wait()
+            wake.clear()
+        request.check()
+    except (InputError, EngineError) as error:
+        service.check()
+        raise Refused(500, str(error)) from None
+    finally:
+        left = gone.done()
+        gone.cancel()
+        service.metrics.ended(request, time.monotonic(), "context" if stored.kept.logits is not None else "cancelled")
+    if left:
+        return Response(status_code=GONE)
+    if stored.kept.logits is None:
+        raise Refused(503, "the server is shutting down", code="draining", headers={"retry-after": "5"})
+    service.contexts.add(stored)
+    print(f"context: {len(request.prompt)} tokens, {stored.kept.bytes} bytes", file=sys.stderr, flush=True)
+    return _json(service.contexts.about(stored, service.name))
+
+
+async def contexts(http: Http) -> Response:
+    """GET /v1/contexts."""
+    service: Service = http.app.state.service
+    found = [service.contexts.about(each, service.name) for each in service.contexts.of(service.owner(http))]
+    return _json({"object": "list", "data": found})
+
+
+async def context(http: Http) -> Response:
+    """GET /v1/contexts/ID."""
+    service: Service = http.app.state.service
+    stored = service.contexts.find(http.path_params["id"], service.owner(http))
+    return _json(service.contexts.about(stored, service.name))
+
+
+async def delete_context(http: Http) -> Response:
+    """DELETE /v1/contexts/ID: nobody finds it any more; those that read it end first."""
+    service: Service = http.app.state.service
+    stored = service.contexts.find(http.path_params["id"], service.owner(http))
+    service.contexts.forget(stored)
+    return _json({"id": stored.id, "object": "context.deleted", "deleted": True})
+
+
+def _wake(requests: Sequence[Request]) -> asyncio.Event:
     """An event that the engine's thread sets whenever there is more."""
     loop, event = asyncio.get_running_loop(), asyncio.Event()
 
@@ -290,16 +378,16 @@ def _wake(answer: Answer) -> asyncio.Event:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(event.set)
 
-    for request in answer.requests:
+    for request in requests:
         request.listen(more)
     event.set()  # for what has come before
     return event
 
 
-async def _cancel_when_gone(http: Http, answer: Answer, wake: asyncio.Event) -> None:
+async def _when_gone(http: Http, call: Callable[[], None], wake: asyncio.Event) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
-    answer.cancel()
+    call()
     wake.set()
 
 
@@ -365,8 +453,10 @@ async def model(http: Http) -> Response:
 
 async def health(http: Http) -> Response:
     """GET /health: whether requests are taken."""
-    state = http.app.state.service.state
-    return _json({"status": state}, 200 if state == "ok" else 503)
+    service: Service = http.app.state.service
+    load, state = service.engine.load, service.state
+    kept = {"contexts": load.contexts, "most_contexts": load.most_contexts} if load.most_contexts else {}
+    return _json({"status": state} | kept, 200 if state == "ok" else 503)
 
 
 async def live(http: Http) -> Response:

@@ -9,6 +9,7 @@ from kvjax.engine.programs import TOP
 from kvjax.errors import InputError
 from kvjax.files.text import parse_json
 from kvjax.generation.sampling import BIASES, Sampling
+from kvjax.policies.budgets.budget import Keep, parse_keep
 
 STOPS, STOP_LENGTH = 4, 256  # strings, and characters of each
 ROLES = ("system", "developer", "user", "assistant")  # of those who speak in a chat
@@ -77,6 +78,8 @@ class Asked(NamedTuple):
       max_new_tokens: of each choice; None = what the server has for those who do not say.
       usage: whether a stream tells what it has cost.
       logprobs: how many of the most likely tokens are told of each place; None = nothing.
+      budget: of each prompt; None = the server's.
+      context: name of what they continue; None = nothing.
     """
 
     prompts: list[str | list[int]]
@@ -89,6 +92,22 @@ class Asked(NamedTuple):
     stream: bool
     usage: bool
     logprobs: int | None
+    budget: Keep | None = None
+    context: str | None = None
+
+
+class AskedContext(NamedTuple):
+    """A text that a client wants to have read.
+
+    Attributes:
+      input: a text or token ids; of a conversation "".
+      messages: of a conversation.
+      budget: None = the server's.
+    """
+
+    input: str | list[int]
+    messages: list[dict[str, str]]
+    budget: Keep | None
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -106,9 +125,8 @@ def completion(body: dict[str, Any], most: int) -> Asked:
     """A body of /v1/completions; `most` prompts may be in it."""
     asked = _shared(body)
     prompt = body.get("prompt")
-    ids = lambda value: isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
-    prompts = [prompt] if isinstance(prompt, str) or ids(prompt) else prompt
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) or ids(p) for p in prompts):
+    prompts = [prompt] if _is_text(prompt) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(map(_is_text, prompts)):
         raise Refused(400, "prompt is not a text, a list of token ids, or a list of these", "prompt")
     if len(prompts) > most:
         raise Refused(400, f"{len(prompts)} prompts: at most {most} are read at a time", "prompt")
@@ -120,16 +138,46 @@ def completion(body: dict[str, Any], most: int) -> Asked:
 def chat(body: dict[str, Any]) -> Asked:
     """A body of /v1/chat/completions."""
     asked = _shared(body)
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise Refused(400, "messages is not a list of messages", "messages")
+    messages = _messages(body)
     new = _whole(body, "max_completion_tokens", _whole(body, "max_tokens", None, least=1), least=1)
     top = _whole(body, "top_logprobs", 0, least=0, most=TOP)
     ranks = top if _flag(body, "logprobs") else None
     if top and ranks is None:
         raise Refused(400, "top_logprobs is for logprobs: say logprobs, or leave it out", "top_logprobs")
-    messages = [_message(i, each) for i, each in enumerate(messages)]
     return asked._replace(messages=messages, max_new_tokens=new, logprobs=ranks)
+
+
+def context(body: dict[str, Any]) -> AskedContext:
+    """A body of /v1/contexts."""
+    if ("input" in body) == ("messages" in body):
+        raise Refused(400, "a context is made of input or of messages: say one of them", "input")
+    if "messages" in body:
+        return AskedContext("", _messages(body), _budget(body))
+    if not _is_text(body["input"]):
+        raise Refused(400, "input is not a text or a list of token ids", "input")
+    return AskedContext(body["input"], [], _budget(body))
+
+
+def _is_text(value: Any) -> bool:
+    """A text, or token ids."""
+    ids = isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
+    return isinstance(value, str) or ids
+
+
+def _messages(body: dict[str, Any]) -> list[dict[str, str]]:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise Refused(400, "messages is not a list of messages", "messages")
+    return [_message(i, each) for i, each in enumerate(messages)]
+
+
+def _budget(body: dict[str, Any]) -> Keep | None:
+    if (given := body.get("budget")) is None:
+        return None
+    try:
+        return parse_keep(given)
+    except InputError as error:
+        raise Refused(400, str(error), "budget") from None
 
 
 def _shared(body: dict[str, Any]) -> Asked:
@@ -144,7 +192,11 @@ def _shared(body: dict[str, Any]) -> Asked:
         raise Refused(400, "stream_options is for streams: say stream, or leave it out", "stream_options")
     usage = _flag({name: on for name, on in options.items() if on is not None}, "include_usage")
     n, endless = _whole(body, "n", 1, least=1), _flag(body, "ignore_eos")
-    return Asked([], [], None, _sampling(body), n, _stop(body), endless, stream, usage, None)
+    if not isinstance(name := body.get("context", ""), str):
+        raise Refused(400, "context is not the id of a context", "context")
+    return Asked(
+        [], [], None, _sampling(body), n, _stop(body), endless, stream, usage, None, _budget(body), name or None
+    )  # fmt: skip
 
 
 def _sampling(body: dict[str, Any]) -> Sampling:

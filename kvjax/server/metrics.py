@@ -29,6 +29,7 @@ class Metrics(Collector):
         self.requests = counter("kvjax_requests", "Requests that have ended, by how", ["reason"])
         self.refused = counter("kvjax_refused", "Requests that were answered by an error, by its status", ["status"])
         self.prompt_tokens = counter("kvjax_prompt_tokens", "Tokens of prompts that were read")
+        self.cached_tokens = counter("kvjax_cached_tokens", "Tokens of contexts that prompts followed")
         self.new_tokens = counter("kvjax_generated_tokens", "Tokens that were generated")
         self._queue = seconds("kvjax_queue_seconds", "Until a prompt began to be read")
         self._read = seconds("kvjax_read_seconds", "From then to the first token")
@@ -47,6 +48,7 @@ class Metrics(Collector):
             self._queue.observe(later[0] - submitted)
         if len(later) > 1:
             self.prompt_tokens.inc(len(request.prompt))
+            self.cached_tokens.inc(len(request.whole) - len(request.prompt))
             self._read.observe(later[1] - later[0])
             self._first.observe(later[1] - submitted)
             if (most := max(len(choice.tokens) for choice in request.choices)) > 1:
@@ -63,11 +65,19 @@ class Metrics(Collector):
         for name, help_, counts in (
             ("kvjax_pages", "Pages of each tier of the cache", load.pages),
             ("kvjax_pages_promised", "Of these, to requests that are read or decode", load.promised),
+            ("kvjax_context_pages", "Pages of each tier of contexts, then of what follows them", load.context_pages),
+            ("kvjax_context_pages_promised", "Of these, to contexts and requests", load.context_promised),
         ):
             pages = gauge(name, help_, labels=["tier"])
             for i, count in enumerate(counts):
                 pages.add_metric([str(i)], count)
             yield pages
+        yield gauge("kvjax_contexts", "Contexts that are kept, or are being read", load.contexts)
+        yield gauge("kvjax_contexts_most", "Contexts that there are places for", load.most_contexts)
+        yield gauge("kvjax_context_tokens", "Tokens of the contexts", load.context_tokens)
+        yield gauge(
+            "kvjax_context_cache_bytes", "Allocated for contexts and what follows them", load.context_cache_bytes
+        )
         yield gauge("kvjax_cache_bytes", "Allocated for the cache of all seats", load.cache_bytes)
         full = full_bytes(model, [self._engine.max_length] * load.seats)
         yield gauge(

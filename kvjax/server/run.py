@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         _say(
             f"{service.name} at http://{_address(host)}:{port}/v1, {engine.cache_bytes:,} bytes of cache"
             f" and up to {engine.reading_bytes:,} of prompts that are read"
+            + (f", {engine.context_cache_bytes:,} of contexts" if engine.contexts else "")
         )
         Server(config(service), service, args.drain).run([bound])
     if engine.error is not None:
@@ -110,7 +111,8 @@ def _engine(args: argparse.Namespace) -> Engine:
     _say(f"compiling for {method}, {args.seats} seats of {length} tokens")
     return Engine(
         model, method, args.budget, seats=args.seats, max_length=length, max_new_tokens=args.max_new_tokens,
-        cache=args.cache, stall=args.stall, queue=args.max_queue,
+        cache=args.cache, stall=args.stall, queue=args.max_queue, contexts=args.contexts,
+        context_cache=args.context_cache, after_context=min(args.after_context, length),
     )  # fmt: skip
 
 

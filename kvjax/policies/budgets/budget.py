@@ -25,6 +25,7 @@ class Amounts(NamedTuple):
 
     keep: int | Fraction | None = None  # of a prompt, per row; None = the method has no budget, or the model decides
     decoding: int | Fraction | None = None  # while decoding; None = no bound, or that of the prompt
+    most: int | Fraction | None = None  # of a prompt, for shapes; None = `keep`
 
     @property
     def bounded(self) -> bool:
@@ -95,17 +96,18 @@ def parse_keep(keep: Keep, name: str = "budget") -> int | Fraction:
     else:
         raise InputError(f"{name} {keep!r} is not a number of tokens (512) or a kept fraction (20%)")
     if amount <= 0:
-        raise InputError(f"{name} {_show(amount)} keeps nothing: give at least 1 token or more than 0%")
+        raise InputError(f"{name} {show(amount)} keeps nothing: give at least 1 token or more than 0%")
     if isinstance(amount, Fraction):
         if amount > 1:
-            raise InputError(f"{name} {_show(amount)} is more than the whole prompt: give at most 100%")
+            raise InputError(f"{name} {show(amount)} is more than the whole prompt: give at most 100%")
         return amount.limit_denominator(10_000) or Fraction(1, 10_000)
     if amount > LARGEST:
-        raise InputError(f"{name} {_show(amount)} is more than any cache holds: give at most {LARGEST}")
+        raise InputError(f"{name} {show(amount)} is more than any cache holds: give at most {LARGEST}")
     return amount
 
 
-def _show(keep: int | Fraction) -> str:
+def show(keep: int | Fraction) -> str:
+    """A budget for people."""
     return f"{keep} tokens" if isinstance(keep, int) else f"{float(keep * 100):g}%"
 
 
@@ -168,7 +170,7 @@ def check(budget: Budget, given: Amounts, num_layers: int, length: int) -> None:
 
 
 def _less(first: int | Fraction, later: int | Fraction) -> InputError:
-    return InputError(f"decode_budget {_show(later)} is less than the budget {_show(first)}: give at least as much")
+    return InputError(f"decode_budget {show(later)} is less than the budget {show(first)}: give at least as much")
 
 
 @functools.cache
