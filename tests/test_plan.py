@@ -13,6 +13,7 @@ import kvjax
 from kvjax import methods
 from kvjax.checkpoint import shipped
 from kvjax.cli import command
+from kvjax.engine import capacity
 from kvjax.errors import InputError
 from kvjax.generation import prefill
 from kvjax.generation.allocate import init_cache
@@ -216,6 +217,36 @@ ALL = ["--model", str(shipped.directory()), "--chip", "T4", "--estimate", "--con
 ALL += ["--all-methods", "--store", "int4"]
 
 
+SERVE = ["--serve", "--model", "llama-3-8b", "--context", 8192, "--new-tokens", 512]
+
+
+def test_a_plan_of_a_server_has_the_full_cache_beside_it(capsys):
+    """Half the memory that is left for the cache is half the requests; without another a chip has its own."""
+    rooms = lambda *flags: run_json(capsys, *SERVE, "--method", "h2o", "--budget", "20%", *flags)["serving"]
+    full, h2o = rooms("--memory", "64GB")
+    assert (full["method"], h2o["method"]) == ("full", "h2o") and 4 < h2o["at_once"] / full["at_once"] < 6
+    for each in (full, h2o):
+        assert each["weights"] + each["reading"] + each["cache"] < 64e9
+        assert all(n * each["at_once"] <= size for n, size in zip(each["promised"], each["pages"], strict=True))
+        assert 0.95 * each["seats"] <= each["at_once"] <= each["seats"]
+    half = 64e9 - (64e9 - full["weights"] - full["reading"]) / 2
+    assert rooms("--memory", f"{int(half)}")[0]["seats"] == pytest.approx(full["seats"] / 2, abs=1)
+    assert rooms("--chip", "t4")[0]["seats"] == 0 < rooms("--chip", "h200")[0]["seats"]
+    main([*map(str, SERVE), "--memory", "64GB"])
+    assert f"{full['seats']} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["full", "h2o", "mikv"])
+def test_as_many_requests_fit_as_an_engine_has_pages_for(method):
+    """The formula, and what is counted of an engine's arrays."""
+    model, recipe = kvjax.load(), methods.make(method, None if method == "full" else "20%")
+    one, size = capacity.kind_of(model.decoder, recipe, 1, 1024), capacity.Asked(600, 100)
+    limit = 20 * one.nbytes(one.longest)
+    count = capacity.at_once(one, limit, size)
+    held = lambda seats: capacity.holds(model.decoder, recipe, seats, 1024, limit, size)
+    assert count > 20 and held(count - 1) == count - 1 and held(count + 2) < count + 2
+
+
 def test_a_table_of_all_methods_and_a_picture(tmp_path, capsys):
     picture = tmp_path / "plan.png"
     found = run_json(capsys, *ALL, "--out", picture)
@@ -267,6 +298,10 @@ def test_a_hub_id_is_looked_up_in_the_cache_then_among_known_shapes(tmp_path, mo
         "unknown method 'h3o'": [*LLAMA, "--method", "h3o"],
         "kernels=tpu cannot run on H200": [*LLAMA, "--kernels", "tpu"],
         "pictures are PNG files": [*LLAMA, "--out", "plan.svg"],
+        "--memory is for --serve": [*LLAMA, "--memory", "1GB"],
+        "--longest 5 is less than": [*LLAMA, "--serve", "--longest", "5"],
+        "leave --mesh and --out out": [*LLAMA, "--serve", "--mesh", "data=1"],
+        "--seats 0 is not": [*LLAMA, "--serve", "--seats", "0"],
         "this model has no gate": [*LLAMA, "--method", "dmc"],
     }.items(),
 )

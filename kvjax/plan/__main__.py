@@ -4,8 +4,8 @@ import argparse
 
 from kvjax.cli import command
 from kvjax.errors import InputError
-from kvjax.plan import aot
-from kvjax.plan.chips import Chip, find
+from kvjax.plan import aot, chips
+from kvjax.plan.chips import Chip
 from kvjax.plan.flags import PROG, parse
 from kvjax.plotting import check_picture
 
@@ -14,7 +14,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     argv = command.given(argv)
     args = parse(argv)
-    chip = find(args.chip)
+    chip = chips.chosen(args.chip, args.memory)
+    if args.serve:
+        from kvjax.plan import serving
+
+        serving.run(args, chip)
+        return
     check(args, chip)
     from kvjax.plan import planning
 

@@ -64,3 +64,12 @@ def find(name: str) -> Chip:
     if name.lower() not in CHIPS:
         raise unknown("chip", name, CHIPS)
     return CHIPS[name.lower()]
+
+
+def chosen(name: str | None, memory: int | None) -> Chip:
+    """A chip, or as much memory [bytes] of it as is said; without a name, of one of which nothing else is known."""
+    if name is None:
+        assert memory is not None
+        return Chip("a device", memory, memory, 0, 0, None)
+    chip = find(name)
+    return chip if memory is None else chip._replace(memory=memory, usable=memory)

@@ -29,6 +29,12 @@ def parser() -> command.Parser:
     p.add_argument("--chip", metavar="NAME", help=f"one of {', '.join(CHIPS)}")
     p.add_argument("--context", type=int, default=CONTEXT, metavar="N", help=f"prompt tokens (default: {CONTEXT})")
     p.add_argument("--new-tokens", type=int, default=1024, metavar="N", help="generated tokens (default: 1024)")
+    p.add_argument(
+        "--serve", action="store_true", help="how many such requests a server runs at once, by formula: see --longest"
+    )
+    p.add_argument("--longest", type=int, metavar="N", help="tokens of its longest request (default: of these)")
+    p.add_argument("--seats", type=int, default=1024, metavar="N", help="most requests at once (default: 1024)")
+    p.add_argument("--memory", metavar="24GB", help="usable bytes, with --serve: instead of the chip's")
     p.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default: 1)")
     add_method_flags(p, method="full")
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache (default: bfloat16)")
@@ -61,10 +67,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = command.parse(parser(), argv)
     if args.batch % devices(args).data:
         raise InputError(f"--batch {args.batch} cannot be split over the devices of --mesh {args.mesh}")
+    if args.memory is not None and not args.serve:
+        raise InputError("--memory is for --serve: other plans are for a --chip")
     for name, known in {"model": NAMED, "chip": CHIPS}.items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and (name == "model" or args.memory is None):
             raise InputError(f"--{name} is missing: for example --{name} {next(iter(known))}")
     command.check_numbers(args, context=LARGEST, new_tokens=LARGEST, batch=command.MOST_SEQUENCES)
+    if args.serve:
+        check_serving(args)
     if args.all_methods and args.method is not None:
         raise InputError(f"--all-methods plans --method {args.method} too: leave one of them out")
     if args.estimate and args.exact:
@@ -72,6 +82,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.estimate and args.verify:
         raise InputError("--estimate compiles nothing: leave --verify out")
     return args
+
+
+def check_serving(args: argparse.Namespace) -> None:
+    """Raise `InputError` for what a plan of a server does not have."""
+    if args.mesh is not None or args.out is not None:
+        raise InputError("--serve plans one device, as a table: leave --mesh and --out out")
+    command.check_numbers(args, seats=command.MOST_SEQUENCES)
+    if args.longest is not None and args.longest < args.context + args.new_tokens:
+        raise InputError(f"--longest {args.longest} is less than --context and --new-tokens together")
+    args.memory = None if args.memory is None else command.read_bytes(args.memory, "--memory")
 
 
 def devices(args: argparse.Namespace) -> Size:
