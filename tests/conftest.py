@@ -3,6 +3,7 @@
 Compiling takes most of the time, so nothing is optimized, here and in the processes that tests start.
 """
 
+import functools
 import gc
 import importlib.metadata
 import json
@@ -10,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes may share a GPU
@@ -25,6 +27,7 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
+from jax._src.interpreters import mlir
 from safetensors.numpy import load_file, save_file
 
 from tests.lib import strict
@@ -40,6 +43,9 @@ from kvjax.checkpoint import shipped
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+# JAX loads all of MLIR's dialects anew for each program, a third of what a small one takes: those of a test share them.
+_dialects = functools.lru_cache(maxsize=8)(lambda thread, make=mlir.make_ir_context: make())
+mlir.make_ir_context = lambda: _dialects(threading.get_ident())
 # In one process; each takes some thirty mappings of memory, of which the system allows 65,530.
 _programs = compilation.few_programs(most=1000)
 _forget_if_many = _programs.__enter__()
@@ -75,6 +81,7 @@ def forget_programs(request: pytest.FixtureRequest):
         jax.config.update("jax_disable_most_optimizations", quickly)
         jax.clear_caches()
     _forget_if_many()
+    _dialects.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -22,14 +22,10 @@ from kvjax.evaluation.harness_arguments import GenerationArguments, cut_at, read
 from kvjax.generation.sampling import Sampling
 from kvjax.policies.base import Recipe
 from kvjax.tasks import lines
+from tests.lib.later import Later
 from tests.lib.matrix import reference
 
-lm_eval = pytest.importorskip("lm_eval")
-
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
-
-from kvjax.evaluation.harness import HarnessModel  # noqa: E402
+lm_eval, harness = Later("lm_eval"), Later("kvjax.evaluation.harness")
 
 ROOT = Path(__file__).parent.parent
 DOCS, TOKENS, CHOICES = 5, 70, 3
@@ -97,7 +93,7 @@ def evaluate(tasks: Path, model_args: str, *names: str) -> dict:
     """lm_eval's results for all tasks, in batches that do not come out even."""
     found = lm_eval.simple_evaluate(
         "kvjax", f"dtype=float32,{model_args}", [f"kvjax_{name}" for name in names or REQUESTS], batch_size=8,
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False), bootstrap_iters=0,
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False), bootstrap_iters=0,
     )  # fmt: skip
     assert found is not None
     return found
@@ -213,19 +209,19 @@ def test_the_command_line(tasks, tmp_path):
     assert (cache["method"], cache["budget"], cache["window"]) == ("snapkv", "50%", 4)
 
 
-def request(kind: str, *arguments) -> list[Instance]:
-    return [Instance(kind, {}, arguments, 0)]
+def request(kind: str, *arguments) -> list:
+    return [lm_eval.api.instance.Instance(kind, {}, arguments, 0)]
 
 
 @pytest.fixture(scope="module")
-def chat(tmp_path_factory) -> HarnessModel:
+def chat(tmp_path_factory):
     """The demo model with a chat template."""
     folder, source = tmp_path_factory.mktemp("chat"), Path(shipped.directory())
     for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors"):
         (folder / name).symlink_to(source / name)
     config = json.loads((source / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return HarnessModel(str(folder), dtype="float32")
+    return harness.HarnessModel(str(folder), dtype="float32")
 
 
 def test_a_chat_template_writes_the_first_token_itself(chat):
@@ -251,8 +247,8 @@ def test_an_empty_context_is_the_first_token(chat):
 def test_repeats_of_a_sampled_request_differ_and_the_run_can_be_repeated_in_other_batches():
     asked = {"do_sample": True, "temperature": 3.0, "max_gen_toks": 4}
     requests = request("generate_until", "acorn: 217 130\n! ", asked) * 3
-    again = HarnessModel(dtype="float32", batch_size=2)
-    first, second = (m.generate_until(requests, disable_tqdm=True) for m in (HarnessModel(dtype="float32"), again))
+    models = harness.HarnessModel(dtype="float32"), harness.HarnessModel(dtype="float32", batch_size=2)
+    first, second = (model.generate_until(requests, disable_tqdm=True) for model in models)
     assert first == second
     assert len(set(first)) > 1
 
@@ -307,11 +303,11 @@ def test_generation_arguments_that_cannot_be_met(arguments, message):
 )
 def test_model_arguments_that_cannot_be_met(arguments, message):
     with pytest.raises(InputError, match=message):
-        HarnessModel(**arguments)
+        harness.HarnessModel(**arguments)
 
 
 def test_requests_that_cannot_be_met(chat):
-    small = HarnessModel(dtype="float32", max_length=4)
+    small = harness.HarnessModel(dtype="float32", max_length=4)
     with pytest.raises(InputError, match="a continuation has 6 tokens, at most 4 can be scored"):
         small.loglikelihood(request("loglikelihood", "acorn:", " 217 130 217 130 217 130"))
     with pytest.raises(InputError, match="max_gen_toks=256 leaves no room for a prompt in 4 tokens"):
@@ -324,5 +320,5 @@ def test_requests_that_cannot_be_met(chat):
 
 def test_lm_eval_finds_the_class_that_the_package_names():
     entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lm_eval.models"]["kvjax"]
-    assert importlib.metadata.EntryPoint("kvjax", entry, "lm_eval.models").load() is HarnessModel
-    assert lm_eval.api.registry.get_model("kvjax") is HarnessModel
+    assert importlib.metadata.EntryPoint("kvjax", entry, "lm_eval.models").load() is harness.HarnessModel
+    assert lm_eval.api.registry.get_model("kvjax") is harness.HarnessModel

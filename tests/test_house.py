@@ -98,24 +98,24 @@ def test_the_design_names_no_file_that_is_not_there() -> None:
         assert any(file.endswith(f"/{name}") for file in files), name
 
 
-def walk(method: str) -> tuple[dict[str, list[str]], list[str]]:
+def walk(method: str, model: Path) -> tuple[dict[str, list[str]], list[str]]:
     """What `tests.lib.walk` prints, in a process of its own: what was compiled before is not walked through."""
-    command = [sys.executable, "-m", "tests.lib.walk", method]
+    command = [sys.executable, "-m", "tests.lib.walk", method, str(model)]
     lines = subprocess.run(command, cwd=ROOT.parent, check=True, capture_output=True, text=True).stdout.splitlines()
     *files, hops, _ = lines
     return {file: names.split(", ") for file, names in (line.split(": ", 1) for line in files)}, hops.split(" -> ")
 
 
-def test_the_walk_of_a_token_goes_where_the_design_says() -> None:
+def test_the_walk_of_a_token_goes_where_the_design_says(shallow) -> None:
     steps = re.findall(r"^\| \d+ \| `([\w/.]+)` \| (.*?) \|", design(), re.MULTILINE)
     assert len(steps) > 20
-    walked, _ = walk("h2o")
+    walked, _ = walk("h2o", shallow)
     for file, functions in steps:
         assert set(re.findall(r"`([\w.]+)`", functions)) <= set(walked[f"kvjax/{file}"]), file
 
 
-def test_a_token_passes_no_more_than_it_did() -> None:
+def test_a_token_passes_no_more_than_it_did(shallow) -> None:
     """Whoever needs more makes room elsewhere, or says here what it is for."""
-    walked, hops = walk("snapkv+kernels=xla")  # as on a machine without a C++ compiler
+    walked, hops = walk("snapkv+kernels=xla", shallow)  # as on a machine without a C++ compiler
     assert len(walked) <= 48 and sum(map(len, walked.values())) <= 214, "python -m tests.lib.walk snapkv+kernels=xla"
     assert hops == ["_decode_layer", "decode_attention", "decode_attention"]  # the cache's, the kernel's

@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.special
-import scipy.stats
+import scipy  # its parts are imported as they are used
 
 import kvjax
 from kvjax import METHODS, methods

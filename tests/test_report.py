@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
+import scipy  # its parts are imported as they are used
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console

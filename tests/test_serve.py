@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
-import openai
 import pytest
 
 import kvjax
@@ -23,6 +21,9 @@ from kvjax.errors import InputError
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.server import app, bodies, run
 from kvjax.server.app import Service
+from tests.lib.later import Later
+
+httpx, openai = Later("httpx"), Later("openai")
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}assistant:"
 LENGTH, SEATS, QUEUE = 1024, 2, 4
@@ -65,7 +66,7 @@ def url(engine) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def client(url: str) -> Iterator[openai.OpenAI]:
+def client(url: str) -> Iterator:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         yield client
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +13,12 @@ from kvjax.generation.model import Model
 from kvjax.models import rope
 from kvjax.models.decoder import forward
 from kvjax.models.hf_config import parse_config
+from tests.lib.later import Later
 from tests.lib.matrix import slow
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # theirs
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+torch, transformers = Later("torch"), Later("transformers")
+llama, phi3 = (Later(f"transformers.models.{name}.modeling_{name}") for name in ("llama", "phi3"))
+mxfp4_theirs = Later("transformers.integrations.mxfp4")
 
 MODELS = {
     "llama": "Llama",
@@ -110,7 +107,7 @@ def test_rotary_tables_agree(parameters, length):
     fields = {"hidden_size": 256, "num_attention_heads": 2, "max_position_embeddings": 8192}
     theirs = transformers.LlamaConfig(**fields, rope_parameters={"rope_theta": 1e4} | parameters)
     pos = np.unique(np.linspace(0, length - 1, 50).astype(int))
-    cos, sin = LlamaRotaryEmbedding(theirs)(torch.zeros(1), torch.tensor(pos)[None])
+    cos, sin = llama.LlamaRotaryEmbedding(theirs)(torch.zeros(1), torch.tensor(pos)[None])
     spec = parse_config({"model_type": "llama", "rope_parameters": parameters} | fields)
     ours = rope.rotation(spec.rope, spec.head_dim, jnp.asarray(length)).angles(jnp.asarray(pos))
     for mine, other in zip(ours, (cos, sin), strict=True):
@@ -196,7 +193,7 @@ def test_rotary_tables_of_heads_that_turn_in_part_agree(kind, inside, length):
         fields |= outer | {"rope_parameters": {name: block[name] for name in block.keys() - outer.keys()}}
     theirs = transformers.Phi3Config(**json.loads(json.dumps(fields)))
     pos = np.arange(length)
-    cos, sin = Phi3RotaryEmbedding(theirs)(torch.zeros(1), torch.tensor(pos)[None])
+    cos, sin = phi3.Phi3RotaryEmbedding(theirs)(torch.zeros(1), torch.tensor(pos)[None])
     spec = parse_config({"model_type": "phi3"} | fields)
     ours = rope.rotation(spec.rope, spec.head_dim, jnp.asarray(length)).angles(jnp.asarray(pos))
     assert ours[0].shape == (length, 6 if kind == "longrope" else 2)
@@ -205,12 +202,10 @@ def test_rotary_tables_of_heads_that_turn_in_part_agree(kind, inside, length):
 
 
 def test_mxfp4_is_read_as_transformers_reads_it():
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (3, 6, 2, 16), dtype=np.uint8)
     scales = rng.integers(120, 135, (3, 6, 2), dtype=np.uint8)
-    expected = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32)
+    expected = mxfp4_theirs.convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32)
     np.testing.assert_array_equal(mxfp4.numbers(blocks, scales).astype(np.float32), expected.numpy())
 
 

@@ -1,6 +1,6 @@
 """What one `generate` walks through: files and named functions of ours, tracing included.
 
-    python -m tests.lib.walk [METHOD]
+    python -m tests.lib.walk [METHOD [CHECKPOINT]]
 
 Lambdas, comprehensions and closures are counted apart; bodies of modules and classes are not.
 """
@@ -27,9 +27,9 @@ class Walk(NamedTuple):
     hops: list[str]  # from a layer's decode step to the kernel
 
 
-def walk(method: str) -> Walk:
-    """One `generate`."""
-    model, found, hops = kvjax.load(), dict[str, list[str]](), list[str]()
+def walk(method: str, checkpoint: str | None = None) -> Walk:
+    """One `generate`; None = the demo model."""
+    model, found, hops = kvjax.load(checkpoint), dict[str, list[str]](), list[str]()
 
     def note(frame: FrameType, event: str, argument: object) -> None:
         code = frame.f_code
@@ -55,7 +55,7 @@ def callers(frame: FrameType | None, last: str) -> Iterator[str]:
 
 
 def main() -> None:
-    found, hops = walk(sys.argv[1] if len(sys.argv) > 1 else "snapkv")
+    found, hops = walk(*sys.argv[1:] or ["snapkv"])
     named = {path: [name for name in names if "<" not in name] for path, names in found.items()}
     for path, names in sorted(named.items()):
         print(f"{path}: {', '.join(names)}")
