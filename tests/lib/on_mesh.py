@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
+from kvjax.cache.layout import Cache
 from kvjax.generation import decode, sampling
 from kvjax.generation.allocate import init_cache
 from kvjax.generation.generate import check_recipe
@@ -55,6 +56,15 @@ def judge(decoder: Decoder, recipe: Recipe) -> list[float]:
     judged, _ = model.log_likelihood(prompts, after, recipe)
     far, _ = model.divergence(prompts, after, recipe, reference=model.references(prompts, after))
     return np.concatenate([*(j.logprobs for j in judged), *far]).tolist()
+
+
+def fullest(cache: Cache) -> float:
+    """The largest part of all slots in filled pages that one device holds."""
+    held = collections.Counter()
+    for tier in (tier for tiers in cache for tier in tiers):
+        for shard in tier.length.addressable_shards:
+            held[shard.device.id] += int((-(-np.asarray(shard.data) // tier.page)).sum()) * tier.page
+    return max(held.values()) / sum(held.values())
 
 
 def collectives(model: Decoder, recipe: Recipe) -> dict[str, int]:
@@ -99,7 +109,7 @@ def main() -> None:
         found = {
             "method": entry, "tokens": tokens(got), "expected": tokens(want), "slots": got.slots,
             "expected_slots": want.slots, "bytes": want.bytes.total, "device_bytes": got.device_bytes,
-            "arrays": list(arrays.values()),
+            "arrays": list(arrays.values()), "fullest": fullest(got.cache),
         }  # fmt: skip
         print(json.dumps(found), flush=True)
 
