@@ -90,7 +90,7 @@ def test_the_loop_is_traced_once_and_stops_by_sequence(method):
 
 @pytest.mark.parametrize("method", quick([x for x in EVICTING if x in METHODS], ("streaming_llm", "adakv", "d2o")))
 def test_a_fifth_of_the_prompt_is_a_fifth_of_the_bytes(method):
-    network = oracle.random_model(1, dtype=jnp.bfloat16, num_layers=2, head_dim=32)
+    network = oracle.with_gates(oracle.random_model(1, dtype=jnp.bfloat16, num_layers=2, head_dim=32))
     model = Model(network, None, (), "random")
     out = model.generate([text(1500, 0)], methods.make(method, "20%"), max_new_tokens=16)
     budget = out.recipe.budget

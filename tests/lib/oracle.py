@@ -19,6 +19,7 @@ from kvjax.cache import tier as tiers_
 from kvjax.checkpoint import keep_gate
 from kvjax.generation import decode, prefill
 from kvjax.generation.allocate import init_cache
+from kvjax.methods import GUIDED
 from kvjax.models.decoder import Decoder
 from kvjax.parallel import mesh
 from kvjax.spec import Lengths, ModelSpec
@@ -263,7 +264,12 @@ def start(
     chunk: int = prefill.CHUNK,
     platform: str | None = None,
 ):
-    """kvjax's prefill of a padded batch: logits [B V] and the cache, with room for `new` more tokens."""
+    """kvjax's prefill of a padded batch: logits [B V] and the cache, with room for `new` more tokens.
+
+    A model that has no gates is given some where the method needs them.
+    """
+    if recipe.name in GUIDED and all(layer.keep is None for layer in model.layers):
+        model = with_gates(model)
     padded = padded or prefill.padded_length(max(map(len, prompts)))
     tokens = np.full((len(prompts), padded), 3, np.int32)  # padding is not zeros: it must not matter
     for row, prompt in zip(tokens, prompts, strict=True):
