@@ -56,7 +56,7 @@ def parser() -> command.Parser:
     p.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that may wait (default: 256)")
     p.add_argument(
         "--stall", type=float, default=0.1, metavar="S",
-        help="seconds that decoding may wait for prompts to be read, or for one layer of one (default: 0.1)",
+        help="seconds that decoding may wait for prompts; on accelerators at least for a layer of one (default: 0.1)",
     )  # fmt: skip
     p.add_argument(
         "--drain", type=float, default=30.0, metavar="S", help="seconds that SIGTERM leaves to requests (default: 30)"

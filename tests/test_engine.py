@@ -12,6 +12,7 @@ import pytest
 import kvjax
 from kvjax import Sampling, methods
 from kvjax.engine import engine as engines
+from kvjax.engine import reading as readings
 from kvjax.engine.capacity import tiers
 from kvjax.engine.request import ContextsFull, EngineError
 from kvjax.errors import InputError
@@ -294,6 +295,22 @@ def test_a_full_queue_is_said(engine):
     for request in requests:
         request.cancel()
     assert {out.finish_reason for request in requests for out in request.result()} <= {"cancelled", "length"}
+
+
+def test_a_long_layer_stops_nobody(engine, monkeypatch):
+    """Nor does who is cancelled while it is read wait for it."""
+    held, goes_on, read = threading.Event(), threading.Event(), readings._next
+    running = engine.submit([1, 2, 3], max_new_tokens=150, ignore_stop=True)
+    while not running.choices[0].tokens:
+        time.sleep(0.001)
+    monkeypatch.setattr(readings, "_next", lambda parts: (held.set(), goes_on.wait(), read(parts))[-1])
+    gone, later = (engine.submit([4, i], max_new_tokens=2) for i in (5, 6))
+    assert held.wait(60) and not running.done
+    gone.cancel()
+    assert len(running.result()[0].tokens) == 150 and gone.result()[0].finish_reason == "cancelled"
+    assert not later.done
+    goes_on.set()
+    assert len(later.result()[0].tokens) == 2
 
 
 def test_listeners_are_told(engine):

@@ -133,7 +133,7 @@ def test_clients_that_never_read_slow_nobody_down(engine, url):
 
 
 def test_gaps_while_a_long_prompt_is_read(engine):
-    """At most `STALL`, or the time of one layer, and two calls, between tokens of those that decode."""
+    """At most `STALL` and two calls between tokens of those that decode; a call beside a layer takes twice as long."""
     ask = lambda size, new, **how: engine.submit([5] * size, max_new_tokens=new, ignore_stop=True, **how)
     ask(LENGTH - 8, 4).result()
     began, before = time.monotonic(), engine.load.read_s
@@ -158,7 +158,7 @@ def test_gaps_while_a_long_prompt_is_read(engine):
     gaps, step = sorted(gaps), sorted(step)
     worst, usual = gaps[int(0.99 * len(gaps))], step[int(0.99 * len(step))]
     print(f"p99 gap {worst:.3f} s, call {usual:.3f} s, layer {layer:.3f} s; {time.monotonic() - began:.1f} s in all")
-    assert worst < max(STALL, 2 * layer) + 2 * usual
+    assert worst < STALL + 4 * usual
 
 
 def test_nothing_is_compiled_by_any_request(engine, url):

@@ -1,10 +1,10 @@
 """An engine: requests that join and leave while others decode."""
 
-import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -13,18 +13,17 @@ import numpy as np
 from jax import Array
 
 from kvjax.cache.layout import Cache
-from kvjax.engine import capacity, programs
+from kvjax.engine import capacity, programs, reading
 from kvjax.engine.lane import Lane, Shelf
+from kvjax.engine.reading import Reading
 from kvjax.engine.request import Choice, EngineError, Kept, QueueFull, Rank, Request
 from kvjax.engine.schedule import READERS
 from kvjax.errors import InputError
-from kvjax.generation import decode, prefill, stopping
-from kvjax.generation import generate as generating
+from kvjax.generation import decode, stopping
 from kvjax.generation import sampling as choosing
 from kvjax.generation.checks import check_options, check_texts
 from kvjax.generation.context import check_askable
 from kvjax.generation.model import Model, encode_continuation, encode_prompt, not_finite
-from kvjax.generation.prefill import padded_length
 from kvjax.generation.sampling import Sampling
 from kvjax.generation.stopping import Stops
 from kvjax.methods import resolve
@@ -33,7 +32,6 @@ from kvjax.policies.budgets.budget import Keep
 from kvjax.policies.layers import asking
 from kvjax.spec import Lengths
 
-AT_ONCE = 16  # tokens after a context that are read in one call
 PAUSE = 0.05  # seconds that an idle engine sleeps at most, in case nobody wakes it
 
 
@@ -58,34 +56,11 @@ class Load(NamedTuple):
     context_cache_bytes: int = 0
 
 
-@dataclasses.dataclass
-class _Reading:
-    """A prompt that is being read."""
-
-    request: Request
-    seats: list[int]
-    parts: Generator[Array, None, tuple[Array, Cache]]
-    left: int  # parts
-    size: int  # of each, in tokens and layers
-
-    @property
-    def work(self) -> int:
-        return self.left * self.size
-
-
 def _check_positive(**numbers: int) -> None:
     """Raise `InputError` for what is no number of things."""
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise InputError(f"{name} {number} is not a whole number above 0")
-
-
-def _next(parts: Generator[Array, None, tuple[Array, Cache]]) -> Array | tuple[Array, Cache]:
-    """The next part's output; behind the last one, what the prompt has come to."""
-    try:
-        return next(parts)
-    except StopIteration as done:
-        return done.value
 
 
 def _rank(said: decode.Ranked) -> Rank:
@@ -107,7 +82,7 @@ class Engine:
       max_length: most tokens of a sequence, new ones included.
       max_new_tokens: of a request that does not say how many it wants.
       cache: bytes of the pools that all seats share; None = as many as the longest sequences in all seats need.
-      stall: seconds that decoding may wait for prompts to be read, or as long as one layer takes.
+      stall: seconds that decoding may wait for prompts to be read; where a device runs programs in order, a layer.
       steps: tokens that each sequence decodes in a call.
       queue: most requests that may wait.
       contexts: that may be kept at a time, see `read`; each request for one has a seat beside those of others.
@@ -168,9 +143,10 @@ class Engine:
         self._lanes, self._shelf, self.context_cache_bytes = [self._main], None, 0
         if contexts:
             self._keep_contexts(contexts, context_cache, after_context)
-        self._reading: list[_Reading] = []
+        self._reading: list[Reading] = []
         self._requests: dict[int, Request] = {}
         self._kept: dict[int, Kept] = {}
+        self._reader = ThreadPoolExecutor(1, "kvjax-reader")  # of prompts, into caches of their own
         self._work = threading.Condition()
         self._closing = False
         self._error: BaseException | None = None
@@ -428,6 +404,7 @@ class Engine:
         except BaseException as error:  # the cache is lost with the program that failed
             self._error = error
         finally:
+            self._reader.shutdown(wait=False)
             with self._work:
                 self._closing = True
                 left, self._requests = list(self._requests.values()), {}
@@ -457,63 +434,52 @@ class Engine:
             key, seats = found
             request = self._requests[key]  # pyright: ignore[reportArgumentType]
             request.times.append(time.monotonic())
-            self._reading.append(self._begin(request, seats))
+            kind = self._lane_of(request).kind
+            if self._shelf is None or request.context is None:
+                self._reading.append(reading.begin(self.model, kind, request, seats, self.max_length))
+            else:
+                self._reading.append(reading.follow(self.model, kind, request, seats, self._shelf))
 
     def _waits_since(self, lane: Lane) -> float:
         waiting = lane.schedule.waiting
         return self._requests[waiting[0].key].times[0] if waiting else 0.0  # pyright: ignore[reportArgumentType]
 
-    def _begin(self, request: Request, seats: list[int]) -> _Reading:
-        if request.context is not None:
-            parts, size = -(-len(request.prompt) // AT_ONCE), AT_ONCE * self._spec.num_layers
-            return _Reading(request, seats, self._follow(request, request.context), parts, size)
-        cache = self._main.kind.one(len(request.prompt), request.limit, request.amounts)
-        tokens = jnp.asarray(generating.pad([request.prompt], padded_length(self.max_length)))
-        length = jnp.asarray([len(request.prompt)], jnp.int32)
-        layers = prefill.prefill_by_layer(self.model.decoder, self.recipe, tokens, length, cache, fit=False)
-        return _Reading(request, seats, layers, self._spec.num_layers, len(request.prompt))
-
-    def _follow(self, request: Request, context: Kept) -> Generator[Array, None, tuple[Array, Cache]]:
-        """Read what follows a context, some tokens at a time."""
-        assert self._shelf is not None and context.logits is not None
-        kind, logits = self._lanes[1].kind, context.logits
-        cache, at, rest = kind.one(0, 0, request.amounts), len(context.tokens), request.prompt
-        for start in range(0, len(rest), AT_ONCE):
-            some = rest[start : start + AT_ONCE]
-            length, count = (jnp.asarray([n], jnp.int32) for n in (at + start, len(some)))
-            logits, cache, _ = decode.feed(
-                self.model.decoder, cache, logits, jnp.asarray(generating.pad([some], AT_ONCE)), length, count, (),
-                self._shelf.rows([context.place.index]), recipe=kind.recipe.structure,
-            )  # fmt: skip
-            yield logits
-        return logits, cache
-
     def _read(self) -> None:
-        """Parts of the prompts that have the least left, for as long as others may wait."""
+        """Parts of the prompts that have the least left, for as long as others may wait.
+
+        A part that takes longer goes on while they decode, on devices that run two threads' programs side by side.
+        """
         start = time.monotonic()
         while self._reading:
             began = time.monotonic()
-            reading = min(self._reading, key=lambda each: each.work)
-            read = jax.block_until_ready(_next(reading.parts))
-            self._seconds[0] += time.monotonic() - began
-            if isinstance(read, tuple):
-                self._reading.remove(reading)
-                self._has_read(reading, *read)
+            first = next((each for each in self._reading if each.under_way), None)
+            first = first or min(self._reading, key=lambda each: each.work)
+            part = first.next(self._reader, max(start + self._stall - began, 0.0) if self._busy else None)
+            if part is None:
+                break
+            if isinstance(part, tuple):
+                self._reading.remove(first)
+                self._has_read(first, *part)
             else:
-                reading.left -= 1
+                first.left -= 1
             now = time.monotonic()
-            if any(lane.decoding for lane in self._lanes) and now - start + (now - began) > self._stall:
-                return
+            if self._busy and now - start + (now - began) > self._stall:
+                break
             self._admit()
             if any(each.request.cancelled for each in self._reading):
-                return
+                break
+        self._seconds[0] += time.monotonic() - start
 
-    def _has_read(self, reading: _Reading, logits: Array, cache: Cache) -> None:
+    @property
+    def _busy(self) -> bool:
+        return any(lane.decoding for lane in self._lanes)
+
+    def _has_read(self, read: Reading, logits: Array, cache: Cache) -> None:
         """A context is put where requests find it; any other prompt's choices decode."""
-        request = reading.request
+        request = read.request
         kept = self._kept.get(id(request))
         if kept is None:
-            self._seat(reading, logits, cache)
+            self._seat(read, logits, cache)
         elif not np.isfinite(np.asarray(logits)).all():
             request.fail(not_finite(self.model, 0))
         else:
@@ -523,15 +489,15 @@ class Engine:
         request.times.append(time.monotonic())
         self._settle(request)
 
-    def _seat(self, reading: _Reading, logits: Array, cache: Cache) -> None:
+    def _seat(self, read: Reading, logits: Array, cache: Cache) -> None:
         """Choose the first tokens of a prompt that was read, and let its choices decode."""
-        request, lane = reading.request, self._lane_of(reading.request)
+        request, lane = read.request, self._lane_of(read.request)
         length = jnp.asarray([len(request.whole)], jnp.int32)
         marks = np.zeros((1, self._spec.vocab_size), bool)
         marks[0, request.whole] = True
         stop = (*request.stops.ids, *[-1] * self._width)[: self._width]  # the host looks for all of them
         ends, seen = decode.ends(stop, request.limit, 1), jnp.asarray(marks)
-        for i, (seat, choice) in enumerate(zip(reading.seats, request.choices, strict=True)):
+        for i, (seat, choice) in enumerate(zip(read.seats, request.choices, strict=True)):
             sampling = request.sampling._replace(seed=request.sampling.seed + i)
             chooser = choosing.chooser(sampling, 1)
             one = programs.Seats(decode.first_token(logits, cache, length, chooser, ends, seen), chooser, ends)
@@ -612,9 +578,7 @@ class Engine:
         lane = self._lane_of(request)
         for seat in [seat for seat, (other, _) in lane.decoding.items() if other is request]:
             lane.leave(seat)
-        for reading in [each for each in self._reading if each.request is request]:
-            self._reading.remove(reading)
-            reading.parts.close()
+        self._reading = [each for each in self._reading if each.request is not request]
         try:
             for choice in request.choices:
                 choice.finish(reason)

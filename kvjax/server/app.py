@@ -119,7 +119,7 @@ class Service:
         return {
             "model": self.name, "method": self.method, "state": self.state, "since": self.created,
             "max_length": engine.max_length, "load": load._asdict(),
-            "full_bytes": full_bytes(engine.model, [engine.max_length] * load.seats),
+            "seats": engine.seats, "full_bytes": full_bytes(engine.model, [engine.max_length] * engine.seats),
         }  # fmt: skip
 
 

@@ -79,7 +79,7 @@ class Metrics(Collector):
             "kvjax_context_cache_bytes", "Allocated for contexts and what follows them", load.context_cache_bytes
         )
         yield gauge("kvjax_cache_bytes", "Allocated for the cache of all seats", load.cache_bytes)
-        full = full_bytes(model, [self._engine.max_length] * load.seats)
+        full = full_bytes(model, [self._engine.max_length] * self._engine.seats)
         yield gauge(
             "kvjax_full_cache_bytes", "That a full cache of as many sequences of the largest length needs", full
         )

@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
             origins=tuple(args.cors_origin), local=app.is_local(f"//{_address(host)}"), max_body=args.max_body,
             watchdog=args.watchdog,
         )  # fmt: skip
+        bound.listen()  # who reads this line may ask at once
         _say(
             f"{service.name} at http://{_address(host)}:{port}/v1, {engine.cache_bytes:,} bytes of cache"
             f" and up to {engine.reading_bytes:,} of prompts that are read"
