@@ -66,6 +66,19 @@ def read(tier: Tier) -> tuple[Slots, jax.Array, jax.Array]:
     return tiers_.take(view, every), tiers_.positions(view), tiers_.scores(view)
 
 
+reserve, fill = jax.jit(tiers_.reserve, static_argnums=2), jax.jit(tiers_.fill)
+
+
+def write_and_read(*given) -> tuple[Tier, Slots]:
+    """A layer after a `put`, and what it has there; compiled anew."""
+
+    def both(view: Tier, slot, slots: Slots, where):
+        after = tiers_.put(view, slot, slots, where)
+        return after, tiers_.take(after, slot)
+
+    return jax.jit(both)(*given)
+
+
 def pages_for(slots: int) -> int:
     return -(-slots // 8)
 
@@ -200,18 +213,17 @@ def test_tpus_write_and_read_slots_with_their_pages(n, monkeypatch):
     tier = tiers_.init(
         layers=1, batch=2, heads=3, row=256, page=128, slots=1280, widths=(16, 16), store=store, dtype=jnp.float32
     )
-    tier = tiers_.reserve(tier, jnp.asarray([[[256, 129, 1], [128, 256, 0]]], jnp.int32), 256)
+    tier = reserve(tier, jnp.asarray([[[256, 129, 1], [128, 256, 0]]], jnp.int32), 256)
     view = tiers_.layer(tier, 0)
     k, v = (jnp.asarray(rng.normal(size=(2, 3, n, 16)), jnp.float32) for _ in range(2))
-    slots = Slots(*store.encode(k, v, ()), jnp.asarray(rng.integers(0, 50, (2, 3, n)), jnp.int32))
+    slots = Slots(*jax.jit(store.encode)(k, v, ()), jnp.asarray(rng.integers(0, 50, (2, 3, n)), jnp.int32))
     slot = jnp.asarray([[171, 124, 0], [123, 125, 5]])[..., None] + jnp.arange(n)  # the last row has no pages
     where = jnp.asarray([[True, True, False], [True, True, True]])[..., None] & (jnp.arange(n) != 3)
-    expected = tiers_.put(view, slot, slots, where)
-    assert any((leaf != 0).any() for leaf in jax.tree.leaves(expected.k))
-    found = tiers_.take(expected, slot)
+    expected = write_and_read(view, slot, slots, where)
+    assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(expected[0].k))
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))
-    again = tiers_.put(view, slot, slots, where), tiers_.take(expected, slot)
-    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves((expected, found)), strict=True):
+    again = write_and_read(view, slot, slots, where)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -224,15 +236,16 @@ def test_filling_rows_is_putting_their_first_slots(n, pages):
         layers=1, batch=2, heads=3, row=32, page=8, slots=8 * pages, widths=(16, 16), store=store, dtype=jnp.float32
     )
     count = jnp.asarray([[0, 1, 8], [9, 21, 32]], jnp.int32)
-    view = tiers_.layer(tiers_.reserve(tier, count[None], 32), 0)
+    view = tiers_.layer(reserve(tier, count[None], 32), 0)
     k, v = (jnp.asarray(rng.normal(size=(2, 3, n, 16)), jnp.float32) for _ in range(2))
-    slots = Slots(*store.encode(k, v, ()), jnp.asarray(rng.integers(0, 50, (2, 3, n)), jnp.int32))
+    slots = Slots(*jax.jit(store.encode)(k, v, ()), jnp.asarray(rng.integers(0, 50, (2, 3, n)), jnp.int32))
     slot = jnp.broadcast_to(jnp.arange(n), (2, 3, n))
-    put, filled = tiers_.put(view, slot, slots, slot < count[..., None]), tiers_.fill(view, slots, count)
+    put, there = write_and_read(view, slot, slots, slot < count[..., None])
+    filled = fill(view, slots, count)
     np.testing.assert_array_equal(filled.length, put.length)
-    assert pages == 7 or (filled.length == jnp.minimum(count, n)).all()
-    real = np.asarray(slot < put.length[..., None])
-    for a, b in zip(*(jax.tree.leaves(tiers_.take(x, slot)) for x in (put, filled)), strict=True):
+    assert pages == 7 or (np.asarray(filled.length) == np.minimum(count, n)).all()
+    real = np.asarray(slot) < np.asarray(put.length)[..., None]
+    for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(jax.jit(tiers_.take)(filled, slot)), strict=True):
         np.testing.assert_array_equal(np.asarray(a)[real], np.asarray(b)[real])
 
 
