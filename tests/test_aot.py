@@ -62,6 +62,17 @@ def test_every_decode_loop_compiles_and_updates_its_pools_in_place(target, width
         assert line["temp"] < (2e7 if on_xla else own) < line["pool"], line
 
 
+def test_a_loop_over_stacked_layers_copies_none_however_many_there_are():
+    installed("v5e")
+    found = {(line["layers"], line["batch"]): line for line in run("v5e", "tests.lib.aot", "depth", "4", "40")}
+    for batch in (1, 8):
+        few, many = found[4, batch], found[40, batch]
+        assert many["lines"] < 1.1 * few["lines"]
+        assert (
+            many["temp"] < 0.01 * many["arguments"] and many["temp"] < 1.5 * few["temp"]
+        )  # a layer's weights are 31 MB
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", list(whole_step.stated()), ids=lambda step: "-".join(step[:3]))
 def test_a_whole_step_of_a_large_model_takes_what_the_docs_state(step):

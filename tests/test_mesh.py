@@ -46,7 +46,9 @@ COUNTED = ("full", "h2o", "tova", "snapkv")
 @functools.cache
 def quickly() -> tuple[dict[str, dict], str]:
     """What most tests ask, of one process."""
-    return compare("data=2,model=4", "h2o", "mikv", "data=1,model=8", "h2o@demo", *map("count:{}".format, COUNTED))
+    return compare(
+        "data=2,model=4", "h2o", "mikv", "h2o@stacked", "data=1,model=8", "h2o@demo", *map("count:{}".format, COUNTED)
+    )
 
 
 @pytest.mark.parametrize("size", slow(MESHES, ("data=1,model=8", "data=8,model=1")))

@@ -20,13 +20,15 @@ from kvjax.cache.layout import Cache, Tiers, layer_groups, layer_runs, locate
 from kvjax.errors import InputError
 from kvjax.generation import sampling
 from kvjax.models import rope
-from kvjax.models.decoder import Decoder, Layer, one_of
+from kvjax.models.decoder import Decoder, Layer, OneOf
+from kvjax.models.stack import StackedLayers
 from kvjax.parallel import mesh
 from kvjax.parallel.collectives import DATA, add, gather
 from kvjax.parallel.mesh import EVERYWHERE, SEQUENCES, STEPS
 from kvjax.policies.base import Recipe
 from kvjax.policies.layers import layer_recipe, rotates_at_read
 from kvjax.spec import ModelSpec, PyTree, RopeSpec, Token, readable
+from pallas_kernels.implementation import Implementation
 from pallas_kernels.rotation import Rotation
 
 STOPS = 8  # a step of the number of ids that end a text
@@ -105,13 +107,24 @@ def _in_cache(head_dim: int, rotary: RopeSpec, capacity: int, length: Int[Array,
     return rotation._replace(table=(cos[0, 0], sin[0, 0]))
 
 
-def _loops_over_layers(spec: ModelSpec) -> bool:
+def _loops_over_layers(model: Decoder) -> bool:
     """Whether equal layers are a loop, so that however many there are, one is compiled.
 
-    On CPUs, for layers that `one_of` takes. A GPU's host would wait for the index of every layer; TPUs fetch the next
-    layer's weights meanwhile.
+    Where they lie in stacks, and on CPUs those that `OneOf` takes. On GPUs they are unrolled.
     """
-    return mesh.platform() == "cpu" and mesh.in_force() is None and spec.latent is None and spec.experts is None
+    if isinstance(model.layers, StackedLayers):
+        return True
+    plain = model.spec.latent is None and model.spec.experts is None
+    return mesh.platform() == "cpu" and mesh.in_force() is None and plain
+
+
+def _layers_of(model: Decoder, run: Sequence[int], kernels: Implementation | None) -> Callable[[Array | int], Layer]:
+    """The layers of a run, by their number in it."""
+    if isinstance(model.layers, StackedLayers):
+        stack, place = model.layers.find(run[0])
+        return lambda i: stack.at(place + i)
+    layers = [model.layers[index] for index in run]
+    return OneOf(layers, kernels).__getitem__ if len(run) > 1 and _loops_over_layers(model) else layers.__getitem__
 
 
 def decode_step(
@@ -207,13 +220,13 @@ def _read_token(
             x, views = _decode_layer(layer, recipe, spec, index, x, olds, fixed, pos, active)
             return x, tuple(tiers_.with_layer(t, place, *each) for t, *each in zip(tiers, olds, views, strict=True))
 
-        carry, layers = (x, filled[group]), [model.layers[index] for index in run]
-        if len(run) > 1 and _loops_over_layers(spec):
-            body = lambda i, carry, layers=layers, first=first: read(one_of(layers, i), first + i, carry)
+        carry, layer = (x, filled[group]), _layers_of(model, run, recipe.kernels)
+        body = lambda i, carry, layer=layer, read=read, first=first: read(layer(i), first + i, carry)
+        if len(run) > 1 and _loops_over_layers(model):
             carry = jax.lax.fori_loop(0, len(run), body, carry)
         else:
-            for place, layer in enumerate(layers, first):
-                carry = read(layer, place, carry)
+            for i in range(len(run)):
+                carry = body(i, carry)
         x, filled[group] = carry
     return x, tuple(filled)
 

@@ -23,6 +23,7 @@ from kvjax.methods import resolve
 from kvjax.models import small_files
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf_config import Stop, read_generation_config
+from kvjax.models.stack import stacked_where_fast
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.parallel import mesh as meshes
 from kvjax.policies.base import Recipe
@@ -367,6 +368,7 @@ def load_from(
     name = "generation_config.json"
     sampling = choosing.of_config(small_files.read_json(directory, name) or {}, directory / name)
     source = small_files.source(directory, name, "temperature")
+    decoder = stacked_where_fast(decoder)
     return Model(decoder, tokenizer, stop.ids, label, stop.source, sampling, source), directory
 
 

@@ -20,6 +20,7 @@ from kvjax.generation.allocate import allocations_of
 from kvjax.generation.steps import drain
 from kvjax.models import rope
 from kvjax.models.decoder import Decoder, Layer, normed
+from kvjax.models.stack import LayerStack, StackedLayers
 from kvjax.parallel import mesh
 from kvjax.parallel.mesh import EVERYWHERE, ROWS, SEQUENCES
 from kvjax.policies.base import PrefillOutput, Recipe
@@ -104,7 +105,8 @@ def prefill_by_layer(
         more = replayed(tokens.shape[1], recipe.replay) - tokens.shape[1]
         again = _embed(model, jnp.pad(tokens, ((0, 0), (0, more))))
     filled, allocations = list(cache), allocations_of(spec, recipe.structure, groups, length, cache)
-    for index, layer in enumerate(model.layers):
+    for index in range(spec.num_layers):
+        layer, at = find(model, index)
         g, place = locate(groups, index)
         group = groups[g]
         x, filled[g], found, again = _prefill_layer(
@@ -115,6 +117,7 @@ def prefill_by_layer(
             jnp.asarray(group.places[place], jnp.int32),
             jnp.asarray(place, jnp.int32),
             again,
+            at,
             spec=spec,
             recipe=layer_recipe(spec, recipe, index).structure,
             peers=group.peers,
@@ -130,6 +133,14 @@ def prefill_by_layer(
         if fit and own.policy.pool_hooks.shrink is not None:
             filled[g] = _shrink_pool(filled[g], length, own)
     return _last_logits(model, x, length), tuple(filled)
+
+
+def find(model: Decoder, index: int) -> tuple[Layer | LayerStack, Int[Array, ""] | tuple]:
+    """A layer, or the stack that it lies in and its place there."""
+    if not isinstance(model.layers, StackedLayers):
+        return model.layers[index], ()
+    stack, place = model.layers.find(index)
+    return stack, jnp.asarray(place, jnp.int32)
 
 
 def _shrink_pool(tiers: Tiers, length: Int[Array, " B"], recipe: Recipe) -> Tiers:
@@ -157,19 +168,20 @@ def _last_logits(model: Decoder, x: Float[Array, "B T D"], length: Int[Array, " 
 
 
 @mesh.program(
-    (mesh.weights, SEQUENCES, sharding.cache, SEQUENCES, EVERYWHERE, EVERYWHERE, SEQUENCES),
+    (mesh.weights, SEQUENCES, sharding.cache, SEQUENCES, EVERYWHERE, EVERYWHERE, SEQUENCES, EVERYWHERE),
     lambda layer, x, tiers, *_: (SEQUENCES, tiers, ROWS, SEQUENCES),
     static=("spec", "recipe", "peers", "window", "rotary", "chunk"),
     donate=(1, 2, 6),
 )
 def _prefill_layer(
-    layer: Layer,
+    layer: Layer | LayerStack,
     x: Float[Array, "B T D"],
     tiers: Tiers,
     length: Int[Array, " B"],
     index: Int[Array, ""],
     place: Int[Array, ""],
     again: Float[Array, "B Q D"] | tuple = (),
+    at: Int[Array, ""] | tuple = (),
     *,
     spec: ModelSpec,
     recipe: Recipe,
@@ -182,6 +194,8 @@ def _prefill_layer(
 
     `again` is the prompt behind its end, see `kvjax.spec.Probe`: it sees the prompt, which does not see it.
     """
+    if isinstance(layer, LayerStack):
+        layer = layer.at(at)
     pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     rotation, longest = rope.rotation(rotary, spec.head_dim, length[:, None]), jnp.max(length)
     turn = rope.turn(rotary, rotation, pos[:, :, None])

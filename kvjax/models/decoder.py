@@ -16,13 +16,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from kvjax.models import gate as gates
-from kvjax.models import rope
+from kvjax.models import quantized, rope
 from kvjax.models.experts import Experts
 from kvjax.models.keep import KeepGate
-from kvjax.models.quantized import Quantized, finer, matrix, numbers, product, rows
+from kvjax.models.quantized import Quantized, finer, matrix, numbers, rows
 from kvjax.parallel.collectives import HEADS, MODEL, Axes, add, count, gather, look_up, own
 from kvjax.spec import Activation, ExpertSpec, Gate, ModelSpec, WeightFormat
+from pallas_kernels.chosen_product import chosen_product
 from pallas_kernels.decode_attention import KeyExpansion
+from pallas_kernels.implementation import Implementation
 from pallas_kernels.rotation import Rotation
 from pallas_kernels.soft_cap import soft_cap
 
@@ -290,28 +292,35 @@ class Layer(nnx.Module):
 class _Choice:
     """A matrix of one of several layers: `x @ it` is the product with the one that an index names; none is copied."""
 
-    def __init__(self, options: Sequence[Any], index: Int[Array, ""]):
-        self.options, self.index = options, index
+    def __init__(self, options: Sequence[Any], index: Int[Array, ""], kernels: Implementation | None):
+        self.options, self.index, self.kernels = options, index, kernels
 
     def __getitem__(self, key: object) -> "_Choice":
         return self
 
     def __rmatmul__(self, x: Float[Array, "*b inner"]) -> Float[Array, "*b outer"]:
         if isinstance(self.options[0], Quantized):
-            return product(x, self.options, self.index)
-        return jax.lax.switch(self.index, [functools.partial(jnp.matmul, b=option) for option in self.options], x)
+            return quantized.chosen_product(x, self.options, self.index, self.kernels)
+        return chosen_product(x, self.options, self.index, implementation=self.kernels)
 
 
-def one_of(layers: Sequence[Layer], index: Int[Array, ""]) -> Layer:
-    """The layer that an index names among equal ones, for a loop over them: its body is compiled once for all.
+class OneOf:
+    """Equal layers, of which an index names one, for a loop over them: its body is compiled once for all.
 
     Matrices stay where they are, vectors are taken from a stack of all. Layers must not be low-rank, nor have experts.
     """
-    whole = lambda x: isinstance(x, Quantized)
-    leaves, structures = zip(*(jax.tree.flatten(layer, is_leaf=whole) for layer in layers), strict=True)
-    is_vector = lambda x: not whole(x) and x.ndim == 1
-    pick = lambda options: jnp.stack(options)[index] if is_vector(options[0]) else _Choice(options, index)
-    return jax.tree.unflatten(structures[0], [pick(options) for options in zip(*leaves, strict=True)])
+
+    def __init__(self, layers: Sequence[Layer], kernels: Implementation | None):
+        whole = lambda x: isinstance(x, Quantized)
+        leaves, structures = zip(*(jax.tree.flatten(layer, is_leaf=whole) for layer in layers), strict=True)
+        is_vector = lambda x: not whole(x) and x.ndim == 1
+        stacked = lambda x: jnp.concatenate(x).reshape(len(x), -1) if is_vector(x[0]) else x
+        self.options, self.structure = [stacked(x) for x in zip(*leaves, strict=True)], structures[0]
+        self.kernels = kernels
+
+    def __getitem__(self, index: Int[Array, ""]) -> Layer:
+        pick = lambda x: _Choice(x, index, self.kernels) if isinstance(x, tuple) else x[index]
+        return jax.tree.unflatten(self.structure, [pick(x) for x in self.options])
 
 
 class Decoder(nnx.Module):

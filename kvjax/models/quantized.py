@@ -8,6 +8,7 @@ holds the numbers j (low bits) and j + 16. A product reads these halves apart, s
 weights are quantised, and each product is computed in the dtype of its input.
 """
 
+import contextlib
 import functools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -26,6 +27,8 @@ from kvjax.parallel import mesh
 from kvjax.spec import WEIGHT_BITS as BITS
 from kvjax.spec import WEIGHT_GROUP as GROUP
 from kvjax.spec import ModelSpec, WeightFormat
+from pallas_kernels.chosen_product import cpu
+from pallas_kernels.implementation import Implementation, resolve
 
 LEAVES = tuple(f"{of}.{leaf}" for of in ("embedding", "kernel", "kernels") for leaf in ("codes", "scale", "zero"))
 _RANGES = tuple(1 - 0.03 * i for i in range(11))  # of a group's own, that its codes may span
@@ -84,6 +87,17 @@ class Quantized(nnx.Module):
         scale, zero = jnp.expand_dims(scale, axis + 1), jnp.expand_dims(zero, axis + 1)
         places = [(grouped >> jnp.uint8(i)) & jnp.uint8(2**bits - 1) for i in range(0, 8, bits)]
         return [(place.astype(jnp.float32) * scale + zero).astype(dtype).reshape(codes.shape) for place in places]
+
+
+def chosen_product(
+    x: Float[Array, "*b inner"], options: Sequence[Quantized], index: Int[Array, ""], kernels: Implementation | None
+) -> Float[Array, "*b outer"]:
+    """`x @ options[index]` of equal matrices whose inputs are their rows; of the others nothing is read."""
+    if resolve(kernels, cpu=True) == "cpu":
+        parts = [[y[...] for y in (o.codes, o.scale, o.zero) if y is not None] for o in options]
+        with contextlib.suppress(NotImplementedError):
+            return cpu.coded_product(x, parts, index)
+    return product(x, options, index)
 
 
 def product(

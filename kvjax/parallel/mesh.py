@@ -221,6 +221,9 @@ def place_weight(mesh: Mesh | None, path: str, x: np.ndarray) -> jax.Array:
 
 
 def _weight(path: str, shape: Sequence[int], model: int) -> P:
+    *stacked, path = re.split(r"(?:^|\.)stack\.", path)
+    if stacked:  # those of several layers
+        return P(None, *_weight(path, shape[1:], model))
     for pattern, spec in _WEIGHTS:
         if re.search(rf"(^|\.)({pattern})(\.(codes|scale|zero))?$", path):  # a quantised matrix has three
             vocabulary = {"embedding": shape[0], r"head\.kernel": shape[-1]}.get(pattern, model)

@@ -10,12 +10,14 @@ A process of its own for each target, because the plug-ins change what JAX sees.
 import dataclasses
 import functools
 import glob
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -347,9 +349,46 @@ def compile_loops(target: Target, width: int, methods: list[str]) -> None:
             print(json.dumps(line | {"temp": memory.temp_size_in_bytes}), flush=True)
 
 
+def compile_depths(target: Target, counts: list[int]) -> None:
+    """Print a line for the decode loop of so many equal layers in stacks, of one and of eight sequences."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from kvjax.generation import decode, sampling
+    from kvjax.methods import make
+    from kvjax.models.decoder import Decoder
+    from kvjax.models.stack import stacked
+    from kvjax.spec import Lengths, ModelSpec
+
+    recipe, of = make("full", None, {"kernels": "xla"}), lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    for layers, batch in itertools.product(counts, (1, 8)):
+        spec = ModelSpec(
+            vocab_size=1024, embed_dim=1024, num_layers=layers, num_heads=8, num_kv_heads=4, head_dim=128, mlp_dim=4096,
+            max_position=131072,
+        )  # fmt: skip
+        make_model = lambda spec=spec: stacked(Decoder(spec, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(make_model)
+        lengths = Lengths((4000,) * batch, 64, 4096, platform=own(target))
+        cache = jax.eval_shape(functools.partial(init_cache, model, recipe, lengths))
+        chooser = jax.eval_shape(functools.partial(sampling.chooser, sampling.Sampling(), batch))
+        numbers = of(jnp.int32, batch)
+        seen = of(jnp.int32, batch, spec.vocab_size)
+        state = decode.DecodeState(cache, numbers, numbers, of(jnp.bool, batch), numbers, seen)
+        args = model, state, chooser, decode.Ends(of(jnp.int32, batch, 8), numbers)
+        start = time.process_time()
+        compiled = target.compile(decode.decode_loop, *args, recipe=recipe, chunk=16)
+        seconds, memory = time.process_time() - start, compiled.memory_analysis()
+        line = {"layers": layers, "batch": batch, "seconds": seconds, "lines": compiled.as_text().count("\n")}
+        there = {"arguments": memory.argument_size_in_bytes, "temp": memory.temp_size_in_bytes}
+        print(json.dumps(line | there), flush=True)
+
+
 if __name__ == "__main__":
     chosen = Target(sys.argv[1])
-    if sys.argv[2:3] == ["loop"]:
+    if sys.argv[2:3] == ["depth"]:
+        compile_depths(chosen, list(map(int, sys.argv[3:])))
+    elif sys.argv[2:3] == ["loop"]:
         compile_loops(chosen, int(sys.argv[3]), sys.argv[4:])
     else:
         compile_kernels(chosen, (more if sys.argv[2:] == ["more"] else cases)(chosen.name))

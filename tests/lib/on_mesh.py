@@ -21,6 +21,7 @@ from kvjax.generation.generate import check_recipe
 from kvjax.generation.model import Model
 from kvjax.generation.results import Generation
 from kvjax.models.decoder import Decoder
+from kvjax.models.stack import stacked
 from kvjax.parallel import mesh
 from kvjax.policies.base import Recipe
 from kvjax.spec import GateSpec, Lengths
@@ -40,6 +41,8 @@ def models(of: str, gate: str, size: str) -> tuple[Decoder, Decoder]:
     """A model on one device, and on a mesh."""
     fields = HEADS | ({"gate": GATES[gate]} if gate else {})
     one = kvjax.load().decoder if of == "demo" else oracle.random_model(5, **fields)
+    if of == "stacked":
+        return one, stacked(matrix.on_mesh(oracle.random_model(5, **fields), size))
     return one, matrix.on_mesh(one, size)
 
 
