@@ -17,6 +17,7 @@ from kvjax.spec import LatentSpec
 from pallas_kernels import native
 from pallas_kernels.chosen_product import chosen_product, cpu, reference
 from tests.lib import oracle
+from tests.test_loop import traced_functions
 
 
 @pytest.fixture
@@ -131,6 +132,17 @@ def test_layers_in_stacks_are_those_that_lie_apart(method):
     assert identity.of_model(together) == identity.of_model(make_model())
     got, want = (oracle.run(model, recipe, prompts, tokens)[0] for model in (together, make_model()))
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+@pytest.mark.parametrize("windows, programs", [((), 1), ((8, None) * 3, 2)], ids=["full", "windows"])
+def test_a_prompt_compiles_a_layer_of_each_window(windows, programs):
+    """Whatever the layers' own budgets are, and in stacks, too."""
+    recipe = make("pyramidkv", 9, {"kernels": "xla"})
+    for layers_in in (lambda model: model, stacked):
+        model = layers_in(oracle.random_model(1, num_layers=6, windows=windows, vocab_size=89))
+        with traced_functions() as names:
+            oracle.start(model, recipe, [[5, 6, 7, 8] * 4], 2)
+        assert names.count("_prefill_layer") == programs
 
 
 def test_a_stack_takes_the_place_of_its_layers():

@@ -5,6 +5,7 @@ Written for one device, and run on as many as the weights lie on; see `kvjax.par
 
 import functools
 from collections.abc import Generator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from kvjax.policies.layers import layer_recipe, rotates_at_read
 from kvjax.spec import PREFILL_CHUNK as CHUNK
 from kvjax.spec import Gate, ModelSpec, Probe, Prompt, PyTree, RopeSpec
 from pallas_kernels.blocks import divisor
+from pallas_kernels.rotation import Rotation
 
 RUNGS = (64, 256, 1024)
 LEAST = 256  # tokens that are read at once rather than in parts
@@ -196,41 +198,45 @@ def _prefill_layer(
     """
     if isinstance(layer, LayerStack):
         layer = layer.at(at)
-    pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    read: dict[str, Any] = dict(scale=spec.scale, cap=spec.score_cap, window=window, kernels=recipe.kernels)
     rotation, longest = rope.rotation(rotary, spec.head_dim, length[:, None]), jnp.max(length)
+    pos = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     turn = rope.turn(rotary, rotation, pos[:, :, None])
     q, key, value, gate = _project(layer, x, turn, longest, chunk)
     k, v = layer.keys(key), layer.values(value)
+
     olds = tuple(tiers_.layer(t, place) for t in tiers)
-    (rewrite, _), visible_until, rewritten = recipe.policy.prompt_hooks, None, ()
+    rewrite, visible_until, rewritten = recipe.policy.prompt_hooks.rewrite, None, ()
     if rewrite is not None and isinstance(gate, Gate):
         k, v, visible_until, rewritten = rewrite(olds, k, v, gate, length, window, recipe.kernels)
         key, value = k, v
     k = turn.key(k)
-    options = {
-        "scale": spec.scale,
-        "cap": spec.score_cap,
-        "window": window,
-        "visible_until": visible_until,
-        "kernels": recipe.kernels,
-    }
-    heads, lse = prefill_attention(q, k, v, length, sink=layer.sink(), **options)
-    key, probe = key if rotates_at_read(spec, recipe) else k, ()
+    heads, lse = prefill_attention(q, k, v, length, sink=layer.sink(), visible_until=visible_until, **read)
+    probe = ()
     if not isinstance(again, tuple):
-        given = layer, again, k, v, length
-        again, probe = _read_again(*given, spec=spec, recipe=recipe, window=window, rotary=rotary, chunk=chunk)
+        assert recipe.replay is not None
+        again, probe = _read_again(layer, again, (k, v), length, rotary, rotation, recipe.replay, chunk, read)
+
     prompt = Prompt(
-        *(q, k, v, key, value, lse, length, index, peers, window, spec.scale, spec.score_cap),
-        kernels=recipe.kernels,
+        q=q,
+        k=k,
+        v=v,
+        key=key if rotates_at_read(spec, recipe) else k,
+        value=value,
+        lse=lse,
+        length=length,
+        layer=index,
+        num_layers=peers,
         gate=gate,
         rewritten=rewritten,
         out=layer.output,
         probe=probe,
         rotation=rotation,
         keep=() if layer.keep is None else functools.partial(_worth, layer, x, chunk),
+        **read,
     )
-    views, found = recipe.policy.prefill(olds, prompt)
-    tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, views, strict=True))
+    news, found = recipe.policy.prefill(olds, prompt)
+    tiers = tuple(tiers_.with_layer(t, place, old, new) for t, old, new in zip(tiers, olds, news, strict=True))
     return _finish(layer, x, heads, longest, chunk), tiers, found, again
 
 
@@ -247,27 +253,26 @@ def replayed(tokens: int, chunk: int) -> int:
 def _read_again(
     layer: Layer,
     again: Float[Array, "B Q D"],
-    k: Float[Array, "B T heads H"],
-    v: Float[Array, "B T heads H"],
+    prompt: tuple[Float[Array, "B T heads H"], Float[Array, "B T heads H"]],
     length: Int[Array, " B"],
-    *,
-    spec: ModelSpec,
-    recipe: Recipe,
-    window: int | None,
     rotary: RopeSpec,
+    rotation: Rotation,
+    replay: int,
     chunk: int,
+    read: dict[str, Any],
 ) -> tuple[Float[Array, "B Q D"], Probe]:
-    """One layer over the prompt that is read again behind its end, in chunks of `Recipe.replay`; and what it asks."""
-    assert recipe.replay is not None
-    size, longest = min(recipe.replay, k.shape[1]), jnp.max(length)
+    """One layer over the prompt that is read again behind its end, in chunks of `replay`; and what it asks.
+
+    `prompt` are the keys and values that it sees, `read` how attention reads them.
+    """
+    size, longest = min(replay, prompt[0].shape[1]), jnp.max(length)
     pos = length[:, None] + jnp.arange(again.shape[1]) % size
-    turn = rope.turn(rotary, rope.rotation(rotary, spec.head_dim, length[:, None]), pos[:, :, None])
+    turn = rope.turn(rotary, rotation, pos[:, :, None])
     q, key, value, _ = _project(layer, again, turn, longest, chunk)
     own = turn.key(layer.keys(key)), layer.values(value)
-    options = {"scale": spec.scale, "cap": spec.score_cap, "window": window, "kernels": recipe.kernels}
-    heads, lse = replay_attention(q, (k, v), own, length, chunk=size, sink=layer.sink(), **options)
-    read = jnp.linalg.norm(normed(again, layer.attention_norm).astype(jnp.float32), axis=-1)
-    return _finish(layer, again, heads, longest, chunk), Probe(q, lse, read, size)
+    heads, lse = replay_attention(q, prompt, own, length, chunk=size, sink=layer.sink(), **read)
+    norm = jnp.linalg.norm(normed(again, layer.attention_norm).astype(jnp.float32), axis=-1)
+    return _finish(layer, again, heads, longest, chunk), Probe(q, lse, norm, size)
 
 
 def _project(
