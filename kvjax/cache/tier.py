@@ -4,6 +4,7 @@ A policy sees one layer at a time (`layer`, `with_layer`) and logical slots; onl
 Slots `[0, length)` of a row are filled. Their order carries no meaning unless a policy gives it one.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from kvjax.spec import PyTree
 from pallas_kernels.pools import lies_across, reading
 
 PER_ROW = ("table", "length", "budget", "balance", "state")  # fields of a tier that a layer has a part of
+SHAPE = ("layers", "batch", "heads", "row", "page", "slots", "widths", "store", "dtype", "positions", "scores")
 FEW = 4  # slots of a row that may be read with their pages
 
 
@@ -73,6 +75,7 @@ class Bytes(NamedTuple):
     total: int
 
 
+@functools.partial(jax.jit, static_argnames=SHAPE)  # one by one, its arrays would take as many programs
 def init(
     *,
     layers: int,
@@ -105,7 +108,6 @@ def init(
     page = page or pages.page_size(row)
     size = -(-slots // page)
     width = pages.pages_for(row, page)
-    # A donated buffer may appear once only: every leaf is an array of its own.
     return Tier(
         k=store.key.init(size, page, widths[0], dtype),
         v=store.value.init(size, page, widths[1], dtype),
