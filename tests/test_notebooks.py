@@ -19,7 +19,7 @@ notebooks = pytest.importorskip("tests.lib.notebooks", exc_type=ModuleNotFoundEr
 PRINTED = {
     "compare_methods": r"mikv +20%",
     "long_context": r"4871236[\s\S]* 302(compiling \.\.\.\s+)? 114",  # the needle, and the demo model's line
-    "many_questions": r"kvzip_plus 20% +12 of 12 right[^$]*the same answers: True",
+    "many_questions": r"kvzip_plus 20% +12 of 12 right[^$]*the same answers: True[^$]*served: 12 of 12 right",
     "new_method": r"all laws hold",
     "quickstart": r"kvzip_plus 20%: [34] of 4 right[^$]*snapkv 20%: [01] of 4 right[^$]*snapkv 20% +[34] of 4 right",
     "retrofit_dmc": r"CR 1\.[2-9]\d* of 2",
