@@ -27,7 +27,7 @@ UNEVEN = ("adakv", "dynamickv", "d2o")
 
 
 def generate(method: str, new: int, **arguments):
-    model = Model(model_of("gqa"), None, (), "random")
+    model = Model(oracle.with_gates(model_of("gqa")), None, (), "random")
     recipe = methods.make(method, 12, SMALL.get(method, {}) | arguments)
     return model.generate([text(40, 0), text(25, 0)], recipe, max_new_tokens=new)
 
@@ -166,7 +166,6 @@ def test_merging_needs_one_decision():
 def uneven_model() -> Model:
     """Four layers of four heads: some attend to a few tokens, some to all."""
     network = oracle.random_model(3, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32, max_position=8192)
-    network = oracle.with_gates(network)
     for index, layer in enumerate(network.layers):
         strength = np.repeat([6.0, 0.2, 1.0, 0.1], 32) * (1.0, 0.3, 2.0, 0.6)[index]
         layer.attention.q.kernel[...] = layer.attention.q.kernel[...] * strength.astype(np.float32)
