@@ -107,24 +107,20 @@ def _in_cache(head_dim: int, rotary: RopeSpec, capacity: int, length: Int[Array,
     return rotation._replace(table=(cos[0, 0], sin[0, 0]))
 
 
-def _loops_over_layers(model: Decoder) -> bool:
-    """Whether equal layers are a loop, so that however many there are, one is compiled.
+def _layers_of(
+    model: Decoder, run: Sequence[int], kernels: Implementation | None
+) -> tuple[Callable[[Array | int], Layer], bool]:
+    """The layers of a run by their number in it, and whether they are a loop: however many, one is compiled then.
 
-    Where they lie in stacks, and on CPUs those that `OneOf` takes. On GPUs they are unrolled.
+    They are where they lie in stacks, and on CPUs those that `OneOf` takes. On GPUs they are unrolled.
     """
     if isinstance(model.layers, StackedLayers):
-        return True
-    plain = model.spec.latent is None and model.spec.experts is None
-    return mesh.platform() == "cpu" and mesh.in_force() is None and plain
-
-
-def _layers_of(model: Decoder, run: Sequence[int], kernels: Implementation | None) -> Callable[[Array | int], Layer]:
-    """The layers of a run, by their number in it."""
-    if isinstance(model.layers, StackedLayers):
         stack, place = model.layers.find(run[0])
-        return lambda i: stack.at(place + i)
-    layers = [model.layers[index] for index in run]
-    return OneOf(layers, kernels).__getitem__ if len(run) > 1 and _loops_over_layers(model) else layers.__getitem__
+        return lambda i: stack.at(place + i), len(run) > 1
+    layers, plain = [model.layers[index] for index in run], model.spec.latent is None and model.spec.experts is None
+    if len(run) > 1 and mesh.platform() == "cpu" and mesh.in_force() is None and plain:
+        return OneOf(layers, kernels).__getitem__, True
+    return layers.__getitem__, False
 
 
 def decode_step(
@@ -220,9 +216,9 @@ def _read_token(
             x, views = _decode_layer(layer, recipe, spec, index, x, olds, fixed, pos, active)
             return x, tuple(tiers_.with_layer(t, place, *each) for t, *each in zip(tiers, olds, views, strict=True))
 
-        carry, layer = (x, filled[group]), _layers_of(model, run, recipe.kernels)
+        carry, (layer, in_a_loop) = (x, filled[group]), _layers_of(model, run, recipe.kernels)
         body = lambda i, carry, layer=layer, read=read, first=first: read(layer(i), first + i, carry)
-        if len(run) > 1 and _loops_over_layers(model):
+        if in_a_loop:
             carry = jax.lax.fori_loop(0, len(run), body, carry)
         else:
             for i in range(len(run)):

@@ -101,14 +101,14 @@ def prefill_by_layer(
     """`prefill`, for those who have other work between two layers: yields each layer's output, returns the result."""
     if chunk < 1:
         raise InputError(f"prefill-chunk {chunk} is not a number of tokens")
-    spec, groups = model.spec, layer_groups(model.spec)
+    spec, groups, stacks = model.spec, layer_groups(model.spec), isinstance(model.layers, StackedLayers)
     x, again = _embed(model, tokens), ()
     if recipe.replay is not None:
         more = replayed(tokens.shape[1], recipe.replay) - tokens.shape[1]
         again = _embed(model, jnp.pad(tokens, ((0, 0), (0, more))))
     filled, allocations = list(cache), allocations_of(spec, recipe.structure, groups, length, cache)
     for index in range(spec.num_layers):
-        layer, at = find(model, index)
+        layer, at = model.layers.find(index) if stacks else (model.layers[index], 0)
         g, place = locate(groups, index)
         group = groups[g]
         x, filled[g], found, again = _prefill_layer(
@@ -119,7 +119,7 @@ def prefill_by_layer(
             jnp.asarray(group.places[place], jnp.int32),
             jnp.asarray(place, jnp.int32),
             again,
-            at,
+            jnp.asarray(at, jnp.int32),
             spec=spec,
             recipe=layer_recipe(spec, recipe, index).structure,
             peers=group.peers,
@@ -135,14 +135,6 @@ def prefill_by_layer(
         if fit and own.policy.pool_hooks.shrink is not None:
             filled[g] = _shrink_pool(filled[g], length, own)
     return _last_logits(model, x, length), tuple(filled)
-
-
-def find(model: Decoder, index: int) -> tuple[Layer | LayerStack, Int[Array, ""] | tuple]:
-    """A layer, or the stack that it lies in and its place there."""
-    if not isinstance(model.layers, StackedLayers):
-        return model.layers[index], ()
-    stack, place = model.layers.find(index)
-    return stack, jnp.asarray(place, jnp.int32)
 
 
 def _shrink_pool(tiers: Tiers, length: Int[Array, " B"], recipe: Recipe) -> Tiers:
@@ -183,7 +175,7 @@ def _prefill_layer(
     index: Int[Array, ""],
     place: Int[Array, ""],
     again: Float[Array, "B Q D"] | tuple = (),
-    at: Int[Array, ""] | tuple = (),
+    at: Int[Array, ""] | int = 0,
     *,
     spec: ModelSpec,
     recipe: Recipe,
@@ -194,7 +186,8 @@ def _prefill_layer(
 ) -> tuple[Float[Array, "B T D"], Tiers, PrefillOutput, Float[Array, "B Q D"] | tuple]:
     """One layer over the whole prompt: exact attention, then compression into the layer's rows.
 
-    `again` is the prompt behind its end, see `kvjax.spec.Probe`: it sees the prompt, which does not see it.
+    `again` is the prompt behind its end, see `kvjax.spec.Probe`: it sees the prompt, which does not see it. `at` is the
+    layer's place, where it lies in a stack.
     """
     if isinstance(layer, LayerStack):
         layer = layer.at(at)
