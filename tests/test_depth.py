@@ -12,7 +12,7 @@ from kvjax.methods import make
 from kvjax.models.decoder import Decoder
 from kvjax.models.quantized import Quantized, numbers
 from kvjax.models.quantized import chosen_product as chosen_codes
-from kvjax.models.stack import stacked
+from kvjax.models.stack import modules, stacked
 from kvjax.spec import LatentSpec
 from pallas_kernels import native
 from pallas_kernels.chosen_product import chosen_product, cpu, reference
@@ -152,6 +152,9 @@ def test_a_stack_takes_the_place_of_its_layers():
     made = stacked(model)
     assert all(x.is_deleted() for layer in apart for x in layer)
     assert sum(x.nbytes for x in jax.tree.leaves(made)) == size
+    for layer in modules(made):
+        layer.residual_scale = 0.5
+    assert [layer.residual_scale for layer in made.layers] == [0.5] * 6
     for layer, kept in zip(made.layers, values, strict=True):
         jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(layer), kept)
 

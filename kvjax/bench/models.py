@@ -19,6 +19,7 @@ from kvjax.generation import model as models
 from kvjax.generation.model import Model
 from kvjax.models.decoder import Decoder, native_dtype
 from kvjax.models.quantized import asked
+from kvjax.models.stack import modules, stacked_where_fast
 from kvjax.parallel import mesh as meshes
 from kvjax.spec import GateSpec, ModelSpec
 
@@ -49,11 +50,11 @@ def random(spec: ModelSpec, dtype: DTypeLike, name: str, size: meshes.Size | Non
     """A model with random weights, on one device or on a mesh, where each device draws its own."""
     draw = lambda: Decoder(spec, dtype=dtype, rngs=nnx.Rngs(0))
     if size is None:
-        return Model(draw(), None, (), name)
+        return Model(stacked_where_fast(draw()), None, (), name)
     mesh = meshes.make(size, spec)
     with meshes.on(mesh):
         shardings = jax.tree.map(lambda part: jax.NamedSharding(mesh, part), meshes.weights(nnx.eval_shape(draw)))
-        return Model(jax.jit(draw, out_shardings=shardings)(), None, (), name)
+        return Model(stacked_where_fast(jax.jit(draw, out_shardings=shardings)()), None, (), name)
 
 
 def gated(model: Model, objective: Literal["dmc", "dms"], rate: float) -> Model:
@@ -65,7 +66,7 @@ def gated(model: Model, objective: Literal["dmc", "dms"], rate: float) -> Model:
     spec = dataclasses.replace(model.spec, gate=imposed(objective, rate))
     decoder = nnx.merge(*nnx.split(model.decoder))  # the same arrays
     decoder.spec = spec
-    for layer in decoder.layers:
+    for layer in modules(decoder):
         layer.gate = spec.gate
     return Model(decoder, model.tokenizer, model.stop, f"{model.name}, {objective} gate of rate {rate:g}")
 

@@ -60,6 +60,12 @@ class StackedLayers(nnx.Module):
         raise IndexError(index)
 
 
+def modules(model: Decoder) -> list[Layer]:
+    """The modules that settings of its layers are in: one of each stack, or each layer."""
+    layers = model.layers
+    return [stack.stack for stack in layers.stacks] if isinstance(layers, StackedLayers) else list(layers)
+
+
 def stacked(model: Decoder) -> Decoder:
     """The decoder with its layers in stacks. Those that it had are gone.
 
