@@ -101,14 +101,15 @@ def prefill_by_layer(
     """`prefill`, for those who have other work between two layers: yields each layer's output, returns the result."""
     if chunk < 1:
         raise InputError(f"prefill-chunk {chunk} is not a number of tokens")
-    spec, groups, stacks = model.spec, layer_groups(model.spec), isinstance(model.layers, StackedLayers)
+    spec, groups = model.spec, layer_groups(model.spec)
+    stacks = model.layers if isinstance(model.layers, StackedLayers) else None
     x, again = _embed(model, tokens), ()
     if recipe.replay is not None:
         more = replayed(tokens.shape[1], recipe.replay) - tokens.shape[1]
         again = _embed(model, jnp.pad(tokens, ((0, 0), (0, more))))
     filled, allocations = list(cache), allocations_of(spec, recipe.structure, groups, length, cache)
     for index in range(spec.num_layers):
-        layer, at = model.layers.find(index) if stacks else (model.layers[index], 0)
+        layer, at = (model.layers[index], 0) if stacks is None else stacks.find(index)
         g, place = locate(groups, index)
         group = groups[g]
         x, filled[g], found, again = _prefill_layer(

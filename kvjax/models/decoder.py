@@ -292,8 +292,9 @@ class Layer(nnx.Module):
 class _Choice:
     """A matrix of one of several layers: `x @ it` is the product with the one that an index names; none is copied."""
 
-    def __init__(self, options: Sequence[Any], index: Int[Array, ""], kernels: Implementation | None):
-        self.options, self.index, self.kernels = options, index, kernels
+    def __init__(self, options: Sequence[Any], index: Int[Array, ""] | int, kernels: Implementation | None):
+        self.options, self.index = options, index
+        self.kernels: Implementation | None = kernels
 
     def __getitem__(self, key: object) -> "_Choice":
         return self
@@ -301,7 +302,7 @@ class _Choice:
     def __rmatmul__(self, x: Float[Array, "*b inner"]) -> Float[Array, "*b outer"]:
         if isinstance(self.options[0], Quantized):
             return quantized.chosen_product(x, self.options, self.index, self.kernels)
-        return chosen_product(x, self.options, self.index, implementation=self.kernels)
+        return chosen_product(x, self.options, jnp.asarray(self.index), implementation=self.kernels)
 
 
 class OneOf:
@@ -316,9 +317,9 @@ class OneOf:
         is_vector = lambda x: not whole(x) and x.ndim == 1
         stacked = lambda x: jnp.concatenate(x).reshape(len(x), -1) if is_vector(x[0]) else x
         self.options, self.structure = [stacked(x) for x in zip(*leaves, strict=True)], structures[0]
-        self.kernels = kernels
+        self.kernels: Implementation | None = kernels
 
-    def __getitem__(self, index: Int[Array, ""]) -> Layer:
+    def __getitem__(self, index: Int[Array, ""] | int) -> Layer:
         pick = lambda x: _Choice(x, index, self.kernels) if isinstance(x, tuple) else x[index]
         return jax.tree.unflatten(self.structure, [pick(x) for x in self.options])
 

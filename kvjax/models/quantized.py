@@ -90,13 +90,16 @@ class Quantized(nnx.Module):
 
 
 def chosen_product(
-    x: Float[Array, "*b inner"], options: Sequence[Quantized], index: Int[Array, ""], kernels: Implementation | None
+    x: Float[Array, "*b inner"],
+    options: Sequence[Quantized],
+    index: Int[Array, ""] | int,
+    kernels: Implementation | None,
 ) -> Float[Array, "*b outer"]:
     """`x @ options[index]` of equal matrices whose inputs are their rows; of the others nothing is read."""
     if resolve(kernels, cpu=True) == "cpu":
         parts = [[y[...] for y in (o.codes, o.scale, o.zero) if y is not None] for o in options]
         with contextlib.suppress(NotImplementedError):
-            return cpu.coded_product(x, parts, index)
+            return cpu.coded_product(x, parts, jnp.asarray(index))
     return product(x, options, index)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
@@ -87,7 +88,7 @@ def stacked_where_fast(model: Decoder) -> Decoder:
 def _stacked(arrays: Sequence[Any]) -> Array:
     """Equal arrays as one. They are deleted one after the other, unless they are being traced."""
     first, shape = arrays[0], (len(arrays), *arrays[0].shape)
-    if isinstance(first, jax.core.Tracer):
+    if isinstance(first, Tracer):
         return jnp.stack(arrays)
     where = first.sharding
     where = NamedSharding(where.mesh, P(None, *where.spec)) if isinstance(where, NamedSharding) else where
