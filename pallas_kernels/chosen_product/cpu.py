@@ -1,7 +1,7 @@
 """The product with one of several matrices on CPUs: `cpu.cc`, compiled at first use (`pallas_kernels.native`).
 
-A program has one call however many matrices there are, where XLA compiles a branch for each, and reads the matrix once
-for all rows, at the memory's speed; XLA does so for one row, and is three times slower with two.
+A program has one call however many matrices there are, where XLA compiles a branch for each. The call reads the matrix
+once for all rows, as fast as XLA does for one; XLA takes three times as long for two.
 """
 
 import math
