@@ -54,12 +54,14 @@ class Kernel(NamedTuple):
       make: `(shape, store, dtype) -> Case`, on the device.
       stores: number formats that it is tried with; `("",)` = it reads none.
       prompt: works on prompts: tried with one.
+      cpu: there is one in C++ for CPUs.
       tries: settings that `bench tune` compares, by implementation.
     """
 
     make: Make
     stores: tuple[str, ...] = ("",)
     prompt: bool = False
+    cpu: bool = False
     tries: dict[Implementation, Sequence[Settings]] = {}  # noqa: RUF012  (never changed)
 
 
@@ -147,8 +149,10 @@ def maxima(shape: Shape, store: str, dtype: DTypeLike, *, chunk: int = 2048) -> 
         return column_max(*args, chunk=chunk, scale=h**-0.5, implementation=implementation)
 
     args = (q, key, others, gain, jnp.full((b,), t, jnp.int32))
-    rivals = {"attention": lambda: prompt_attention(q[:, :t], key, value)}
-    return KernelCase(run, args, _size(args) + 4 * b * k * g * t, 2.0 * tokens * chunk * h * k * g * b, rivals)
+    rivals, heads = {"attention": lambda: prompt_attention(q[:, :t], key, value)}, h * k * g * b
+    return KernelCase(
+        run, args, _size(args) + 4 * b * k * g * t, 2.0 * tokens * chunk * heads, rivals, 2.0 * t * t * heads
+    )
 
 
 # Segments
@@ -205,6 +209,7 @@ KERNELS = {
     "decode_attention": Kernel(
         attention,
         STORES,
+        cpu=True,
         tries={
             "xla": _blocks(128, 256, 512, 1024, 2048),
             "gpu": _blocks(32, 64, 128, 256),
@@ -224,7 +229,7 @@ KERNELS = {
     ),
     "column_max": Kernel(maxima, prompt=True, tries={"gpu": _SQUARE, "tpu": _blocks(256, 512, 1024, 2048)}),
     "window_sums": Kernel(functools.partial(scores, recent=32), prompt=True),
-    "prefill_attention": Kernel(prompt, prompt=True),
+    "prefill_attention": Kernel(prompt, prompt=True, cpu=True),
     "topk_retain": Kernel(retention, prompt=True),
     "segment_merge": Kernel(segments, prompt=True),
 }

@@ -58,7 +58,7 @@ def stages(sizes: str, memory: float) -> list[Stage]:
     kept = auto("full", "full+store=int8", "full+store=int4", "snapkv:20%", "h2o:20%")
     batch, equal = (2, "4MB") if tiny else (8, "40GB" if memory >= LARGE else "12GB")
     attention = shapes("256:2", "32768:16", "131072:4", "4096:16")
-    prompts = "topk_retain,segment_merge,column_sums,window_sums,prefill_attention"
+    prompts = "topk_retain,segment_merge,column_sums,column_max,window_sums,prefill_attention"
     contexts, few = "256" if tiny else "8192,32768", auto("full", "snapkv:20%", "h2o:20%")
     found = {
         "correctness": (2, f"kernels --check --implementations {how} --shapes {checked}"),

@@ -120,7 +120,7 @@ def _sections(args: argparse.Namespace, dtype: DTypeLike) -> Iterator[Section]:
     for name, kernel, store, shape in wanted(args):
         title = " ".join(filter(None, (name, shape.name, store)))
         say(title)
-        chosen: list[Implementation] = [each for each in args.implementations if each != "cpu" or not kernel.prompt]
+        chosen: list[Implementation] = [each for each in args.implementations if each != "cpu" or kernel.cpu]
         try:
             case = kernel.make(shape, store, dtype)
             if args.check:

@@ -23,6 +23,7 @@ SHAPES = {
 KERNELS = (
     "decode_attention",
     "column_sums",
+    "column_max",
     "window_sums",
     "prefill_attention",
     "topk_retain",
