@@ -1,6 +1,7 @@
 """Pages: how many an engine's pools have, and how many of them a request may need."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -34,6 +35,16 @@ def lengths(prompts: Sequence[int], new: int, max_length: int, platform: str | N
     """What caches of an engine are made for: shapes are those of its longest sequences, however long these are."""
     padded = padded_length(max_length)
     return Lengths(tuple(prompts), new, padded, platform=platform, total=max_length, most_new=max_length - 1)
+
+
+def prompt_sizes(max_length: int) -> tuple[int, ...]:
+    """Tokens that an engine's prompts are padded to: four times as many at each rung, up to those of the longest.
+
+    >>> prompt_sizes(512), prompt_sizes(8192)
+    ((64, 256, 1024), (64, 256, 1024, 4096, 8192))
+    """
+    longest = padded_length(max_length)
+    return (*itertools.takewhile(lambda size: size < longest, (64 * 4**i for i in itertools.count())), longest)
 
 
 def tiers(cache: Cache) -> list[Tier]:

@@ -132,6 +132,7 @@ class Engine:
         self.seats, self.queue = seats, queue
         self._stall, self._steps = stall, steps
         self._spec = model.spec
+        self._sizes = capacity.prompt_sizes(max_length)
         self._width = decode.ends(model.stop, 1, 1).stop.shape[1]
         texts = capacity.kind_of(model.decoder, self.recipe, seats, max_length)
         self.contexts, self.after_context = contexts, after_context
@@ -376,7 +377,11 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Compile everything: two short requests, since what programs return may differ from what they are given."""
-        run = functools.partial(self.submit, max_new_tokens=3, ignore_stop=True, logprobs=1)
+        run, sizes = functools.partial(self.submit, max_new_tokens=3, ignore_stop=True, logprobs=1), self._sizes
+        for size in sizes[1:]:  # of prompts; the first one follows
+            self._sizes = (size,)
+            self._complete(run([0]))
+        self._sizes = sizes
         for _ in range(2):
             self._complete(run([0]))
             if self._shelf is not None:
@@ -436,9 +441,12 @@ class Engine:
             request.times.append(time.monotonic())
             kind = self._lane_of(request).kind
             if self._shelf is None or request.context is None:
-                self._reading.append(reading.begin(self.model, kind, request, seats, self.max_length))
+                self._reading.append(reading.begin(self.model, kind, request, seats, self._padded(request)))
             else:
                 self._reading.append(reading.follow(self.model, kind, request, seats, self._shelf))
+
+    def _padded(self, request: Request) -> int:
+        return next(size for size in self._sizes if size >= len(request.prompt))
 
     def _waits_since(self, lane: Lane) -> float:
         waiting = lane.schedule.waiting

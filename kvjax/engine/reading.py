@@ -15,7 +15,6 @@ from kvjax.engine.request import Request
 from kvjax.generation import decode, prefill
 from kvjax.generation import generate as generating
 from kvjax.generation.model import Model
-from kvjax.generation.prefill import padded_length
 
 AT_ONCE = 16  # tokens after a context that are read in one call
 Part = Array | tuple[Array, Cache]  # something of a prompt was read, or all and this is what it has come to
@@ -70,17 +69,17 @@ def _next(parts: Parts) -> Part:
         return jax.block_until_ready(done.value)
 
 
-def begin(model: Model, kind: Kind, request: Request, seats: list[int], max_length: int) -> Reading:
+def begin(model: Model, kind: Kind, request: Request, seats: list[int], padded: int) -> Reading:
     """Begin with a prompt, layer by layer.
 
     Args:
       model: that reads.
       kind: of the cache that it will be a part of.
       request, seats: as in `Reading`.
-      max_length: of the engine: prompts are padded alike.
+      padded: tokens, with those behind its end.
     """
     cache = kind.one(len(request.prompt), request.limit, request.amounts)
-    tokens = jnp.asarray(generating.pad([request.prompt], padded_length(max_length)))
+    tokens = jnp.asarray(generating.pad([request.prompt], padded))
     length = jnp.asarray([len(request.prompt)], jnp.int32)
     layers = prefill.prefill_by_layer(model.decoder, kind.recipe, tokens, length, cache, fit=False)
     return Reading(request, seats, layers, model.spec.num_layers, len(request.prompt))
