@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
 import sys
 
@@ -187,7 +188,8 @@ def test_the_command_saves_loads_and_goes_on(directory, monkeypatch, capsys, tmp
     said = [line for line in out.splitlines() if line.startswith("(")]
     answers = [line for line in out.splitlines() if not line.startswith("(")]
     assert answers[1] == answers[2]
-    assert [line for line in said if "2 messages" in line and "h2o 40" in line] == 2 * [said[1]]
+    found = [line.split(":") for line in said if "2 messages" in line and "h2o 40" in line]
+    assert [line[0] for line in found] == [f"(saved in {name}", f"(loaded from {name}"] and found[0][1] == found[1][1]
     assert any("full+store=int8" in line and "were read again" in line for line in said)
     assert said[-2].startswith("(the method is full+store=int8") and "nothing has been said" in said[-1]
     wrong = b"/save\n/load\n/load /nowhere/x.kv\n/method nothing\n/method h2o many\n/save /nowhere/x.kv\n/ \nsome words"
@@ -209,7 +211,7 @@ def test_the_command_talks(directory, monkeypatch, capsys):
     lines = b"/bytes\nsome words\n\n/bytes\n/what\nmore words\n/reset\nsome words\n/quit\nnot this"
     out = say(monkeypatch, capsys, lines, *flags, "--max-new-tokens", "4", "--system", "be brief")
     assert "nothing has been read yet" in out and "where a full cache takes" in out and "unknown command /what" in out
-    assert "50% kept" in out
+    assert re.search(r"\b[56]\d% kept", out)
     answers = [line for line in out.splitlines() if not line.startswith(("(", "/bytes"))]
     assert answers[1] == answers[-1]  # the same words after /reset
     assert (answer := answers[1].strip()) not in say(monkeypatch, capsys, b"some words\n", *flags, "--stop", answer[-1])

@@ -91,6 +91,7 @@ def tasks(tmp_path_factory) -> Path:
 
 def evaluate(tasks: Path, model_args: str, *names: str) -> dict:
     """lm_eval's results for all tasks, in batches that do not come out even."""
+    assert harness.HarnessModel  # once it is imported, lm_eval knows the name
     found = lm_eval.simple_evaluate(
         "kvjax", f"dtype=float32,{model_args}", [f"kvjax_{name}" for name in names or REQUESTS], batch_size=8,
         task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False), bootstrap_iters=0,
