@@ -521,11 +521,13 @@ def test_what_is_not_installed_is_named(package: str, monkeypatch):
         ("--method snapvk", "unknown method"),
         ("--host nowhere.invalid", "cannot listen at nowhere.invalid"),
         ("--port TAKEN", "cannot listen at 127.0.0.1, port"),
+        ("--port 0 --max-length 100000", "context limit 4096"),
     ],
 )
-def test_flags_that_cannot_be_followed(flags: str, message: str):
+def test_flags_that_cannot_be_followed(flags: str, message: str, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=re.escape(message)):
         serve.main(flags.replace("TAKEN", str(taken.getsockname()[1])).split())
+    assert "compiling" not in capsys.readouterr().err
 
 
 def test_the_command_serves_until_it_is_told_to_end(shallow: Path, tmp_path: Path):

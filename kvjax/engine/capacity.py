@@ -75,7 +75,7 @@ def within(cache: Cache, limit: int | None, least: Pages) -> Pages:
     found = tuple(min(n, int(n * max(limit - fixed, 0) / pools)) for n in whole)
     if any(n < one for n, one in zip(found, least, strict=True)):
         needed = fixed + pools * max(one / n for n, one in zip(whole, least, strict=True))
-        raise InputError(f"cache of {limit} bytes: one sequence of the largest length needs {math.ceil(needed)}")
+        raise InputError(f"cache of {limit:,} bytes: one sequence of the largest length needs {math.ceil(needed):,}")
     return found
 
 

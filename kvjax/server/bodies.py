@@ -167,7 +167,7 @@ def _is_text(value: Any) -> bool:
 def _messages(body: dict[str, Any]) -> list[dict[str, str]]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise Refused(400, "messages is not a list of messages", "messages")
+        raise Refused(400, "messages is not a list of one message or more", "messages")
     return [_message(i, each) for i, each in enumerate(messages)]
 
 

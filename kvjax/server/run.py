@@ -15,8 +15,9 @@ import uvicorn
 from kvjax.cli.flags import CHAT_LENGTH, numbers
 from kvjax.engine.engine import Engine
 from kvjax.errors import InputError, one_line
+from kvjax.generation.checks import check_options
 from kvjax.generation.model import load
-from kvjax.methods import default_budget, of, write_entry
+from kvjax.methods import default_budget, of, resolve, write_entry
 from kvjax.server import app
 from kvjax.server.app import Service
 
@@ -109,6 +110,9 @@ def _engine(args: argparse.Namespace) -> Engine:
         raise InputError(f"{model.name} has no tokenizer.json: a server needs one")
     method = write_entry(args.method or of(model.spec), args.arguments)
     length = min(CHAT_LENGTH, model.spec.max_position) if args.max_length is None else args.max_length
+    check_options(
+        model.spec, resolve(model.spec, method, args.budget), max_length=length
+    )  # before it says what it does
     _say(f"compiling for {method}, {args.seats} seats of {length} tokens")
     return Engine(
         model, method, args.budget, seats=args.seats, max_length=length, max_new_tokens=args.max_new_tokens,
