@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.checkpoint import identity
+from kvjax.bench.decode import weight_bytes
+from kvjax.checkpoint import hf, identity
 from kvjax.generation import decode, sampling
 from kvjax.methods import make
 from kvjax.models.decoder import Decoder
 from kvjax.models.quantized import Quantized, numbers
 from kvjax.models.quantized import chosen_product as chosen_codes
 from kvjax.models.stack import modules, stacked
+from kvjax.retrofit.weights import of_model
 from kvjax.spec import LatentSpec
 from pallas_kernels import native
 from pallas_kernels.chosen_product import chosen_product, cpu, reference
@@ -158,6 +160,20 @@ def test_a_stack_takes_the_place_of_its_layers():
     assert [layer.residual_scale for layer in made.layers] == [0.5] * 6
     for layer, kept in zip(made.layers, values, strict=True):
         jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(layer), kept)
+
+
+def test_parameters_have_their_paths_wherever_layers_lie_and_gates_are_none_of_them():
+    model = kvjax.load().decoder
+    assert all(layer.keep is not None for layer in model.layers)
+    apart = {path: np.array(x) for path, x in hf.parameters(model)}
+    assert apart.keys() == hf.abstract(model.spec, model.dtype)[0].keys()
+    together = stacked(model)
+    assert together.layers.stacks[0].stack.keep is not None
+    for found in (dict(hf.parameters(together)), of_model(together)):
+        assert found.keys() == apart.keys()
+        jax.tree.map(np.testing.assert_array_equal, found, apart)
+    gates = sum(x.nbytes for x in jax.tree.leaves([layer.keep for layer in together.layers]))
+    assert gates and weight_bytes(together) == sum(x.nbytes for x in jax.tree.leaves(together)) - gates
 
 
 def test_layers_of_other_shapes_have_a_stack_of_their_own():

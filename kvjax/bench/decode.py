@@ -21,6 +21,7 @@ from kvjax.bench.shapes import PEERS
 from kvjax.bench.turns import Contestant
 from kvjax.cache import layout
 from kvjax.cache.pages import LARGEST
+from kvjax.checkpoint import hf
 from kvjax.errors import InputError
 from kvjax.generation import decode, prefill, sampling
 from kvjax.generation.accounting import footprint, forced
@@ -108,8 +109,8 @@ def _read(model: Model, recipe: Recipe, batch: int, setting: Contest) -> tuple[j
 
 
 def weight_bytes(model: Decoder) -> int:
-    """Bytes of the weights that every step reads; of an untied embedding it reads a row."""
-    total = sum(x.nbytes for x in jax.tree.leaves(model))
+    """Bytes of the weights that every step reads; of an untied embedding it reads a row, and gates only prompts do."""
+    total = sum(x.nbytes for path, x in hf.by_path(model)[0].items() if ".keep." not in path)
     return total if model.head is None else total - sum(x.nbytes for x in jax.tree.leaves(model.embedding))
 
 

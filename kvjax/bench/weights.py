@@ -24,7 +24,7 @@ def check(spec: ModelSpec, flag: str) -> None:
 
 def tensors(model: Model) -> Iterator[tuple[str, jax.Array]]:
     """The weights under Hugging Face's names, each as a checkpoint has it."""
-    for path, array in hf.by_path(model.decoder)[0].items():
+    for path, array in hf.parameters(model.decoder):
         (name,) = names.sources(path, model.spec)
         yield name, array.T if names.is_transposed(path, model.spec) else array
 

@@ -105,6 +105,16 @@ def by_path(module: nnx.Module) -> tuple[dict[str, Any], Any]:
     return dict(zip(paths, (leaf for _, leaf in leaves), strict=True)), tree
 
 
+def parameters(model: Decoder) -> Iterator[tuple[str, jax.Array]]:
+    """A decoder's own parameters with their paths, as in `abstract`: of one layer at a time, wherever layers lie.
+
+    Gates that lie beside a model (`kvjax.models.keep`) are not its own. A layer that lies in a stack is copied.
+    """
+    yield from ((path, x) for path, x in by_path(model)[0].items() if not path.startswith("layers."))
+    for i, layer in enumerate(model.layers):
+        yield from ((f"layers.{i}.{path}", x) for path, x in by_path(layer)[0].items() if not path.startswith("keep."))
+
+
 def load(
     path: Path,
     dtype: DTypeLike,

@@ -38,12 +38,8 @@ def of_model(decoder: Decoder) -> str:
     Its shape counts, and of each parameter up to `SAMPLE` numbers spread over it: no two checkpoints that were trained
     agree in these.
     """
-    parts = {name: x for name, x in hf.by_path(decoder)[0].items() if not name.startswith("layers.")}
-    for i, layer in enumerate(decoder.layers):  # which may lie in stacks
-        parts |= {f"layers.{i}.{name}": x for name, x in hf.by_path(layer)[0].items()}
     sample = lambda x: np.asarray(x.reshape(-1)[:: max(1, x.size // SAMPLE)])
-    own = {name: x for name, x in parts.items() if ".keep." not in name}  # gates make no other model
-    found = {name: [x.dtype.name, list(x.shape), digest.of_array(sample(x))] for name, x in own.items()}
+    found = {name: [x.dtype.name, list(x.shape), digest.of_array(sample(x))] for name, x in hf.parameters(decoder)}
     spec = dataclasses.replace(decoder.spec, profile=None)  # a profile makes no other model
     return digest.of_bytes(json.dumps([repr(spec), found], sort_keys=True).encode())
 

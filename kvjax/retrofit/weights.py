@@ -21,7 +21,7 @@ Params = dict[str, Array]  # parameter path -> array
 
 def of_model(model: Decoder) -> Params:
     """The weights of a decoder in float32."""
-    return {path: jnp.asarray(leaf, jnp.float32) for path, leaf in hf.by_path(model)[0].items()}
+    return {path: jnp.asarray(leaf, jnp.float32) for path, leaf in hf.parameters(model)}
 
 
 def to_model(weights: Params, spec: ModelSpec, dtype: DTypeLike) -> Decoder:
