@@ -30,11 +30,6 @@ class Answer(NamedTuple):
         return [choice for request in self.requests for choice in request.choices]
 
     @property
-    def done(self) -> bool:
-        """Whether nothing more comes."""
-        return all(request.over for request in self.requests)
-
-    @property
     def prompt_tokens(self) -> int:
         """Of all prompts, with the contexts that they continue; each is read once for all its choices."""
         return sum(len(request.whole) for request in self.requests)

@@ -91,7 +91,7 @@ class Service:
         if self.state == "dead":
             raise Refused(500, f"the engine has ended: {self.engine.error}", headers={"x-should-retry": "false"})
         if self.draining:
-            raise Refused(503, "the server is shutting down", code="draining", headers={"retry-after": "5"})
+            raise _draining()
 
     def check_model(self, name: object) -> None:
         """Raise `Refused` for a model that is not this one."""
@@ -225,33 +225,53 @@ async def chat_completions(http: Http) -> Response:
 async def _answer(http: Http, chat: bool) -> Response:
     """Everything that can be refused is, before a stream begins."""
     service: Service = http.app.state.service
-    service.check()
-    body = bodies.parse(await _body(http, service.max_body))
-    service.check_model(body.get("model", service.name))
+    body = await _asked(http)
     asked = bodies.chat(body) if chat else bodies.completion(body, service.engine.queue)
     requests = await run_in_threadpool(_submit, service, asked, service.owner(http))
     answer = answers.begin(service.name, chat, asked.usage, requests, service.tokenizer)
-    wake = _wake(requests)
     if asked.stream:
-        return Stream(service, answer, _events(answer, wake))
-    gone = asyncio.create_task(_when_gone(http, answer.cancel, wake))
+        return Stream(service, answer, _events(answer, _wake(requests)))
     try:
-        while not answer.done:
-            await wake.wait()
-            wake.clear()
-        answer.check()
-    except (InputError, EngineError) as error:
-        service.check()
-        raise Refused(500, str(error)) from None
+        left = await _left(http, requests, answer.cancel)
     finally:
-        left = gone.done()
-        gone.cancel()
         _end(service, answer)
     if left:
         return Response(status_code=GONE)
     if any(choice.finish_reason == "cancelled" for choice in answer.choices):
-        raise Refused(503, "the server is shutting down", code="draining", headers={"retry-after": "5"})
+        raise _draining()
     return _json(answers.whole(answer), headers={"x-request-id": answer.id})
+
+
+async def _asked(http: Http) -> dict[str, Any]:
+    """What a client asks of this server's model."""
+    service: Service = http.app.state.service
+    service.check()
+    body = bodies.parse(await _body(http, service.max_body))
+    service.check_model(body.get("model", service.name))
+    return body
+
+
+async def _left(http: Http, requests: Sequence[Request], cancel: Callable[[], None]) -> bool:
+    """Wait until requests are over, and say whether the client left meanwhile, which cancels them."""
+    wake = _wake(requests)
+    gone = asyncio.create_task(_when_gone(http, cancel, wake))
+    try:
+        while not all(request.done for request in requests):
+            await wake.wait()
+            wake.clear()
+        for request in requests:
+            request.check()
+    except (InputError, EngineError) as error:
+        http.app.state.service.check()
+        raise Refused(500, str(error)) from None
+    finally:
+        left = gone.done()
+        gone.cancel()
+    return left
+
+
+def _draining() -> Refused:
+    return Refused(503, "the server is shutting down", code="draining", headers={"retry-after": "5"})
 
 
 async def _body(http: Http, most: int) -> bytes:
@@ -316,33 +336,23 @@ def _not_taken(error: InputError | EngineError, code: str | None) -> Refused:
 async def create_context(http: Http) -> Response:
     """POST /v1/contexts: answered once the text is read."""
     service: Service = http.app.state.service
-    service.check()
-    body = bodies.parse(await _body(http, service.max_body))
-    service.check_model(body.get("model", service.name))
-    asked, read = bodies.context(body), functools.partial(service.contexts.read, tokenizer=service.tokenizer)
+    asked, read = (
+        bodies.context(await _asked(http)),
+        functools.partial(service.contexts.read, tokenizer=service.tokenizer),
+    )
     try:
         stored = await run_in_threadpool(read, asked, owner=service.owner(http))
     except (InputError, EngineError) as error:
         raise _not_taken(error, None) from None
-    request, forget = stored.kept.request, functools.partial(service.contexts.forget, stored)
-    wake = _wake([request])
-    gone = asyncio.create_task(_when_gone(http, forget, wake))
+    request = stored.kept.request
     try:
-        while not request.done:
-            await wake.wait()
-            wake.clear()
-        request.check()
-    except (InputError, EngineError) as error:
-        service.check()
-        raise Refused(500, str(error)) from None
+        left = await _left(http, [request], functools.partial(service.contexts.forget, stored))
     finally:
-        left = gone.done()
-        gone.cancel()
         service.metrics.ended(request, time.monotonic(), "context" if stored.kept.logits is not None else "cancelled")
     if left:
         return Response(status_code=GONE)
     if stored.kept.logits is None:
-        raise Refused(503, "the server is shutting down", code="draining", headers={"retry-after": "5"})
+        raise _draining()
     service.contexts.add(stored)
     print(f"context: {len(request.prompt)} tokens, {stored.kept.bytes} bytes", file=sys.stderr, flush=True)
     return _json(service.contexts.about(stored, service.name))
