@@ -77,6 +77,15 @@ def notes(args: argparse.Namespace, chip: Chip, spec: ModelSpec, plans: Sequence
     return found
 
 
+def named(found: Mapping[str, Any]) -> str:
+    """A model and where its shape comes from, if its name does not say so.
+
+    >>> named({"model": "DIR", "shape": "DIR"}), named({"model": "org/name", "shape": "the known shape llama-3-8b"})
+    ('DIR', 'org/name (the known shape llama-3-8b)')
+    """
+    return found["model"] if found["shape"].endswith(found["model"]) else f"{found['model']} ({found['shape']})"
+
+
 def show(console: Console, found: Plan) -> None:
     """Print tables."""
     chip, plans = found["chip"], found["plans"]
@@ -84,8 +93,7 @@ def show(console: Console, found: Plan) -> None:
     chips = (
         chip["name"] if found["mesh"] is None else f"{chip['name']}, {found['mesh']}: bytes are those of each device"
     )
-    shape = "" if found["shape"].endswith(found["model"]) else f" ({found['shape']})"
-    title = f"{found['model']}{shape} in {found['dtype']}, {lengths} on {chips}"
+    title = f"{named(found)} in {found['dtype']}, {lengths} on {chips}"
     console.print(title, highlight=False, markup=False)
     if len(plans) == 1:
         console.print(one(found, plans[0]))

@@ -17,6 +17,7 @@ from kvjax.methods import METHODS, label_of
 from kvjax.models.quantized import asked
 from kvjax.plan.chips import GIB, Chip
 from kvjax.plan.estimate import decode_temporaries, prefill_temporaries, waiting, weights
+from kvjax.plan.report import named
 from kvjax.plan.settings import Setting, find_model, method_of, setting
 
 SEATS = 1024  # most that are tried
@@ -89,7 +90,7 @@ def _without_method(args: argparse.Namespace) -> argparse.Namespace:
 def _show(console: Console, about: dict[str, Any], rooms: Sequence[Room], left_out: dict[str, str]) -> None:
     chip = about["chip"]
     asked = f"requests of {about['context']:,} + {about['new_tokens']:,} tokens, at most {about['longest']:,}"
-    title = f"{about['model']} ({about['shape']}) in {about['dtype']}, {asked}, in {chip['usable'] / GIB:.2f} GiB"
+    title = f"{named(about)} in {about['dtype']}, {asked}, in {chip['usable'] / GIB:.2f} GiB"
     console.print(f"{title} of {chip['name']}", highlight=False, markup=False)
     columns = ("weights GiB", "reading GiB", "cache GiB", "pages", "a request", "seats", "at once", "x full")
     table = Table("method", *(Column(name, justify="right") for name in columns))
