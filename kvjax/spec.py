@@ -28,6 +28,7 @@ NEW_TOKENS = 256  # a step of the room for new tokens, where shapes are made for
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "none"]
 Norm = Literal["rms", "rms+1", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+DTYPES = ("float32", "bfloat16", "float16")  # that a model computes in
 WeightFormat = Literal["int8", "int4"]
 WEIGHT_BITS: dict[WeightFormat, int] = {"int8": 8, "int4": 4}
 WEIGHT_GROUP = 32  # inputs of a matrix whose codes share a scale

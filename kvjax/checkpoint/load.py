@@ -11,8 +11,7 @@ from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder, native_dtype
 from kvjax.parallel.mesh import Size
 from kvjax.policies.budgets import profile
-
-DTYPES = ("float32", "bfloat16", "float16")
+from kvjax.spec import DTYPES
 
 
 def load_model(

@@ -10,6 +10,7 @@ from kvjax.cli import command
 from kvjax.errors import say_once
 from kvjax.generation.sampling import SETTINGS, Sampling
 from kvjax.methods import METHODS
+from kvjax.spec import DTYPES as NAMES
 from kvjax.spec import WEIGHT_BITS
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 SHOWCASE_METHOD = "snapkv"  # of a run without a prompt
 CHAT_LENGTH = 4096  # tokens of a conversation, unless it is said
 CONTEXT = 4096  # prompt tokens of a cache that is only planned
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+DTYPES = {name: getattr(jnp, name) for name in NAMES}
 
 
 def add_shared_flags(p: argparse.ArgumentParser, *, method: str, many: str = "") -> None:

@@ -61,12 +61,11 @@ def expected(
       no attention weights.
     """
     given = budgets.amounts(budget, decode_budget)
-    evict = "before" if given.bounded else "never"
     policy = retain(
         foreseen(future, eps, norm, recent, sinks),
         split_over(split),
         store=named(store),
-        evict=evict,
+        evict="never",
         bounded=given.bounded,
     )
     return Recipe("expected", policy, amounts=given)

@@ -47,8 +47,9 @@ def fastkvzip(
       times the budget. The gate is trained by `python -m kvjax.retrofit --objective keep`.
     """
     given = budgets.amounts(budget, decode_budget)
-    evict = "before" if given.bounded else "never"
-    policy = retain(foretold(recent, sinks), split_over(split), store=named(store), evict=evict, bounded=given.bounded)
+    policy = retain(
+        foretold(recent, sinks), split_over(split), store=named(store), evict="never", bounded=given.bounded
+    )
     return Recipe("fastkvzip", policy, amounts=given)
 
 

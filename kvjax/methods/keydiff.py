@@ -46,8 +46,7 @@ def keydiff(
       until the last one, up to 10 times the budget.
     """
     given = budgets.amounts(budget, decode_budget)
-    evict = "before" if given.bounded else "never"
-    policy = retain(unlike(recent, sinks), split_over(split), store=named(store), evict=evict, bounded=given.bounded)
+    policy = retain(unlike(recent, sinks), split_over(split), store=named(store), evict="never", bounded=given.bounded)
     return Recipe("keydiff", policy, amounts=given)
 
 

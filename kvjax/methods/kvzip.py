@@ -51,6 +51,5 @@ def replaying(name: str, score: Score, budget: Keep, chunk: int, split: str, dec
     if not 1 <= chunk <= LARGEST:
         raise InputError(f"{name}: chunk={chunk} is not a number of tokens from 1 to {LARGEST}")
     given = budgets.amounts(budget, decode_budget)
-    evict = "before" if given.bounded else "never"
-    policy = retain(score, split_over(split), store=named(store), evict=evict, bounded=given.bounded)
+    policy = retain(score, split_over(split), store=named(store), evict="never", bounded=given.bounded)
     return Recipe(name, policy, amounts=given, replay=chunk if chunk < PART else chunk // PART * PART)

@@ -103,14 +103,16 @@ def retain(
         has seen the new one, or `never` (generated tokens are appended).
       action: what happens to tokens that are not kept.
       by_place: a sliding window counts places in the row, not positions: no token leaves it.
-      bounded: `Amounts.decoding` is given: tokens are evicted while decoding too, `evict="never"` means `after`.
+      bounded: `Amounts.decoding` is given: tokens are evicted while decoding too, and `evict="never"` means `after`, or
+        `before` for a score that learns nothing from attention.
 
     Where the budget grows with the sequence, so do the rows. With a budget that is allocated after several layers, a
     layer's best candidates wait: as many as a row may ever be given, all where the action needs what is not kept.
 
     Cost: at prefill one top-k over T scores per row; per step 8 bytes per slot when a statistic is kept.
     """
-    evict = "after" if bounded and evict == "never" else evict
+    if bounded and evict == "never":
+        evict = "before" if score.observe is None else "after"
     selection = Selection(score, budget, store, evict, action, by_place, bounded)
     _check(selection)
     part = lambda function: functools.partial(function, selection)
